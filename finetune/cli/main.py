@@ -1,0 +1,36 @@
+"""The `finetune` console command: one subcommand a file, each with `add_parser` and `run`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from finetune import __version__
+from finetune.cli import evaluate, merge, schema, train, upcycle
+from finetune.errors import FinetuneError
+
+COMMANDS = (train, evaluate, merge, upcycle, schema)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line surface."""
+    parser = argparse.ArgumentParser(prog="finetune", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"finetune {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; expected errors are printed one a line, without a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

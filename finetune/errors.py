@@ -1,0 +1,46 @@
+"""Floor 0: the errors a user can meet. Each says where, what was found, and what to do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: `where` (file:line: key, file, tensor name ...), `what` is wrong, what was `got`, what to `do`."""
+
+    where: str
+    what: str
+    do: str
+    got: str | None = None
+
+    def __str__(self) -> str:
+        got = "" if self.got is None else f"; got {self.got}"
+        return f"{self.where}: {self.what}{got}; {self.do}"
+
+
+class FinetuneError(Exception):
+    """Base of all expected errors. Carries every problem found, not only the first; printed one a line."""
+
+    exit_code = 1
+
+    def __init__(self, problems: Problem | Sequence[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class RecipeError(FinetuneError):
+    """The recipe (or a command line override) is wrong. Found before torch is imported."""
+
+    exit_code = 2
+
+
+class DataError(FinetuneError):
+    """A row, a template or a data file is wrong."""
+
+
+class WeightsError(FinetuneError):
+    """A checkpoint, an adapter or a loaded model is not what it should be."""
+
+
+class RunError(FinetuneError):
+    """Training went wrong while running (a non-finite loss, an audit that differs from the recipe)."""
