@@ -1,0 +1,90 @@
+"""A folder that appears whole or not at all, and a check of the free space."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.errors import Problem, WeightsError
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
+
+    `target` must be absent or an empty folder. What a killed process left behind is removed first: a lock that dies
+    with its process tells a dead writer from a live one. Raises WeightsError.
+    """
+    target = Path(target).absolute()
+    _refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.partial"
+    with _lock(target):
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync(temporary)
+            _refuse_existing(target)
+            os.rename(temporary, target)  # replaces an empty folder
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(target.parent)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise WeightsError(Problem(str(target), "output exists and is not a folder", "name a new folder"))
+    if target.is_dir():
+        held = sorted(path.name for path in target.iterdir())
+        if held:
+            do = "name a new folder, or remove this one yourself"
+            raise WeightsError(Problem(str(target), "output folder is not empty", do, got=", ".join(held[:3])))
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Hold the right to write `target`. The lock file goes away with the last holder, also after a kill."""
+    path = target.parent / f".{target.name}.lock"
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            do = "wait for it, or name another folder"
+            raise WeightsError(Problem(str(target), "another process is writing this folder", do)) from None
+        # The holder before us may have removed the file between our open and our lock.
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _sync(folder: Path) -> None:
+    """Make the folder's entries survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def require_free_disk(folder: Path, nbytes: int) -> None:
+    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free."""
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < nbytes:
+        do = "free space or write to another disk"
+        got = f"{free / 2**30:.2f} GiB free"
+        raise WeightsError(Problem(str(folder), f"too little disk: {nbytes / 2**30:.2f} GiB are needed", do, got))

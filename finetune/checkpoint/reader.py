@@ -1,0 +1,180 @@
+"""Read a safetensors checkpoint (one file, or shards with an index) tensor by tensor with plain file reads."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.errors import Problem, WeightsError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+FETCH_AGAIN = "fetch or copy the file again"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `dtype` as in safetensors ("BF16"), `offset` in bytes from the start of `file`."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`; anything else is a WeightsError that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(Problem(str(path), "cannot be read as JSON", FETCH_AGAIN, got=str(error))) from error
+    if not isinstance(value, dict):
+        raise WeightsError(Problem(str(path), "must hold a JSON object", FETCH_AGAIN, got=type(value).__name__))
+    return value
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, in file order, each checked to lie inside the file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise WeightsError(
+                    Problem(str(file), "header is truncated or not safetensors", FETCH_AGAIN, f"{size} bytes")
+                )
+            header = json.loads(stream.read(length).decode("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(Problem(str(file), "header cannot be read", FETCH_AGAIN, got=str(error))) from error
+    if not isinstance(header, dict):
+        raise WeightsError(Problem(str(file), "header is not a JSON object", FETCH_AGAIN))
+    header.pop("__metadata__", None)
+    infos = [_entry(file, key, value, 8 + length, size) for key, value in header.items()]
+    return {info.key: info for info in sorted(infos, key=lambda info: info.offset)}
+
+
+def _entry(file: Path, key: str, value: Any, start: int, file_size: int) -> TensorInfo:
+    where = f"{file}: {key}"
+    try:
+        dtype, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
+        begin, end = (int(offset) for offset in value["data_offsets"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(Problem(where, "malformed header entry", FETCH_AGAIN, got=str(value))) from error
+    if dtype not in TORCH_DTYPES:
+        known = ", ".join(TORCH_DTYPES)
+        raise WeightsError(
+            Problem(where, "unsupported number format", f"use a checkpoint in one of {known}", got=dtype)
+        )
+    expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != expected:
+        raise WeightsError(
+            Problem(where, "bytes do not fit the shape", FETCH_AGAIN, f"{end - begin} bytes for {dtype}{list(shape)}")
+        )
+    if start + end > file_size:
+        raise WeightsError(
+            Problem(where, "file is truncated", FETCH_AGAIN, f"{file_size} bytes where {start + end} are needed")
+        )
+    return TensorInfo(key, dtype, shape, file, start + begin, end - begin)
+
+
+def read_tensor(info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows `start:stop` of a tensor (all by default), read into fresh memory; nothing else is resident."""
+    dtype = TORCH_DTYPES[info.dtype]
+    shape, offset = info.shape, info.offset
+    if shape:
+        start, stop, _ = slice(start, stop).indices(shape[0])
+        row_bytes = info.nbytes // shape[0] if shape[0] else 0
+        shape, offset = (max(stop - start, 0), *shape[1:]), offset + start * row_bytes
+    raw_B = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+    view = raw_B.numpy().data
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(offset)
+        while view:  # one read call returns at most 2 GiB
+            count = stream.readinto(view)
+            if not count:
+                raise WeightsError(Problem(f"{info.file}: {info.key}", "file ended while reading", FETCH_AGAIN))
+            view = view[count:]
+    return raw_B.view(dtype).reshape(shape)
+
+
+class CheckpointReader:
+    """The tensors of a Hugging Face checkpoint folder, by key, in file order.
+
+    Takes `model.safetensors` before an index, as transformers does. Raises WeightsError for anything but safetensors.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if (self.folder / SINGLE_FILE).is_file():
+            self._infos = read_header(self.folder / SINGLE_FILE)
+        elif (self.folder / INDEX_FILE).is_file():
+            self._infos = self._read_index()
+        else:
+            raise WeightsError(self._no_weights())
+        self.keys: list[str] = list(self._infos)
+
+    def _no_weights(self) -> Problem:
+        where = str(self.folder)
+        if not self.folder.is_dir():
+            return Problem(where, "is not a folder", "give the folder that holds config.json and the weights")
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            do = "convert the checkpoint to safetensors: pickle files can run code and are never opened here"
+            return Problem(where, "holds no safetensors weights", do, got=", ".join(pickles[:3]))
+        return Problem(where, f"holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder that holds the weights")
+
+    def _read_index(self) -> dict[str, TensorInfo]:
+        index = self.folder / INDEX_FILE
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise WeightsError(Problem(str(index), "has no weight_map", FETCH_AGAIN))
+        infos: dict[str, TensorInfo] = {}
+        problems: list[Problem] = []
+        for name in sorted(set(map(str, weight_map.values()))):
+            expected = [key for key, file in weight_map.items() if file == name]
+            # The index is data from outside: only a plain file name may follow from it.
+            if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+                do = "shards must be .safetensors files in the same folder"
+                problems.append(Problem(str(index), "names a shard outside the folder or of another kind", do, name))
+                continue
+            if not (self.folder / name).is_file():
+                problems.append(Problem(str(self.folder / name), "shard is missing", FETCH_AGAIN))
+                continue
+            found = read_header(self.folder / name)
+            problems += [
+                Problem(str(self.folder / name), "lacks a tensor that the index puts there", FETCH_AGAIN, key)
+                for key in expected
+                if key not in found
+            ]
+            infos |= {key: info for key, info in found.items() if key in expected}
+        if problems:
+            raise WeightsError(problems)
+        return infos
+
+    def info(self, key: str) -> TensorInfo:
+        """Where `key` lies; WeightsError when the checkpoint has no such tensor."""
+        if key not in self._infos:
+            raise WeightsError(
+                Problem(str(self.folder), "has no such tensor", "check the checkpoint's architecture", key)
+            )
+        return self._infos[key]
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor in its own dtype."""
+        return read_tensor(self.info(key))
+
+    def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` along the first axis, without reading the others."""
+        return read_tensor(self.info(key), start, stop)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """`config.json` of the folder."""
+        return read_json(self.folder / "config.json")
