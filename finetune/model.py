@@ -1,0 +1,102 @@
+"""Floor 4: base model and adapter, loaded as the recipe says."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.experts import EXPERTS_IMPLEMENTATION
+from finetune.moe.families import Family, family_of
+from finetune.moe.lora import add_adapter
+from finetune.moe.nf4 import MoeNf4Config
+from finetune.recipe import ModelSettings, Recipe
+
+_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+
+
+def resolve_checkpoint(settings: ModelSettings) -> Path:
+    """The local folder of the base checkpoint; a hub id is fetched (safetensors, never pickles)."""
+    folder = Path(settings.name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or settings.name_or_path.count("/") != 1 or settings.name_or_path.startswith("."):
+        raise WeightsError(
+            Problem(
+                "model.name_or_path", "no such folder", "give a checkpoint folder or a hub id owner/name", got=str(folder)
+            )
+        )
+    try:
+        return Path(snapshot_download(str(folder), revision=settings.revision, allow_patterns=_CHECKPOINT_FILES))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            Problem(
+                "model.name_or_path",
+                f"neither a folder here nor a model that can be fetched ({type(error).__name__})",
+                "check the path or hub id, the network and, for gated models, `hf auth login`",
+                got=settings.name_or_path,
+            )
+        ) from error
+
+
+def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
+    """The checkpoint's architecture; refused where the recipe does not fit it. Reads only `config.json`."""
+    config = AutoConfig.from_pretrained(folder)
+    family = family_of(config.model_type, str(folder / "config.json"))
+    if family.moe is not None and recipe.router is None:
+        raise RecipeError(
+            Problem(
+                "router",
+                f"{family.model_type} is a Mixture-of-Experts model and the recipe has no router section",
+                "add router.router_aux_loss_coef (0 turns the balance term off; the checkpoint's own is never used)",
+            )
+        )
+    if family.moe is None and recipe.router is not None:
+        raise RecipeError(
+            Problem("router", f"{family.model_type} is a dense model without a router", "remove the router section")
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise WeightsError(
+            Problem(
+                str(folder / "config.json"),
+                "the checkpoint is already quantised",
+                "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading",
+            )
+        )
+    return family
+
+
+def load_base(folder: Path, settings: ModelSettings) -> Any:
+    """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=MoeNf4Config(compute_dtype=dtype) if settings.load_in_4bit else None,
+        attn_implementation=settings.attn_implementation,
+        experts_implementation=EXPERTS_IMPLEMENTATION,
+        device_map={"": PartialState().device},
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(kind):
+            raise WeightsError(
+                Problem(str(folder), f"checkpoint and architecture differ: {kind}", "give a complete checkpoint",
+                        got=", ".join(map(str, sorted(info[kind])[:3])))
+            )
+    model.config.use_cache = False
+    return model
+
+
+def load_model(folder: Path, recipe: Recipe) -> PeftModel:
+    """Base model with a fresh adapter, ready to train."""
+    model = add_adapter(load_base(folder, recipe.model), recipe.lora)
+    if recipe.training.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
