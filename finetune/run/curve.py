@@ -1,0 +1,46 @@
+"""The loss curve of a run as a picture: cross-entropy and balance term on axes of their own."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from finetune.run.folder import write_atomically
+from finetune.run.metrics import read_metrics
+
+# Each panel's y label and the logged keys it shows, with their legend.
+_LOSSES = ("cross-entropy (nats/token)", {"ce_loss": "training", "eval_loss": "evaluation"})
+_TOTAL = ("loss", {"loss": "total training loss", "eval_loss": "evaluation"})
+_BALANCE = ("balance term (1 = uniform)", {"balance_loss": "training"})
+
+
+def draw_loss_curve(metrics_path: Path, png_path: Path) -> bool:
+    """Draw `metrics.jsonl` to `png_path`; False, and no file, where the run was too short to log a loss.
+
+    Where cross-entropy was not logged apart (a dense model), the total loss is drawn: it is the same.
+    """
+    lines = read_metrics(metrics_path)
+    logged = {key for line in lines for key in line}
+    panels = [panel for panel in (_LOSSES if "ce_loss" in logged else _TOTAL, _BALANCE) if logged & panel[1].keys()]
+    if not panels:
+        return False
+    figure = Figure(figsize=(8, 3.5 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (label, keys) in zip(axes, panels, strict=True):
+        for key, name in keys.items():
+            _draw_series(axis, lines, key, name)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[-1].set_xlabel("optimizer step")
+    write_atomically(png_path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+    return True
+
+
+def _draw_series(axis: Any, lines: list[dict[str, Any]], key: str, name: str) -> None:
+    points = [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, marker="o" if len(points) < 100 else None, markersize=3, label=name)

@@ -1,0 +1,110 @@
+"""The run folder (`output_dir`): its names, what may already lie in it, and files that appear whole or not at all."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, RunError
+
+# What a run writes before its first step. A run that died there may be started again in the same folder.
+_BEFORE_TRAINING = {"recipe.yaml", "audit.json", "provenance.json", "wandb", "trackio", "tensorboard"}
+_DO = "choose another output_dir, remove this one, or set training.resume_from_checkpoint=true to continue it"
+
+
+class RunFolder:
+    """Paths and atomic writes below `output_dir`. With several processes only the main one creates and writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def adapter(self) -> Path:
+        """The PEFT adapter folder."""
+        return self.path / "adapter"
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, YAML."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def audit(self) -> Path:
+        """Parameters and bytes by class, JSON."""
+        return self.path / "audit.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def provenance(self) -> Path:
+        """What the run was made from, JSON."""
+        return self.path / "provenance.json"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The loss curve, PNG."""
+        return self.path / "loss_curve.png"
+
+    def create(self, resume: bool = False) -> None:
+        """Make the folder. Raise RunError where it holds a run or foreign files, unless `resume` continues that run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(Problem(str(self.path), "output_dir is a file", "name a folder"))
+        if resume:
+            self.newest_checkpoint()
+        elif self.path.exists():
+            self._refuse_contents()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _refuse_contents(self) -> None:
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-")}
+        run = sorted(name for name in names if name in {"adapter", "metrics.jsonl"} or name.startswith("checkpoint-"))
+        if run:
+            raise RunError(Problem(str(self.path), "output_dir already holds a run", _DO, got=", ".join(run)))
+        if foreign := sorted(names - _BEFORE_TRAINING):
+            what = "output_dir holds files that are not a run's"
+            raise RunError(Problem(str(self.path), what, "choose another output_dir", got=", ".join(foreign[:5])))
+
+    def newest_checkpoint(self) -> Path:
+        """The newest whole `checkpoint-N`: the trainer writes its state last, so one that a kill cut short lacks it."""
+        numbered = [
+            (int(folder.name.removeprefix("checkpoint-")), folder)
+            for folder in self.path.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdecimal()
+        ]
+        for _, folder in sorted(numbered, reverse=True):
+            if _is_json(folder / "trainer_state.json"):
+                return folder
+        do = "set training.resume_from_checkpoint=false to start anew, or name the run's own output_dir"
+        raise RunError(Problem(str(self.path), "there is no whole checkpoint to continue from", do))
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write `path` (one of the properties above) in one step."""
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """As `write_text`; NaN and infinity are refused (ValueError): they are not JSON."""
+        self.write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary sibling, then put it in place of `path`: a kill leaves the old or the new file."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
