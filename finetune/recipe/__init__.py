@@ -1,0 +1,32 @@
+"""Floor 1: YAML -> frozen, validated settings, before torch is imported."""
+
+from finetune.recipe.fields import json_schema
+from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.reference import reference
+from finetune.recipe.settings import (
+    DataSettings,
+    DataSource,
+    LoggingSettings,
+    LoraSettings,
+    ModelSettings,
+    Recipe,
+    RouterSettings,
+    SftSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    "DataSettings",
+    "DataSource",
+    "LoggingSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "Recipe",
+    "RouterSettings",
+    "SftSettings",
+    "TrainingSettings",
+    "dump_recipe",
+    "json_schema",
+    "load_recipe",
+    "reference",
+]

@@ -1,0 +1,95 @@
+"""The settings as one flat table, key path -> what may be written there; read off the models' JSON Schema."""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from finetune.recipe.settings import Recipe
+
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key path. `expects` says in words what may be written; `section` marks a mapping of further settings."""
+
+    path: str
+    expects: str
+    required: bool
+    nullable: bool
+    section: bool
+    default: object
+    description: str
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every key path of a recipe, sections included, in the order of the recipe."""
+    schema = Recipe.model_json_schema()
+    found: dict[str, Setting] = {}
+    _collect(schema, schema["$defs"], "", found)
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors. Checks over several keys are beyond it: `load_recipe` makes them."""
+    return {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
+
+
+def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: dict[str, Setting]) -> None:
+    for name, fragment in schema["properties"].items():
+        path = f"{prefix}{name}"
+        section = _section(fragment, defs)
+        found[path] = Setting(
+            path=path,
+            expects=_expects(fragment) if section is None else "a section with " + ", ".join(section["properties"]),
+            required=name in schema.get("required", ()),
+            nullable=any(option.get("type") == "null" for option in fragment.get("anyOf", ())),
+            section=section is not None,
+            default=fragment.get("default"),
+            description=fragment.get("description", ""),
+        )
+        if section is not None:
+            _collect(section, defs, f"{path}.", found)
+
+
+def _section(fragment: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any] | None:
+    """The model that a fragment refers to, directly or beside null; None for a plain value."""
+    for option in (fragment, *fragment.get("anyOf", ())):
+        if "$ref" in option:
+            section: dict[str, Any] = defs[option["$ref"].removeprefix("#/$defs/")]
+            return section
+    return None
+
+
+def _expects(fragment: dict[str, Any]) -> str:
+    if "anyOf" in fragment:
+        return " or ".join(_expects(option) for option in fragment["anyOf"])
+    if "enum" in fragment:
+        return "one of " + ", ".join(fragment["enum"])
+    if "const" in fragment:
+        return str(fragment["const"])
+    if fragment["type"] == "array":
+        items = fragment["items"]
+        return "a list of " + ", ".join(items["enum"]) if "enum" in items else "a list of names"
+    if fragment["type"] in ("integer", "number"):
+        return _number(fragment)
+    return {
+        "boolean": "true or false",
+        "string": "text",
+        "null": "null",
+        "object": "a mapping of names to text, numbers, true, false or null",
+    }[fragment["type"]]
+
+
+def _number(fragment: dict[str, Any]) -> str:
+    noun = "an integer" if fragment["type"] == "integer" else "a number"
+    if "minimum" in fragment and "maximum" in fragment:
+        return f"{noun} from {fragment['minimum']} to {fragment['maximum']}"
+    bounds = {
+        "minimum": "of at least {}",
+        "exclusiveMinimum": "above {}",
+        "exclusiveMaximum": "below {}",
+    }
+    said = [words.format(fragment[key]) for key, words in bounds.items() if key in fragment]
+    return " ".join((noun, " and ".join(said))).strip()

@@ -1,0 +1,64 @@
+"""A recipe file and overrides -> a `Recipe`, or one RecipeError with every mistake, before torch is imported."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path as FilePath
+
+import yaml
+from pydantic import ValidationError
+
+from finetune.recipe.checks import check_all
+from finetune.recipe.fields import settings
+from finetune.recipe.invalid import report_invalid
+from finetune.recipe.settings import Recipe
+from finetune.recipe.source import Source, read_source
+from finetune.recipe.yaml12 import resolve
+
+
+def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override (`key.path=value`) and validate a recipe. Raises RecipeError with all mistakes at once."""
+    source = read_source(FilePath(path), overrides)
+    _fill_empty_sections(source)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.values)
+    except ValidationError as error:
+        # include_url and include_context are of no use here; input is shown from the source, as typed.
+        for found in error.errors(include_url=False, include_context=False):
+            report_invalid(source, found["type"], found["loc"])
+    check_all(source)
+    source.raise_problems()
+    if recipe is None:  # pragma: no cover - every ValidationError reports at least one problem
+        raise AssertionError("an invalid recipe without a problem")
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every setting written out; `load_recipe` reads the same recipe back."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what YAML 1.2 would read as something else than text, such as 2e-4 or 0o17; writes no anchors."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = None if isinstance(resolve(text), str) else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _fill_empty_sections(source: Source) -> None:
+    """A section whose keys are all commented out is an empty section, not a null."""
+    for key, setting in settings().items():
+        path = tuple(key.split("."))
+        around = source.get(path[:-1])
+        if not setting.section or setting.nullable or not isinstance(around, dict) or source.is_broken(path):
+            continue
+        if path[-1] in around and around[path[-1]] is None:
+            around[path[-1]] = {}

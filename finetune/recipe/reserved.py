@@ -1,0 +1,110 @@
+"""Fields of TRL's SFTConfig that `training.trainer_args` refuses: the recipe names them, or this program sets them."""
+
+# The recipe's own key for a field of the same meaning.
+_NAMED = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "eval_packing": "data.packing",
+    "truncation_mode": "data.overlong",
+    "chat_template_path": "data.chat_template",
+    "max_steps": "training.max_steps",
+    "num_train_epochs": "training.num_train_epochs",
+    "learning_rate": "training.learning_rate",
+    "per_device_train_batch_size": "training.per_device_train_batch_size",
+    "lr_scheduler_type": "training.lr_scheduler_type",
+    "warmup_steps": "training.warmup_steps",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "optim": "training.optim",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "logging_steps": "training.logging_steps",
+    "logging_strategy": "training.logging_steps",
+    "eval_steps": "training.eval_steps",
+    "eval_strategy": "training.eval_steps",
+    "save_steps": "training.save_steps",
+    "save_strategy": "training.save_steps",
+    "resume_from_checkpoint": "training.resume_from_checkpoint",
+    "report_to": "logging.report_to",
+    "run_name": "logging.run_name",
+    "project": "logging.project",
+    "router_aux_loss_coef": "router.router_aux_loss_coef",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "bf16_full_eval": "model.dtype",
+    "fp16_full_eval": "model.dtype",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "auto_find_batch_size": "training.global_batch_size",
+    "model_init_kwargs": "the section model",
+}
+
+_TOKENS = "rows become tokens, padding and loss mask in this program's data code"
+_LOSS = "the loss is this program's own: cross entropy over the whole step plus the balance term"
+_HARDWARE = "hardware is not part of a recipe"
+_CHECKPOINTING = "checkpointing is always non-reentrant and keeps the routing"
+_HUB = "nothing is uploaded by a run"
+_LAUNCHER = "the launcher says which parts run where"
+_COMMANDS = "a run trains, and evaluates where data.eval is given"
+
+_SET_BY_US = {
+    **dict.fromkeys(
+        (
+            "dataset_text_field",
+            "dataset_kwargs",
+            "dataset_num_proc",
+            "eos_token",
+            "pad_token",
+            "padding_free",
+            "packing_strategy",
+            "pad_to_multiple_of",
+            "completion_only_loss",
+            "assistant_only_loss",
+            "remove_unused_columns",
+            "label_names",
+            "shuffle_dataset",
+        ),
+        _TOKENS,
+    ),
+    **dict.fromkeys(
+        (
+            "loss_type",
+            "label_smoothing_factor",
+            "average_tokens_across_devices",
+            "use_liger_kernel",
+            "liger_kernel_config",
+        ),
+        _LOSS,
+    ),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), _CHECKPOINTING),
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "use_cpu"), _HARDWARE
+    ),
+    **dict.fromkeys(("local_rank",), _LAUNCHER),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMANDS),
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_token",
+            "hub_private_repo",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_always_push",
+            "hub_revision",
+            "trackio_space_id",
+            "trackio_bucket_id",
+            "trackio_static_space_id",
+        ),
+        _HUB,
+    ),
+    "trust_remote_code": "code from a checkpoint is never run",
+    "logging_nan_inf_filter": "a non-finite loss stops the run",
+    "use_cache": "training keeps no key-value cache",
+}
+
+RESERVED: dict[str, tuple[str, str]] = {
+    **{name: ("the recipe has its own key for this", f"remove it and write {ours}") for name, ours in _NAMED.items()},
+    **{name: (f"set by this program: {why}", "remove it") for name, why in _SET_BY_US.items()},
+}
+"""field -> (what is wrong with it in `trainer_args`, what to do)."""

@@ -1,0 +1,195 @@
+"""The settings of a recipe. Each field's description, with its unit, is the documentation (see `reference.py`).
+
+Strict: no value is converted (an integer stands for a whole float, nothing else). No default for what decides
+the result.
+What concerns several fields at once is in `checks.py`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Text = Annotated[str, Field(min_length=1)]
+Scalar = bool | int | float | str | None
+Dtype = Literal["float32", "bfloat16", "float16"]
+RowFormat = Literal["messages", "prompt_completion", "alpaca"]
+Dashboard = Literal["wandb", "trackio", "tensorboard"]
+Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup"]
+
+MAX_RANK = 1024
+MAX_SEED = 2**32 - 1
+
+
+class Section(BaseModel):
+    """What all sections share: strict, frozen, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(Section):
+    """The base model and how it is loaded."""
+
+    name_or_path: Text = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
+    revision: Text | None = Field(
+        default=None, description="Commit, tag or branch of a checkpoint on the hub; null: its main branch."
+    )
+    load_in_4bit: bool = Field(
+        description="Store attention and experts as NF4 (4 bits a weight, double quantisation) while they load. "
+        "Embeddings, router, norms and head keep `dtype`."
+    )
+    dtype: Dtype = Field(description="Type of the computation and of all that is not quantised.")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        default="sdpa", description="Attention code of transformers; flash_attention_2 needs its own package and a GPU."
+    )
+
+
+class LoraSettings(Section):
+    """The adapter: what is trained, everything else is frozen."""
+
+    targets: list[Text] = Field(
+        description="What is adapted: attention, experts, router, mlp (the feed-forward of a dense layer), or explicit "
+        "module names such as q_proj."
+    )
+    r: int = Field(ge=1, le=MAX_RANK, description="Rank of the adapter matrices.")
+    lora_alpha: float = Field(
+        gt=0, description="Numerator of the scale: lora_alpha / r, with use_rslora lora_alpha / sqrt(r)."
+    )
+    expert_r: int | None = Field(
+        default=None, ge=1, le=MAX_RANK, description="Rank of the expert stacks' matrices; null: the same as `r`."
+    )
+    expert_lora_alpha: float | None = Field(
+        default=None, gt=0, description="Numerator of the expert stacks' scale; null: the same as `lora_alpha`."
+    )
+    lora_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Probability that an input element of an adapter is dropped in training. Must be 0 with experts or "
+        "router in `targets`: PEFT cannot apply it to stacked parameters.",
+    )
+    use_rslora: bool = Field(
+        default=False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv 2312.03732)."
+    )
+
+
+class RouterSettings(Section):
+    """Mixture-of-Experts models only, and required for them."""
+
+    router_aux_loss_coef: float = Field(
+        ge=0,
+        description="Weight of the balance loss, E * sum_e f_e P_e averaged over layers, in the loss that is "
+        "minimised; 0 trains without it. The checkpoint's own coefficient is never used.",
+    )
+
+
+class SftSettings(Section):
+    """Supervised fine-tuning: cross entropy on the assistant's tokens."""
+
+    kind: Literal["sft"] = Field(description="The training method.")
+
+
+class DataSource(Section):
+    """One file of rows."""
+
+    path: Text = Field(description="A JSONL file, one row a line; relative to the working directory.")
+    format: RowFormat = Field(
+        description="Keys of a row. messages: a list of {role, content}; prompt_completion: prompt, completion; "
+        "alpaca: instruction, input, output."
+    )
+
+
+class DataSettings(Section):
+    """The rows, and how they become token rows."""
+
+    train: DataSource = Field(description="Rows to train on.")
+    eval: DataSource | None = Field(default=None, description="Held-out rows; null: no evaluation.")
+    max_length: int = Field(ge=2, description="Greatest length of a row, in tokens.")
+    overlong: Literal["error", "truncate", "drop"] = Field(
+        default="error", description="What happens to a row of more than max_length tokens."
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, alpaca; null: the "
+        "tokenizer's own.",
+    )
+    packing: bool = Field(
+        default=False, description="Put several rows into one of at most max_length tokens; rows do not see each other."
+    )
+
+
+class TrainingSettings(Section):
+    """How long, how fast, in what steps. Batch sizes are global: the number of GPUs does not change the result."""
+
+    max_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps of the run. Exactly one of this and num_train_epochs."
+    )
+    num_train_epochs: float | None = Field(
+        default=None, gt=0, description="Passes over the training rows. Exactly one of this and max_steps."
+    )
+    learning_rate: float = Field(gt=0, description="Peak learning rate.")
+    global_batch_size: int = Field(
+        ge=1, description="Rows an optimizer step, over all processes and micro-batches together."
+    )
+    per_device_train_batch_size: int = Field(
+        default=1,
+        ge=1,
+        description="Rows of one micro-batch on one device; must divide global_batch_size.",
+    )
+    lr_scheduler_type: Scheduler = Field(default="cosine", description="Course of the learning rate after the warm-up.")
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps of linear warm-up from 0.")
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Decoupled weight decay: a step shrinks a trained weight by the part learning_rate * weight_decay.",
+    )
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Global L2 norm to which gradients are clipped.")
+    optim: Text = Field(default="adamw_torch", description="Optimizer, by the name transformers gives it.")
+    gradient_checkpointing: bool = Field(
+        default=True, description="Recompute each layer in the backward instead of keeping its activations."
+    )
+    logging_steps: int = Field(default=1, ge=1, description="Optimizer steps between two logged lines.")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between two evaluations on data.eval; null: none in between."
+    )
+    save_steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps between two checkpoints; null: none in between."
+    )
+    resume_from_checkpoint: bool = Field(
+        default=False, description="Continue from the newest checkpoint in output_dir."
+    )
+    trainer_args: dict[str, Scalar] = Field(
+        default_factory=dict,
+        description="Further fields of TRL's SFTConfig, passed through as they are; names and types are checked "
+        "against the installed version. What the recipe names itself is refused here.",
+    )
+
+
+class LoggingSettings(Section):
+    """Where the curves go."""
+
+    report_to: list[Dashboard] | Literal["auto", "none"] = Field(
+        default="auto", description="Dashboards; auto: wandb where an account is set up, else trackio."
+    )
+    project: Text = Field(default="moe-finetune", description="Project under which the dashboards file the run.")
+    run_name: Text | None = Field(default=None, description="Name of the run; null: the last part of output_dir.")
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="online", description="offline: W&B writes to the local disk only, to be synchronised later."
+    )
+
+
+class Recipe(Section):
+    """A fine-tuning run: everything that decides its result, and nothing about the machine."""
+
+    output_dir: Text = Field(description="Folder of the run, made when it starts; relative to the working directory.")
+    seed: int = Field(
+        default=42, ge=0, le=MAX_SEED, description="Seed of the adapter's start, the order of rows and dropout."
+    )
+    model: ModelSettings = Field(description="The base model.")
+    lora: LoraSettings = Field(description="The adapter.")
+    router: RouterSettings | None = Field(
+        default=None, description="The router of a Mixture-of-Experts model; null for dense models."
+    )
+    method: SftSettings = Field(description="The training method, told apart by `kind`.")
+    data: DataSettings = Field(description="The rows.")
+    training: TrainingSettings = Field(description="The course of the training.")
+    logging: LoggingSettings = Field(default_factory=LoggingSettings, description="The dashboards.")

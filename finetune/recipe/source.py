@@ -1,0 +1,175 @@
+"""The raw tree of a recipe: the file's values under the command line's, and where each came from."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path as FilePath
+
+from finetune.errors import Problem, RecipeError
+from finetune.recipe.yaml12 import MAX_BYTES, Path, Reading, Value, read_yaml
+
+COMMAND_LINE = "command line"
+MAX_SHOWN_CHARS = 80
+
+_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
+_SHAPE = "write key.path=value, for example lora.r=32"
+
+
+class Source:
+    """`values` as typed, `problems` so far, and `broken` key paths on which nothing more need be said."""
+
+    def __init__(self, name: str, reading: Reading) -> None:
+        self.name = name
+        self.values: dict[str, Value] = {}
+        self.problems: list[tuple[int, Problem]] = []
+        self.broken: set[Path] = set()
+        self._lines = dict(reading.lines)
+        self._overridden: set[Path] = set()
+        for mistake in reading.mistakes:
+            self.broken.add(mistake.path)
+            where = ": ".join(filter(None, (f"{name}:{mistake.line}", spell(mistake.path))))
+            self.problems.append((mistake.line, Problem(where, mistake.what, mistake.do, mistake.got)))
+        if isinstance(reading.values, dict):
+            self.values = reading.values
+        elif not reading.mistakes:
+            do = "write `key: value` lines, as in recipes/"
+            got = "an empty file" if reading.values is None else show(reading.values)
+            self.problems.append((1, Problem(f"{name}:1", "a recipe is a mapping", do, got)))
+        if reading.fatal or not isinstance(reading.values, dict):
+            self.raise_problems()
+
+    def is_broken(self, path: Path) -> bool:
+        """True where `path`, or what stands in place of a section around it, was already reported."""
+        around = (path[:length] for length in range(1, len(path)))
+        return path in self.broken or any(
+            at in self.broken and not isinstance(self.get(at), dict | list) for at in around
+        )
+
+    def get(self, path: Path) -> Value:
+        """The value as typed; None where nothing was."""
+        value: Value = self.values
+        for part in path:
+            if isinstance(value, dict) and isinstance(part, str):
+                value = value.get(part)
+            elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+                value = value[part]
+            else:
+                return None
+        return value
+
+    def report(self, path: Path, what: str, do: str, *, got: str | None = None) -> None:
+        """Add a problem at `path`; a second one at the same place, or below a broken value, is not added."""
+        if self.is_broken(path):
+            return
+        self.broken.add(path)
+        line, place = self.place(path)
+        self.problems.append((line, Problem(f"{place}: {spell(path)}", what, do, got)))
+
+    def override(self, text: str) -> None:
+        """Lay one `key.path=value` over the values."""
+        match = _OVERRIDE.fullmatch(text)
+        if match is None:
+            do = f"remove the dashes: {_SHAPE}" if text.startswith("-") else _SHAPE
+            self._override_problem("", "not an override", do, text)
+            return
+        key, written = match.groups()
+        path = tuple(key.split("."))
+        reading = read_yaml(written)
+        if path in self._overridden:
+            self._override_problem(key, "given twice", "keep one of the two", text)
+        elif not written.strip():
+            self._override_problem(key, "no value after `=`", "write a value, or null for none", text)
+        elif reading.mistakes:
+            self._override_problem(key, reading.mistakes[0].what, f"{reading.mistakes[0].do}, or quote the value", text)
+        elif reading.block or "\n" in written:
+            do = "quote text that holds `: `; write lists as [a, b] and mappings as {a: b}"
+            self._override_problem(key, "not a single value", do, text)
+        else:
+            self._lay(path, reading)
+
+    def _lay(self, path: tuple[str, ...], reading: Reading) -> None:
+        section = self.values
+        for depth, part in enumerate(path[:-1], start=1):
+            inner = section.get(part)
+            if inner is None:
+                inner = section[part] = {}
+                self._overridden.add(path[:depth])
+            if not isinstance(inner, dict):
+                what = f"{'.'.join(path[:depth])} is a value, not a section"
+                self._override_problem(".".join(path), what, "name a key that exists", show(inner))
+                return
+            section = inner
+        section[path[-1]] = reading.values
+        self._overridden.add(path)
+        self._overridden.update((*path, *below) for below in reading.lines)
+        # What the file said here no longer stands, its mistakes included: they were reported with the file's line.
+        self._lines = {at: line for at, line in self._lines.items() if at[: len(path)] != path}
+
+    def _override_problem(self, key: str, what: str, do: str, got: str) -> None:
+        where = f"{COMMAND_LINE}: {key}" if key else COMMAND_LINE
+        self.problems.append((_LAST, Problem(where, what, do, got=show(got))))
+
+    def place(self, path: Path) -> tuple[int, str]:
+        """Line (for sorting) and name of the place of `path`, or of the nearest section around it."""
+        for length in range(len(path), 0, -1):
+            if path[:length] in self._overridden:
+                return _LAST, COMMAND_LINE
+            if path[:length] in self._lines:
+                line = self._lines[path[:length]]
+                return line, f"{self.name}:{line}"
+        return 1, f"{self.name}:1"
+
+    def raise_problems(self) -> None:
+        """Raise all problems at once, by line, those of the command line last."""
+        if self.problems:
+            raise RecipeError([problem for _, problem in sorted(self.problems, key=lambda entry: entry[0])])
+
+
+_LAST = 10**9
+
+
+def read_source(path: FilePath, overrides: Sequence[str]) -> Source:
+    """Read the file and lay the overrides over it; raises RecipeError where nothing further can be said."""
+    source = Source(str(path), _read_file(path))
+    for text in overrides:
+        source.override(text)
+    return source
+
+
+def _read_file(path: FilePath) -> Reading:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+        raise RecipeError(Problem(str(path), what, "give the path of a recipe, for example one of recipes/")) from None
+    if len(content) > MAX_BYTES:
+        do = "give a recipe; they are a few kilobytes"
+        raise RecipeError(Problem(str(path), f"larger than {MAX_BYTES} bytes", do))
+    try:
+        return read_yaml(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError(Problem(f"{path}:{line}", "not UTF-8 text", "save the file as UTF-8")) from None
+
+
+def spell(path: Iterable[str | int]) -> str:
+    """A key path as people write it: `data.train.path`, `lora.targets[1]`; always one line."""
+    spelled = ""
+    for part in path:
+        if isinstance(part, int):
+            spelled += f"[{part}]"
+        else:
+            spelled += ("." if spelled else "") + (part if part.isprintable() else json.dumps(part))
+    return spelled
+
+
+def show(value: object) -> str:
+    """A value in YAML's spelling, on one line, cut where it is long."""
+    if isinstance(value, float) and not math.isfinite(value):
+        text = ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    else:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 3] + "..."

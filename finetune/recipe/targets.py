@@ -1,0 +1,58 @@
+"""The names that `lora.targets` takes, and the names people type instead."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from finetune.recipe.unknown import closest
+
+FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp")
+
+# Stacked parameters, which only Mixture-of-Experts models have; PEFT cannot apply dropout to them.
+STACKED_TARGETS = ("experts", "router")
+
+_EXPERTS = "it lies inside the stacked experts; write experts"
+_ALL = (
+    "it would train the router too and leave the stacked experts out; name what you mean, such as [attention, experts]"
+)
+_WRONG = {
+    **dict.fromkeys(("all-linear", "all_linear", "all"), _ALL),
+    **dict.fromkeys(("w1", "w2", "w3", "gate_up_proj", "expert", "moe", "block_sparse_moe"), _EXPERTS),
+    **dict.fromkeys(("attn", "self_attn", "self_attention", "attentions", "qkv"), "write attention"),
+    **dict.fromkeys(("gate", "routers", "gating", "router_weights"), "it is the router; write router"),
+    **dict.fromkeys(("ffn", "feed_forward", "feedforward"), "write mlp (dense layers) or experts"),
+    **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), "norms take no adapter; remove it"),
+    **{name: f"write {name}_proj, or attention for all four" for name in ("q", "k", "v", "o")},
+}
+_MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
+
+# Modules that no router comes after.
+_DOWNSTREAM_OF_ALL_ROUTERS = ("lm_head",)
+
+
+def wrong_target(name: str) -> str | None:
+    """What to do about a target name that is not one; None where it may be right (the model decides)."""
+    leaf = name.rpartition(".")[2]
+    if name in _WRONG or leaf in _WRONG:
+        return _WRONG.get(name, _WRONG.get(leaf))
+    if "experts" in name.split(".")[:-1]:
+        return _EXPERTS
+    if not _MODULE.fullmatch(name):
+        return f"write module names without patterns, or one of {', '.join(FRIENDLY_TARGETS)}"
+    if name in FRIENDLY_TARGETS or "." in name or "_" in name:
+        return None
+    close = closest(name.lower(), FRIENDLY_TARGETS)
+    return f"did you mean {close}?" if close else None
+
+
+def reaches_a_router(targets: Iterable[str]) -> bool:
+    """True where training `targets` can change what some router sees or does.
+
+    Attention stands before the router of its own layer, a layer's experts before the next layer's router. How
+    many layers there are, and so whether an explicit name lies behind the last router, only the model tells.
+    """
+    return any(name.rpartition(".")[2] not in _DOWNSTREAM_OF_ALL_ROUTERS for name in targets)
+
+
+def stacked(targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that are stacked parameters."""
+    return [name for name in targets if name in STACKED_TARGETS]
