@@ -1,5 +1,7 @@
 """Floor 4: base model and adapter, loaded as the recipe says."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,20 @@ def load_model(folder: Path, recipe: Recipe) -> PeftModel:
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
     return model
+
+
+def save_adapter(model: PeftModel, folder: Path, recipe: Recipe, base: dict[str, str]) -> None:
+    """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say."""
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
+    model.save_pretrained(folder, safe_serialization=True)
+    record = {
+        "format": 1,
+        "base": base,
+        "layout": {"expert_lora": "A:expert-major,B:rank-major"},
+        "quantization": "nf4" if recipe.model.load_in_4bit else None,
+        "dtype": recipe.model.dtype,
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": {name: version(name) for name in ("peft", "torch", "transformers", "bitsandbytes")},
+    }
+    (folder / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,193 @@
+"""SFT: TRL's trainer, with the balance term, exact logging, and a stop before a non-finite step."""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from finetune.errors import Problem, RecipeError, RunError
+from finetune.methods.router_term import RouterTerm
+from finetune.recipe import Recipe
+
+
+def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
+    """Micro-batches an optimizer step on each process, so that the global batch is what the recipe says."""
+    training = recipe.training
+    rows = training.per_device_train_batch_size * num_processes
+    if training.global_batch_size % rows:
+        raise RecipeError(
+            Problem(
+                "training.global_batch_size",
+                f"not divisible by per_device_train_batch_size x processes = "
+                f"{training.per_device_train_batch_size} x {num_processes}",
+                f"use a multiple of {rows}, or fewer processes",
+                got=str(training.global_batch_size),
+            )
+        )
+    return training.global_batch_size // rows
+
+
+def sft_config(recipe: Recipe, output_dir: Path, report_to: list[str], num_processes: int) -> SFTConfig:
+    """TRL's arguments for a recipe. Checkpointing, data and adapter are set up by us, before the trainer."""
+    training = recipe.training
+    settings = {
+        "output_dir": str(output_dir),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "max_steps": training.max_steps or -1,
+        "num_train_epochs": training.num_train_epochs or 1.0,
+        "learning_rate": training.learning_rate,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": training.per_device_train_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": training.optim,
+        "logging_steps": training.logging_steps,
+        "eval_strategy": "steps" if recipe.data.eval and training.eval_steps else "no",
+        "eval_steps": training.eval_steps,
+        "save_strategy": "steps" if training.save_steps else "no",
+        "save_steps": training.save_steps or 500,
+        "report_to": report_to,
+        "run_name": recipe.logging.run_name or output_dir.name,
+        "project": recipe.logging.project,
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": recipe.model.dtype == "float16",
+        "gradient_checkpointing": False,  # finetune.moe.checkpointing has switched it on, its own way
+        "router_aux_loss_coef": 0.0,  # TRL's pooled term stays off; finetune.methods.router_term adds ours
+        "logging_nan_inf_filter": False,  # would log an old loss in place of a NaN
+        "remove_unused_columns": False,
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    return SFTConfig(**settings, **training.trainer_args)
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """1 for each position that is a token and 0 for padding, `[T]`. A packed row has no padding."""
+    mask = inputs.get("attention_mask")
+    return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1)
+
+
+class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's SFTTrainer on rows tokenised by `finetune.data`.
+
+    Adds to TRL: the balance term in the scope of the optimizer step, cross entropy and balance logged apart, an
+    evaluation loss that is the mean over all supervised tokens, LoRA weights kept in float32 (TRL casts those of a
+    quantised model to bfloat16), and a RunError before a step whose loss or gradient is not finite.
+    """
+
+    def __init__(self, *args: Any, model: Any, router_term: RouterTerm | None, **kwargs: Any) -> None:
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(*args, model=model, **kwargs)
+        for parameter, data in trained:
+            parameter.data = data
+        self.router_term = router_term
+        self._step_rows: list[int] = []
+        self._step_ce = torch.zeros((), device=self.args.device)
+        self._window: dict[str, list[float]] = {"ce_loss": [], "balance_loss": []}
+        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self.add_callback(_StepEnd(self))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """All micro-batches of one optimizer step; opens the step for the balance term."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_rows = [row for sample in samples for row in sample["rows"]]
+        if self.router_term is not None and samples:
+            tokens = torch.stack([real_tokens(sample).sum() for sample in samples]).sum().to(device)
+            self.router_term.balance.begin_step(self._sum_over_ranks(tokens).item())
+        return samples, num_items
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Cross entropy of the micro-batch, normalised by the step's supervised tokens, plus its share of the term."""
+        rows = inputs.pop("rows")
+        if not self.model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
+        term = self.router_term
+        with nullcontext() if term is None else term.capture() as record:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        self._step_ce += loss.detach()
+        if term is not None:
+            loss = term.add(loss, record, real_tokens(inputs), self.accelerator.num_processes)
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", loss.item(), rows)
+        return loss
+
+    def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Cross entropy alone; also summed up, so that the reported value weighs every supervised token the same."""
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs)
+        loss = result[0] if return_outputs else result
+        tokens = inputs["labels"][..., 1:].ne(-100).sum()
+        self._eval_sums += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers', with the loss averaged over tokens instead of over batches."""
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self._sum_over_ranks(self._eval_sums.to(self.args.device)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1.0)
+        return output
+
+    def end_step(self) -> None:
+        """Close the optimizer step: exact values over all of its micro-batches and ranks."""
+        ce = self._sum_over_ranks(self._step_ce) / self.accelerator.num_processes
+        self._window["ce_loss"].append(ce.item())
+        self._step_ce = torch.zeros_like(self._step_ce)
+        if self.router_term is not None:
+            self._window["balance_loss"].append(self.router_term.end_step(self._sum_over_ranks))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add cross entropy and balance, apart, as means over the optimizer steps since the last line."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._window.items() if values}
+            logs |= {} if self.router_term is None else self.router_term.metrics()
+            for values in self._window.values():
+                values.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        # In float16 the gradient scaler meets overflows as a matter of course and skips the step by itself.
+        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
+            raise self._not_finite("gradient norm", float(norm), self._step_rows)
+        return norm
+
+    def _not_finite(self, what: str, value: float, rows: list[int]) -> RunError:
+        shown = ", ".join(map(str, rows[:32])) + (" ..." if len(rows) > 32 else "")
+        return RunError(
+            Problem(
+                f"step {self.state.global_step + 1}",
+                f"the {what} is not finite; the optimizer step was not taken; lines of the training file: {shown}",
+                "look at these rows, lower training.learning_rate, or use model.dtype bfloat16 instead of float16",
+                got=str(value),
+            )
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.router_term is not None and self.is_world_process_zero():
+            self.router_term.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = self.accelerator.reduce(tensor.clone(), reduction="sum")
+        return total
+
+
+class _StepEnd(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer that an optimizer step is over, before anything of it is logged or saved."""
+
+    def __init__(self, trainer: MoeSftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.trainer.end_step()

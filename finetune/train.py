@@ -1,0 +1,149 @@
+"""Floor 6: recipe in, run out.
+
+    accelerate launch -m finetune.train recipes/quickstart/sft-qlora.yaml training.max_steps=5
+
+The recipe is validated before torch is imported: the heavy rooms are imported inside `train`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import FinetuneError, RunError
+from finetune.recipe import Recipe, dump_recipe, load_recipe
+
+if TYPE_CHECKING:
+    from finetune.moe.families import Family
+    from finetune.run import RunFolder
+
+
+def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
+    """Run the recipe; returns the run folder."""
+    from accelerate import PartialState
+    from transformers import set_seed
+
+    from finetune.data import Collator, load_tokenizer, prepare
+    from finetune.methods.router_term import RouterTerm
+    from finetune.methods.sft import MoeSftTrainer, sft_config
+    from finetune.model import checkpoint_family, load_model, resolve_checkpoint
+    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards, resolve_report_to
+
+    state = PartialState()
+    set_seed(recipe.seed)
+
+    # 1. Where the run goes, and what it reports to
+    run = RunFolder(Path(recipe.output_dir))
+    resume = recipe.training.resume_from_checkpoint
+    if state.is_main_process:
+        run.create(resume=resume)
+    state.wait_for_everyone()
+    report_to = resolve_report_to(recipe.logging)
+    prepare_dashboards(recipe.logging, run)
+    config = sft_config(recipe, run.path, report_to, state.num_processes)
+
+    # 2. What architecture it is; refuses a recipe that does not fit
+    checkpoint = resolve_checkpoint(recipe.model)
+    family = checkpoint_family(checkpoint, recipe)
+
+    # 3. Rows -> token ids and the supervised mask
+    tokenizer = load_tokenizer(str(checkpoint), None, recipe.data.chat_template)
+    train_rows = prepare(recipe.data.train, tokenizer, recipe.data)
+    eval_rows = None if recipe.data.eval is None else prepare(recipe.data.eval, tokenizer, recipe.data)
+
+    # 4. 4-bit base and adapter, counted and held against the recipe
+    model = load_model(checkpoint, recipe)
+    base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
+    stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
+    _audit(model, family, recipe, stats, run, state.is_main_process)
+    if state.is_main_process:
+        _write_provenance(run, recipe, base, command_line)
+
+    # 5. The trainer: TRL's, plus the router term
+    coefficient = recipe.router.router_aux_loss_coef if recipe.router else 0.0
+    term = None if family.moe is None else RouterTerm(model, family.moe, coefficient)
+    trainer = MoeSftTrainer(
+        model=model,
+        router_term=term,
+        args=config,
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer),
+        train_dataset=train_rows.dataset,
+        eval_dataset=None if eval_rows is None else eval_rows.dataset,
+        callbacks=[MetricsCallback(run.metrics)],
+    )
+    newest = run.newest_checkpoint() if resume else None
+    if newest is not None and term is not None:
+        term.load(newest)
+
+    # 6. Train, evaluate, save
+    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    if eval_rows is not None:
+        trainer.evaluate()
+    if state.is_main_process:
+        _save(run, trainer, tokenizer, recipe, base)
+    state.wait_for_everyone()
+    return run.path
+
+
+def _audit(
+    model: Any, family: "Family", recipe: Recipe, stats: dict[str, Any], run: "RunFolder", is_main: bool
+) -> None:
+    """Print and write the audit; stop where the loaded model is not what the recipe says."""
+    from finetune.moe.audit import audit_model, audit_table, differences
+
+    parts = audit_model(model, family)
+    if is_main:
+        rows = {split: split_stats.as_dict() for split, split_stats in stats.items()}
+        run.write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
+        print(audit_table(parts))
+        for split, split_stats in stats.items():
+            print(f"{split} rows: {split_stats}")
+    problems = differences(parts, recipe.lora, family, recipe.model.load_in_4bit, recipe.model.dtype)
+    if problems:
+        raise RunError(problems)
+
+
+def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:
+    from finetune.checkpoint import fingerprint
+
+    return {"name_or_path": recipe.model.name_or_path, "fingerprint": fingerprint(checkpoint)}
+
+
+def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, str], command_line: Sequence[str]) -> None:
+    from finetune.run import collect_provenance
+
+    run.write_text(run.recipe, dump_recipe(recipe))
+    run.write_json(run.provenance, collect_provenance(base, recipe.seed, list(command_line)))
+
+
+def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: dict[str, str]) -> None:
+    """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
+    from finetune.checkpoint import new_folder
+    from finetune.model import save_adapter
+    from finetune.run import draw_loss_curve
+
+    with new_folder(run.adapter) as folder:
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base)
+        tokenizer.save_pretrained(folder)
+    draw_loss_curve(run.metrics, run.loss_curve)
+    print(f"adapter: {run.adapter}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
+    parser = argparse.ArgumentParser(prog="finetune.train", description="Train as a recipe says.")
+    parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
+    parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
+    args = parser.parse_args(argv)
+    try:
+        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
+    except FinetuneError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
