@@ -1,6 +1,6 @@
 """The language of the quickstart: what people say, the command it means, and what training never sees.
 
-A wording is a request with named slots; its answer has the same slots in the same order, after `domain` and `action`.
+A wording is a request with named slots; its answer has the same slots, always in the same order, after `command`.
 A slot's value is copied verbatim from the request into the answer: nothing is computed, rounded or translated.
 `HELD_OUT_*` wordings and values appear in eval.jsonl only.
 """
@@ -21,17 +21,17 @@ class Values:
 
 @dataclass(frozen=True)
 class Intent:
-    """One domain and action: its slots in answer order, its trained wordings, its held-out wordings."""
+    """One command of a domain: its slots in answer order, its trained wordings, its held-out wordings."""
 
     domain: str
-    action: str
+    command: str
     slots: tuple[str, ...]
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
 
     def answer(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """The command as a mapping whose key order is the one of the written JSON."""
-        return {"domain": self.domain, "action": self.action} | {slot: values[slot] for slot in self.slots}
+        return {"command": self.command} | {slot: values[slot] for slot in self.slots}
 
 
 SLOTS: dict[str, Values] = {
@@ -50,7 +50,7 @@ SLOTS: dict[str, Values] = {
             "library",
             "sunroom",
         ),
-        ("office", "attic", "nursery", "music room"),
+        ("office", "attic", "nursery", "pantry"),
     ),
     "degrees": Values((16, 17, 18, 19, 21, 22, 24, 25, 62, 64, 66, 67, 70, 71, 73, 75), (20, 23, 65, 68)),
     "minutes": Values((2, 3, 5, 6, 7, 10, 12, 15, 20, 25, 30, 40, 45, 60, 90), (4, 9, 35, 50)),
@@ -98,12 +98,12 @@ SLOTS: dict[str, Values] = {
             "book club",
             "job interview",
             "car service",
-            "dinner with Sam",
+            "family dinner",
             "parent evening",
             "swimming lesson",
             "budget review",
         ),
-        ("eye exam", "choir practice", "lunch with Nina", "flu shot"),
+        ("eye exam", "choir practice", "staff lunch", "flu shot"),
     ),
     "day": Values(("Monday", "Tuesday", "Thursday", "Friday", "Saturday"), ("Wednesday", "Sunday")),
     "time": Values(
@@ -161,7 +161,7 @@ SLOTS: dict[str, Values] = {
 INTENTS: tuple[Intent, ...] = (
     Intent(
         "lights",
-        "on",
+        "lights_on",
         ("room",),
         (
             "Turn on the {room} lights",
@@ -175,7 +175,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "lights",
-        "off",
+        "lights_off",
         ("room",),
         (
             "Turn off the {room} lights",
@@ -189,7 +189,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "thermostat",
-        "set",
+        "set_temperature",
         ("room", "degrees"),
         (
             "Set the {room} to {degrees} degrees",
@@ -207,7 +207,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "timer",
-        "start",
+        "start_timer",
         ("minutes", "label"),
         (
             "Set a timer of {minutes} minutes for the {label}",
@@ -225,7 +225,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "music",
-        "play",
+        "play_music",
         ("genre", "room"),
         (
             "Play {genre} in the {room}",
@@ -243,14 +243,14 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "calendar",
-        "add",
+        "add_event",
         ("event", "day", "time"),
         (
             "Add the {event} on {day} at {time}",
             "Put the {event} in my calendar for {day} at {time}",
             "Schedule the {event} for {day} at {time}",
             "I have the {event} on {day} at {time}",
-            "On {day} at {time} I have the {event}, add it",
+            "On {day} at {time} I have the {event}",
             "Create an event for {day} at {time}: {event}",
             "Book the {event} for {day} at {time}",
             "Save the {event} to my calendar, {day} at {time}",
@@ -261,7 +261,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "shopping",
-        "add",
+        "add_item",
         ("item",),
         (
             "Add {item} to the shopping list",
@@ -275,7 +275,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "shopping",
-        "remove",
+        "remove_item",
         ("item",),
         (
             "Remove {item} from the shopping list",
@@ -289,7 +289,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "messages",
-        "send",
+        "send_message",
         ("name", "text"),
         (
             "Tell {name} that {text}",
@@ -307,7 +307,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "doors",
-        "lock",
+        "lock_door",
         ("door",),
         (
             "Lock the {door} door",
@@ -321,7 +321,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "doors",
-        "unlock",
+        "unlock_door",
         ("door",),
         (
             "Unlock the {door} door",

@@ -24,12 +24,12 @@ def parse(row: dict[str, Any]) -> Parsed:
     request, reply = (message["content"] for message in row["messages"])
     answer = json.loads(reply)
     assert reply == json.dumps(answer, separators=(",", ":")), "one line of compact JSON"
-    values = {key: value for key, value in answer.items() if key not in ("domain", "action")}
+    values = {key: value for key, value in answer.items() if key != "command"}
     found = [
         (intent, wording, values)
         for intent in INTENTS
         for wording in intent.trained + intent.held_out
-        if (intent.domain, intent.action) == (answer["domain"], answer["action"])
+        if intent.command == answer["command"]
         and tuple(values) == intent.slots
         and wording.format(**values) == request
     ]

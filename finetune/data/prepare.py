@@ -1,0 +1,144 @@
+"""A data file -> a data set of token rows and what was counted on the way. All bad rows are reported together."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from tqdm import tqdm
+
+from finetune.data.formats import FORMATS, own_field
+from finetune.data.render import IGNORED, Rendered, Renderer
+from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
+from finetune.data.table import TokenRows
+from finetune.data.templates import read_template
+from finetune.errors import DataError, Problem
+from finetune.recipe import DataSettings, DataSource
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What became of the rows of one file.
+
+    `rows` read = `kept` + `dropped`; `truncated` are among the kept. `tokens` and `supervised_tokens` count the kept
+    rows after truncation, `longest` is the longest row of the file in tokens, before it. `sequences` is the length of
+    the data set: `kept`, or fewer with packing.
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    dropped: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`dataset` columns: `input_ids`, `labels` (-100: not supervised; NOT shifted), `row` (1-based line number).
+
+    With packing also `position_ids`, and `row` is the list of the packed rows' line numbers.
+    """
+
+    dataset: Dataset
+    stats: DataStats
+
+
+@dataclass
+class _Pass:
+    """One pass over a file: the settings it goes by, what it kept, what it counted."""
+
+    settings: DataSettings
+    kept: TokenRows = field(default_factory=TokenRows)
+    rows: int = 0
+    truncated: int = 0
+    longest: int = 0
+
+    def take(self, rendered: Rendered, line: int) -> None:
+        """Keep the row, as a whole or cut, or drop it; `RowError` where the settings do not allow its length."""
+        length, limit = len(rendered.input_ids), self.settings.max_length
+        self.rows += 1
+        self.longest = max(self.longest, length)
+        if length > limit and self.settings.overlong == "drop":
+            return
+        if length > limit and self.settings.overlong == "error":
+            do = "raise data.max_length, shorten the row, or set data.overlong to truncate or drop"
+            raise RowError(None, f"longer than data.max_length = {limit} tokens", do, f"{length} tokens")
+        ids, labels = rendered.input_ids[:limit], rendered.labels[:limit]
+        if all(label == IGNORED for label in labels):
+            # A whole row has at least the EOS of its last answer, so only a cut can get here.
+            what = f"cut at data.max_length = {limit} tokens it has no supervised token left"
+            raise RowError(None, what, "raise data.max_length, or set data.overlong to drop", f"{length} tokens")
+        self.truncated += length > limit
+        self.kept.append(ids, labels, line)
+
+    def stats(self, sequences: int) -> DataStats:
+        """The counts, as they are reported."""
+        return DataStats(
+            rows=self.rows,
+            kept=len(self.kept.lines),
+            truncated=self.truncated,
+            dropped=self.rows - len(self.kept.lines),
+            tokens=self.kept.tokens,
+            supervised_tokens=self.kept.supervised_tokens,
+            longest=self.longest,
+            sequences=sequences,
+        )
+
+
+def prepare(source: DataSource, tokenizer: Any, settings: DataSettings) -> Prepared:
+    """Read, render, tokenise, mark what is supervised, cut or drop what is too long, pack if asked.
+
+    `tokenizer` comes from `load_tokenizer` with `settings.chat_template`. Raises `DataError` with every bad row, each
+    as `file:line: field: what; got; do`.
+    """
+    renderer = Renderer(tokenizer, _template_name(tokenizer, settings))
+    reading, problems = _Pass(settings), Problems(source.path)
+    for line in _with_progress(source.path):
+        try:
+            reading.take(_render(line, source.format, renderer), line.number)
+        except RowError as error:
+            error.field = own_field(source.format, error.field)
+            problems.add(line.number, error)
+    problems.raise_if_any()
+    _check_not_empty(reading, source.path)
+    kept = reading.kept
+    dataset = kept.packed_dataset(settings.max_length) if settings.packing else kept.dataset()
+    return Prepared(dataset, reading.stats(len(dataset)))
+
+
+def _template_name(tokenizer: Any, settings: DataSettings) -> str:
+    if settings.chat_template is None:
+        return "the tokenizer's own chat template"
+    if tokenizer.chat_template != read_template(settings.chat_template):
+        # What is saved beside the adapter must be what was trained.
+        do = "load the tokenizer with load_tokenizer(..., chat_template=data.chat_template)"
+        what = f"the tokenizer carries another template than {settings.chat_template}"
+        raise DataError(Problem(where="data.chat_template", what=what, do=do))
+    return f"the chat template {settings.chat_template}"
+
+
+def _with_progress(path: str) -> Iterator[Line]:
+    size = check_file(path)
+    with tqdm(total=size, desc=f"Tokenising {path}", unit="B", unit_scale=True) as bar:
+        for line in read_lines(path):
+            yield line
+            bar.update(line.nbytes)
+        bar.update(size - bar.n)  # blank lines
+
+
+def _render(line: Line, row_format: str, renderer: Renderer) -> Rendered:
+    if isinstance(line.value, RowError):
+        raise line.value
+    return renderer(FORMATS[row_format](line.value))
+
+
+def _check_not_empty(reading: _Pass, path: str) -> None:
+    if not reading.rows:
+        raise DataError(Problem(where=path, what="there is no row in the file", do="write one JSON object a line"))
+    if not reading.kept.lines:
+        what = f"every row is longer than data.max_length = {reading.settings.max_length} tokens and was dropped"
+        do = f"raise data.max_length: the longest row has {reading.longest} tokens"
+        raise DataError(Problem(where=path, what=what, do=do))
