@@ -1,0 +1,31 @@
+"""`finetune evaluate MODEL --data FILE`: held-out exact match and router load."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("evaluate", help="held-out exact match by greedy generation, and the routers' load")
+    parser.add_argument("model", type=Path, help="folder of a full checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL file of held-out rows")
+    parser.add_argument("--format", default="messages", choices=("messages", "prompt_completion", "alpaca"))
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--batch-size", type=int, default=16, help="rows generated at a time")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, print, and write the JSON if asked."""
+    from finetune.evaluate import evaluate, load_table
+
+    result = evaluate(args.model, args.data, args.format, args.dtype, args.batch_size)
+    for group, percent in result.exact_match.items():
+        print(f"exact match, {group}: {percent:.1f} %")
+    if result.load is not None:
+        print(load_table(result.load))
+    if args.output is not None:
+        result.write(args.output)
+        print(f"written: {args.output}")
+    return 0

@@ -1,0 +1,136 @@
+"""Floor 6: held-out exact match by greedy generation, and the routers' load on the same rows.
+
+    finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from finetune.data import Conversation, load_tokenizer, read_conversations
+from finetune.errors import Problem, WeightsError
+from finetune.moe.families import MoeLayout, family_of
+from finetune.moe.router import capture, find_routers, token_statistics
+
+SPARE_TOKENS = 8  # generated beyond the longest reference answer, so that one which does not stop is seen not to
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out row: its line, the group it is reported in (key `split`, if any), prompt, reference and answer."""
+
+    line: int
+    split: str
+    prompt: str
+    reference: str
+    answer: str
+
+    @property
+    def exact(self) -> bool:
+        """Whether the answer is the reference, white space around it aside."""
+        return self.answer.strip() == self.reference.strip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result. `exact_match` in percent by group (`all` is every row); `load`: share of the top-k choices that each
+    expert of each layer got, rows sum to 1, on the tokens of the prompts; None for a dense model."""
+
+    model: str
+    data: str
+    rows: int
+    exact_match: dict[str, float]
+    load: list[list[float]] | None
+    answers: list[Row]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, in one step."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float32", batch_size: int = 16) -> Evaluation:
+    """Generate greedily for every row's prompt and compare with its last assistant message."""
+    if not (model_path / "config.json").is_file():
+        raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
+    rows = list(read_conversations(str(data), row_format))
+    tokenizer = load_tokenizer(str(model_path), None, None)
+    tokenizer.padding_side = "left"
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device).eval()
+    references = [conversation[-1]["content"] for _, _, conversation in rows]
+    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
+    prompts = [prompt_text(tokenizer, conversation) for _, _, conversation in rows]
+    answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
+    results = [
+        Row(line, str(row.get("split", "rows")), prompt, reference, answer)
+        for (line, row, _), prompt, reference, answer in zip(rows, prompts, references, answers, strict=True)
+    ]
+    moe = family_of(model.config.model_type, str(model_path / "config.json")).moe
+    load = None if moe is None else _load(model, moe, tokenizer, prompts, batch_size)
+    return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
+
+
+def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
+    """What the model is given: all turns before the last answer, with the generation prompt."""
+    text: str = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def exact_match(rows: list[Row]) -> dict[str, float]:
+    """Percent of exact answers, in all and by group."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups["all"].append(row.exact)
+        groups[row.split].append(row.exact)
+    return {group: 100 * sum(exact) / len(exact) for group, exact in groups.items()}
+
+
+def _batches(tokenizer: Any, prompts: list[str], batch_size: int, device: torch.device, what: str) -> Iterator[Any]:
+    for start in tqdm(range(0, len(prompts), batch_size), desc=what):
+        batch = prompts[start : start + batch_size]
+        yield tokenizer(batch, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+
+
+@torch.no_grad()
+def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
+    for batch in _batches(tokenizer, prompts, batch_size, model.device, "Generating"):
+        ids = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        yield from tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def _load(model: Any, moe: MoeLayout, tokenizer: Any, prompts: list[str], batch_size: int) -> list[list[float]]:
+    routers = find_routers(model, moe.router_module)
+    total: Any = 0
+    for batch in _batches(tokenizer, prompts, batch_size, model.device, "Router load"):
+        with capture(routers) as record:
+            model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        total = total + token_statistics(record, batch["attention_mask"].reshape(-1))[1]
+    shares: list[list[float]] = (total / total.sum(-1, keepdim=True)).tolist()
+    return shares
+
+
+def load_table(load: list[list[float]]) -> str:
+    """Load by layer and expert in percent, one layer a line; balanced is 100 / experts."""
+    lines = ["layer " + "".join(f"{f'expert {e}':>10}" for e in range(len(load[0])))]
+    lines += [f"{index:>5} " + "".join(f"{100 * share:>9.1f}%" for share in row) for index, row in enumerate(load)]
+    return "\n".join(lines)
