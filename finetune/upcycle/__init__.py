@@ -1,0 +1,64 @@
+"""Floor 6: a dense Llama or Mistral model becomes a Mixtral whose experts are copies of its MLP (arXiv 2212.05055)."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from finetune import __version__
+from finetune.checkpoint import new_folder, require_free_disk
+from finetune.errors import Problem, RecipeError
+from finetune.upcycle.files import write_json
+from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
+from finetune.upcycle.source import open_source, packaged_gguf
+
+__all__ = ["Options", "Report", "packaged_gguf", "upcycle"]
+
+# config, tokenizer and templates; the largest tokenizers are some 30 MB
+COMPANION_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: `parameters` in all, `bytes_written` of weights, `seconds` of wall time."""
+
+    folder: Path
+    parameters: int
+    bytes_written: int
+    seconds: float
+
+
+def upcycle(source: Path, out: Path, options: Options) -> Report:
+    """Write `source` as a Mixtral checkpoint into the new folder `out`; nothing is left there after a failure.
+
+    With `noise` 0 all experts of a layer are equal, and since Mixtral's top-k weights sum to one its logits are the
+    dense model's whatever the router says. Raises RecipeError for options, WeightsError for anything on disk.
+    """
+    started = time.monotonic()
+    _check(options)
+    dense = open_source(source, options.dtype)
+    nbytes = sum(spec.nbytes for piece in plan(dense, options.num_experts) for spec in piece.targets)
+    with new_folder(out) as folder:
+        require_free_disk(folder, nbytes + COMPANION_BYTES)
+        write_config(folder, dense, options)
+        dense.write_companions(folder)
+        parameters = write_weights(folder, dense, options)
+        # So that the same model can be made again.
+        origin = {"source": source.name, "moe_finetune": __version__, **asdict(options)}
+        write_json(folder / "upcycle.json", origin)
+    return Report(out, parameters, nbytes, time.monotonic() - started)
+
+
+def _check(options: Options) -> None:
+    problems = []
+    if options.num_experts < 2:
+        problems.append(Problem("--num-experts", "must be at least 2", "give 2 or more", got=str(options.num_experts)))
+    if not 1 <= options.top_k <= options.num_experts:
+        do = f"give a number from 1 to --num-experts ({options.num_experts})"
+        problems.append(Problem("--top-k", "must lie between 1 and the number of experts", do, got=str(options.top_k)))
+    if not (math.isfinite(options.noise) and options.noise >= 0):
+        problems.append(Problem("--noise", "must be 0 or more", "give a number such as 0.01", got=str(options.noise)))
+    if options.max_shard_bytes < 1:
+        problems.append(Problem("--max-shard-size", "must be positive", "give a size such as 2GB"))
+    if problems:
+        raise RecipeError(problems)

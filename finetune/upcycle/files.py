@@ -1,0 +1,21 @@
+"""Small JSON files beside the weights, each written under a temporary name and renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write `fields` as JSON."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_generation_config(folder: Path, settings: dict[str, Any], eos: int | list[int] | None = None) -> None:
+    """Write the special tokens that `generate` needs; `eos` replaces the config's where a chat ends differently."""
+    fields = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if eos is not None:
+        fields["eos_token_id"] = eos
+    write_json(folder / "generation_config.json", {name: value for name, value in fields.items() if value is not None})

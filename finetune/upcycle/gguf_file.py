@@ -1,0 +1,228 @@
+"""A dense source in one GGUF file: metadata -> settings, tensor names and row order -> Hugging Face's.
+
+Only the header is memory-mapped; tensor bytes are read with plain file reads and dequantised a few rows at a time.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.errors import Problem, WeightsError
+from finetune.upcycle.dense import EMBEDDING, FINAL_NORM, HEAD, DenseTensor
+from finetune.upcycle.files import write_generation_config
+from finetune.upcycle.gguf_tokenizer import write_tokenizer
+from finetune.upcycle.huggingface import FLOATS
+
+ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs some ten bytes of scratch for each
+TOP_NAMES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Every `llama.*` key that is understood. Any other would change the arithmetic unseen, so it is refused.
+KNOWN_KEYS = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "vocab_size",
+    "expert_count",
+    "expert_used_count",
+}
+
+
+class GgufSource:
+    """See `DenseSource`. Tensors are dequantised to `dtype` (as in safetensors), by default BF16."""
+
+    def __init__(self, file: Path, dtype: str | None) -> None:
+        self.path = file
+        self.metadata, reader = read_metadata(file)
+        self.settings = read_settings(file, self.metadata)
+        self._infos = {hugging_face_name(info.name): info for info in reader.tensors}
+        self.settings["tie_word_embeddings"] = HEAD not in self._infos
+        if EMBEDDING in self._infos:
+            self.settings["vocab_size"] = int(self._infos[EMBEDDING].shape[1])
+        self.tensors = {
+            name: DenseTensor(dtype or "BF16", tuple(int(size) for size in reversed(info.shape)))
+            for name, info in self._infos.items()
+        }
+        for name, info in self._infos.items():
+            _check_format(file, name, info)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, dequantised, its rows in Hugging Face's order."""
+        from gguf import dequantize
+
+        info, announced = self._infos[name], self.tensors[name]
+        rows, columns = math.prod(announced.shape[:-1]), announced.shape[-1]
+        row_bytes = info.n_bytes // rows
+        weight = torch.empty(rows, columns, dtype=FLOATS[announced.dtype])
+        step = max(1, ROWS_ELEMENTS // columns)
+        with self.path.open("rb") as stream:
+            stream.seek(info.data_offset)
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                raw = np.fromfile(stream, dtype=np.uint8, count=count * row_bytes)
+                values = dequantize(raw.reshape(count, row_bytes), info.tensor_type)
+                weight[start : start + count] = torch.from_numpy(np.array(values, dtype=np.float32))
+        heads = self._rotary_heads(name)
+        if heads:
+            weight = undo_rope_permutation(weight, heads)
+        return weight.reshape(announced.shape)
+
+    def _rotary_heads(self, name: str) -> int | None:
+        if name.endswith("self_attn.q_proj.weight"):
+            return int(self.settings["num_attention_heads"])
+        if name.endswith("self_attn.k_proj.weight"):
+            return int(self.settings["num_key_value_heads"])
+        return None
+
+    def write_companions(self, folder: Path) -> None:
+        """Write the tokenizer of the metadata, and a generation config that also stops at the end of a turn."""
+        write_tokenizer(self.path, self.metadata, folder)
+        eos, eot = self.settings["eos_token_id"], self.metadata.get("tokenizer.ggml.eot_token_id")
+        both = [eos, eot] if eot is not None and eot != eos else eos
+        write_generation_config(folder, self.settings, eos=both)
+
+
+def undo_rope_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q or k `[heads * head_dim, H]` from llama.cpp's order (rotated pairs adjacent) to Hugging Face's.
+
+    The inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
+    """
+    rows, columns = weight.shape
+    return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
+
+
+def hugging_face_name(name: str) -> str:
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; an unknown name stays, to be refused so."""
+    stem, dot, kind = name.rpartition(".")
+    if kind == "weight" and stem in TOP_NAMES:
+        return TOP_NAMES[stem]
+    if stem.startswith("blk."):
+        number, _, part = stem.removeprefix("blk.").partition(".")
+        if part in LAYER_NAMES:
+            return f"model.layers.{number}.{LAYER_NAMES[part]}{dot}{kind}"
+    return name
+
+
+def read_metadata(file: Path) -> tuple[dict[str, Any], Any]:
+    """The key-value pairs (the tokenizer's lists as their length) and gguf's reader; no weights are read."""
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        do = "pip install moe-finetune[gguf]"
+        raise WeightsError(Problem(str(file), "reading GGUF needs the gguf package", do)) from error
+    try:
+        reader = GGUFReader(file)
+        metadata = {key: _value(key, field) for key, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, OSError) as error:
+        raise WeightsError(Problem(str(file), "is not a readable GGUF file", "fetch it again", str(error))) from error
+    if reader.byte_order != "I":
+        raise WeightsError(Problem(str(file), "has the other byte order", "fetch the little-endian file"))
+    if metadata.get("split.count", 0) > 1:
+        do = "join the parts with llama-gguf-split --merge"
+        raise WeightsError(Problem(str(file), "is one part of several", do, got=f"{metadata['split.count']} parts"))
+    return metadata, reader
+
+
+def _value(key: str, field: Any) -> Any:
+    """A field's content; of the tokenizer's lists (a string for every token) only the length is needed."""
+    is_list = field.types[0].name == "ARRAY"
+    return len(field.data) if is_list and key.startswith("tokenizer.") else field.contents()
+
+
+def read_settings(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
+    """The MixtralConfig fields that GGUF metadata fix. Raises WeightsError for what Mixtral cannot express."""
+    kind = metadata.get("general.architecture")
+    if kind != "llama":
+        do = "use a Llama or Mistral model (GGUF calls both llama)"
+        raise WeightsError(Problem(str(file), "architecture cannot be upcycled", do, got=str(kind)))
+    own = {key.removeprefix("llama."): value for key, value in metadata.items() if key.startswith("llama.")}
+    if own.get("expert_count"):
+        do = "use a dense model"
+        got = f"{own['expert_count']} experts"
+        raise WeightsError(Problem(str(file), "the source already is a mixture of experts", do, got))
+    if unknown := sorted(own.keys() - KNOWN_KEYS):
+        do = "use a plain Llama or Mistral model, or the Hugging Face folder of this one"
+        raise WeightsError(Problem(str(file), "has settings that are not understood", do, got=", ".join(unknown)))
+    if lists := sorted(key for key, value in own.items() if isinstance(value, list)):
+        do = "use a model whose layers are alike"
+        raise WeightsError(Problem(str(file), "has settings that differ by layer", do, got=", ".join(lists)))
+    try:
+        return _settings(file, own, metadata)
+    except (KeyError, TypeError) as error:
+        raise WeightsError(
+            Problem(str(file), "lacks or garbles a setting", "fetch it again", got=str(error))
+        ) from error
+
+
+def _settings(file: Path, own: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    heads = own["attention.head_count"]
+    head_dim = own.get("attention.key_length", own["embedding_length"] // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, head_dim) != head_dim:
+            do = "use a model whose heads are rotated whole and equal in size"
+            got = f"{own[key]} for heads of {head_dim}"
+            raise WeightsError(Problem(f"{file}: llama.{key}", "differs from the head size", do, got))
+    return {
+        "vocab_size": own.get("vocab_size", metadata.get("tokenizer.ggml.tokens")),
+        "hidden_size": own["embedding_length"],
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": own.get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": _decimal(own["attention.layer_norm_rms_epsilon"]),
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        "rope_parameters": _rope(file, own),
+        "sliding_window": None,
+    }
+
+
+def _rope(file: Path, own: dict[str, Any]) -> dict[str, Any]:
+    theta = _decimal(own.get("rope.freq_base", 10000.0))
+    kind = own.get("rope.scaling.type", "none")
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear":
+        return {"rope_type": "linear", "rope_theta": theta, "factor": _decimal(own["rope.scaling.factor"])}
+    do = "use the Hugging Face folder of this model"
+    raise WeightsError(Problem(f"{file}: llama.rope.scaling.type", "cannot be read from GGUF", do, got=str(kind)))
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal number that is this fp32 value: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _check_format(file: Path, name: str, info: Any) -> None:
+    from gguf.quants import _type_traits
+
+    kind = info.tensor_type
+    if kind.name not in ("F32", "F16") and kind not in _type_traits:
+        do = "use a file in another quantisation"
+        raise WeightsError(Problem(f"{file}: {name}", "is in a format that gguf cannot read", do, got=kind.name))
