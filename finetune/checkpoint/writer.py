@@ -97,10 +97,13 @@ class CheckpointWriter:
         self._put(slot, slot.offset, tensor)
 
     def write_rows(self, key: str, start: int, rows: torch.Tensor) -> None:
-        """Write some rows of a tensor, beginning with row `start`. Rows must not be written twice."""
+        """Write some rows of a tensor, beginning with row `start`, each once; a tensor without axes is one row."""
         slot = self._slot(key, rows)
         shape = slot.spec.shape
-        if not shape or tuple(rows.shape[1:]) != shape[1:] or start + rows.shape[0] > shape[0]:
+        if not shape:
+            self.write(key, rows)
+            return
+        if tuple(rows.shape[1:]) != shape[1:] or start + rows.shape[0] > shape[0]:
             got = f"{list(rows.shape)} at row {start}"
             raise WeightsError(Problem(key, "rows do not fit the announced shape", f"write rows of {list(shape)}", got))
         self._put(slot, slot.offset + start * (slot.spec.nbytes // max(shape[0], 1)), rows)

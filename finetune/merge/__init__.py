@@ -1,0 +1,179 @@
+"""Floor 6: adapter + base checkpoint -> full weights, streamed and proven."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
+from finetune.errors import Problem, WeightsError
+from finetune.merge import proof
+from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
+from finetune.merge.deltas import Delta, plan
+from finetune.merge.files import copy_files, merged_config, side_files, write_json
+from finetune.merge.logits import LayerwiseModel
+from finetune.merge.report import MergeReport, PartFigures
+from finetune.merge.stream import Ledger, output_specs, stream
+from finetune.moe.families import family_of
+
+__all__ = ["DTYPES", "MergeReport", "merge"]
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+REPORT_FILE = "merge-report.json"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything known before the first byte is written."""
+
+    adapter: Adapter
+    base: CheckpointReader
+    fingerprint: str
+    deltas: dict[str, Delta]
+    dtype: str | None  # "BF16"; None leaves every tensor in its own
+    files: list[Path]
+    show_progress: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in output_specs(self.base, self.dtype))
+
+
+def merge(
+    adapter: Path, output: Path, *, base: Path | None = None, dtype: str | None = None, show_progress: bool = True
+) -> MergeReport:
+    """Write base + adapter to `output`, and prove it before the folder gets its name.
+
+    `base` replaces the recorded location only: its fingerprint must still be the recorded one. `dtype`: one of DTYPES.
+    Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
+    """
+    job = _prepare(Path(adapter), base, dtype, show_progress)
+    require_free_disk(Path(output), job.nbytes)
+    with new_folder(output) as folder:
+        started = time.monotonic()
+        with _bar(job, "merge", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
+            ledger = stream(job.base, job.deltas, folder, job.dtype, bar.update)
+        streamed = time.monotonic()
+        copy_files(job.files, folder)
+        report = _prove(job, ledger, folder, Path(output), started, streamed)
+        write_json(folder / REPORT_FILE, report.as_dict())
+        # Last of all: without it no reader takes the folder for a model.
+        write_json(folder / "config.json", merged_config(job.base.config, job.dtype))
+    return report
+
+
+def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_progress: bool) -> _Job:
+    adapter = read_adapter(adapter_folder)
+    folder = _base_folder(adapter, base)
+    reader = CheckpointReader(folder)
+    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    found = fingerprint(folder)
+    if adapter.base_fingerprint not in (None, found):
+        do = "give the base that the adapter was trained on with --base"
+        got = f"{found[:12]} where the adapter records {str(adapter.base_fingerprint)[:12]}"
+        raise WeightsError(Problem(str(folder), "base fingerprint differs", do, got))
+    deltas = plan(reader, adapter, family)
+    _require_floats(reader, deltas)
+    return _Job(
+        adapter=adapter,
+        base=reader,
+        fingerprint=found,
+        deltas=deltas,
+        dtype=None if dtype is None else DTYPES[dtype],
+        files=side_files(folder, adapter.folder),
+        show_progress=show_progress,
+    )
+
+
+def _base_folder(adapter: Adapter, base: Path | None) -> Path:
+    if base is not None:
+        return Path(base)
+    location = adapter.base_location
+    if location is None:
+        do = "name the base checkpoint with --base"
+        raise WeightsError(Problem(str(adapter.folder), f"does not record its base ({RECORD_FILE})", do))
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:  # A name on the hub: only what was downloaded for training, never a network call.
+        return Path(snapshot_download(location, revision=adapter.base_revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        do = "name the folder of the base checkpoint with --base"
+        where = str(adapter.folder / RECORD_FILE)
+        raise WeightsError(Problem(where, "the recorded base is not on this machine", do, got=location)) from error
+
+
+def _require_floats(base: CheckpointReader, deltas: Mapping[str, Delta]) -> None:
+    do = "give the 16-bit checkpoint that the quantised one was made from with --base"
+    if base.config.get("quantization_config"):
+        raise WeightsError(Problem(str(base.folder / "config.json"), "the base is quantised", do))
+    for key in deltas:
+        if base.info(key).dtype not in FLOATS:
+            raise WeightsError(Problem(f"{base.folder}: {key}", "the base is quantised", do, got=base.info(key).dtype))
+
+
+def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float, streamed: float) -> MergeReport:
+    """All proofs, cheapest first; the first that fails raises WeightsError."""
+    merged = CheckpointReader(folder)
+    used = proof.prove_usage(ledger, job.adapter, job.deltas)
+    tensors = proof.prove_keys(merged, output_specs(job.base, job.dtype))
+    with _bar(job, "compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
+        changed = proof.prove_changes(job.base, merged, ledger.targeted, bar.update)
+    base_config = job.base.config
+    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder)
+    merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype))
+    prompts = proof.prompt_ids(folder, int(base_config["vocab_size"]))
+    with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:
+        figures = proof.measure_logits(base_model, merged_model, prompts, bar.update)
+    dtypes = tuple(sorted({merged.info(key).dtype for key in merged.keys}))
+    proof.judge_logits(figures, float32=dtypes == ("F32",), rounding=_rounding(ledger))
+    return MergeReport(
+        adapter=str(job.adapter.folder),
+        base=str(job.base.folder),
+        base_fingerprint=job.fingerprint,
+        fingerprint_recorded=job.adapter.base_fingerprint is not None,
+        output=str(output),
+        dtypes=dtypes,
+        nbytes=job.nbytes,
+        adapter_tensors=used,
+        tensors=tensors,
+        targeted=len(job.deltas),
+        changed=changed,
+        parts=_part_figures(job.deltas, ledger),
+        logits=figures,
+        stream_seconds=round(streamed - started, 3),
+        proof_seconds=round(time.monotonic() - streamed, 3),
+    )
+
+
+def _part_figures(deltas: Mapping[str, Delta], ledger: Ledger) -> dict[str, PartFigures]:
+    counts = Counter(delta.part for delta in deltas.values())
+    return {
+        part: PartFigures(
+            tensors=counts[part],
+            relative_delta=math.sqrt(norms.delta / norms.base) if norms.base else 0.0,
+            relative_rounding=math.sqrt(norms.rounding / norms.delta) if norms.delta else None,
+        )
+        for part, norms in sorted(ledger.norms.items())
+    }
+
+
+def _rounding(ledger: Ledger) -> float:
+    """Norm of what rounding lost over the norm of the delta, over all parts; 0 without any delta."""
+    delta = sum(norms.delta for norms in ledger.norms.values())
+    return math.sqrt(sum(norms.rounding for norms in ledger.norms.values()) / delta) if delta else 0.0
+
+
+@contextmanager
+def _bar(job: _Job, name: str, unit: str, total: int) -> "Iterator[tqdm[None]]":
+    with tqdm(
+        total=total, desc=name, unit=unit, unit_scale=unit == "B", unit_divisor=1024, disable=not job.show_progress
+    ) as bar:
+        yield bar

@@ -1,0 +1,168 @@
+"""Read a PEFT LoRA adapter folder: settings, base, and where each pair of factors lies on disk."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.reader import TensorInfo, read_header, read_json
+from finetune.errors import Problem, WeightsError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+RECORD_FILE = "finetune.json"
+EXPERT_LAYOUT = "A:expert-major,B:rank-major"
+PREFIX = "base_model.model."
+FACTORS = ("lora_A", "lora_B")
+FLOATS = ("F32", "BF16", "F16")
+
+# Settings that leave W + scale * B A as it is. Any other one that is switched on changes what the adapter computes.
+NEUTRAL_SETTINGS = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "lora_dropout",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "megatron_core",
+        "qalora_group_size",
+    }
+)
+# The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
+NEUTRAL_INITS = (True, False, "gaussian", "eva")
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """`lora_A` [rows, in] and `lora_B` [out, rows] of one wrapped module; rows are r, or E*r for a stack of experts."""
+
+    a: TensorInfo
+    b: TensorInfo
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter folder; `pairs` by the wrapped module's path in the loaded model (`base_layer` nesting included)."""
+
+    folder: Path
+    settings: dict[str, Any]
+    pairs: dict[str, FactorPair]
+    base_location: str | None
+    base_revision: str | None
+    base_fingerprint: str | None
+
+    def rank(self, name: str) -> int:
+        """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
+        return int(self._by_pattern("rank_pattern", name, "r"))
+
+    def scale(self, name: str) -> float:
+        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+        r = self.rank(name)
+        alpha = float(self._by_pattern("alpha_pattern", name, "lora_alpha"))
+        return alpha / math.sqrt(r) if self.settings.get("use_rslora") else alpha / r
+
+    def _by_pattern(self, patterns: str, name: str, default: str) -> Any:
+        from peft.utils.other import get_pattern_key
+
+        values: dict[str, Any] = self.settings.get(patterns) or {}
+        return values.get(get_pattern_key(list(values), name), self.settings[default])
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """The adapter in `folder`. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
+    folder = Path(folder)
+    _require_files(folder)
+    settings = read_json(folder / CONFIG_FILE)
+    _require_plain_lora(folder / CONFIG_FILE, settings)
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+    layout = record.get("layout", {}).get("expert_lora", EXPERT_LAYOUT)
+    if layout != EXPERT_LAYOUT:
+        do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
+        raise WeightsError(
+            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(layout))
+        )
+    base = record.get("base", {})
+    return Adapter(
+        folder=folder,
+        settings=settings,
+        pairs=_pairs(folder / WEIGHTS_FILE),
+        base_location=base.get("name_or_path"),
+        base_revision=base.get("revision"),
+        base_fingerprint=base.get("fingerprint"),
+    )
+
+
+def _require_files(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        do = "give the folder that the run wrote (runs/<name>/adapter)"
+        raise WeightsError(Problem(str(folder), f"is not an adapter folder: it has no {CONFIG_FILE}", do))
+    if (folder / WEIGHTS_FILE).is_file():
+        return
+    if (folder / "adapter_model.bin").is_file():
+        do = "save it again as safetensors: pickle files can run code and are never opened here"
+        raise WeightsError(Problem(str(folder), "the adapter is in pickle format", do, got="adapter_model.bin"))
+    raise WeightsError(Problem(str(folder), f"has no {WEIGHTS_FILE}", "give the folder that the run wrote"))
+
+
+def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
+    do = "only plain LoRA (W + scale * B A) is merged here"
+    problems = []
+    if settings.get("peft_type") != "LORA":
+        problems.append(Problem(f"{where}: peft_type", "adapter is not LoRA", do, got=str(settings.get("peft_type"))))
+    if settings.get("init_lora_weights", True) not in NEUTRAL_INITS:
+        got = str(settings["init_lora_weights"])
+        problems.append(Problem(f"{where}: init_lora_weights", "this start changes the base weights", do, got=got))
+    for name, value in settings.items():
+        if name not in NEUTRAL_SETTINGS and value not in (None, False, "none", [], {}):
+            problems.append(Problem(f"{where}: {name}", "setting is not supported by the merge", do, json.dumps(value)))
+    types: dict[str, Callable[[Any], bool]] = {
+        "r": lambda value: isinstance(value, int) and value > 0,
+        "lora_alpha": lambda value: isinstance(value, int | float),
+    }
+    problems += [
+        Problem(f"{where}: {name}", "missing or not a number", "save the adapter again", got=str(settings.get(name)))
+        for name, valid in types.items()
+        if not valid(settings.get(name))
+    ]
+    if problems:
+        raise WeightsError(problems)
+
+
+def _pairs(file: Path) -> dict[str, FactorPair]:
+    found: dict[str, dict[str, TensorInfo]] = {}
+    problems: list[Problem] = []
+    for key, info in read_header(file).items():
+        path, _, factor = key.removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or not key.endswith(".weight") or factor not in FACTORS:
+            do = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight can be merged"
+            problems.append(Problem(str(file), "tensor is not a LoRA factor", do, got=key))
+        elif info.dtype not in FLOATS or len(info.shape) != 2:
+            got = f"{info.dtype}{list(info.shape)}"
+            problems.append(Problem(f"{file}: {key}", "factor is not a floating-point matrix", "save it again", got))
+        else:
+            found.setdefault(path.removeprefix(PREFIX), {})[factor] = info
+    for path, factors in found.items():
+        for missing in set(FACTORS) - set(factors):
+            do = "the file is incomplete: save the adapter again"
+            problems.append(Problem(str(file), f"{path} has no {missing}", do, got=f"only {next(iter(factors))}"))
+    if not found and not problems:
+        problems.append(Problem(str(file), "holds no tensors", "save the adapter again"))
+    if problems:
+        raise WeightsError(problems)
+    return {path: FactorPair(factors["lora_A"], factors["lora_B"]) for path, factors in found.items()}

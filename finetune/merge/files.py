@@ -1,0 +1,75 @@
+"""What stands beside the weights: configuration, tokenizer, chat template, generation settings."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Problem, WeightsError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+GENERATION_FILE = "generation_config.json"
+CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def side_files(base: Path, adapter: Path) -> list[Path]:
+    """The files to copy: tokenizer, template, generation settings; the adapter's where it holds them, else the base's.
+
+    A tokenizer is taken whole from one of the two folders. Raises WeightsError when neither has one.
+    """
+    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    files = _held(source, TOKENIZER_FILES)
+    if not files:
+        do = "the base folder needs its tokenizer files: the proof reads text with them"
+        raise WeightsError(Problem(str(base), "has no tokenizer", do))
+    files += _held(adapter, TEMPLATE_FILES) or _held(source, TEMPLATE_FILES)
+    return files + (_held(adapter, (GENERATION_FILE,)) or _held(base, (GENERATION_FILE,)))
+
+
+def _held(folder: Path, names: tuple[str, ...]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def copy_files(files: list[Path], folder: Path) -> None:
+    """Copy contents only: what is a link in a download cache becomes a file."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def merged_config(base: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The base's `config.json` for the merged model; `dtype` ("BF16") when the output has one of its own.
+
+    `output_router_logits` is off: left on, it breaks generation. Both spellings of the rotary base are written, so that
+    readers from before and after transformers 5 see the same one.
+    """
+    config = dict(base)
+    if "output_router_logits" in config:
+        config["output_router_logits"] = False
+    if dtype is not None:
+        names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
+        config |= dict.fromkeys(names, CONFIG_NAMES[dtype])
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    elif rope is None and "rope_theta" in config:
+        scaling = config.get("rope_scaling") or {"rope_type": "default"}
+        config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
+    return config
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write through a temporary name, so that the file is whole or absent."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,165 @@
+"""Proofs that a merged checkpoint is base + adapter, each of which can fail.
+
+What the stream recorded is checked against what the adapter and the base hold; then the files that were written are
+loaded again and their logits compared with the adapter's own, through stock transformers and PEFT.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from finetune.checkpoint import CheckpointReader, TensorSpec
+from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.errors import Problem, WeightsError
+from finetune.merge.adapter import Adapter
+from finetune.merge.deltas import Delta
+from finetune.merge.logits import LayerwiseModel
+from finetune.merge.stream import Ledger, blocks
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "Turn on the light in the kitchen and set the alarm for half past six.",
+    "def add(a, b):\n    return a + b\n",
+    "List three things that float on water: 1.",
+)
+MAX_PROMPT_TOKENS = 48
+# Share of the adapter's own effect on the logits that the merged model may be off by, in the mean.
+MAX_RELATIVE_DISTANCE = 0.1
+MAX_FLOAT32_DIFFERENCE = 1e-4
+# Share of the delta's norm lost in rounding from which the output's number format is named as the cause of a failure.
+COARSE_ROUNDING = 0.1
+
+
+@dataclass(frozen=True)
+class LogitFigures:
+    """Distances between logits over all prompts; means and maxima of absolute differences."""
+
+    tokens: int
+    adapter_effect_mean: float  # base against base + adapter
+    merged_error_mean: float  # merged against base + adapter
+    merged_error_max: float
+    merged_change_mean: float  # merged against base
+
+
+def prove_usage(ledger: Ledger, adapter: Adapter, deltas: Mapping[str, Delta]) -> int:
+    """Every row of every expert of every factor pair went into exactly one row on disk; returns their tensors."""
+    experts = {delta.path: delta.experts for delta in deltas.values()}
+    problems = [
+        Problem(path, "adapter tensor was not used exactly once", "report this bug", got=f"expert {expert} of {count}")
+        for path, pair in adapter.pairs.items()
+        for count in (experts.get(path, 1),)
+        for expert in range(count)
+        if not _tiles([block[1:] for block in ledger.used.get(path, []) if block[0] == expert], pair.b.shape[0])
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return 2 * len(adapter.pairs)
+
+
+def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:
+    """Whether the blocks (first row, past it) cover rows 0 to `rows` without gap or overlap."""
+    position = 0
+    for first, past in sorted(blocks):
+        if first != position:
+            return False
+        position = past
+    return position == rows
+
+
+def prove_keys(merged: CheckpointReader, specs: list[TensorSpec]) -> int:
+    """The written checkpoint holds the base's keys with the base's shapes; returns their number."""
+    expected = {spec.key: (spec.dtype, spec.shape) for spec in specs}
+    found = {key: (merged.info(key).dtype, merged.info(key).shape) for key in merged.keys}
+    wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    if wrong:
+        got = f"{len(wrong)} differ, first {wrong[0]}: {found.get(wrong[0])} for {expected.get(wrong[0])}"
+        raise WeightsError(Problem(str(merged.folder), "keys or shapes differ from the base's", "report this bug", got))
+    return len(found)
+
+
+def prove_changes(
+    base: CheckpointReader,
+    merged: CheckpointReader,
+    targeted: set[str],
+    advance: Callable[[int], object] = lambda _: None,
+) -> int:
+    """The tensors on disk that differ from the base's are those with a non-zero delta, no others; returns their number.
+
+    Both checkpoints are read again; where the output has another dtype the base is rounded to it first.
+    """
+    changed = set()
+    for key in base.keys:
+        dtype = TORCH_DTYPES[merged.info(key).dtype]
+        for start, stop in blocks(base.info(key)):
+            rows = base.read_rows(key, start, stop)
+            if not torch.equal(rows.to(dtype), merged.read_rows(key, start, stop)):
+                changed.add(key)
+            advance(rows.numel() * rows.itemsize)
+    extra, lost = sorted(changed - targeted), sorted(targeted - changed)
+    if extra:
+        raise WeightsError(Problem(extra[0], "tensor changed without a delta", "report this bug", f"{len(extra)} such"))
+    if lost:
+        what = f"{len(lost)} of {len(targeted)} changes vanished in rounding"
+        raise WeightsError(Problem(lost[0], what, "merge with --dtype float32: the delta is below the number format"))
+    return len(changed)
+
+
+def prompt_ids(tokenizer_folder: Path, vocab_size: int) -> list[torch.Tensor]:
+    """The fixed prompts as token ids [T]; WeightsError for a tokenizer with more tokens than the model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+    prompts = [torch.tensor(tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS]) for text in PROMPTS]
+    highest = max(int(prompt.max()) for prompt in prompts)
+    if highest >= vocab_size:
+        do = "the tokenizer and the model do not belong together"
+        got = f"id {highest} for {vocab_size} entries"
+        raise WeightsError(Problem(str(tokenizer_folder), "a token is outside the model's vocabulary", do, got))
+    return prompts
+
+
+def measure_logits(
+    base: LayerwiseModel,
+    merged: LayerwiseModel,
+    prompts: list[torch.Tensor],
+    advance: Callable[[int], object] = lambda _: None,
+) -> LogitFigures:
+    """Logits of base, base + adapter and merged in fp32, one after the other, compared."""
+    reference = base.logits(prompts, advance)
+    plain, adapted = torch.cat(reference["base"]).double(), torch.cat(reference["adapted"]).double()
+    result = torch.cat(merged.logits(prompts, advance)["base"]).double()
+    error = (result - adapted).abs()
+    return LogitFigures(
+        tokens=len(result),
+        adapter_effect_mean=float((plain - adapted).abs().mean()),
+        merged_error_mean=float(error.mean()),
+        merged_error_max=float(error.max()),
+        merged_change_mean=float((result - plain).abs().mean()),
+    )
+
+
+def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
+    """Raise WeightsError unless the merged model computes what base + adapter computes.
+
+    `float32`: the output is float32 throughout; `rounding`: norm of what rounding took, over the norm of the delta.
+    """
+    if not all(value == value and abs(value) != float("inf") for value in asdict(figures).values()):
+        raise WeightsError(Problem("proof: logits", "not finite", "check the base and the adapter", str(figures)))
+    if figures.merged_error_mean <= MAX_RELATIVE_DISTANCE * figures.adapter_effect_mean:
+        return
+    if float32 and figures.merged_error_max <= MAX_FLOAT32_DIFFERENCE:
+        return
+    what = "merged model differs from base + adapter"
+    got = (
+        f"mean difference {figures.merged_error_mean:.3g} where the adapter's whole effect is "
+        f"{figures.adapter_effect_mean:.3g}"
+    )
+    do = "report this bug"
+    if not float32 and rounding > COARSE_ROUNDING:
+        do = (
+            "the adapter's change is below the resolution of the number format (rounding error is "
+            f"{rounding:.0%} of the change): merge with --dtype float32"
+        )
+    raise WeightsError(Problem("proof: logits", what, do, got))

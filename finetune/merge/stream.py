@@ -1,0 +1,116 @@
+"""Stream a base checkpoint into a merged one, a block of rows at a time; nothing larger than a block is in memory."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, TensorSpec
+from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.errors import Problem, WeightsError
+from finetune.merge.adapter import FLOATS
+from finetune.merge.deltas import Delta
+
+# Elements of a block: 8 MiB in fp32, of which a handful are in memory at a time.
+BLOCK_ELEMENTS = 2 * 2**20
+
+
+@dataclass
+class PartNorms:
+    """Sums of squares over all targeted tensors of one part of the model, fp64."""
+
+    base: float = 0.0
+    delta: float = 0.0
+    rounding: float = 0.0  # of what rounding to the output dtype lost
+
+
+@dataclass
+class Ledger:
+    """What the stream did, recorded where it did it; the proof is read from here."""
+
+    used: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)  # path -> (expert, first row, past it)
+    targeted: set[str] = field(default_factory=set)  # tensors whose change is not zero
+    norms: dict[str, PartNorms] = field(default_factory=dict)
+
+
+def output_specs(base: CheckpointReader, dtype: str | None) -> list[TensorSpec]:
+    """The base's tensors, floating-point ones in `dtype` ("BF16") when it is given."""
+    infos = [base.info(key) for key in base.keys]
+    return [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
+
+
+def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
+    """The largest shard of the output when it is cut as the base is: one file stays one, several stay as many or so."""
+    sizes: dict[Path, int] = {}
+    for spec in specs:
+        file = base.info(spec.key).file
+        sizes[file] = sizes.get(file, 0) + spec.nbytes
+    return max(sizes.values())
+
+
+def stream(
+    base: CheckpointReader,
+    deltas: Mapping[str, Delta],
+    folder: Path,
+    dtype: str | None = None,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Ledger:
+    """Write base + deltas to `folder`; arithmetic in fp32; `advance` is told the base's bytes as they pass.
+
+    Raises WeightsError for a result that is not finite.
+    """
+    specs = output_specs(base, dtype)
+    ledger = Ledger()
+    with CheckpointWriter(folder, specs, shard_bytes(base, specs)) as writer:
+        for spec in specs:
+            info = base.info(spec.key)
+            delta = deltas.get(spec.key)
+            for start, stop in blocks(info):
+                rows = base.read_rows(info.key, start, stop)
+                out = TORCH_DTYPES[spec.dtype]
+                merged = rows.to(out) if delta is None else _merge_rows(rows, delta, start, stop, out, ledger)
+                _require_finite(merged, info.key)
+                writer.write_rows(info.key, start, merged)
+                advance(rows.numel() * rows.itemsize)
+    return ledger
+
+
+def blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into ranges of rows; a tensor without an axis is one block of its own."""
+    if not info.shape:
+        yield 0, 1
+        return
+    columns = max(1, info.nbytes // TORCH_DTYPES[info.dtype].itemsize // max(info.shape[0], 1))
+    step = max(1, BLOCK_ELEMENTS // columns)
+    for start in range(0, info.shape[0], step):
+        yield start, min(start + step, info.shape[0])
+
+
+def _merge_rows(
+    rows: torch.Tensor, delta: Delta, start: int, stop: int, dtype: torch.dtype, ledger: Ledger
+) -> torch.Tensor:
+    """Base rows `start:stop` plus their change, added in fp32 and rounded once; the ledger learns what was done."""
+    base_nI = rows.to(torch.float32, copy=True)
+    delta_nI = delta.rows(start, stop)
+    norms = ledger.norms.setdefault(delta.part, PartNorms())
+    norms.base += _square(base_nI)
+    norms.delta += _square(delta_nI)
+    if bool(delta_nI.any()):
+        ledger.targeted.add(delta.key)
+    exact_nI = base_nI.add_(delta_nI)
+    merged = exact_nI.to(dtype)
+    norms.rounding += _square(exact_nI - merged)
+    used = ledger.used.setdefault(delta.path, [])
+    used.append((delta.expert, delta.first_row + start, delta.first_row + stop))
+    return merged
+
+
+def _square(x: torch.Tensor) -> float:
+    return float(x.reshape(-1).dot(x.reshape(-1)))
+
+
+def _require_finite(rows: torch.Tensor, key: str) -> None:
+    if rows.is_floating_point() and not bool(torch.isfinite(rows).all()):
+        do = "check the base, the adapter (a run that diverged?) and, with --dtype float16, the range of the weights"
+        raise WeightsError(Problem(key, "merged tensor is not finite", do))
