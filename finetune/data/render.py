@@ -73,7 +73,7 @@ class Renderer:
 
     def _check_template(self) -> None:
         """Refuse a template that cannot work for any row, once and by its name."""
-        probe = [Message(role="user", content="Q"), Message(role="assistant", content="A")]
+        probe = [Message(role="user", content="question?"), Message(role="assistant", content="answer!")]
         try:
             self(probe)
         except RowError as error:
@@ -112,8 +112,6 @@ class Renderer:
         if not text.startswith(prompt) or not text.startswith(until) or not until.startswith(prompt):
             what = f"{self._name} renders what comes before an answer differently once the answer is there"
             raise RowError(field, what, ANOTHER_TEMPLATE, shown(prompt[-60:]))
-        if not prompt:
-            raise RowError(field, f"{self._name} writes nothing before the answer", ANOTHER_TEMPLATE)
         answer, eos, rest = until[len(prompt) :].partition(self._tokenizer.eos_token)
         if not eos or rest.strip():
             what = f"{self._name} does not end an answer with the EOS token {self._tokenizer.eos_token}"

@@ -1,0 +1,76 @@
+"""Loading a tokenizer: a pad token that is not the EOS, no token added, the template that the recipe names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.data.templates import SHIPPED, read_template
+from finetune.data.tokenizer import load_tokenizer
+from finetune.errors import DataError, WeightsError
+from tests.support import CHATML, tiny_tokenizer
+
+
+def saved(folder: Path, **special_tokens: str | None) -> str:
+    """The tiny tokenizer on disk with other special tokens."""
+    tiny_tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **special_tokens}))
+    return str(folder)
+
+
+def test_a_pad_token_of_its_own_is_kept(tmp_path: Path) -> None:
+    assert load_tokenizer(saved(tmp_path), None, None).pad_token == "<|pad|>"
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"])
+def test_where_pad_would_be_the_eos_the_unknown_token_pads(tmp_path: Path, pad: str | None) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path, pad_token=pad, unk_token="<|endoftext|>"), None, None)
+    assert tokenizer.pad_token == "<|endoftext|>"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert len(tokenizer) == len(tiny_tokenizer()), "no token may be added"
+
+
+@pytest.mark.parametrize("unk", [None, "<|im_end|>"])
+def test_where_nothing_can_pad_the_tokenizer_is_refused(tmp_path: Path, unk: str | None) -> None:
+    with pytest.raises(WeightsError) as caught:
+        load_tokenizer(saved(tmp_path, pad_token="<|im_end|>", unk_token=unk), None, None)
+    assert str(caught.value) == (
+        f"{tmp_path}: the tokenizer has no pad token other than its EOS; got pad '<|im_end|>', unk {unk!r}, "
+        "eos '<|im_end|>'; set pad_token in its tokenizer_config.json to a token of the vocabulary that no text "
+        "contains"
+    )
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"the tokenizer has no EOS token; set eos_token in its tokenizer_config"):
+        load_tokenizer(saved(tmp_path, eos_token=None), None, None)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no tokenizer could be loaded; got .*; give the folder of a checkpoint"):
+        load_tokenizer(str(tmp_path), None, None)
+
+
+def test_its_own_template_is_kept_unless_another_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    assert load_tokenizer(folder, None, None).chat_template == CHATML
+    assert load_tokenizer(folder, None, "alpaca").chat_template == read_template("alpaca")
+
+
+def test_a_template_can_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text("{{ messages }}", encoding="utf-8")
+    assert read_template(str(tmp_path / "mine.jinja")) == "{{ messages }}"
+
+
+def test_a_template_that_is_neither_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        read_template("chatlm")
+    assert str(caught.value) == (
+        "data.chat_template: no such template; got 'chatlm' (FileNotFoundError); "
+        "name a shipped template (alpaca, chatml, mistral) or the path of a .jinja file"
+    )
+
+
+def test_the_shipped_templates_are_these() -> None:
+    assert SHIPPED == ("alpaca", "chatml", "mistral")
