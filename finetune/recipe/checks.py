@@ -127,7 +127,7 @@ def _length(source: Source) -> None:
     if steps is not None and epochs is not None:
         got = f"max_steps: {show(steps)} and num_train_epochs: {show(epochs)}"
         where = _later(source, _path(keys[0]), _path(keys[1]))
-        source.report(where, "two lengths of the run", "keep exactly one of the two", got=got)
+        source.report(where, "two lengths of the run", "keep one of the two; null takes the other away", got=got)
 
 
 def _later(source: Source, first: Path, second: Path) -> Path:

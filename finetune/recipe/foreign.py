@@ -64,7 +64,7 @@ _RENAMED = {
     "method.kind": "stage finetuning_type task trainer_type rl",
 }
 
-_DPO = Foreign("a DPO setting, which sft does not have", "remove it")
+_DPO = ("beta", "rl_beta", "dpo_beta", "pref_beta", "pref_loss", "ref_model", "max_prompt_length")
 _NF4 = Foreign("not a choice here: 4-bit storage is NF4 with double quantisation", "write model.load_in_4bit only")
 _HARDWARE = Foreign(
     "hardware is not part of a recipe", "remove it and choose a file of accelerate_configs/ for accelerate launch"
@@ -76,7 +76,7 @@ _SOURCES = Foreign(
 
 # Another meaning, or none here.
 _SPECIAL = {
-    **dict.fromkeys(("beta", "rl_beta", "dpo_beta", "pref_beta", "pref_loss", "ref_model", "max_prompt_length"), _DPO),
+    **{name: Foreign(f"{name} is a DPO setting", "remove it") for name in _DPO},
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"), _NF4
     ),

@@ -1,5 +1,7 @@
 """pydantic's errors in the words of a recipe: the key as typed, what is wrong, what to write."""
 
+import re
+
 from finetune.recipe.fields import Setting, settings
 from finetune.recipe.source import Source, show
 from finetune.recipe.unknown import closest, unknown_key
@@ -41,6 +43,8 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
     if kind == "missing":
         source.report(path, f"required {'section' if setting.section else 'key'} is missing", _add(setting))
         return
+    if any(at[: len(path)] == path for at in source.broken) and not setting.section:
+        return  # another branch of a union has already said it, more exactly
     value = source.get(path)
     if kind in _OUT_OF_RANGE:
         what = "out of range"
@@ -48,7 +52,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         what = "not one of the known values"
     else:
         what = "wrong type"
-    source.report(path, what, _write(setting, value), got=show(value))
+    source.report(path, what, _write(setting, value, inside=".".join(map(str, path)) != setting.path), got=show(value))
 
 
 def _setting_at(source: Source, location: tuple[int | str, ...]) -> tuple[Setting, Path]:
@@ -60,10 +64,8 @@ def _setting_at(source: Source, location: tuple[int | str, ...]) -> tuple[Settin
     setting, path = known[".".join(map(str, location[:length]))], location[:length]
     for part in location[length:]:
         around = source.get(path)
-        inside = isinstance(around, list) and isinstance(part, int)
-        if not inside and not (isinstance(around, dict) and part in around):
-            break
-        path = (*path, part)
+        if (isinstance(around, list) and isinstance(part, int)) or (isinstance(around, dict) and part in around):
+            path = (*path, part)
     return setting, path
 
 
@@ -75,9 +77,12 @@ def _add(setting: Setting) -> str:
     return f"add it: {setting.expects}"
 
 
-def _write(setting: Setting, value: Value) -> str:
-    """What to write instead of `value`, with the likely slip where there is one."""
-    slip = _slip_in_text(setting, value) if isinstance(value, str) else _slip(setting, value)
+def _write(setting: Setting, value: Value, *, inside: bool) -> str:
+    """What to write instead of `value`, with the likely slip where there is one; `inside`: an item of a list."""
+    if isinstance(value, str):
+        slip = _misspelt(setting, value) if inside else _slip_in_text(setting, value)
+    else:
+        slip = None if inside else _slip(setting, value)
     return f"write {setting.expects}" + (f"; {slip}" if slip else "")
 
 
@@ -93,17 +98,22 @@ def _slip_in_text(setting: Setting, value: str) -> str | None:
     expects = setting.expects
     if setting.section:
         return f"for example {setting.path}: {{kind: {value}}}" if setting.path == "method" else None
-    if _VALUES_OF_HABIT.get(value.lower(), value) in _words(expects):
-        return f"here it is called {_VALUES_OF_HABIT[value.lower()]}"
+    ours = _VALUES_OF_HABIT.get(value.lower())
+    if ours in _words(expects):
+        return f"here it is called {ours}"
     if expects.startswith(("an integer", "a number")):
         return "without quotes or a unit"
     if expects == "true or false":
         return "without quotes; yes, no, on and off are text"
     if expects.startswith("a list of"):
         return f"a single one is written [{value}]"
-    close = closest(value, _words(expects))
+    return _misspelt(setting, value)
+
+
+def _misspelt(setting: Setting, value: str) -> str | None:
+    close = closest(value, _words(setting.expects))
     return f"did you mean {close}?" if close else None
 
 
 def _words(expects: str) -> list[str]:
-    return expects.removeprefix("one of ").split(", ")
+    return re.findall(r"[\w-]+", re.sub(r"\b(one of|a list of|or)\b", "", expects))

@@ -4,6 +4,7 @@
 _NAMED = {
     "output_dir": "output_dir",
     "seed": "seed",
+    "data_seed": "seed",
     "max_length": "data.max_length",
     "packing": "data.packing",
     "eval_packing": "data.packing",
@@ -13,6 +14,7 @@ _NAMED = {
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
     "per_device_train_batch_size": "training.per_device_train_batch_size",
+    "per_device_eval_batch_size": "training.per_device_train_batch_size",
     "lr_scheduler_type": "training.lr_scheduler_type",
     "warmup_steps": "training.warmup_steps",
     "weight_decay": "training.weight_decay",

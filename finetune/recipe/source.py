@@ -97,7 +97,7 @@ class Source:
                 self._overridden.add(path[:depth])
             if not isinstance(inner, dict):
                 what = f"{'.'.join(path[:depth])} is a value, not a section"
-                self._override_problem(".".join(path), what, "name a key that exists", show(inner))
+                self._override_problem(".".join(path), what, "name a key that exists", inner)
                 return
             section = inner
         section[path[-1]] = reading.values
@@ -106,7 +106,7 @@ class Source:
         # What the file said here no longer stands, its mistakes included: they were reported with the file's line.
         self._lines = {at: line for at, line in self._lines.items() if at[: len(path)] != path}
 
-    def _override_problem(self, key: str, what: str, do: str, got: str) -> None:
+    def _override_problem(self, key: str, what: str, do: str, got: Value) -> None:
         where = f"{COMMAND_LINE}: {key}" if key else COMMAND_LINE
         self.problems.append((_LAST, Problem(where, what, do, got=show(got))))
 

@@ -1,0 +1,182 @@
+"""What must hold between settings."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe.targets import FRIENDLY_TARGETS
+from tests.unit.recipe_writing import SOUND, Desk, changed
+
+TARGETS = "[attention, experts]"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(tmp_path, monkeypatch)
+
+
+def training(*lines: str) -> str:
+    return SOUND + "".join(f"  {line}\n" for line in lines)
+
+
+CONFLICTS = {
+    "nothing to train": (
+        changed((TARGETS, "[]")),
+        "recipe.yaml:7: lora.targets: nothing to train; got []; write what to adapt, such as [attention, experts]",
+    ),
+    "target named twice": (
+        changed((TARGETS, "[attention, experts, attention]")),
+        'recipe.yaml:7: lora.targets[2]: named twice; got "attention"; keep one of the two',
+    ),
+    "a balance term that nothing can follow": (
+        changed((TARGETS, "[lm_head]")),
+        "recipe.yaml:11: router.router_aux_loss_coef: the balance term changes nothing: the router is frozen and "
+        "nothing before a router is trained; got 0.02; write 0, or add router, attention or experts to lora.targets",
+    ),
+    "experts without the router section": (
+        changed(("router:\n  router_aux_loss_coef: 0.02\n", "")),
+        "recipe.yaml:1: router: section is missing, and lora.targets names experts; "
+        "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)",
+    ),
+    "dropout on stacked parameters": (
+        changed(("  r: 8", "  r: 8\n  lora_dropout: 0.05")),
+        "recipe.yaml:9: lora.lora_dropout: dropout cannot be applied to the stacked parameters of experts; got 0.05; "
+        "write 0 or remove the key",
+    ),
+    "a rank for experts that are not adapted": (
+        changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  expert_r: 4")),
+        "recipe.yaml:9: lora.expert_r: no experts are adapted; got 4; add experts to lora.targets or remove this key",
+    ),
+    "no length": (
+        changed(("  max_steps: 30\n", "")),
+        "recipe.yaml:17: training: the length of the run is missing; "
+        "write exactly one of max_steps and num_train_epochs",
+    ),
+    "two lengths": (
+        training("num_train_epochs: 1"),
+        "recipe.yaml:21: training.num_train_epochs: two lengths of the run; got max_steps: 30 and num_train_epochs: 1; "
+        "keep one of the two; null takes the other away",
+    ),
+    "a micro-batch that does not divide the step": (
+        training("per_device_train_batch_size: 3"),
+        "recipe.yaml:21: training.per_device_train_batch_size: does not divide global_batch_size 16; got 3; "
+        "write a divisor, such as 2",
+    ),
+    "a micro-batch larger than the step": (
+        training("per_device_train_batch_size: 32"),
+        "recipe.yaml:21: training.per_device_train_batch_size: does not divide global_batch_size 16; got 32; "
+        "write a divisor, such as 16",
+    ),
+    "warm-up that is ignored": (
+        training("lr_scheduler_type: constant", "warmup_steps: 5"),
+        "recipe.yaml:22: training.warmup_steps: the scheduler `constant` ignores it; got 5; "
+        "write lr_scheduler_type: constant_with_warmup, or remove warmup_steps",
+    ),
+    "evaluation of nothing": (
+        training("eval_steps: 5"),
+        "recipe.yaml:21: training.eval_steps: there is nothing to evaluate on; got 5; "
+        "add data.eval with path and format, or remove eval_steps",
+    ),
+    "optimizer": (
+        training("optim: adamw_troch"),
+        'recipe.yaml:21: training.optim: transformers has no such optimizer; got "adamw_troch"; '
+        "did you mean adamw_torch?",
+    ),
+    "chat template": (
+        changed(("max_length: 256", "max_length: 256\n  chat_template: llama-3")),
+        'recipe.yaml:17: data.chat_template: neither a shipped template nor a .jinja file; got "llama-3"; '
+        "write one of chatml, mistral, alpaca, or the path of a .jinja file",
+    ),
+    "empty list of dashboards": (
+        changed(after="logging: {report_to: []}\n"),
+        "recipe.yaml:21: logging.report_to: empty list; got []; write none, auto, or a list such as [wandb]",
+    ),
+    "dashboard named twice": (
+        changed(after="logging: {report_to: [wandb, wandb]}\n"),
+        'recipe.yaml:21: logging.report_to[1]: named twice; got "wandb"; keep one of the two',
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "complaint"), CONFLICTS.values(), ids=CONFLICTS)
+def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
+    assert desk.complaints(text) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("all-linear", "it would train the router too and leave the stacked experts out"),
+        ("w1", "write experts"),
+        ("w2", "write experts"),
+        ("w3", "write experts"),
+        ("gate_up_proj", "write experts"),
+        ("block_sparse_moe.experts.3.w1", "write experts"),
+        ("mlp.experts.down_proj", "write experts"),
+        ("mlp.gate", "write router"),
+        ("gate", "write router"),
+        ("self_attn", "write attention"),
+        ("q", "write q_proj"),
+        ("Attention", "did you mean attention?"),
+        (".*proj", "without patterns"),
+    ],
+)
+def test_a_wrong_target_is_answered_with_the_right_one(desk: Desk, name: str, advice: str) -> None:
+    (line,) = desk.complaints(changed((TARGETS, f'[attention, "{name}"]')))
+    assert line.startswith(f'recipe.yaml:7: lora.targets[1]: not a name to adapt; got "{name}"; ')
+    assert advice in line
+
+
+@pytest.mark.parametrize("name", [*FRIENDLY_TARGETS, "q_proj", "embed_tokens", "self_attn.o_proj", "qkv_proj"])
+def test_training_anything_before_a_router_can_follow_the_balance_term(desk: Desk, name: str) -> None:
+    assert desk.load(changed((TARGETS, f"[{name}]"))).lora.targets == [name]
+
+
+def test_a_balance_coefficient_of_zero_needs_nothing_trained(desk: Desk) -> None:
+    desk.load(changed((TARGETS, "[lm_head]"), ("0.02", "0")))
+
+
+def test_dropout_is_fine_where_nothing_is_stacked(desk: Desk) -> None:
+    recipe = desk.load(changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
+    assert recipe.lora.lora_dropout == 0.05
+
+
+def test_a_dense_recipe_needs_no_router(desk: Desk) -> None:
+    assert (
+        desk.load(changed((TARGETS, "[attention, mlp]"), ("router:\n  router_aux_loss_coef: 0.02\n", ""))).router
+        is None
+    )
+
+
+def test_checks_do_not_repeat_what_was_already_said(desk: Desk) -> None:
+    text = training("per_device_train_batch_size: x", "num_train_epochs: -1")
+    assert [line.split(": ")[1] for line in desk.complaints(text)] == [
+        "training.per_device_train_batch_size",
+        "training.num_train_epochs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("adam_beta_2: 0.9", "SFTConfig has no such field; got 0.9; did you mean adam_beta2?"),
+        ("zzz: 1", "SFTConfig has no such field; got 1; write one of SFTConfig's fields"),
+        ('adam_beta2: "0.9"', 'wrong type; got "0.9"; write a value of SFTConfig\'s type: float'),
+        ("save_total_limit: true", "wrong type; got true; write a value of SFTConfig's type: int | None"),
+        ("bf16: true", "the recipe has its own key for this; got true; remove it and write model.dtype"),
+        ("max_steps: 3", "the recipe has its own key for this; got 3; remove it and write training.max_steps"),
+        ("push_to_hub: true", "set by this program: nothing is uploaded by a run; got true; remove it"),
+        ("lora_alpha: 3", "the recipe has this key itself; got 3; write lora.lora_alpha"),
+        ("num_epochs: 3", "another tool's name for a setting; got 3; write training.num_train_epochs"),
+        ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
+    ],
+)
+def test_trainer_args_are_held_against_the_trainers_own_fields(desk: Desk, argument: str, complaint: str) -> None:
+    name = argument.partition(":")[0]
+    lines = desk.complaints(training(f"trainer_args: {{{argument}}}"))
+    assert lines == [f"recipe.yaml:21: training.trainer_args.{name}: {complaint}"]
+
+
+def test_trainer_args_pass_what_the_trainer_has_and_the_recipe_does_not_name(desk: Desk) -> None:
+    recipe = desk.load(training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}"))
+    assert recipe.training.trainer_args == {"adam_beta2": 0.99, "save_total_limit": 2, "dataloader_num_workers": 0}

@@ -1,0 +1,122 @@
+"""The settings: frozen, strict, written out and read back unchanged; their surface changes only on purpose."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from finetune.errors import Problem, RecipeError
+from finetune.recipe import LoraSettings, Recipe, dump_recipe, load_recipe
+from finetune.recipe.fields import settings
+from tests.unit.recipe_writing import SOUND, Desk
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SURFACE = """
+output_dir seed
+model model.name_or_path model.revision model.load_in_4bit model.dtype model.attn_implementation
+lora lora.targets lora.r lora.lora_alpha lora.expert_r lora.expert_lora_alpha lora.lora_dropout lora.use_rslora
+router router.router_aux_loss_coef
+method method.kind
+data data.train data.train.path data.train.format data.eval data.eval.path data.eval.format
+data.max_length data.overlong data.chat_template data.packing
+training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size
+training.per_device_train_batch_size training.lr_scheduler_type training.warmup_steps training.weight_decay
+training.max_grad_norm training.optim training.gradient_checkpointing training.logging_steps training.eval_steps
+training.save_steps training.resume_from_checkpoint training.trainer_args
+logging logging.report_to logging.project logging.run_name logging.wandb_mode
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    return Desk(tmp_path, monkeypatch).load(SOUND)
+
+
+def test_the_surface_of_the_settings_is_frozen() -> None:
+    assert list(settings()) == SURFACE.split(), "a new key needs a test, a description and a line of the changelog"
+
+
+def test_every_setting_is_described() -> None:
+    assert [path for path, setting in settings().items() if len(setting.description) < 8] == []
+
+
+def test_nothing_that_decides_the_result_has_a_default() -> None:
+    decisive = (
+        "model.name_or_path data.train.path lora.r lora.targets lora.lora_alpha training.learning_rate data.max_length"
+    )
+    assert all(settings()[path].required for path in decisive.split())
+
+
+def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.lora.r = 4
+
+
+def test_sections_can_be_built_in_code_and_keep_their_ranges() -> None:
+    assert LoraSettings(targets=["attention"], r=4, lora_alpha=8).lora_alpha == 8.0
+    with pytest.raises(ValidationError):
+        LoraSettings(targets=["attention"], r=0, lora_alpha=8)
+
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+tricky = st.sampled_from(["2e-4", "no", "~", "0o17", "1.0", "true", "", "- a", "a: b", "# x", "1" * 80]) | st.text(
+    min_size=1
+)
+
+
+@given(text=tricky.filter(bool), number=floats)
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_a_dumped_recipe_reads_back_the_same(recipe: Recipe, text: str, number: float) -> None:
+    logging = recipe.logging.model_copy(update={"run_name": text})
+    training = recipe.training.model_copy(update={"trainer_args": {"adam_beta2": number, "optim_args": text}})
+    before = recipe.model_copy(update={"logging": logging, "training": training})
+    Path("dumped.yaml").write_text(dump_recipe(before), encoding="utf-8")
+    assert load_recipe("dumped.yaml") == before
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(keys=st.lists(st.sampled_from(list(settings())), min_size=1, max_size=4, unique=True), value=values)
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_whatever_stands_at_a_key_the_recipe_loads_or_says_what_is_wrong(keys: list[str], value: object) -> None:
+    written = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
+    recipe = ROOT / "recipes/quickstart/sft-qlora.yaml"
+    complaints: tuple[Problem, ...] = ()
+    try:
+        load_recipe(recipe, [f"{key}={written}" for key in keys])
+    except RecipeError as error:
+        complaints = error.problems
+    assert all("\n" not in str(complaint) for complaint in complaints)
+
+
+def test_a_bad_recipe_is_refused_within_a_second_and_without_torch(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SOUND + "  trainer_args: {bogus: 1}\n  optim: adamw\n", encoding="utf-8")
+    program = (
+        "import sys, time\n"
+        "from finetune.errors import Problem, RecipeError\n"
+        "from finetune.recipe import load_recipe\n"
+        "try:\n    load_recipe(sys.argv[1], ['lora.r=0'])\n"
+        "except RecipeError as error:\n    print(len(error.problems))\n"
+        "print(time.process_time())\n"
+        "print([name for name in ('torch', 'transformers', 'trl', 'numpy') if name in sys.modules])\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    problems, seconds, imported = run.stdout.splitlines()
+    assert (problems, imported) == ("3", "[]")
+    # The CPU time of the whole process, interpreter included: a shared machine makes the wall clock say nothing.
+    assert float(seconds) < 1
