@@ -32,7 +32,11 @@ def write_tokenizer(file: Path, metadata: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     _refuse_unknown(file, metadata)
-    raw = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+    try:
+        raw = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
+    except Exception as error:  # what the tokenizers library raises for a vocabulary that contradicts itself
+        do = "use the Hugging Face folder of this model"
+        raise WeightsError(Problem(str(file), "tokenizer cannot be built", do, got=str(error))) from error
     backend = raw.backend_tokenizer
     _complete(backend, metadata)
     tokenizer = PreTrainedTokenizerFast(
