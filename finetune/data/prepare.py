@@ -1,17 +1,18 @@
 """A data file -> a data set of token rows and what was counted on the way. All bad rows are reported together."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from datasets import Dataset
 from tqdm import tqdm
 
-from finetune.data.formats import FORMATS, own_field
+from finetune.data.chat_templates import read_template
+from finetune.data.conversations import no_rows, to_conversation
+from finetune.data.formats import own_field
 from finetune.data.render import IGNORED, Rendered, Renderer
 from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
 from finetune.data.table import TokenRows
-from finetune.data.templates import read_template
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -33,6 +34,10 @@ class DataStats:
     supervised_tokens: int
     longest: int
     sequences: int
+
+    def as_dict(self) -> dict[str, int]:
+        """For the audit file."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ def prepare(source: DataSource, tokenizer: Any, settings: DataSettings) -> Prepa
     reading, problems = _Pass(settings), Problems(source.path)
     for line in _with_progress(source.path):
         try:
-            reading.take(_render(line, source.format, renderer), line.number)
+            reading.take(renderer(to_conversation(line, source.format)), line.number)
         except RowError as error:
             error.field = own_field(source.format, error.field)
             problems.add(line.number, error)
@@ -129,15 +134,9 @@ def _with_progress(path: str) -> Iterator[Line]:
         bar.update(size - bar.n)  # blank lines
 
 
-def _render(line: Line, row_format: str, renderer: Renderer) -> Rendered:
-    if isinstance(line.value, RowError):
-        raise line.value
-    return renderer(FORMATS[row_format](line.value))
-
-
 def _check_not_empty(reading: _Pass, path: str) -> None:
     if not reading.rows:
-        raise DataError(Problem(where=path, what="there is no row in the file", do="write one JSON object a line"))
+        raise no_rows(path)
     if not reading.kept.lines:
         what = f"every row is longer than data.max_length = {reading.settings.max_length} tokens and was dropped"
         do = f"raise data.max_length: the longest row has {reading.longest} tokens"

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from finetune.data.templates import read_template
+from finetune.data.chat_templates import read_template
 from finetune.errors import Problem, WeightsError
 
 

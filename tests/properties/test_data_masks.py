@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.data.chat_templates import read_template
 from finetune.data.formats import Conversation, Message
 from finetune.data.render import IGNORED, Renderer
 from finetune.data.rows import RowError
-from finetune.data.templates import read_template
 from tests.support import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

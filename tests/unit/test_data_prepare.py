@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.prepare import DataStats, Prepared, prepare
+from finetune.data import DataStats, Prepared, prepare, read_conversations
 from finetune.data.render import IGNORED
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
@@ -135,7 +135,7 @@ def test_packing_joins_rows_as_documents_with_positions_of_their_own(tmp_path: P
     assert first["position_ids"] == [*range(long), *range(short)]
     for column in ("input_ids", "labels"):
         assert first[column] == alone.dataset[1][column] + alone.dataset[0][column]
-    assert prepared.stats == DataStats(**{**vars(alone.stats), "sequences": 2})
+    assert prepared.stats == DataStats(**{**alone.stats.as_dict(), "sequences": 2})
 
 
 def test_a_tokenizer_that_carries_another_template_than_the_recipe_names_is_refused(tmp_path: Path) -> None:
@@ -143,6 +143,27 @@ def test_a_tokenizer_that_carries_another_template_than_the_recipe_names_is_refu
         "data.chat_template: the tokenizer carries another template than alpaca; "
         "load the tokenizer with load_tokenizer(..., chat_template=data.chat_template)"
     ]
+
+
+def test_conversations_can_be_read_without_a_tokenizer_and_keep_the_rows_own_keys(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + json.dumps({**SHORT, "split": "values"}) + "\n", encoding="utf-8")
+    [(line, row, conversation)] = read_conversations(str(path), "prompt_completion")
+    assert (line, row["split"]) == (2, "values")
+    assert conversation[-1] == {"role": "assistant", "content": "done"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]\n{}\n", r"f:1: a row must be a JSON object; got \[\]; .*\n.*f:2: prompt: is missing"),
+        ("\n", "there is no row in the file; write one JSON object a line"),
+    ],
+)
+def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "f").write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_conversations(str(tmp_path / "f"), "prompt_completion")
 
 
 @pytest.mark.parametrize("row_format", ["messages", "prompt_completion", "alpaca"])

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from finetune.data.chat_templates import read_template
 from finetune.data.formats import Conversation, Message
 from finetune.data.render import IGNORED, Rendered, Renderer
 from finetune.data.rows import RowError
-from finetune.data.templates import read_template
 from finetune.errors import DataError
 from tests.support import tiny_tokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.templates import SHIPPED, read_template
+from finetune.data.chat_templates import SHIPPED, read_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError, WeightsError
 from tests.support import CHATML, tiny_tokenizer
