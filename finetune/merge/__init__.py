@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
@@ -18,7 +19,7 @@ from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, merged_config, side_files, write_json
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, PartFigures
-from finetune.merge.stream import Ledger, output_specs, stream
+from finetune.merge.stream import Ledger, output_specs, stream_merged
 from finetune.moe.families import family_of
 
 __all__ = ["DTYPES", "MergeReport", "merge"]
@@ -37,6 +38,7 @@ class _Job:
     deltas: dict[str, Delta]
     dtype: str | None  # "BF16"; None leaves every tensor in its own
     files: list[Path]
+    prompts: list[torch.Tensor]
     show_progress: bool
 
     @property
@@ -57,7 +59,7 @@ def merge(
     with new_folder(output) as folder:
         started = time.monotonic()
         with _bar(job, "merge", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
-            ledger = stream(job.base, job.deltas, folder, job.dtype, bar.update)
+            ledger = stream_merged(job.base, job.deltas, folder, job.dtype, bar.update)
         streamed = time.monotonic()
         copy_files(job.files, folder)
         report = _prove(job, ledger, folder, Path(output), started, streamed)
@@ -79,13 +81,15 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
         raise WeightsError(Problem(str(folder), "base fingerprint differs", do, got))
     deltas = plan(reader, adapter, family)
     _require_floats(reader, deltas)
+    files = side_files(folder, adapter.folder)
     return _Job(
         adapter=adapter,
         base=reader,
         fingerprint=found,
         deltas=deltas,
         dtype=None if dtype is None else DTYPES[dtype],
-        files=side_files(folder, adapter.folder),
+        files=files,
+        prompts=proof.prompt_ids(files[0].parent, int(reader.config["vocab_size"])),
         show_progress=show_progress,
     )
 
@@ -129,9 +133,8 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
     base_config = job.base.config
     base_model = LayerwiseModel(job.base, base_config, job.adapter.folder)
     merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype))
-    prompts = proof.prompt_ids(folder, int(base_config["vocab_size"]))
     with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:
-        figures = proof.measure_logits(base_model, merged_model, prompts, bar.update)
+        figures = proof.measure_logits(base_model, merged_model, job.prompts, bar.update)
     dtypes = tuple(sorted({merged.info(key).dtype for key in merged.keys}))
     proof.judge_logits(figures, float32=dtypes == ("F32",), rounding=_rounding(ledger))
     return MergeReport(

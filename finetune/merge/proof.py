@@ -25,8 +25,10 @@ PROMPTS = (
     "List three things that float on water: 1.",
 )
 MAX_PROMPT_TOKENS = 48
-# Share of the adapter's own effect on the logits that the merged model may be off by, in the mean.
+# Share of the adapter's own effect on the logits that the merged model may be off by, in the mean. Rounding to 16 bits
+# costs some per cent; in float32 only the order of sums differs, and an expert left out must show.
 MAX_RELATIVE_DISTANCE = 0.1
+MAX_RELATIVE_DISTANCE_FLOAT32 = 0.01
 MAX_FLOAT32_DIFFERENCE = 1e-4
 # Share of the delta's norm lost in rounding from which the output's number format is named as the cause of a failure.
 COARSE_ROUNDING = 0.1
@@ -147,7 +149,8 @@ def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
     """
     if not all(value == value and abs(value) != float("inf") for value in asdict(figures).values()):
         raise WeightsError(Problem("proof: logits", "not finite", "check the base and the adapter", str(figures)))
-    if figures.merged_error_mean <= MAX_RELATIVE_DISTANCE * figures.adapter_effect_mean:
+    allowed = MAX_RELATIVE_DISTANCE_FLOAT32 if float32 else MAX_RELATIVE_DISTANCE
+    if figures.merged_error_mean <= allowed * figures.adapter_effect_mean:
         return
     if float32 and figures.merged_error_max <= MAX_FLOAT32_DIFFERENCE:
         return

@@ -12,8 +12,8 @@ from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import FLOATS
 from finetune.merge.deltas import Delta
 
-# Elements of a block: 8 MiB in fp32, of which a handful are in memory at a time.
-BLOCK_ELEMENTS = 2 * 2**20
+# Elements of a block: 4 MiB in fp32, of which a handful are in memory at a time.
+BLOCK_ELEMENTS = 2**20
 
 
 @dataclass
@@ -49,7 +49,7 @@ def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
     return max(sizes.values())
 
 
-def stream(
+def stream_merged(
     base: CheckpointReader,
     deltas: Mapping[str, Delta],
     folder: Path,
