@@ -1,0 +1,113 @@
+"""The run folder: what it refuses, what it continues, and files that appear whole or not at all."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import RunError
+from finetune.run.folder import RunFolder
+from finetune.run.provenance import _toolkit_commit, collect_provenance
+
+
+def save_checkpoint(run: RunFolder, step: int, state: str = "{}") -> Path:
+    folder = run.path / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer_state.json").write_text(state)
+    return folder
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "runs" / "one")
+    run.create()
+    assert run.path.is_dir()
+    assert {path.parent for path in (run.adapter, run.recipe, run.audit, run.metrics, run.provenance)} == {run.path}
+
+
+def test_a_run_that_died_before_its_first_step_is_started_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for path in (run.recipe, run.audit, run.provenance, tmp_path / ".tmp-1-audit.json"):
+        path.write_text("")
+    run.create()
+
+
+@pytest.mark.parametrize("name", ["adapter", "metrics.jsonl", "checkpoint-5"])
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(RunError) as error:
+        RunFolder(tmp_path).create()
+    assert str(error.value) == (
+        f"{tmp_path}: output_dir already holds a run; got {name}; choose another output_dir, remove this one, "
+        "or set training.resume_from_checkpoint=true to continue it"
+    )
+
+
+def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"files that are not a run's; got thesis.tex; choose another output_dir"):
+        RunFolder(tmp_path).create()
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="output_dir is a file; name a folder"):
+        RunFolder(tmp_path / "run").create()
+
+
+def test_resuming_continues_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    save_checkpoint(run, 9)
+    whole = save_checkpoint(run, 10)
+    save_checkpoint(run, 11, state='{"global_step": 1')
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    run.create(resume=True)
+    assert run.newest_checkpoint() == whole
+
+
+def test_resuming_where_there_is_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no whole checkpoint to continue from; set training.resume_from_checkpoint=f"):
+        RunFolder(tmp_path / "typo").create(resume=True)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.write_json(run.audit, {"größe": [1, 0.1]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        run.write_json(run.audit, {"loss": float("nan")})
+    with pytest.raises(UnicodeEncodeError):
+        run.write_text(run.audit, "\ud800")
+    assert json.loads(run.audit.read_text(encoding="utf-8")) == {"größe": [1, 0.1]}
+    assert list(tmp_path.iterdir()) == [run.audit]
+
+
+def test_provenance_says_what_the_run_was_made_from() -> None:
+    base = {"name_or_path": "models/tiny", "fingerprint": "sha256:0"}
+    found = collect_provenance(base, seed=7, command_line=["finetune", "train", "r.yaml"])
+    assert (found["base"], found["seed"], found["command_line"]) == (base, 7, ["finetune", "train", "r.yaml"])
+    assert found["packages"]["torch"].startswith("2.")
+    assert found["packages"]["triton"] is None or found["hardware"]["gpus"]
+    assert found["hardware"]["cpu_count"] >= 1
+    assert found["started"].endswith("+00:00")
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_commit_is_the_toolkits_own_and_says_when_it_was_changed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    source = tmp_path / "source.py"
+    source.write_text("")
+    assert _toolkit_commit(source) is None
+    git("init")
+    assert _toolkit_commit(source) is None, "inside a repository, but not tracked in it: somebody else's"
+    git("add", "source.py")
+    git("commit", "-m", "first")
+    clean = _toolkit_commit(source)
+    assert clean is not None
+    assert (len(clean["commit"]), clean["dirty"]) == (40, False)
+    source.write_text("changed")
+    assert _toolkit_commit(source) == {**clean, "dirty": True}
