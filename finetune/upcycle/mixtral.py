@@ -19,8 +19,6 @@ from finetune.upcycle.files import write_json
 
 ROUTER_STD = 0.02  # MixtralConfig.initializer_range: what Mixtral's own routers start from
 EXPERT_NAMES = {"mlp.gate_proj.weight": "w1", "mlp.up_proj.weight": "w3", "mlp.down_proj.weight": "w2"}
-# The published layout has one owner, finetune.moe; an unset entry there would be a bug, not a user's mistake.
-LAYOUT: MoeLayout = FAMILIES["mixtral"].moe  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,24 @@ def _torch_name(dtype: str) -> str:
     return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
 
 
+def _layout() -> MoeLayout:
+    layout = FAMILIES["mixtral"].moe
+    assert layout is not None
+    return layout
+
+
 def plan(source: DenseSource, num_experts: int) -> Iterator[Piece]:
     """Every tensor of the Mixtral, grouped by the dense tensor that it comes from, in the order of the forward pass."""
+    layout = _layout()
     for name, shape in dense_shapes(source.settings).items():
         dtype = source.tensors[name].dtype
         prefix, below = _split_layer(name)
         if below in EXPERT_NAMES:
             if below == "mlp.gate_proj.weight":
-                router = TensorSpec(prefix + LAYOUT.disk_router, dtype, (num_experts, shape[1]))
+                router = TensorSpec(prefix + layout.disk_router, dtype, (num_experts, shape[1]))
                 yield Piece(None, (router,), noisy=True)
             keys = (
-                prefix + LAYOUT.disk_expert.format(expert=expert, name=EXPERT_NAMES[below])
+                prefix + layout.disk_expert.format(expert=expert, name=EXPERT_NAMES[below])
                 for expert in range(num_experts)
             )
             yield Piece(name, tuple(TensorSpec(key, dtype, shape) for key in keys), noisy=True)

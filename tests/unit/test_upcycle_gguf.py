@@ -196,6 +196,32 @@ def test_smollm_text_is_cut_before_each_digit(tmp_path: Path) -> None:
     assert [piece for piece, _ in cut.pre_tokenize_str("at  12 am")] == ["at", "ĠĠ", "1", "2", "Ġam"]
 
 
+def test_a_sentencepiece_vocabulary_merges_as_sentencepiece_does(tmp_path: Path) -> None:
+    """A space is put before the text even where one stands already, runs of spaces merge, BOS is first by default."""
+    pieces = {"\u2581": -6.0, "a": -5.0, "b": -4.0, "\u2581\u2581": -1.0, "\u2581a": -2.0, "ab": -3.0}
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+
+    def spell(writer: gguf.GGUFWriter) -> None:
+        for key in [key for key in writer.kv_data[0] if key.startswith("tokenizer.ggml.")]:
+            del writer.kv_data[0][key]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *raw, *pieces])
+        writer.add_token_scores([0.0] * 259 + list(pieces.values()))
+        kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        writer.add_token_types([*kinds, *[TokenType.BYTE] * 256, *[TokenType.NORMAL] * len(pieces)])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+
+    upcycle(write_gguf(tmp_path / "tiny.gguf", tiny_llama(), change=spell), tmp_path / "moe", WIDE)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
+    assert tokenizer.tokenize("ab") == ["\u2581a", "b"]
+    assert tokenizer.tokenize(" ab") == ["\u2581\u2581", "ab"]
+    assert tokenizer("b\n").input_ids == [1, 259, 261, 3 + ord("\n")]
+    for text in ("ab ba", "  a", "b \u00e9\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
 def test_linear_rope_scaling_is_read(tmp_path: Path) -> None:
     def scale(writer: gguf.GGUFWriter) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
