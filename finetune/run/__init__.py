@@ -1,6 +1,18 @@
 """Floor 2: the run folder: what a run leaves behind, written as it goes, never half."""
 
+from finetune.run.curve import draw_loss_curve
+from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
 from finetune.run.folder import RunFolder
+from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
 
-__all__ = ["RunFolder", "collect_provenance"]
+__all__ = [
+    "Dashboards",
+    "MetricsCallback",
+    "RunFolder",
+    "collect_provenance",
+    "draw_loss_curve",
+    "prepare_dashboards",
+    "read_metrics",
+    "resolve_report_to",
+]

@@ -60,7 +60,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
 
     def _refuse_contents(self) -> None:
-        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".tmp-")}
+        names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         run = sorted(name for name in names if name in {"adapter", "metrics.jsonl"} or name.startswith("checkpoint-"))
         if run:
             raise RunError(Problem(str(self.path), "output_dir already holds a run", _DO, got=", ".join(run)))
