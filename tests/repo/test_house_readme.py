@@ -1,0 +1,68 @@
+"""Every command that the README shows is run somewhere, and this table says where."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from finetune.cli.main import build_parser
+from finetune.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+README = ROOT / "README.md"
+
+# command -> the file that runs it, and words of that file which do.
+RUN_BY = {
+    "make install": ("Makefile", "check: install"),
+    "make check": ("Makefile", "test: check"),
+    "make test": (".ci/run", "make test"),
+    "make quickstart": ("Makefile", "benchmarks/quickstart.py"),
+}
+
+
+def shell_commands(markdown: str) -> list[str]:
+    """Commands of the ```sh blocks: comments off, continued lines joined."""
+    blocks = re.findall(r"^```(?:sh|bash|console)\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    commands = (" ".join(shlex.split(line, comments=True)) for line in lines)
+    return [part.strip() for command in commands if command for part in command.split("&&")]
+
+
+def test_commands_are_found_in_their_blocks() -> None:
+    text = "```sh\n# why\nmake a && make b  # note\nfinetune merge \\\n    x\n```\n```yaml\nmodel: y\n```\n"
+    assert shell_commands(text) == ["make a", "make b", "finetune merge x"]
+
+
+COMMANDS = shell_commands(README.read_text(encoding="utf-8")) if README.exists() else []
+
+
+def test_the_readme_shows_commands() -> None:
+    assert COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shown_command_is_run_somewhere(command: str) -> None:
+    assert command in RUN_BY, "add it to RUN_BY with the file that runs it"
+
+
+@pytest.mark.parametrize(("path", "words"), RUN_BY.values(), ids=RUN_BY)
+def test_the_table_is_true(path: str, words: str) -> None:
+    assert words in (ROOT / path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shown_command_is_spelt_right(command: str) -> None:
+    """Its target or subcommand exists and takes these options; its recipe is valid with these overrides."""
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif program == "finetune":
+        arguments = build_parser().parse_args(words)
+        if arguments.command == "train":
+            load_recipe(ROOT / arguments.recipe, arguments.overrides)
+    elif program == "accelerate":
+        module = words.index("finetune.train")
+        load_recipe(ROOT / words[module + 1], words[module + 2 :])
+        if "--config_file" in words:
+            assert (ROOT / words[words.index("--config_file") + 1]).is_file()
