@@ -28,7 +28,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.methods.router_term import RouterTerm
     from finetune.methods.sft import MoeSftTrainer, sft_config
     from finetune.model import checkpoint_family, load_model, resolve_checkpoint
-    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards, resolve_report_to
+    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards
 
     state = PartialState()
     set_seed(recipe.seed)
@@ -39,9 +39,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     if state.is_main_process:
         run.create(resume=resume)
     state.wait_for_everyone()
-    report_to = resolve_report_to(recipe.logging)
-    prepare_dashboards(recipe.logging, run)
-    config = sft_config(recipe, run.path, report_to, state.num_processes)
+    dashboards = prepare_dashboards(recipe.logging, run)
+    config = sft_config(recipe, run.path, dashboards.trainer_args, state.num_processes)
 
     # 2. What architecture it is; refuses a recipe that does not fit
     checkpoint = resolve_checkpoint(recipe.model)
@@ -71,16 +70,14 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         data_collator=Collator(tokenizer),
         train_dataset=train_rows.dataset,
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
-        callbacks=[MetricsCallback(run.metrics)],
+        callbacks=[MetricsCallback(run.metrics), *dashboards.callbacks],
     )
     newest = run.newest_checkpoint() if resume else None
     if newest is not None and term is not None:
         term.load(newest)
 
-    # 6. Train, evaluate, save
+    # 6. Train, with an evaluation after the last step; save
     trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
-    if eval_rows is not None:
-        trainer.evaluate()
     if state.is_main_process:
         _save(run, trainer, tokenizer, recipe, base)
     state.wait_for_everyone()
@@ -99,10 +96,18 @@ def _audit(
         run.write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
         print(audit_table(parts))
         for split, split_stats in stats.items():
-            print(f"{split} rows: {split_stats}")
+            print(f"{split} rows: {_rows_line(split_stats)}")
     problems = differences(parts, recipe.lora, family, recipe.model.load_in_4bit, recipe.model.dtype)
     if problems:
         raise RunError(problems)
+
+
+def _rows_line(stats: Any) -> str:
+    return (
+        f"{stats.rows:,} read, {100 * stats.truncated / stats.rows:.1f} % truncated, "
+        f"{100 * stats.dropped / stats.rows:.1f} % dropped; {stats.tokens:,} tokens in {stats.sequences:,} sequences, "
+        f"{stats.supervised_tokens:,} supervised ({100 * stats.supervised_tokens / stats.tokens:.1f} %)"
+    )
 
 
 def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:

@@ -31,8 +31,11 @@ def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
     return training.global_batch_size // rows
 
 
-def sft_config(recipe: Recipe, output_dir: Path, report_to: list[str], num_processes: int) -> SFTConfig:
-    """TRL's arguments for a recipe. Checkpointing, data and adapter are set up by us, before the trainer."""
+def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> SFTConfig:
+    """TRL's arguments for a recipe. Checkpointing, data and adapter are set up by us, before the trainer.
+
+    `dashboards`: the arguments that decide what the run reports to (`report_to`, `run_name`, `project` ...).
+    """
     training = recipe.training
     settings = {
         "output_dir": str(output_dir),
@@ -54,20 +57,18 @@ def sft_config(recipe: Recipe, output_dir: Path, report_to: list[str], num_proce
         "eval_steps": training.eval_steps,
         "save_strategy": "steps" if training.save_steps else "no",
         "save_steps": training.save_steps or 500,
-        "report_to": report_to,
-        "run_name": recipe.logging.run_name or output_dir.name,
-        "project": recipe.logging.project,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
         "gradient_checkpointing": False,  # finetune.moe.checkpointing has switched it on, its own way
         "router_aux_loss_coef": 0.0,  # TRL's pooled term stays off; finetune.methods.router_term adds ours
         "logging_nan_inf_filter": False,  # would log an old loss in place of a NaN
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return SFTConfig(**settings, **training.trainer_args)
+    return SFTConfig(**settings, **dashboards, **training.trainer_args)
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -184,10 +185,12 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 class _StepEnd(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer that an optimizer step is over, before anything of it is logged or saved."""
+    """Closes each optimizer step before anything of it is logged or saved; evaluates after the last one."""
 
     def __init__(self, trainer: MoeSftTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.end_step()
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            control.should_evaluate = True

@@ -4,8 +4,8 @@ Counts what stands in memory, never what a configuration says should stand there
 """
 
 import re
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class PartAudit:
     """One class of parameters. Sizes without the adapter's own; `trained` counts the adapter's parameters."""
 
     part: str
-    stored_as: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # format -> number of tensors
+    stored_as: Counter[str] = field(default_factory=Counter)  # format -> number of tensors
     parameters: int = 0
     bytes: int = 0
     weights: set[str] = field(default_factory=set)  # matrices and stacks that could be adapted
@@ -37,13 +37,15 @@ class PartAudit:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for `audit.json`."""
-        plain = asdict(self)
-        del plain["weights"], plain["ranks"]
-        plain["stored_as"] = dict(self.stored_as)
-        return plain | {
+        return {
+            "part": self.part,
+            "stored_as": dict(self.stored_as),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
             "adapted": len(self.ranks),
             "adaptable": len(self.weights),
             "ranks": sorted(set(self.ranks.values())),
+            "trained": self.trained,
         }
 
 
