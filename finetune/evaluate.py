@@ -1,6 +1,6 @@
 """Floor 6: held-out exact match by greedy generation, and the routers' load on the same rows.
 
-    finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
+finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
 """
 
 import json

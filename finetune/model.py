@@ -30,7 +30,10 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
     if folder.is_absolute() or settings.name_or_path.count("/") != 1 or settings.name_or_path.startswith("."):
         raise WeightsError(
             Problem(
-                "model.name_or_path", "no such folder", "give a checkpoint folder or a hub id owner/name", got=str(folder)
+                "model.name_or_path",
+                "no such folder",
+                "give a checkpoint folder or a hub id owner/name",
+                got=str(folder),
             )
         )
     try:
@@ -89,8 +92,12 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):
             raise WeightsError(
-                Problem(str(folder), f"checkpoint and architecture differ: {kind}", "give a complete checkpoint",
-                        got=", ".join(map(str, sorted(info[kind])[:3])))
+                Problem(
+                    str(folder),
+                    f"checkpoint and architecture differ: {kind}",
+                    "give a complete checkpoint",
+                    got=", ".join(map(str, sorted(info[kind])[:3])),
+                )
             )
     model.config.use_cache = False
     return model

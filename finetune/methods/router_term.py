@@ -57,7 +57,5 @@ class RouterTerm:
         """Continue from `save`; raises RunError where the checkpoint lacks it."""
         path = folder / STATE_FILE
         if not path.is_file():
-            raise RunError(
-                Problem(str(path), "the checkpoint has no router state", "start anew in another output_dir")
-            )
+            raise RunError(Problem(str(path), "the checkpoint has no router state", "start anew in another output_dir"))
         self.balance.load_state_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -143,11 +143,7 @@ def _wanted_weights(part: PartAudit, lora: LoraSettings) -> set[str]:
     """The weights of one class that `lora.targets` names."""
     if part.part in lora.targets:
         return part.weights
-    return {
-        weight
-        for weight in part.weights
-        if any(weight.endswith(f".{target}.weight") for target in lora.targets)
-    }
+    return {weight for weight in part.weights if any(weight.endswith(f".{target}.weight") for target in lora.targets)}
 
 
 def storage_of(parameter: torch.Tensor) -> tuple[str, int, int]:

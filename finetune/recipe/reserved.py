@@ -81,7 +81,8 @@ _SET_BY_US = {
     ),
     **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), _CHECKPOINTING),
     **dict.fromkeys(
-        ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "use_cpu"), _HARDWARE
+        ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "use_cpu", "dataloader_pin_memory"),
+        _HARDWARE,
     ),
     **dict.fromkeys(("local_rank",), _LAUNCHER),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMANDS),

@@ -103,6 +103,7 @@ def test_the_commit_is_the_toolkits_own_and_says_when_it_was_changed(tmp_path: P
     source.write_text("")
     assert _toolkit_commit(source) is None
     git("init")
+    git("commit", "--allow-empty", "-m", "somebody's work")
     assert _toolkit_commit(source) is None, "inside a repository, but not tracked in it: somebody else's"
     git("add", "source.py")
     git("commit", "-m", "first")

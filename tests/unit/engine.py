@@ -1,0 +1,64 @@
+"""Models of the engine's tests: a tiny real Mixtral, loaded and adapted by the product's own code."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.model import load_base
+from finetune.moe.audit import clean_name
+from finetune.moe.lora import add_adapter
+from finetune.moe.nf4 import Nf4Stack
+from finetune.recipe import LoraSettings, ModelSettings
+
+IDS = torch.arange(4, 84).reshape(2, 40)
+
+
+def lora_settings(**changes: Any) -> LoraSettings:
+    """Attention, experts and router at rank 4."""
+    return LoraSettings(**{"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8.0, **changes})
+
+
+def base_model(folder: Path, load_in_4bit: bool = True, dtype: str = "float32") -> Any:
+    """The base as a recipe loads it."""
+    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=load_in_4bit, dtype=dtype)  # type: ignore[arg-type]
+    return load_base(folder, settings)
+
+
+def trained_model(folder: Path, load_in_4bit: bool = True, seed: int = 0, **lora: Any) -> Any:
+    """An adapted model whose factors are not zero, as after some training."""
+    torch.manual_seed(seed)
+    model = add_adapter(base_model(folder, load_in_4bit), lora_settings(**lora))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def dense_twin(model: Any, folder: Path) -> Any:
+    """transformers' own model in 32 bits, holding the values that the 4-bit base stands for."""
+    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state = {clean_name(name): dense(parameter) for name, parameter in model.named_parameters() if ".lora_" not in name}
+    twin.load_state_dict(state, strict=not twin.config.tie_word_embeddings)
+    return twin.eval()
+
+
+def dense(parameter: Any) -> torch.Tensor:
+    """The values a parameter stands for, whatever it is stored as."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    if isinstance(parameter.data, Nf4Stack):
+        return parameter.data.dequantize()
+    if hasattr(parameter, "quant_state"):
+        values: torch.Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
+        return values
+    data: torch.Tensor = parameter.data
+    return data
+
+
+def logits(model: Any) -> torch.Tensor:
+    """Logits `[2, 40, V]` on fixed ids."""
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS).logits
+    return result

@@ -1,0 +1,81 @@
+"""Checkpointing changes no value and no gradient, the balance term's included, and keeps the routing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.methods.router_term import RouterTerm
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.families import FAMILIES
+from tests.support import save_tiny_mixtral
+from tests.unit.engine import IDS, trained_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
+
+
+def losses(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy and balance term of one forward, with frequencies that are not uniform."""
+    moe = FAMILIES["mixtral"].moe
+    assert moe is not None
+    term = RouterTerm(model, moe, 1.0)
+    term.balance.frequency_LE = torch.tensor([[0.9, 0.6, 0.3, 0.2], [0.1, 0.4, 0.8, 0.7]])
+    term.balance.begin_step(IDS.numel())
+    with term.capture() as record:
+        ce = model(IDS, labels=IDS, use_cache=False).loss
+    return ce, term.balance.term(record, torch.ones(IDS.numel()))
+
+
+def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True, retain_graph=True))
+
+
+def test_checkpointing_changes_neither_values_nor_gradients(base: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = trained_model(base).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        ce, balance = losses(model)
+        results.append((ce, balance, gradients(model, ce), gradients(model, balance)))
+    (ce, balance, ce_gradients, balance_gradients), with_checkpointing = results
+    assert torch.equal(ce, with_checkpointing[0])
+    assert torch.equal(balance, with_checkpointing[1])
+    for plain, recomputed in zip(
+        [*ce_gradients, *balance_gradients], [*with_checkpointing[2], *with_checkpointing[3]], strict=True
+    ):
+        torch.testing.assert_close(plain, recomputed, atol=1e-7, rtol=1e-6)
+    assert sum(gradient.abs().sum().item() for gradient in with_checkpointing[3]) > 1e-3
+
+
+def test_the_recompute_takes_the_routing_of_the_forward(base: Path) -> None:
+    """The router is made to prefer other experts in the recompute; the choices must stay those of the forward."""
+    model = trained_model(base).train()
+    enable_checkpointing(model)
+    chosen: list[torch.Tensor] = []
+    flipped = {"now": False}
+
+    def disturb(_module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (-args[0],) if flipped["now"] else args
+
+    def remember(_module: Any, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        chosen.append(output[2].clone())
+
+    for module in model.modules():
+        if type(module).__name__ == "MixtralTopKRouter":
+            module.register_forward_pre_hook(disturb)
+            module.register_forward_hook(remember)
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    forward = chosen.copy()
+    flipped["now"] = True
+    loss.backward()
+    recomputed = chosen[len(forward) :]
+    assert len(forward) == 2
+    assert len(recomputed) == 2
+    for first, again in zip(forward, reversed(recomputed), strict=True):
+        assert torch.equal(first, again)

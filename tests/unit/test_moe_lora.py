@@ -1,0 +1,86 @@
+"""Adapters: fresh ones change nothing, trained ones are stock PEFT adapters, every target is met or refused."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from finetune.errors import RecipeError
+from finetune.moe.lora import add_adapter
+from tests.support import save_tiny_mistral, save_tiny_mixtral
+from tests.unit.engine import base_model, dense_twin, logits, lora_settings, trained_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["fp32", "nf4"])
+def test_a_fresh_adapter_leaves_the_base_exactly_as_it_is(base: Path, load_in_4bit: bool) -> None:
+    model = base_model(base, load_in_4bit)
+    before = logits(model)
+    assert torch.equal(logits(add_adapter(model, lora_settings())), before)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"expert_r": 2, "expert_lora_alpha": 1.0}, {"use_rslora": True}, {"targets": ["experts"]}],
+    ids=["plain", "own rank for experts", "rslora", "experts alone"],
+)
+@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["fp32", "nf4"])
+def test_the_saved_adapter_loads_in_stock_peft_with_equal_logits(
+    base: Path, tmp_path: Path, load_in_4bit: bool, lora: dict[str, Any]
+) -> None:
+    model = trained_model(base, load_in_4bit, **lora).eval()
+    model.save_pretrained(str(tmp_path))
+    twin = dense_twin(model, base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = PeftModel.from_pretrained(twin, tmp_path)
+    ours = logits(model)
+    assert (ours - logits(base_model(base, load_in_4bit))).abs().max() > 0.1
+    torch.testing.assert_close(ours, logits(stock), atol=1e-5, rtol=1e-5)
+
+
+def test_disabling_the_adapter_gives_the_base(base: Path) -> None:
+    model = trained_model(base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base_model(base)))
+
+
+def test_every_factor_gets_a_gradient_and_nothing_else_does(base: Path) -> None:
+    model = trained_model(base)
+    logits_of_all = model(torch.arange(4, 84).reshape(2, 40)).logits
+    logits_of_all.square().mean().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert with_gradient == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    # attention 4, experts 2, router 1; two factors each; two layers
+    assert len(with_gradient) == 2 * 2 * (4 + 2 + 1)
+
+
+def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
+    model = base_model(save_tiny_mistral(tmp_path))
+    adapted = add_adapter(model, lora_settings(targets=["attention", "mlp"]))
+    assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2 * (4 + 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("w7", "lora.targets: matches no module of this model; got w7; use attention, experts, router, mlp, or a"),
+        ("mlp", "lora.targets: mixtral has no mlp; got mlp; use experts"),
+    ],
+)
+def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        add_adapter(base_model(base), lora_settings(targets=[target]))
+    assert message in str(caught.value)
+
+
+def test_experts_on_a_dense_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="mistral has no experts; got experts; use mlp"):
+        add_adapter(base_model(save_tiny_mistral(tmp_path)), lora_settings(targets=["experts"]))

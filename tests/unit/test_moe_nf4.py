@@ -1,0 +1,79 @@
+"""4-bit expert stacks: the same bits as bitsandbytes expert by expert, quantised while the shards stream in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+
+from finetune.errors import WeightsError
+from finetune.moe.nf4 import Nf4Stack
+from tests.support import save_tiny_mixtral
+from tests.unit.engine import IDS, base_model, dense_twin, logits, trained_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize("shape", [(4, 192, 64), (3, 5, 10), (2, 96, 200)])
+def test_each_expert_is_what_bitsandbytes_makes_of_it_alone(shape: tuple[int, int, int]) -> None:
+    weight = torch.randn(shape)
+    stack = Nf4Stack.quantize(weight)
+    for index, expert in enumerate(weight):
+        packed, state = quantize_4bit(expert, compress_statistics=True, quant_type="nf4", blocksize=64)
+        assert torch.equal(stack.expert(index), dequantize_4bit(packed, state))
+
+
+def test_a_stack_looks_dense_and_holds_a_little_over_four_bits_a_value() -> None:
+    weight = torch.randn(4, 192, 64, dtype=torch.bfloat16)
+    stack = Nf4Stack.quantize(weight)
+    assert (stack.shape, stack.dtype, stack.device) == (weight.shape, weight.dtype, weight.device)
+    assert 4.0 <= 8 * stack.stored_bytes / weight.numel() < 4.5
+    assert torch.equal(stack + 0, stack.dequantize())
+    assert isinstance(torch.nn.Parameter(stack, requires_grad=False).data, Nf4Stack)
+
+
+def test_a_stack_refuses_to_be_written_to() -> None:
+    stack = Nf4Stack.quantize(torch.randn(2, 8, 64))
+    with pytest.raises(WeightsError, match=r"cannot be written to in place; got aten.add_.*finetune merge"):
+        stack.add_(1.0)
+
+
+def test_loading_quantises_attention_and_experts_and_nothing_else(base: Path) -> None:
+    model = base_model(base)
+    formats = {
+        name: "nf4" if isinstance(p.data, Nf4Stack) or hasattr(p, "quant_state") else str(p.dtype)
+        for name, p in model.named_parameters()
+    }
+    quantised = {name for name, stored in formats.items() if stored == "nf4"}
+    assert quantised == {name for name in formats if ".self_attn." in name or ".experts." in name}
+    assert {stored for name, stored in formats.items() if name not in quantised} == {"torch.float32"}
+
+
+def test_the_loaded_values_are_those_of_quantising_the_published_tensors(base: Path) -> None:
+    stacks = dict(base_model(base).named_parameters())
+    dense = dict(base_model(base, load_in_4bit=False).named_parameters())
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    assert torch.equal(stacks[name].data.dequantize(), Nf4Stack.quantize(dense[name].data).dequantize())
+
+
+def test_the_4bit_forward_equals_transformers_on_the_dequantised_weights(base: Path) -> None:
+    model = base_model(base)
+    torch.testing.assert_close(logits(model), logits(dense_twin(model, base)), atol=1e-5, rtol=1e-5)
+
+
+def test_an_evaluation_does_not_change_the_gradients_that_follow(base: Path) -> None:
+    """On CPUs with AVX512-BF16 a `Linear4bit` would repack itself in eval mode and lose its gradient."""
+    gradients = []
+    for evaluate_first in (False, True):
+        model = trained_model(base)
+        assert any(isinstance(module, Linear4bit) for module in model.modules())
+        if evaluate_first:
+            logits(model.eval())
+        model.train()(IDS).logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for without, with_evaluation in zip(*gradients, strict=True):
+        assert torch.equal(without, with_evaluation)
