@@ -2,7 +2,8 @@
 
 A wording is a request with named slots; its answer has the same slots, always in the same order, after `command`.
 A slot's value is copied verbatim from the request into the answer: nothing is computed, rounded or translated.
-`HELD_OUT_*` wordings and values appear in eval.jsonl only.
+Held-out wordings and values appear in eval.jsonl only. The held-out values are everyday words, most of them whole
+tokens to the quickstart's model: what is asked is whether it copies a value it was not trained on, not how it spells.
 """
 
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ SLOTS: dict[str, Values] = {
             "library",
             "sunroom",
         ),
-        ("office", "attic", "nursery", "pantry"),
+        ("office", "playroom", "ballroom", "studio"),
     ),
     "degrees": Values((16, 17, 18, 19, 21, 22, 24, 25, 62, 64, 66, 67, 70, 71, 73, 75), (20, 23, 65, 68)),
     "minutes": Values((2, 3, 5, 6, 7, 10, 12, 15, 20, 25, 30, 40, 45, 60, 90), (4, 9, 35, 50)),
@@ -69,7 +70,7 @@ SLOTS: dict[str, Values] = {
             "cookies",
             "nap",
         ),
-        ("soup", "dishes", "roast chicken", "meditation"),
+        ("soup", "dishes", "bath", "reading"),
     ),
     "genre": Values(
         (
@@ -83,10 +84,10 @@ SLOTS: dict[str, Values] = {
             "opera",
             "country",
             "techno",
-            "classical",
+            "swing",
             "hip hop",
         ),
-        ("salsa", "punk", "gospel", "funk"),
+        ("salsa", "punk", "metal", "pop"),
     ),
     "event": Values(
         (
@@ -103,7 +104,7 @@ SLOTS: dict[str, Values] = {
             "swimming lesson",
             "budget review",
         ),
-        ("eye exam", "choir practice", "staff lunch", "flu shot"),
+        ("eye exam", "math test", "school play", "flu shot"),
     ),
     "day": Values(("Monday", "Tuesday", "Thursday", "Friday", "Saturday"), ("Wednesday", "Sunday")),
     "time": Values(
@@ -129,11 +130,11 @@ SLOTS: dict[str, Values] = {
             "honey",
             "yogurt",
         ),
-        ("cheese", "carrots", "peanut butter", "batteries"),
+        ("sugar", "apples", "salt", "water"),
     ),
     "name": Values(
         ("Anna", "Ben", "Carla", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Kevin", "Maria", "Tom"),
-        ("Laura", "Oscar", "Peter", "Sofia"),
+        ("Peter", "Paul", "Jack", "Robert"),
     ),
     "text": Values(
         (
@@ -151,10 +152,6 @@ SLOTS: dict[str, Values] = {
             "lunch is on me",
         ),
         ("the baby is asleep", "I lost my phone", "the shop is closed", "I am on my way"),
-    ),
-    "door": Values(
-        ("front", "back", "garage", "cellar", "side", "kitchen", "basement", "balcony", "main", "garden"),
-        ("patio", "shed", "terrace"),
     ),
 }
 
@@ -207,7 +204,7 @@ INTENTS: tuple[Intent, ...] = (
     ),
     Intent(
         "timer",
-        "start_timer",
+        "set_timer",
         ("minutes", "label"),
         (
             "Set a timer of {minutes} minutes for the {label}",
@@ -239,7 +236,7 @@ INTENTS: tuple[Intent, ...] = (
             "Please put {genre} music on in the {room}",
             "The {room} speaker should play {genre}",
         ),
-        ("Could we have some {genre} music in the {room}?", "Please play {genre} on the {room} speaker"),
+        ("Could we have some {genre} in the {room}?", "Please play {genre} on the {room} speaker"),
     ),
     Intent(
         "calendar",
@@ -306,31 +303,21 @@ INTENTS: tuple[Intent, ...] = (
         ("Please text {name} that {text}", "Send {name} a message: {text}"),
     ),
     Intent(
-        "doors",
-        "lock_door",
-        ("door",),
+        "cleaning",
+        "clean_room",
+        ("room",),
         (
-            "Lock the {door} door",
-            "Please lock the {door} door",
-            "Make sure the {door} door is locked",
-            "Can you lock the {door} door?",
-            "The {door} door should be locked",
-            "I am leaving, lock the {door} door",
+            "Vacuum the {room}",
+            "Clean the {room}",
+            "Start the robot vacuum in the {room}",
+            "Send the vacuum to the {room}",
+            "Please vacuum the {room}",
+            "The {room} needs cleaning",
+            "The {room} floor is dirty, clean it",
+            "Can you clean the {room}?",
+            "Let the robot clean the {room}",
+            "I want the {room} vacuumed",
         ),
-        ("I want the {door} door locked",),
-    ),
-    Intent(
-        "doors",
-        "unlock_door",
-        ("door",),
-        (
-            "Unlock the {door} door",
-            "Please unlock the {door} door",
-            "Make sure the {door} door is unlocked",
-            "Can you unlock the {door} door?",
-            "The {door} door should be unlocked",
-            "I am home, unlock the {door} door",
-        ),
-        ("I want the {door} door unlocked",),
+        ("Could you vacuum the {room}, please?", "Please clean the {room} floor"),
     ),
 )
