@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,10 +18,10 @@ from finetune.merge import proof
 from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
 from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, merged_config, side_files, write_json
-from finetune.merge.logits import LayerwiseModel
+from finetune.merge.logits import LayerwiseModel, Routing
 from finetune.merge.report import MergeReport, PartFigures
 from finetune.merge.stream import Ledger, output_specs, stream_merged
-from finetune.moe.families import family_of
+from finetune.moe.families import Family, family_of
 
 __all__ = ["DTYPES", "MergeReport", "merge"]
 
@@ -34,6 +35,7 @@ class _Job:
 
     adapter: Adapter
     base: CheckpointReader
+    family: Family
     fingerprint: str
     deltas: dict[str, Delta]
     dtype: str | None  # "BF16"; None leaves every tensor in its own
@@ -85,6 +87,7 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
     return _Job(
         adapter=adapter,
         base=reader,
+        family=family,
         fingerprint=found,
         deltas=deltas,
         dtype=None if dtype is None else DTYPES[dtype],
@@ -131,8 +134,9 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
     with _bar(job, "compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
         changed = proof.prove_changes(job.base, merged, ledger.targeted, bar.update)
     base_config = job.base.config
-    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder)
-    merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype))
+    routing = None if job.family.moe is None else Routing(job.family.moe.router_module)
+    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing)
+    merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype), routing=routing)
     with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, bar.update)
     dtypes = tuple(sorted({merged.info(key).dtype for key in merged.keys}))
@@ -175,7 +179,7 @@ def _rounding(ledger: Ledger) -> float:
 
 
 @contextmanager
-def _bar(job: _Job, name: str, unit: str, total: int) -> "Iterator[tqdm[None]]":
+def _bar(job: _Job, name: str, unit: str, total: int) -> "Iterator[tqdm[Any]]":
     with tqdm(
         total=total, desc=name, unit=unit, unit_scale=unit == "B", unit_divisor=1024, disable=not job.show_progress
     ) as bar:

@@ -56,6 +56,7 @@ class MergeReport:
             ("logits", f"{logits.tokens} tokens, fp32"),
             ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
             ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
+            *_routing_lines(logits),
             ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
         ]
         width = max(len(name) for name, _ in rows)
@@ -65,3 +66,10 @@ class MergeReport:
 def _part_line(part: PartFigures) -> str:
     line = f"{part.tensors} tensors, delta {part.relative_delta:.2%} of the base's norm"
     return line if part.relative_rounding is None else f"{line}, {part.relative_rounding:.2%} of it rounded off"
+
+
+def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:
+    if logits.rerouted_error_mean is None or logits.other_experts is None:
+        return []
+    choices = f"{logits.other_experts:.2%} of the choices of experts differ"
+    return [("  under equal routing", f"{logits.rerouted_error_mean:.3g} mean; {choices}")]

@@ -1,6 +1,7 @@
 """Merged = base + adapter, for every kind of adapter that the trainer writes; and the proof can fail."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,25 @@ def test_the_report_stands_beside_the_weights(base: Path, adapter: Path, tmp_pat
         "router": 2,
     }
     assert all(0 < part["relative_delta"] < 1 for part in written["parts"].values())
+    assert written["logits"]["other_experts"] == 0
     assert "34 of 34 targeted, no others" in report.table()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_choice_of_experts_that_rounding_tips_is_told_apart_from_wrong_weights() -> None:
+    tipped = proof.LogitFigures(50, 1.0, 1.0, 0.4, 3.0, rerouted_error_mean=0.03, other_experts=0.002)
+    proof.judge_logits(tipped, float32=False, rounding=0.05)
+    wrong_weights = replace(tipped, rerouted_error_mean=0.3)
+    wrong_choices = replace(tipped, other_experts=0.2)
+    for figures in (wrong_weights, wrong_choices):
+        with pytest.raises(WeightsError, match=r"under the adapter's routing, .*% of the choices of experts differ\)"):
+            proof.judge_logits(figures, float32=False, rounding=0.05)
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    figures = proof.LogitFigures(50, 1.0, 1.0, float("nan"), 3.0, None, None)
+    with pytest.raises(WeightsError, match="proof: logits: not finite"):
+        proof.judge_logits(figures, float32=False, rounding=0.0)
 
 
 # The proof must be able to fail: each of these breaks the arithmetic once.
@@ -118,6 +136,13 @@ def test_the_logits_refuse_a_wrong_scale(adapter: Path, tmp_path: Path, monkeypa
     scale = finetune.merge.adapter.Adapter.scale
     monkeypatch.setattr(finetune.merge.adapter.Adapter, "scale", lambda self, name: 2 * scale(self, name))
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter; got mean difference")
+
+
+def test_the_logits_refuse_a_wrong_router(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, target_parameters=[ROUTER])
+    scale = finetune.merge.adapter.Adapter.scale
+    monkeypatch.setattr(finetune.merge.adapter.Adapter, "scale", lambda self, name: -scale(self, name))
+    refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter")
 
 
 def test_the_logits_refuse_a_confused_order_of_experts(
