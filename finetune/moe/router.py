@@ -103,7 +103,7 @@ class StepBalance:
         return balance_value(self.frequency_LE, probability_LE / self._step_tokens)
 
     def end_step(self, all_reduce: Any) -> tuple[float, torch.Tensor]:
-        """The exact value of the step (its own `f` and `P`) and the share of each expert `[L, E]`, rows summing to 1."""
+        """The exact value of the step (its own `f` and `P`) and each expert's share `[L, E]` (rows sum to 1)."""
         total = all_reduce(torch.stack([self._probability_LE, self._count_LE])) / self._step_tokens
         probability_LE, self.frequency_LE = total[0], total[1]
         value = balance_value(self.frequency_LE, probability_LE).item()

