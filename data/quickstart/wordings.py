@@ -51,7 +51,7 @@ SLOTS: dict[str, Values] = {
             "library",
             "sunroom",
         ),
-        ("office", "playroom", "ballroom", "studio"),
+        ("office", "classroom", "ballroom", "studio"),
     ),
     "degrees": Values((16, 17, 18, 19, 21, 22, 24, 25, 62, 64, 66, 67, 70, 71, 73, 75), (20, 23, 65, 68)),
     "minutes": Values((2, 3, 5, 6, 7, 10, 12, 15, 20, 25, 30, 40, 45, 60, 90), (4, 9, 35, 50)),
@@ -70,7 +70,7 @@ SLOTS: dict[str, Values] = {
             "cookies",
             "nap",
         ),
-        ("soup", "dishes", "bath", "reading"),
+        ("soup", "dishes", "steak", "reading"),
     ),
     "genre": Values(
         (
@@ -104,7 +104,7 @@ SLOTS: dict[str, Values] = {
             "swimming lesson",
             "budget review",
         ),
-        ("eye exam", "math test", "school play", "flu shot"),
+        ("eye exam", "math test", "art show", "flu shot"),
     ),
     "day": Values(("Monday", "Tuesday", "Thursday", "Friday", "Saturday"), ("Wednesday", "Sunday")),
     "time": Values(
@@ -236,7 +236,7 @@ INTENTS: tuple[Intent, ...] = (
             "Please put {genre} music on in the {room}",
             "The {room} speaker should play {genre}",
         ),
-        ("Could we have some {genre} in the {room}?", "Please play {genre} on the {room} speaker"),
+        ("Could we have some {genre} music in the {room}?", "Please play {genre} on the {room} speaker"),
     ),
     Intent(
         "calendar",
@@ -247,7 +247,7 @@ INTENTS: tuple[Intent, ...] = (
             "Put the {event} in my calendar for {day} at {time}",
             "Schedule the {event} for {day} at {time}",
             "I have the {event} on {day} at {time}",
-            "On {day} at {time} I have the {event}",
+            "Put down the {event} for {day} at {time}",
             "Create an event for {day} at {time}: {event}",
             "Book the {event} for {day} at {time}",
             "Save the {event} to my calendar, {day} at {time}",
