@@ -103,7 +103,7 @@ def read_adapter(folder: Path) -> Adapter:
         settings=settings,
         pairs=_pairs(folder / WEIGHTS_FILE),
         base_location=base.get("name_or_path"),
-        base_revision=base.get("revision"),
+        base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
     )
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoConfig, AutoTokenizer
 
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
+from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.files import merged_config
 from tests.support import save_tiny_mistral
@@ -59,6 +60,23 @@ def test_links_of_a_download_cache_become_files(adapter: Path, base: Path, tmp_p
         (cache / path.name).symlink_to(path)
     merge(adapter, tmp_path / "out", base=cache, show_progress=False)
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_base_named_as_on_the_hub_is_found_where_it_was_downloaded(
+    adapter: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository, commit = tmp_path / "cache" / "models--maker--tiny", "0123456789" * 4
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "v1").write_text(commit)
+    shutil.copytree(base, repository / "snapshots" / commit)
+    record, settings = adapter / "finetune.json", adapter / "adapter_config.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"base": {**content["base"], "name_or_path": "maker/tiny"}}))
+    with pytest.raises(WeightsError, match="the recorded base is not on this machine; got maker/tiny"):
+        merge(adapter, tmp_path / "out", show_progress=False)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"revision": "v1"}))
+    assert merge(adapter, tmp_path / "out", show_progress=False).fingerprint_recorded
 
 
 def test_a_sharded_base_gives_a_sharded_model(adapter: Path, base: Path, tmp_path: Path) -> None:
