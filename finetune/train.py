@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import FinetuneError, RunError
+from finetune.errors import FinetuneError, Problem, RunError
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -31,13 +31,14 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.run import MetricsCallback, RunFolder, prepare_dashboards
 
     state = PartialState()
+    _refuse_data_parallel(state)
     set_seed(recipe.seed)
 
     # 1. Where the run goes, and what it reports to
     run = RunFolder(Path(recipe.output_dir))
     resume = recipe.training.resume_from_checkpoint
-    if state.is_main_process:
-        run.create(resume=resume)
+    if state.is_main_process and (kept := run.create(resume=resume)):
+        print(f"the earlier run in {run.path} is kept as {kept}")
     state.wait_for_everyone()
     dashboards = prepare_dashboards(recipe.logging, run)
     config = sft_config(recipe, run.path, dashboards.trainer_args, state.num_processes)
@@ -84,6 +85,21 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     return run.path
 
 
+def _refuse_data_parallel(state: Any) -> None:
+    """One process that sees several GPUs would make the trainer fall back to `nn.DataParallel`."""
+    from torch.cuda import device_count
+
+    if state.num_processes == 1 and state.device.type == "cuda" and device_count() > 1:
+        raise RunError(
+            Problem(
+                "accelerate",
+                "one process was launched and several GPUs are visible",
+                "use --config_file accelerate_configs/multi_gpu.yaml, or set CUDA_VISIBLE_DEVICES=0",
+                got=f"{device_count()} GPUs",
+            )
+        )
+
+
 def _audit(
     model: Any, family: "Family", recipe: Recipe, stats: dict[str, Any], run: "RunFolder", is_main: bool
 ) -> None:
@@ -127,8 +143,9 @@ def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: 
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder
     from finetune.model import save_adapter
-    from finetune.run import draw_loss_curve
+    from finetune.run import draw_loss_curve, keep_aside
 
+    keep_aside(run.adapter)  # a finished run that was continued has one already
     with new_folder(run.adapter) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base)
         tokenizer.save_pretrained(folder)

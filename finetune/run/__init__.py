@@ -2,7 +2,7 @@
 
 from finetune.run.curve import draw_loss_curve
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
-from finetune.run.folder import RunFolder
+from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
 
@@ -12,6 +12,7 @@ __all__ = [
     "RunFolder",
     "collect_provenance",
     "draw_loss_curve",
+    "keep_aside",
     "prepare_dashboards",
     "read_metrics",
     "resolve_report_to",

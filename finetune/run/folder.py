@@ -1,5 +1,6 @@
 """The run folder (`output_dir`): its names, what may already lie in it, and files that appear whole or not at all."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -49,21 +50,29 @@ class RunFolder:
         """The loss curve, PNG."""
         return self.path / "loss_curve.png"
 
-    def create(self, resume: bool = False) -> None:
-        """Make the folder. Raise RunError where it holds a run or foreign files, unless `resume` continues that run."""
+    def create(self, resume: bool = False) -> Path | None:
+        """Make the folder. A finished run that lies there is kept under the next free `NAME.1`, which is returned.
+
+        Raise RunError where it holds an unfinished run (it may still be writing) or foreign files, unless `resume`
+        continues that run.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise RunError(Problem(str(self.path), "output_dir is a file", "name a folder"))
+        kept = None
         if resume:
             self.newest_checkpoint()
+        elif self.adapter.is_dir():
+            kept = keep_aside(self.path.resolve())
         elif self.path.exists():
             self._refuse_contents()
         self.path.mkdir(parents=True, exist_ok=True)
+        return kept
 
     def _refuse_contents(self) -> None:
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
-        run = sorted(name for name in names if name in {"adapter", "metrics.jsonl"} or name.startswith("checkpoint-"))
+        run = sorted(name for name in names if name == "metrics.jsonl" or name.startswith("checkpoint-"))
         if run:
-            raise RunError(Problem(str(self.path), "output_dir already holds a run", _DO, got=", ".join(run)))
+            raise RunError(Problem(str(self.path), "output_dir holds an unfinished run", _DO, got=", ".join(run)))
         if foreign := sorted(names - _BEFORE_TRAINING):
             what = "output_dir holds files that are not a run's"
             raise RunError(Problem(str(self.path), what, "choose another output_dir", got=", ".join(foreign[:5])))
@@ -100,6 +109,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_aside(path: Path) -> Path | None:
+    """Rename what lies at `path` to the next free `path.1`, `path.2` ...; None where nothing lies there."""
+    if not path.exists():
+        return None
+    free = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    kept = next(candidate for candidate in free if not candidate.exists())
+    path.rename(kept)
+    return kept
 
 
 def _is_json(path: Path) -> bool:

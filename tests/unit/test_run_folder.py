@@ -32,13 +32,23 @@ def test_a_run_that_died_before_its_first_step_is_started_again(tmp_path: Path) 
     run.create()
 
 
-@pytest.mark.parametrize("name", ["adapter", "metrics.jsonl", "checkpoint-5"])
-def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_finished_run_is_kept_aside_under_the_next_free_number(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    for number in (1, 2):
+        run.adapter.mkdir(parents=True)
+        run.metrics.write_text(str(number))
+        assert run.create() == tmp_path / f"run.{number}"
+        assert list(run.path.iterdir()) == []
+    assert [(tmp_path / f"run.{number}" / "metrics.jsonl").read_text() for number in (1, 2)] == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-5"])
+def test_a_folder_that_holds_an_unfinished_run_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(RunError) as error:
         RunFolder(tmp_path).create()
     assert str(error.value) == (
-        f"{tmp_path}: output_dir already holds a run; got {name}; choose another output_dir, remove this one, "
+        f"{tmp_path}: output_dir holds an unfinished run; got {name}; choose another output_dir, remove this one, "
         "or set training.resume_from_checkpoint=true to continue it"
     )
 
