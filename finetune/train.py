@@ -113,7 +113,7 @@ def _audit(
         print(audit_table(parts))
         for split, split_stats in stats.items():
             print(f"{split} rows: {_rows_line(split_stats)}")
-    problems = differences(parts, recipe.lora, family, recipe.model.load_in_4bit, recipe.model.dtype)
+    problems = differences(parts, recipe.lora, recipe.model.load_in_4bit, recipe.model.dtype)
     if problems:
         raise RunError(problems)
 

@@ -117,7 +117,7 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         with nullcontext() if term is None else term.capture() as record:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         self._step_ce += loss.detach()
-        if term is not None:
+        if term is not None and record is not None:
             loss = term.add(loss, record, real_tokens(inputs), self.accelerator.num_processes)
         if not torch.isfinite(loss):
             raise self._not_finite("loss", loss.item(), rows)

@@ -73,15 +73,13 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
     return parts
 
 
-def differences(
-    parts: dict[str, PartAudit], lora: LoraSettings, family: Family, load_in_4bit: bool, dtype: str
-) -> list[Problem]:
+def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: bool, dtype: str) -> list[Problem]:
     """Every point in which the loaded model is not what the recipe says; empty when it is."""
     problems = []
     for part in parts.values():
         wanted_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
         problems += _format_problems(part, wanted_format)
-        problems += _adapter_problems(part, lora, family)
+        problems += _adapter_problems(part, lora)
         if part.base_trained:
             problems.append(
                 Problem(
@@ -117,7 +115,7 @@ def _format_problems(part: PartAudit, wanted: str) -> list[Problem]:
     ]
 
 
-def _adapter_problems(part: PartAudit, lora: LoraSettings, family: Family) -> list[Problem]:
+def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
     wanted = _wanted_weights(part, lora)
     adapted = set(part.ranks)
     problems = []

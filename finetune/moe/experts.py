@@ -1,7 +1,7 @@
 """Expert forward and backward with factored LoRA, registered on transformers' `ExpertsInterface`.
 
-Computes `x W_e^T + s (x A_e^T) B_e^T` for the tokens that expert `e` received. `W_e` is dequantised when needed and again
-in the backward: no dequantised weight is saved, and no dense weight gradient is formed.
+Computes `x W_e^T + s (x A_e^T) B_e^T` for the tokens that expert `e` received. `W_e` is dequantised when needed and
+again in the backward: no dequantised weight is saved, and no dense weight gradient is formed.
 
 T tokens, K experts a token, R = T*K routed rows, n rows of one expert, E experts, H hidden, I intermediate, r rank.
 """

@@ -50,7 +50,10 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
 
 def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
     """The PEFT configuration that a recipe's `lora` section means for one architecture."""
-    modules, parameters, ranks, alphas = [], [], {}, {}
+    modules: list[str] = []
+    parameters: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
     for target in lora.targets:
         if target == "attention":
             modules += family.attention
@@ -139,8 +142,10 @@ def _refuse_unmatched(model: Any, config: LoraConfig) -> None:
 
 def factor_stacks(model: torch.nn.Module) -> None:
     """Swap PEFT's materialising wrappers of 3-D parameters for the factored one and connect it to the experts."""
-    wrappers = [module for module in model.modules() if type(module) is ParamWrapper and module.num_experts > 1]
+    wrappers: list[Any] = [module for module in model.modules() if type(module) is ParamWrapper]
     for wrapper in wrappers:
+        if wrapper.num_experts == 1:
+            continue  # a router: a matrix of a few rows, which PEFT's own forward serves well
         wrapper.__class__ = FactoredStackLora
         experts = wrapper.get_base_layer()
         # A plain dict, so that torch does not register the wrapper as a child of what it wraps.

@@ -48,7 +48,7 @@ class Nf4Stack(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> "Nf4Stack":
-        stack: Nf4Stack = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        stack: Nf4Stack = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=inner[0].device, requires_grad=False
         )
         return stack
@@ -73,14 +73,14 @@ class Nf4Stack(torch.Tensor):
         return cls(inner, weight_EOI.shape, weight_EOI.dtype)
 
     @property
-    def inner(self) -> tuple[torch.Tensor, ...]:
+    def stored(self) -> tuple[torch.Tensor, ...]:
         """The stored tensors, in constructor order."""
         return (self.packed_EN, self.absmax_EQ, self.nested_absmax_ES, self.offset_E)
 
     @property
     def stored_bytes(self) -> int:
         """Bytes held, quantisation constants included."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.inner)
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
     def expert(self, index: int) -> torch.Tensor:
         """One expert's weight `[O, I]`, dequantised into fresh memory."""
@@ -103,7 +103,7 @@ class Nf4Stack(torch.Tensor):
         weight: torch.Tensor = dequantize_4bit(self.packed_EN[index].unsqueeze(-1), state)
         return weight
 
-    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+    def dequantize(self) -> torch.Tensor:
         """The dense stack `[E, O, I]`."""
         return torch.stack([self.expert(index) for index in range(self.shape[0])])
 
@@ -122,7 +122,7 @@ class Nf4Stack(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -146,14 +146,14 @@ class Nf4Stack(torch.Tensor):
 
 
 def _same(stack: Nf4Stack, **_: Any) -> Nf4Stack:
-    return Nf4Stack(stack.inner, stack.shape, stack.dtype)
+    return Nf4Stack(stack.stored, stack.shape, stack.dtype)
 
 
 def _to_copy(
     stack: Nf4Stack, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: Any
 ) -> Nf4Stack:
     """Move to a device, or change the dtype that `expert` produces; the stored bits stay as they are."""
-    return Nf4Stack(tuple(tensor.to(device) for tensor in stack.inner), stack.shape, dtype or stack.dtype)
+    return Nf4Stack(tuple(tensor.to(device) for tensor in stack.stored), stack.shape, dtype or stack.dtype)
 
 
 _STRUCTURAL: dict[Any, Callable[..., Nf4Stack]] = {

@@ -2,10 +2,10 @@
 
 The term is `E * sum_e f_e P_e` per layer, averaged over layers (Switch Transformer, arXiv 2101.03961, counted as in
 transformers: balanced scores `top_k`). `f_e` is the share of the real tokens whose top-k holds expert e, `P_e` the mean
-router probability. `scope: step`: `f` comes from all micro-batches and ranks of the previous optimizer step (uniform
-before the first) and `P` is normalised by the real tokens of the whole step. So the term is a sum over tokens and is the
-same however a step's batch is cut; compare global-batch balancing, arXiv 2501.11873. transformers pools all layers
-before `f * P`: layers that collapsed onto different experts then score the optimum. Here each layer counts alone.
+router probability. `f` comes from all micro-batches and ranks of the previous optimizer step (uniform before the first)
+and `P` is normalised by the real tokens of the whole step. So the term is a sum over tokens and is the same however a
+step's batch is cut; compare global-batch balancing, arXiv 2501.11873. transformers pools all layers before `f * P`:
+layers that collapsed onto different experts then score the optimum. Here each layer counts alone.
 
 T tokens, E experts, K experts a token, L layers.
 """

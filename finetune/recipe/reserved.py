@@ -81,7 +81,15 @@ _SET_BY_US = {
     ),
     **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), _CHECKPOINTING),
     **dict.fromkeys(
-        ("fsdp", "fsdp_config", "deepspeed", "accelerator_config", "parallelism_config", "use_cpu", "dataloader_pin_memory"),
+        (
+            "fsdp",
+            "fsdp_config",
+            "deepspeed",
+            "accelerator_config",
+            "parallelism_config",
+            "use_cpu",
+            "dataloader_pin_memory",
+        ),
         _HARDWARE,
     ),
     **dict.fromkeys(("local_rank",), _LAUNCHER),

@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def complaints(model: Any, load_in_4bit: bool = True, dtype: str = "float32", **lora: Any) -> list[str]:
     parts = audit_model(model, FAMILY)
-    return [str(problem) for problem in differences(parts, lora_settings(**lora), FAMILY, load_in_4bit, dtype)]
+    return [str(problem) for problem in differences(parts, lora_settings(**lora), load_in_4bit, dtype)]
 
 
 def experts_of(model: Any, layer: int = 1) -> Any:
@@ -96,6 +96,6 @@ def test_a_dense_model_has_attention_and_mlp(tmp_path: Path) -> None:
     model = trained_model(save_tiny_mistral(tmp_path), targets=["attention", "mlp"])
     parts = audit_model(model, FAMILIES["mistral"])
     lora = lora_settings(targets=["attention", "mlp"])
-    assert differences(parts, lora, FAMILIES["mistral"], True, "float32") == []
+    assert differences(parts, lora, True, "float32") == []
     assert parts["mlp"].as_dict()["adapted"] == 6
     assert parts["experts"].parameters == 0

@@ -37,7 +37,8 @@ def reference(module: Any, x: torch.Tensor, index: torch.Tensor, weights: torch.
         data = getattr(module, name).data
         dense = data.expert(expert) if isinstance(data, Nf4Stack) else data[expert]
         A, B = module.lora_sources[name].leaves
-        return dense.double() + SCALE * B[expert].double() @ A[expert].double()
+        weight: torch.Tensor = dense.double() + SCALE * B[expert].double() @ A[expert].double()
+        return weight
 
     rows = []
     for token in range(x.shape[0]):

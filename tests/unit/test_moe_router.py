@@ -116,5 +116,5 @@ def test_the_state_survives_a_checkpoint_and_a_missing_one_is_an_error(base: Pat
     saved.save(tmp_path)
     loaded.load(tmp_path)
     assert torch.equal(loaded.balance.frequency_LE, saved.balance.frequency_LE)
-    with pytest.raises(RunError, match="router_balance.json: the checkpoint has no router state; start anew"):
+    with pytest.raises(RunError, match=r"router_balance.json: the checkpoint has no router state; start anew"):
         loaded.load(tmp_path / "elsewhere")
