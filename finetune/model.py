@@ -115,7 +115,7 @@ def save_adapter(model: PeftModel, folder: Path, recipe: Recipe, base: dict[str,
     """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
-    model.save_pretrained(folder, safe_serialization=True)
+    model.save_pretrained(folder, save_embedding_layers=False)
     record = {
         "format": 1,
         "base": base,

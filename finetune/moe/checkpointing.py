@@ -1,9 +1,9 @@
 """Non-reentrant activation checkpointing that keeps the forward's routing for the recompute.
 
 Two router scores may be so close that the recompute, whose sums may run in another order, would choose another
-expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again; all else is computed anew. torch's own
-selective checkpointing cannot do it: Mixtral divides the values of `topk` in place, which it refuses. Reentrant
-checkpointing is never used: it leaves the balance term without a gradient while its value is still logged.
+expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again; all else is computed anew.
+torch's own selective checkpointing cannot do it: Mixtral divides the values of `topk` in place, which it refuses.
+Reentrant checkpointing is never used: it leaves the balance term without a gradient while its value is still logged.
 """
 
 from collections.abc import Callable, Sequence

@@ -29,9 +29,7 @@ def parse(row: dict[str, Any]) -> Parsed:
         (intent, wording, values)
         for intent in INTENTS
         for wording in intent.trained + intent.held_out
-        if intent.command == answer["command"]
-        and tuple(values) == intent.slots
-        and wording.format(**values) == request
+        if intent.command == answer["command"] and tuple(values) == intent.slots and wording.format(**values) == request
     ]
     assert len(found) == 1, f"{request!r} -> {reply}"
     return found[0]
