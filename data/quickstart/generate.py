@@ -20,8 +20,8 @@ sys.path.insert(0, str(HERE.parents[1]))  # the repository, so that the plain co
 from data.quickstart.wordings import INTENTS, SLOTS, Intent, Value  # noqa: E402
 
 SEED = 20
-TRAIN_ROWS_PER_DOMAIN = 90
-EVAL_ROWS_PER_DOMAIN_AND_SPLIT = 5
+TRAIN_ROWS_PER_DOMAIN = 120
+EVAL_ROWS_PER_DOMAIN_AND_SPLIT = 7
 DOMAINS = tuple(dict.fromkeys(intent.domain for intent in INTENTS))
 
 

@@ -80,7 +80,7 @@ def test_values_rows_have_a_trained_wording_and_a_value_that_training_never_show
     wordings = {wording for _, wording, _ in train}
     shown = {pair for _, _, values in train for pair in values.items()}
     rows = [parsed for split, parsed in held_out if split == "values"]
-    assert len(rows) == 40
+    assert len(rows) == 42
     for _, wording, values in rows:
         assert wording in wordings
         assert set(values.items()) - shown
@@ -91,16 +91,16 @@ def test_wording_rows_have_a_wording_that_training_never_shows(
 ) -> None:
     wordings = {wording for _, wording, _ in train}
     rows = [parsed for split, parsed in held_out if split == "wording"]
-    assert len(rows) == 40
+    assert len(rows) == 42
     assert all(wording not in wordings for _, wording, _ in rows)
 
 
 def test_each_domain_is_asked_equally_often(train: list[Parsed], held_out: list[tuple[str, Parsed]]) -> None:
     domains = {intent.domain for intent in INTENTS}
-    assert len(domains) == 8
+    assert len(domains) == 6
     for domain in domains:
-        assert sum(intent.domain == domain for intent, _, _ in train) == 90
-        assert sum(parsed[0].domain == domain for _, parsed in held_out) == 10
+        assert sum(intent.domain == domain for intent, _, _ in train) == 120
+        assert sum(parsed[0].domain == domain for _, parsed in held_out) == 14
 
 
 def test_every_trained_wording_and_value_occurs_in_training(train: list[Parsed]) -> None:
