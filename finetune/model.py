@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune.errors import Problem, RecipeError, WeightsError
@@ -106,6 +107,10 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
 def load_model(folder: Path, recipe: Recipe) -> PeftModel:
     """Base model with a fresh adapter, ready to train."""
     model = add_adapter(load_base(folder, recipe.model), recipe.lora)
+    # DDP would broadcast the frozen base, tensor by tensor, from rank 0 over what every rank has read itself; a 4-bit
+    # stack cannot be written to. The adapter, initialised at random, is still synchronised.
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
     return model

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     """Run the recipe; returns the run folder."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from torch.accelerator import is_available
     from transformers import set_seed
 
     from finetune.data import Collator, load_tokenizer, prepare
@@ -31,7 +33,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.model import checkpoint_family, load_model, resolve_checkpoint
     from finetune.run import MetricsCallback, RunFolder, prepare_dashboards
 
-    state = PartialState()
+    # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
+    state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
     _refuse_data_parallel(state)
     set_seed(recipe.seed)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -62,13 +63,23 @@ def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
         "gradient_checkpointing": False,  # finetune.moe.checkpointing has switched it on, its own way
         "router_aux_loss_coef": 0.0,  # TRL's pooled term stays off; finetune.methods.router_term adds ours
         "logging_nan_inf_filter": False,  # would log an old loss in place of a NaN
+        "use_cpu": PartialState().device.type == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return SFTConfig(**settings, **dashboards, **training.trainer_args)
+    config = SFTConfig(**settings, **dashboards, **training.trainer_args)
+    if config.world_size != num_processes:
+        raise RunError(
+            Problem(
+                "launcher",
+                f"the trainer counts {config.world_size} processes where {num_processes} were counted before it",
+                "launch with `accelerate launch` and a file of accelerate_configs/",
+            )
+        )
+    return config
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -125,11 +136,19 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         """Cross entropy alone; also summed up, so that the reported value weighs every supervised token the same."""
+        self._mask_repeated_rows(inputs["labels"])
         result = super().compute_loss(model, inputs, return_outputs=return_outputs)
         loss = result[0] if return_outputs else result
         tokens = inputs["labels"][..., 1:].ne(-100).sum()
         self._eval_sums += torch.stack([loss.double() * tokens, tokens.double()]).cpu()
         return result
+
+    def _mask_repeated_rows(self, labels: torch.Tensor) -> None:
+        """With several processes the last batches are filled up with rows from the beginning: they count once."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            first = self.accelerator.process_index * labels.shape[0]
+            labels[max(state.remainder - first, 0) :] = -100
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with the loss averaged over tokens instead of over batches."""

@@ -1,0 +1,117 @@
+"""Training through the real launchers: two processes give what one gives; a killed run continues."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from finetune.run import read_metrics
+from tests.support import save_tiny_mixtral
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CPU = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+ONE_PROCESS = [str(BIN / "accelerate"), "launch", *CPU]
+TWO_PROCESSES = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral, 34 rows (not a multiple of any batch), and a recipe of four steps."""
+    folder = tmp_path_factory.mktemp("workspace")
+    save_tiny_mixtral(folder / "model")
+    rows = [{"prompt": "light " * (1 + i % 7), "completion": "on " * (1 + i % 3)} for i in range(34)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": "rows.jsonl", "format": "prompt_completion"}
+    recipe: dict[str, Any] = {
+        "output_dir": "run",
+        "model": {"name_or_path": "model", "load_in_4bit": True, "dtype": "float32"},
+        "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8},
+        "router": {"router_aux_loss_coef": 0.1},
+        "method": {"kind": "sft"},
+        "data": {"train": dict(source), "eval": dict(source), "max_length": 128},
+        "training": {
+            "max_steps": 4,
+            "learning_rate": 0.01,
+            "global_batch_size": 8,
+            "per_device_train_batch_size": 4,
+            "save_steps": 2,
+        },
+        "logging": {"report_to": "none"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def train(workspace: Path, launcher: list[str], output_dir: str, *overrides: str) -> list[dict[str, Any]]:
+    """Run to the end and return the logged lines."""
+    command = [*launcher, "-m", "finetune.train", "recipe.yaml", f"output_dir={output_dir}", *overrides]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return read_metrics(workspace / output_dir / "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one(workspace: Path) -> list[dict[str, Any]]:
+    """The lines of the uninterrupted run of one process."""
+    return train(workspace, ONE_PROCESS, "one")
+
+
+def assert_same(
+    workspace: Path, lines: list[dict[str, Any]], wanted: list[dict[str, Any]], run: str, steps: int = 4
+) -> None:
+    """The same losses, gradient norms and evaluation, and the same adapter."""
+    keys = ("loss", "ce_loss", "balance_loss", "grad_norm", "router/max_load", "eval_loss")
+    for line, other in zip(lines, wanted, strict=True):
+        for key in keys:
+            assert (key in line) == (key in other)
+            if key in line:
+                assert line[key] == pytest.approx(other[key], abs=2e-5), (key, line["step"])
+    adapters = [load_file(workspace / name / "adapter" / "adapter_model.safetensors") for name in (run, "one")]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert (tensor - adapters[1][name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one(workspace: Path, one: list[dict[str, Any]]) -> None:
+    assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4]
+    assert_same(workspace, train(workspace, TWO_PROCESSES, "two"), one, "two")
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_as_if_it_had_not_been(workspace: Path, one: list[dict[str, Any]]) -> None:
+    command = [*ONE_PROCESS, "-m", "finetune.train", "recipe.yaml", "output_dir=killed"]
+    process = subprocess.Popen(
+        command, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    state = workspace / "killed" / "checkpoint-2" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert state.exists()
+    assert not (workspace / "killed" / "adapter").exists()
+    lines = train(workspace, ONE_PROCESS, "killed", "training.resume_from_checkpoint=true")
+    wanted = [line for line in one if "train_runtime" not in line]
+    assert_same(workspace, [line for line in lines if "train_runtime" not in line], wanted, "killed")
+
+
+@pytest.mark.slow
+def test_a_batch_that_the_processes_cannot_share_is_refused(workspace: Path) -> None:
+    command = [*TWO_PROCESSES, "-m", "finetune.train", "recipe.yaml", "output_dir=odd", "training.global_batch_size=12"]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        "training.global_batch_size: not divisible by per_device_train_batch_size x processes = 4 x 2; got 12; "
+        "use a multiple of 8, or fewer processes"
+    ) in done.stderr
