@@ -12,7 +12,7 @@ from finetune.run.metrics import read_metrics
 # Each panel's y label and the logged keys it shows, with their legend.
 _LOSSES = ("cross-entropy (nats/token)", {"ce_loss": "training", "eval_loss": "evaluation"})
 _TOTAL = ("loss", {"loss": "total training loss", "eval_loss": "evaluation"})
-_BALANCE = ("balance term (1 = uniform)", {"balance_loss": "training"})
+_BALANCE = ("balance term (top_k = balanced)", {"balance_loss": "training"})
 
 
 def draw_loss_curve(metrics_path: Path, png_path: Path) -> bool:
