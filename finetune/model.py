@@ -110,7 +110,7 @@ def load_model(folder: Path, recipe: Recipe) -> PeftModel:
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 over what every rank has read itself; a 4-bit
     # stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
     if recipe.training.gradient_checkpointing:
         enable_checkpointing(model)
     return model
