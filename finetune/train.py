@@ -16,6 +16,7 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
+    from finetune.methods.router_term import RouterTerm
     from finetune.moe.families import Family
     from finetune.run import RunFolder
 
@@ -28,7 +29,6 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from transformers import set_seed
 
     from finetune.data import Collator, load_tokenizer, prepare
-    from finetune.methods.router_term import RouterTerm
     from finetune.methods.sft import MoeSftTrainer, sft_config
     from finetune.model import checkpoint_family, load_model, resolve_checkpoint
     from finetune.run import MetricsCallback, RunFolder, prepare_dashboards
@@ -64,12 +64,10 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     if state.is_main_process:
         _write_provenance(run, recipe, base, command_line)
 
-    # 5. The trainer: TRL's, plus the router term
-    coefficient = recipe.router.router_aux_loss_coef if recipe.router else 0.0
-    term = None if family.moe is None else RouterTerm(model, family.moe, coefficient)
+    # 5. TRL's trainer, plus the router term
     trainer = MoeSftTrainer(
         model=model,
-        router_term=term,
+        router_term=_router_term(model, family, recipe),
         args=config,
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),
@@ -77,12 +75,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
         callbacks=[MetricsCallback(run.metrics), *dashboards.callbacks],
     )
-    newest = run.newest_checkpoint() if resume else None
-    if newest is not None and term is not None:
-        term.load(newest)
 
-    # 6. Train, with an evaluation after the last step; save
-    trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
+    trainer.run_from(run.newest_checkpoint() if resume else None)
     if state.is_main_process:
         _save(run, trainer, tokenizer, recipe, base)
     state.wait_for_everyone()
@@ -128,6 +123,14 @@ def _rows_line(stats: Any) -> str:
         f"{100 * stats.dropped / stats.rows:.1f} % dropped; {stats.tokens:,} tokens in {stats.sequences:,} sequences, "
         f"{stats.supervised_tokens:,} supervised ({100 * stats.supervised_tokens / stats.tokens:.1f} %)"
     )
+
+
+def _router_term(model: Any, family: "Family", recipe: Recipe) -> "RouterTerm | None":
+    from finetune.methods.router_term import RouterTerm
+
+    if family.moe is None or recipe.router is None:
+        return None
+    return RouterTerm(model, family.moe, recipe.router.router_aux_loss_coef)
 
 
 def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from finetune import __version__
+import finetune
 from finetune.cli import evaluate, merge, schema, train, upcycle
 from finetune.errors import FinetuneError
 from finetune.threads import wait_passively
@@ -14,8 +14,8 @@ COMMANDS = (train, evaluate, merge, upcycle, schema)
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line surface."""
-    parser = argparse.ArgumentParser(prog="finetune", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"finetune {__version__}")
+    parser = argparse.ArgumentParser(prog="finetune", description=finetune.__doc__)
+    parser.add_argument("--version", action="version", version=f"finetune {finetune.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)

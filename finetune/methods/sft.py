@@ -108,6 +108,12 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self.add_callback(_StepEnd(self))
 
+    def run_from(self, checkpoint: Path | None) -> None:
+        """Train; from a checkpoint also with the balance frequencies that it left."""
+        if checkpoint is not None and self.router_term is not None:
+            self.router_term.load(checkpoint)
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)

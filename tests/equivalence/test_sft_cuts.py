@@ -209,9 +209,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(base: Path, rows: Path, tmp_path
     first = recipe(base, rows, tmp_path, save_steps=2)
     trainer_for(first)[0].train()
     trainer, steps = trainer_for(first)
-    assert trainer.router_term is not None
-    trainer.router_term.load(tmp_path / "checkpoint-2")
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    trainer.run_from(tmp_path / "checkpoint-2")
     assert len(steps.gradients) == 1
     for name, gradient in whole.gradients[2].items():
         torch.testing.assert_close(steps.gradients[0][name], gradient, atol=1e-5, rtol=1e-4)
