@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.evaluate import load_table
+from finetune.files import write_json
 from finetune.upcycle import packaged_gguf
 
 MODEL = Path("models/quickstart-moe")
@@ -83,9 +84,10 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "peak_mib": max(phase.peak_mib for phase in phases),
     }
-    write(RUN / "quickstart.json", record)
+    write_json(RUN / "quickstart.json", record)
     if args.record is not None:
-        write(args.record, record | provenance())
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.record, record | provenance())
     print(f"\ntotal {record['seconds']:.0f} s, peak {record['peak_mib']:.0f} MiB; figures in {RUN}/quickstart.json")
 
 
@@ -110,14 +112,6 @@ def provenance() -> dict[str, Any]:
     """Hardware, versions and commit of a recorded result, as every run folder has them."""
     told: dict[str, Any] = json.loads((RUN / "provenance.json").read_text(encoding="utf-8"))
     return {"provenance": told, "versions": {name: version(name) for name in PACKAGES}}
-
-
-def write(path: Path, value: dict[str, Any]) -> None:
-    """Write JSON in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
 """
 
-import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 from finetune.moe.families import MoeLayout, family_of
 from finetune.moe.router import capture, find_routers, token_statistics
 
@@ -54,9 +53,7 @@ class Evaluation:
     def write(self, path: Path) -> None:
         """Write as JSON, in one step."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}")
-        temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, asdict(self))
 
 
 def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float32", batch_size: int = 16) -> Evaluation:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, Problem, RunError
+from finetune.files import write_json, write_text
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
@@ -108,7 +109,7 @@ def _audit(
     parts = audit_model(model, family)
     if is_main:
         rows = {split: split_stats.as_dict() for split, split_stats in stats.items()}
-        run.write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
+        write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
         print(audit_table(parts))
         for split, split_stats in stats.items():
             print(f"{split} rows: {_rows_line(split_stats)}")
@@ -142,8 +143,8 @@ def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:
 def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, str], command_line: Sequence[str]) -> None:
     from finetune.run import collect_provenance
 
-    run.write_text(run.recipe, dump_recipe(recipe))
-    run.write_json(run.provenance, collect_provenance(base, recipe.seed, list(command_line)))
+    write_text(run.recipe, dump_recipe(recipe))
+    write_json(run.provenance, collect_provenance(base, recipe.seed, list(command_line)))
 
 
 def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: dict[str, str]) -> None:

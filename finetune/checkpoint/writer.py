@@ -13,6 +13,7 @@ import torch
 from finetune.checkpoint.dtypes import DISK_DTYPES, TORCH_DTYPES
 from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 
@@ -151,9 +152,7 @@ class CheckpointWriter:
             "metadata": {"total_size": sum(slot.spec.nbytes for slot in slots)},
             "weight_map": {slot.spec.key: self.files[slot.shard].name for slot in slots},
         }
-        temporary = self.folder / f".{INDEX_FILE}.partial"
-        temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / INDEX_FILE)
+        write_json(self.folder / INDEX_FILE, index)
 
     def __enter__(self) -> "CheckpointWriter":
         return self

@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 from finetune.merge import proof
 from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
 from finetune.merge.deltas import Delta, plan
-from finetune.merge.files import copy_files, merged_config, side_files, write_json
+from finetune.merge.files import copy_files, merged_config, side_files
 from finetune.merge.logits import LayerwiseModel, Routing
 from finetune.merge.report import MergeReport, PartFigures
 from finetune.merge.stream import Ledger, output_specs, stream_merged

@@ -1,7 +1,5 @@
 """What stands beside the weights: configuration, tokenizer, chat template, generation settings."""
 
-import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,10 +64,3 @@ def merged_config(base: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
     return config
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write through a temporary name, so that the file is whole or absent."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from finetune.errors import Problem, RunError
+from finetune.files import write_json
 from finetune.moe.families import MoeLayout
 from finetune.moe.router import RouterRecord, StepBalance, capture, find_routers, load_summary
 
@@ -49,9 +50,7 @@ class RouterTerm:
     def save(self, folder: Path) -> None:
         """Write the state that a resumed run needs."""
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{STATE_FILE}.tmp"
-        temporary.write_text(json.dumps(self.balance.state_dict()), encoding="utf-8")
-        temporary.replace(folder / STATE_FILE)
+        write_json(folder / STATE_FILE, self.balance.state_dict())
 
     def load(self, folder: Path) -> None:
         """Continue from `save`; raises RunError where the checkpoint lacks it."""

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from finetune.run.folder import write_atomically
+from finetune.files import write_atomically
 from finetune.run.metrics import read_metrics
 
 # Each panel's y label and the logged keys it shows, with their legend.

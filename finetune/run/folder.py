@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import Problem, RunError
 
@@ -89,26 +86,6 @@ class RunFolder:
                 return folder
         do = "set training.resume_from_checkpoint=false to start anew, or name the run's own output_dir"
         raise RunError(Problem(str(self.path), "there is no whole checkpoint to continue from", do))
-
-    def write_text(self, path: Path, text: str) -> None:
-        """Write `path` (one of the properties above) in one step."""
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-    def write_json(self, path: Path, value: Any) -> None:
-        """As `write_text`; NaN and infinity are refused (ValueError): they are not JSON."""
-        self.write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, then put it in place of `path`: a kill leaves the old or the new file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def keep_aside(path: Path) -> Path | None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import Problem, RunError
-from finetune.run.folder import write_atomically
+from finetune.files import write_text
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
@@ -60,7 +60,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         kept = [line for line in read_metrics(self.path) if last_step is None or line["step"] <= last_step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if text != self.path.read_text(encoding="utf-8"):
-            write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            write_text(self.path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune import __version__
 from finetune.checkpoint import new_folder, require_free_disk
 from finetune.errors import Problem, RecipeError
-from finetune.upcycle.files import write_json
+from finetune.files import write_json
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
 from finetune.upcycle.source import open_source, packaged_gguf
 

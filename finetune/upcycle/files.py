@@ -1,16 +1,9 @@
-"""Small JSON files beside the weights, each written under a temporary name and renamed."""
+"""Small files beside the weights."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    """Write `fields` as JSON."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+from finetune.files import write_json
 
 
 def write_generation_config(folder: Path, settings: dict[str, Any], eos: int | list[int] | None = None) -> None:

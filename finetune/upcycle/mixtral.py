@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointWriter, TensorSpec
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 from finetune.moe.families import FAMILIES, MoeLayout
 from finetune.upcycle.dense import EMBEDDING, DenseSource, dense_shapes
-from finetune.upcycle.files import write_json
 
 ROUTER_STD = 0.02  # MixtralConfig.initializer_range: what Mixtral's own routers start from
 EXPERT_NAMES = {"mlp.gate_proj.weight": "w1", "mlp.up_proj.weight": "w3", "mlp.down_proj.weight": "w2"}

@@ -82,17 +82,6 @@ def test_resuming_where_there_is_nothing_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "typo").exists()
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.write_json(run.audit, {"größe": [1, 0.1]})
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        run.write_json(run.audit, {"loss": float("nan")})
-    with pytest.raises(UnicodeEncodeError):
-        run.write_text(run.audit, "\ud800")
-    assert json.loads(run.audit.read_text(encoding="utf-8")) == {"größe": [1, 0.1]}
-    assert list(tmp_path.iterdir()) == [run.audit]
-
-
 def test_provenance_says_what_the_run_was_made_from() -> None:
     base = {"name_or_path": "models/tiny", "fingerprint": "sha256:0"}
     found = collect_provenance(base, seed=7, command_line=["finetune", "train", "r.yaml"])
