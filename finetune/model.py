@@ -10,8 +10,9 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
@@ -51,9 +52,9 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
 
 
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
-    """The checkpoint's architecture; refused where the recipe does not fit it. Reads only `config.json`."""
-    config = AutoConfig.from_pretrained(folder)
-    family = family_of(config.model_type, str(folder / "config.json"))
+    """The checkpoint's architecture; refused where the recipe does not fit it. Reads no weights, only their headers."""
+    config = CheckpointReader(folder).config
+    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
     if family.moe is not None and recipe.router is None:
         raise RecipeError(
             Problem(
@@ -66,7 +67,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
         raise RecipeError(
             Problem("router", f"{family.model_type} is a dense model without a router", "remove the router section")
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if config.get("quantization_config") is not None:
         raise WeightsError(
             Problem(
                 str(folder / "config.json"),
@@ -89,6 +90,7 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
         device_map={"": PartialState().device},
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below with everything else, instead of as the loader's RuntimeError
     )
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):

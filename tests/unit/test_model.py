@@ -1,0 +1,108 @@
+"""A base that does not fit the recipe is refused before any weight is read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import FinetuneError, WeightsError
+from finetune.model import checkpoint_family, load_base, resolve_checkpoint
+from finetune.recipe import ModelSettings, Recipe
+from tests.support import save_tiny_mistral, save_tiny_mixtral
+
+
+def recipe_for(folder: Path, router: bool = True) -> Recipe:
+    settings: dict[str, Any] = {
+        "output_dir": "run",
+        "model": {"name_or_path": str(folder), "load_in_4bit": True, "dtype": "float32"},
+        "lora": {"targets": ["attention"], "r": 2, "lora_alpha": 4.0},
+        "method": {"kind": "sft"},
+        "data": {"train": {"path": "rows.jsonl", "format": "messages"}, "max_length": 64},
+        "training": {"max_steps": 1, "learning_rate": 1e-3, "global_batch_size": 1},
+    }
+    if router:
+        settings["router"] = {"router_aux_loss_coef": 0.1}
+    return Recipe.model_validate(settings)
+
+
+def complaint(folder: Path, router: bool = True) -> str:
+    recipe = recipe_for(folder, router)
+    with pytest.raises(FinetuneError) as caught:
+        checkpoint_family(resolve_checkpoint(recipe.model), recipe)
+    return str(caught.value)
+
+
+def edit_config(folder: Path, **fields: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return folder
+
+
+def test_a_base_that_fits_is_named(tmp_path: Path) -> None:
+    assert checkpoint_family(save_tiny_mixtral(tmp_path), recipe_for(tmp_path)).model_type == "mixtral"
+
+
+def test_a_folder_that_is_not_there() -> None:
+    assert complaint(Path("/nowhere/model")) == (
+        "model.name_or_path: no such folder; got /nowhere/model; give a checkpoint folder or a hub id owner/name"
+    )
+
+
+def test_a_hub_id_that_cannot_be_had() -> None:
+    found = complaint(Path("somebody/some-model"))
+    assert found.startswith("model.name_or_path: neither a folder here nor a model that can be fetched (")
+    assert found.endswith(
+        "got somebody/some-model; check the path or hub id, the network and, for gated models, `hf auth login`"
+    )
+
+
+def test_an_architecture_that_is_not_supported(tmp_path: Path) -> None:
+    folder = edit_config(save_tiny_mixtral(tmp_path), model_type="dbrx")
+    assert complaint(folder) == (
+        f"{folder}/config.json: architecture is not supported; got dbrx; use one of: llama, mistral, mixtral"
+    )
+
+
+def test_an_moe_without_and_a_dense_model_with_a_router_section(tmp_path: Path) -> None:
+    moe, dense = save_tiny_mixtral(tmp_path / "moe"), save_tiny_mistral(tmp_path / "dense")
+    assert complaint(moe, router=False) == (
+        "router: mixtral is a Mixture-of-Experts model and the recipe has no router section; add "
+        "router.router_aux_loss_coef (0 turns the balance term off; the checkpoint's own is never used)"
+    )
+    assert complaint(dense) == ("router: mistral is a dense model without a router; remove the router section")
+
+
+def test_a_checkpoint_that_is_quantised_already(tmp_path: Path) -> None:
+    folder = edit_config(save_tiny_mixtral(tmp_path), quantization_config={"quant_method": "bitsandbytes"})
+    assert complaint(folder) == (
+        f"{folder}/config.json: the checkpoint is already quantised; give the 16-bit checkpoint; "
+        "model.load_in_4bit quantises it while loading"
+    )
+
+
+def test_a_checkpoint_of_pickles(tmp_path: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin" in complaint(folder)
+
+
+def test_a_checkpoint_whose_shapes_are_not_the_configs(tmp_path: Path) -> None:
+    folder = edit_config(save_tiny_mixtral(tmp_path), intermediate_size=48)
+    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=False, dtype="float32")
+    with pytest.raises(WeightsError) as caught:
+        load_base(folder, settings)
+    assert str(caught.value).startswith(f"{folder}: checkpoint and architecture differ: mismatched_keys; got ")
+
+
+def test_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"], tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="float32")
+    with pytest.raises(WeightsError, match=r"checkpoint and architecture differ: m"):
+        load_base(folder, settings)
