@@ -1,0 +1,75 @@
+"""Held-out evaluation: what counts as exact, and the routers' load."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune.errors import WeightsError
+from finetune.evaluate import Row, evaluate, exact_match, load_table
+from tests.support import save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
+
+
+def row(split: str, reference: str, answer: str) -> Row:
+    return Row(line=1, split=split, prompt="", reference=reference, answer=answer)
+
+
+def test_exact_is_equal_up_to_white_space_around_it_and_counted_by_group() -> None:
+    rows = [row("a", "{}", " {}\n"), row("a", "{}", "{ }"), row("b", "{}", "{}"), row("b", "{}", "{}, and more")]
+    assert exact_match([*rows, row("a", "x", "x")]) == pytest.approx({"all": 60.0, "a": 200 / 3, "b": 50.0})
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three rows of different lengths, so that the batch is padded."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [{"prompt": "light " * (1 + 4 * n), "completion": "on", "split": f"s{n}"} for n in range(3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in rows))
+    return path
+
+
+def test_a_batch_of_prompts_is_answered_as_each_alone(tmp_path: Path, held_out: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    together, alone = (evaluate(folder, held_out, "prompt_completion", batch_size=size) for size in (3, 1))
+    assert [answer.answer for answer in together.answers] == [answer.answer for answer in alone.answers]
+    assert together.exact_match == dict.fromkeys(("all", "s0", "s1", "s2"), 0.0)
+    assert together.load is not None
+    assert alone.load is not None
+    torch.testing.assert_close(torch.tensor(together.load), torch.tensor(alone.load))
+    assert all(sum(shares) == pytest.approx(1.0) for shares in together.load)
+
+
+def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path, held_out: Path) -> None:
+    """A head that always writes one token, then the end token after it: the reference is that token."""
+    folder = save_tiny_mistral(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    token, end = tokenizer.encode("x", add_special_tokens=False)[0], tokenizer.eos_token_id
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        # The last token alone decides: after x comes the end, after anything else x.
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.embed_tokens.weight[token] = -1.0
+        model.lm_head.weight[token], model.lm_head.weight[end] = 1.0, -1.0
+    model.save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "say it", "completion": "x"}) + "\n")
+    result = evaluate(folder, rows, "prompt_completion")
+    assert (result.answers[0].answer, result.exact_match["all"], result.load) == ("x", 100.0, None)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, held_out: Path) -> None:
+    with pytest.raises(WeightsError, match=r"no checkpoint here; give a folder with config.json"):
+        evaluate(tmp_path, held_out, "prompt_completion")
+
+
+def test_the_load_table_has_a_line_a_layer() -> None:
+    assert load_table([[0.25, 0.75], [0.5, 0.5]]).splitlines()[1:] == [
+        "    0      25.0%     75.0%",
+        "    1      50.0%     50.0%",
+    ]
