@@ -27,23 +27,33 @@ class PartAudit:
     """One class of parameters. Sizes without the adapter's own; `trained` counts the adapter's parameters."""
 
     part: str
-    stored_as: Counter[str] = field(default_factory=Counter)  # format -> number of tensors
     parameters: int = 0
     bytes: int = 0
-    weights: set[str] = field(default_factory=set)  # matrices and stacks that could be adapted
+    weights: dict[str, str] = field(default_factory=dict)  # matrix or stack -> format it is stored in
+    vectors: Counter[str] = field(default_factory=Counter)  # format -> number of norms and biases
     ranks: dict[str, int] = field(default_factory=dict)  # adapted weight -> LoRA rank
     trained: int = 0
     base_trained: int = 0  # parameters of the base itself that would be trained: must stay 0
+
+    @property
+    def stored_as(self) -> dict[str, int]:
+        """Number of tensors by format."""
+        return dict(Counter(self.weights.values()) + self.vectors)
+
+    @property
+    def adaptable(self) -> set[str]:
+        """The weights that `lora.targets` can name."""
+        return set(self.weights) if self.part in ADAPTABLE_PARTS else set()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for `audit.json`."""
         return {
             "part": self.part,
-            "stored_as": dict(self.stored_as),
+            "stored_as": self.stored_as,
             "parameters": self.parameters,
             "bytes": self.bytes,
             "adapted": len(self.ranks),
-            "adaptable": len(self.weights),
+            "adaptable": len(self.adaptable),
             "ranks": sorted(set(self.ranks.values())),
             "trained": self.trained,
         }
@@ -59,12 +69,13 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
             part.trained += parameter.numel() if parameter.requires_grad else 0
             continue
         stored_as, count, stored_bytes = storage_of(parameter)
-        part.stored_as[stored_as] += 1
+        if len(_logical_shape(parameter)) > 1:
+            part.weights[clean] = stored_as
+        else:
+            part.vectors[stored_as] += 1
         part.parameters += count
         part.bytes += stored_bytes
         part.base_trained += count if parameter.requires_grad else 0
-        if part.part in ADAPTABLE_PARTS and len(_logical_shape(parameter)) > 1:
-            part.weights.add(clean)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             weight = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
@@ -77,8 +88,8 @@ def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: b
     """Every point in which the loaded model is not what the recipe says; empty when it is."""
     problems = []
     for part in parts.values():
-        wanted_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
-        problems += _format_problems(part, wanted_format)
+        weight_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
+        problems += _format_problems(part, weight_format, dtype)
         problems += _adapter_problems(part, lora)
         if part.base_trained:
             problems.append(
@@ -94,21 +105,17 @@ def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: b
     return problems
 
 
-def _format_problems(part: PartAudit, wanted: str) -> list[Problem]:
-    allowed = {wanted}
-    if part.part in QUANTIZED_PARTS and wanted == "nf4":
-        # Norms inside attention and biases are vectors and stay as they were.
-        vectors = sum(part.stored_as.values()) - len(part.weights)
-        others = sum(count for stored, count in part.stored_as.items() if stored != "nf4")
-        allowed |= set(part.stored_as) if others <= vectors else set()
-    wrong = {stored: count for stored, count in part.stored_as.items() if stored not in allowed}
+def _format_problems(part: PartAudit, weight_format: str, dtype: str) -> list[Problem]:
+    """Matrices and stacks must be stored as `weight_format`; vectors (norms, biases) stay in `dtype`."""
+    wrong = Counter(stored for stored in part.weights.values() if stored != weight_format)
+    wrong += Counter({stored: count for stored, count in part.vectors.items() if stored != dtype})
     if not wrong:
         return []
     found = ", ".join(f"{count} tensors in {stored}" for stored, count in sorted(wrong.items()))
     return [
         Problem(
             f"audit: {part.part}",
-            f"the recipe asks for {wanted}",
+            f"the recipe asks for {weight_format}",
             "set model.load_in_4bit and model.dtype to what you want stored",
             got=found,
         )
@@ -123,7 +130,7 @@ def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
         problems.append(
             Problem(
                 f"audit: {part.part}",
-                f"the recipe adapts {len(wanted)} of {len(part.weights)} weights",
+                f"the recipe adapts {len(wanted)} of {len(part.adaptable)} weights",
                 "report this: the adapter is not what lora.targets says",
                 got=f"{len(adapted)} adapted; differing: {', '.join(sorted(adapted ^ wanted)[:3])}",
             )
@@ -140,8 +147,8 @@ def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
 def _wanted_weights(part: PartAudit, lora: LoraSettings) -> set[str]:
     """The weights of one class that `lora.targets` names."""
     if part.part in lora.targets:
-        return part.weights
-    return {weight for weight in part.weights if any(weight.endswith(f".{target}.weight") for target in lora.targets)}
+        return part.adaptable
+    return {weight for weight in part.adaptable if any(weight.endswith(f".{target}.weight") for target in lora.targets)}
 
 
 def storage_of(parameter: torch.Tensor) -> tuple[str, int, int]:
@@ -197,7 +204,7 @@ def audit_table(parts: dict[str, PartAudit]) -> str:
         if not part.parameters:
             continue
         stored = ", ".join(sorted(part.stored_as))
-        adapted = f"{len(part.ranks)} of {len(part.weights)}" if part.weights else "-"
+        adapted = f"{len(part.ranks)} of {len(part.adaptable)}" if part.adaptable else "-"
         rank = ",".join(map(str, sorted(set(part.ranks.values())))) or "-"
         lines.append(
             f"{part.part:<11}{stored:<22}{part.parameters:>16,}{part.bytes / 2**20:>11.1f}"

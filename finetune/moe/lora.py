@@ -5,7 +5,7 @@ expert on every forward; `FactoredStackLora` replaces that forward and hands the
 """
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,15 +58,12 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
         if target == "attention":
             modules += family.attention
         elif target == "mlp":
-            modules += _present(family, target, family.dense_mlp)
-        elif target in ("experts", "router"):
-            moe = family.moe
-            if moe is None:
-                _present(family, target, ())
-                continue
-            if target == "router":
-                parameters.append(f"{moe.router_module}.weight")
-                continue
+            modules += family.dense_mlp or _refuse(family, target)
+        elif target == "router":
+            moe = family.moe or _refuse(family, target)
+            parameters.append(f"{moe.router_module}.weight")
+        elif target == "experts":
+            moe = family.moe or _refuse(family, target)
             for stack in moe.stacks:
                 name = f"{moe.experts_module}.{stack.parameter}"
                 parameters.append(name)
@@ -87,19 +84,10 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
     )
 
 
-def _present(family: Family, target: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """`names`, or the error that this architecture has no such part."""
-    if not names:
-        instead = "mlp" if family.moe is None else "experts"
-        raise RecipeError(
-            Problem(
-                "lora.targets",
-                f"{family.model_type} has no {target}",
-                f"use {instead}",
-                got=target,
-            )
-        )
-    return names
+def _refuse(family: Family, target: str) -> NoReturn:
+    """This architecture has no such part."""
+    instead = "mlp" if family.moe is None else "experts"
+    raise RecipeError(Problem("lora.targets", f"{family.model_type} has no {target}", f"use {instead}", got=target))
 
 
 def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:

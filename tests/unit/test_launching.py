@@ -38,9 +38,7 @@ def test_the_global_batch_is_what_the_recipe_says_for_any_number_of_processes(tm
     training = recipe.training.model_copy(update={"global_batch_size": 24, "per_device_train_batch_size": 3})
     recipe = recipe.model_copy(update={"training": training})
     assert [accumulation_steps(recipe, processes) for processes in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(
-        RecipeError, match=r"training.global_batch_size: not divisible .* = 3 x 5; got 24; use a mul"
-    ):
+    with pytest.raises(RecipeError, match=r"training.global_batch_size: not divisible .* = 3 x 5; got 24; use a mul"):
         accumulation_steps(recipe, 5)
 
 
@@ -48,9 +46,7 @@ def test_a_trainer_that_counts_other_processes_is_refused(tmp_path: Path) -> Non
     """It would take steps of another size than the recipe's."""
     training = recipe_for(tmp_path).training.model_copy(update={"global_batch_size": 2})
     recipe = recipe_for(tmp_path).model_copy(update={"training": training})
-    with pytest.raises(
-        RunError, match=r"launcher: the trainer counts 1 processes where 2 were counted before it; l"
-    ):
+    with pytest.raises(RunError, match=r"launcher: the trainer counts 1 processes where 2 were counted before it; l"):
         sft_config(recipe, tmp_path, {"report_to": []}, num_processes=2)
 
 
@@ -61,7 +57,5 @@ def test_a_model_without_the_routers_it_should_have_is_refused() -> None:
 
 def test_an_adapter_on_4bit_stacks_cannot_be_merged_in_memory(tmp_path: Path) -> None:
     model = trained_model(save_tiny_mixtral(tmp_path), targets=["experts"])
-    with pytest.raises(
-        WeightsError, match=r"a loaded expert stack cannot be merged in memory; use `finetune merge A"
-    ):
+    with pytest.raises(WeightsError, match=r"a loaded expert stack cannot be merged in memory; use `finetune merge A"):
         model.merge_adapter()

@@ -46,6 +46,20 @@ def test_an_expert_stack_left_in_16_bits_is_named(base: Path) -> None:
     ]
 
 
+def test_a_norm_in_4_bit_parts_hides_no_weight(base: Path) -> None:
+    """Vectors inside attention stay as they were; a matrix beside them may not."""
+    model = trained_model(base)
+    attention = model.get_base_model().model.layers[0].self_attn
+    attention.q_norm = torch.nn.LayerNorm(16)
+    for parameter in attention.q_norm.parameters():
+        parameter.requires_grad_(False)
+    attention.k_proj.base_layer.weight = torch.nn.Parameter(torch.randn(32, 64), requires_grad=False)
+    assert complaints(model) == [
+        "audit: attention: the recipe asks for nf4; got 1 tensors in float32; "
+        "set model.load_in_4bit and model.dtype to what you want stored"
+    ]
+
+
 def test_a_4bit_model_under_a_recipe_that_asks_for_none_is_named(base: Path) -> None:
     found = complaints(trained_model(base), load_in_4bit=False)
     assert [line.split(";")[0] for line in found] == [
