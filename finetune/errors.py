@@ -44,3 +44,13 @@ class WeightsError(FinetuneError):
 
 class RunError(FinetuneError):
     """Training went wrong while running (a non-finite loss, an audit that differs from the recipe)."""
+
+
+def as_expected(error: FinetuneError | OSError) -> FinetuneError:
+    """The error as it is printed. A path that the system refuses becomes a line; any other OSError is raised again."""
+    if isinstance(error, FinetuneError):
+        return error
+    if error.filename is None:
+        raise error
+    what = f"the system refuses this path ({error.strerror})"
+    return FinetuneError(Problem(str(error.filename), what, "check that its folder exists and can be written to"))

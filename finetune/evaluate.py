@@ -3,6 +3,7 @@
 finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
 from finetune.errors import Problem, WeightsError
@@ -60,7 +61,9 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     """Generate greedily for every row's prompt and compare with its last assistant message."""
     if not (model_path / "config.json").is_file():
         raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
-    rows = list(read_conversations(str(data), row_format))
+    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    moe = family_of(str(config.get("model_type")), str(model_path / "config.json")).moe
+    rows = read_conversations(str(data), row_format)
     tokenizer = load_tokenizer(str(model_path), None, None)
     tokenizer.padding_side = "left"
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -74,7 +77,6 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
         Row(line, str(row.get("split", "rows")), prompt, reference, answer)
         for (line, row, _), prompt, reference, answer in zip(rows, prompts, references, answers, strict=True)
     ]
-    moe = family_of(model.config.model_type, str(model_path / "config.json")).moe
     load = None if moe is None else _load(model, moe, tokenizer, prompts, batch_size)
     return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
 
@@ -90,7 +92,8 @@ def exact_match(rows: list[Row]) -> dict[str, float]:
     groups = defaultdict(list)
     for row in rows:
         groups["all"].append(row.exact)
-        groups[row.split].append(row.exact)
+        if row.split != "all":
+            groups[row.split].append(row.exact)
     return {group: 100 * sum(exact) / len(exact) for group, exact in groups.items()}
 
 
@@ -106,10 +109,13 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: in
         ids = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            # Not the checkpoint's own settings: a repetition penalty, say, would make it another measure.
+            generation_config=GenerationConfig(
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            ),
         )
         yield from tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 

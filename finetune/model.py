@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
-from finetune.moe.lora import add_adapter
+from finetune.moe.lora import add_adapter, lora_config
 from finetune.moe.nf4 import MoeNf4Config
 from finetune.recipe import ModelSettings, Recipe
 
@@ -73,6 +74,16 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
                 str(folder / "config.json"),
                 "the checkpoint is already quantised",
                 "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading",
+            )
+        )
+    lora_config(recipe.lora, family)  # refuses a target that this architecture lacks
+    if recipe.model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise RecipeError(
+            Problem(
+                "model.attn_implementation",
+                "the package flash_attn is not installed",
+                "install it, or use sdpa",
+                got="flash_attention_2",
             )
         )
     return family

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import FinetuneError, Problem, RunError
+from finetune.errors import FinetuneError, Problem, RunError, as_expected
 from finetune.files import write_json, write_text
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
@@ -32,7 +32,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.data import Collator, load_tokenizer, prepare
     from finetune.methods.sft import MoeSftTrainer, sft_config
     from finetune.model import checkpoint_family, load_model, resolve_checkpoint
-    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards
+    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards, refuse_other_recipe
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -45,6 +45,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     if state.is_main_process and (kept := run.create(resume=resume)):
         print(f"the earlier run in {run.path} is kept as {kept}")
     state.wait_for_everyone()
+    if resume:
+        refuse_other_recipe(run, recipe)
     dashboards = prepare_dashboards(recipe.logging, run)
     config = sft_config(recipe, run.path, dashboards.trainer_args, state.num_processes)
 
@@ -151,9 +153,8 @@ def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: 
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder
     from finetune.model import save_adapter
-    from finetune.run import draw_loss_curve, keep_aside
+    from finetune.run import draw_loss_curve
 
-    keep_aside(run.adapter)  # a finished run that was continued has one already
     with new_folder(run.adapter) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base)
         tokenizer.save_pretrained(folder)
@@ -170,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
-    except FinetuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except (FinetuneError, OSError) as error:
+        print(expected := as_expected(error), file=sys.stderr)
+        return expected.exit_code
     return 0
 
 

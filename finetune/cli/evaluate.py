@@ -12,7 +12,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--format", default="messages", choices=("messages", "prompt_completion", "alpaca"))
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch-size", type=int, default=16, help="rows generated at a time")
+    parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")
     parser.set_defaults(run=run)
 
 
@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print, and write the JSON if asked."""
     from finetune.evaluate import evaluate, load_table
 
+    if args.output is not None:
+        args.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     result = evaluate(args.model, args.data, args.format, args.dtype, args.batch_size)
     for group, percent in result.exact_match.items():
         print(f"exact match, {group}: {percent:.1f} %")
@@ -29,3 +31,9 @@ def run(args: argparse.Namespace) -> int:
         result.write(args.output)
         print(f"written: {args.output}")
     return 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1; got {text}")
+    return int(text)

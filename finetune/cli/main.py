@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import finetune
 from finetune.cli import evaluate, merge, schema, train, upcycle
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, as_expected
 from finetune.threads import wait_passively
 
 COMMANDS = (train, evaluate, merge, upcycle, schema)
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)
-    except FinetuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except (FinetuneError, OSError) as error:
+        print(expected := as_expected(error), file=sys.stderr)
+        return expected.exit_code
     return code
 
 

@@ -1,5 +1,6 @@
 """SFT: TRL's trainer, with the balance term, exact logging, and a stop before a non-finite step."""
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -109,10 +110,36 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         self.add_callback(_StepEnd(self))
 
     def run_from(self, checkpoint: Path | None) -> None:
-        """Train; from a checkpoint also with the balance frequencies that it left."""
-        if checkpoint is not None and self.router_term is not None:
+        """Train to the last step; from a checkpoint also with the balance frequencies and the token count it left.
+
+        Raises RunError where fewer steps were taken than the recipe says: what was saved would not be what was asked.
+        """
+        if checkpoint is None:
+            self.train()
+        elif not self._is_finished(checkpoint):
+            self.train(resume_from_checkpoint=str(checkpoint))
+        if self.state.global_step < self.state.max_steps:
+            raise RunError(
+                Problem(
+                    "training",
+                    f"the run stopped before its {self.state.max_steps} steps; nothing was saved",
+                    "give more rows than one micro-batch holds, and look at training.trainer_args",
+                    got=f"{self.state.global_step} steps",
+                )
+            )
+
+    def _is_finished(self, checkpoint: Path) -> bool:
+        """Take over what transformers does not from a checkpoint; True if it is that of the last step."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        counted = [line["num_tokens"] for line in state["log_history"] if "num_tokens" in line]
+        self._total_train_tokens = int(counted[-1]) if counted else 0
+        if self.router_term is not None:
             self.router_term.load(checkpoint)
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if state["global_step"] < state["max_steps"]:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = self.state.max_steps = state["max_steps"]
+        return True
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""

@@ -69,6 +69,9 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
                 parameters.append(name)
                 ranks[name] = lora.expert_r or lora.r
                 alphas[name] = lora.expert_lora_alpha or lora.lora_alpha
+        elif target in ("embed_tokens", "lm_head"):
+            what = "embeddings and head take no adapter"
+            raise RecipeError(Problem("lora.targets", what, "use attention, experts, router or mlp", got=target))
         else:
             modules.append(target)
     return LoraConfig(

@@ -45,6 +45,7 @@ _NAMED = {
 _TOKENS = "rows become tokens, padding and loss mask in this program's data code"
 _LOSS = "the loss is this program's own: cross entropy over the whole step plus the balance term"
 _HARDWARE = "hardware is not part of a recipe"
+_EXACT = "every row counts, and a continued run is the uninterrupted one"
 _CHECKPOINTING = "checkpointing is always non-reentrant and keeps the routing"
 _HUB = "nothing is uploaded by a run"
 _LAUNCHER = "the launcher says which parts run where"
@@ -79,7 +80,9 @@ _SET_BY_US = {
         ),
         _LOSS,
     ),
-    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), _CHECKPOINTING),
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "activation_offloading"), _CHECKPOINTING
+    ),
     **dict.fromkeys(
         (
             "fsdp",
@@ -93,6 +96,7 @@ _SET_BY_US = {
         _HARDWARE,
     ),
     **dict.fromkeys(("local_rank",), _LAUNCHER),
+    **dict.fromkeys(("dataloader_drop_last", "ignore_data_skip", "save_only_model"), _EXACT),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMANDS),
     **dict.fromkeys(
         (

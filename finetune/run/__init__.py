@@ -5,6 +5,7 @@ from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_repo
 from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
+from finetune.run.resuming import refuse_other_recipe
 
 __all__ = [
     "Dashboards",
@@ -15,5 +16,6 @@ __all__ = [
     "keep_aside",
     "prepare_dashboards",
     "read_metrics",
+    "refuse_other_recipe",
     "resolve_report_to",
 ]

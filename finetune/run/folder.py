@@ -8,7 +8,8 @@ from finetune.errors import Problem, RunError
 
 # What a run writes before its first step. A run that died there may be started again in the same folder.
 _BEFORE_TRAINING = {"recipe.yaml", "audit.json", "provenance.json", "wandb", "trackio", "tensorboard"}
-_DO = "choose another output_dir, remove this one, or set training.resume_from_checkpoint=true to continue it"
+_DO = "choose another output_dir, or remove this one"
+_CONTINUE = ", or set training.resume_from_checkpoint=true to continue it"
 
 
 class RunFolder:
@@ -56,6 +57,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(Problem(str(self.path), "output_dir is a file", "name a folder"))
         kept = None
+        if resume and self.adapter.is_dir():
+            do = "set training.resume_from_checkpoint=false: the next run keeps it aside"
+            raise RunError(Problem(str(self.path), "the run is finished, there is nothing to continue", do))
         if resume:
             self.newest_checkpoint()
         elif self.adapter.is_dir():
@@ -69,23 +73,27 @@ class RunFolder:
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         run = sorted(name for name in names if name == "metrics.jsonl" or name.startswith("checkpoint-"))
         if run:
-            raise RunError(Problem(str(self.path), "output_dir holds an unfinished run", _DO, got=", ".join(run)))
+            do = _DO + (_CONTINUE if self._checkpoints() else "")
+            raise RunError(Problem(str(self.path), "output_dir holds an unfinished run", do, got=", ".join(run)))
         if foreign := sorted(names - _BEFORE_TRAINING):
             what = "output_dir holds files that are not a run's"
             raise RunError(Problem(str(self.path), what, "choose another output_dir", got=", ".join(foreign[:5])))
 
     def newest_checkpoint(self) -> Path:
         """The newest whole `checkpoint-N`: the trainer writes its state last, so one that a kill cut short lacks it."""
+        if whole := self._checkpoints():
+            return whole[-1]
+        do = "set training.resume_from_checkpoint=false to start anew, or name the run's own output_dir"
+        raise RunError(Problem(str(self.path), "there is no whole checkpoint to continue from", do))
+
+    def _checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
         numbered = [
             (int(folder.name.removeprefix("checkpoint-")), folder)
             for folder in self.path.glob("checkpoint-*")
             if folder.name.removeprefix("checkpoint-").isdecimal()
         ]
-        for _, folder in sorted(numbered, reverse=True):
-            if _is_json(folder / "trainer_state.json"):
-                return folder
-        do = "set training.resume_from_checkpoint=false to start anew, or name the run's own output_dir"
-        raise RunError(Problem(str(self.path), "there is no whole checkpoint to continue from", do))
+        return [folder for _, folder in sorted(numbered) if _is_json(folder / "trainer_state.json")]
 
 
 def keep_aside(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from finetune.cli.main import main
 from finetune.errors import WeightsError
 from finetune.evaluate import Row, evaluate, exact_match, load_table
 from tests.support import save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
@@ -73,3 +74,17 @@ def test_the_load_table_has_a_line_a_layer() -> None:
         "    0      25.0%     75.0%",
         "    1      50.0%     50.0%",
     ]
+
+
+def test_a_path_that_the_system_refuses_is_one_line_and_comes_before_the_work(
+    tmp_path: Path, held_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["evaluate", str(save_tiny_mixtral(tmp_path / "model")), "--data", str(held_out), "--output"]
+    assert main([*words, str(tmp_path / "file" / "out" / "x.json")]) == 1
+    printed = capsys.readouterr()
+    assert "exact match" not in printed.out
+    assert "the system refuses this path (Not a directory); check that its folder exists and can be" in printed.err
+    with pytest.raises(SystemExit):
+        main([*words, "x.json", "--batch-size", "0"])
+    assert "must be an integer of at least 1; got 0" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A base that does not fit the recipe is refused before any weight is read."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,17 @@ def test_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
     settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="float32")
     with pytest.raises(WeightsError, match=r"checkpoint and architecture differ: m"):
         load_base(folder, settings)
+
+
+def test_a_target_or_attention_that_cannot_be_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    recipe = recipe_for(folder)
+    wrong_target = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"targets": ["mlp"]})})
+    with pytest.raises(FinetuneError, match=r"lora.targets: mixtral has no mlp"):
+        checkpoint_family(folder, wrong_target)
+    flash = recipe.model.model_copy(update={"attn_implementation": "flash_attention_2"})
+    if find_spec("flash_attn") is None:
+        with pytest.raises(
+            FinetuneError, match=r"the package flash_attn is not installed; got flash_att"
+        ):
+            checkpoint_family(folder, recipe.model_copy(update={"model": flash}))

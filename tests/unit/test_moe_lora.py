@@ -73,6 +73,7 @@ def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
     [
         ("w7", "lora.targets: matches no module of this model; got w7; use attention, experts, router, mlp, or a"),
         ("mlp", "lora.targets: mixtral has no mlp; got mlp; use experts"),
+        ("embed_tokens", "lora.targets: embeddings and head take no adapter; got embed_tokens; use attention, experts"),
     ],
 )
 def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, message: str) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import RunError
+from finetune.recipe import dump_recipe
 from finetune.run.folder import RunFolder
 from finetune.run.provenance import _toolkit_commit, collect_provenance
+from finetune.run.resuming import refuse_other_recipe
+from tests.unit.recipe_writing import SOUND, Desk
 
 
 def save_checkpoint(run: RunFolder, step: int, state: str = "{}") -> Path:
@@ -48,9 +51,39 @@ def test_a_folder_that_holds_an_unfinished_run_is_refused(tmp_path: Path, name: 
     with pytest.raises(RunError) as error:
         RunFolder(tmp_path).create()
     assert str(error.value) == (
-        f"{tmp_path}: output_dir holds an unfinished run; got {name}; choose another output_dir, remove this one, "
-        "or set training.resume_from_checkpoint=true to continue it"
+        f"{tmp_path}: output_dir holds an unfinished run; got {name}; choose another output_dir, or remove this one"
     )
+
+
+def test_continuing_is_offered_where_there_is_something_to_continue_from(tmp_path: Path) -> None:
+    save_checkpoint(RunFolder(tmp_path), 5)
+    with pytest.raises(RunError, match=r"remove this one, or set training.resume_from_checkpoint=true to continue it"):
+        RunFolder(tmp_path).create()
+
+
+def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    save_checkpoint(run, 5)
+    run.adapter.mkdir()
+    with pytest.raises(RunError, match=r"the run is finished, there is nothing to continue; set training.resume_from_"):
+        run.create(resume=True)
+
+
+def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(tmp_path, monkeypatch)
+    run = RunFolder(Path("runs/test"))
+    run.path.mkdir(parents=True)
+    run.recipe.write_text(dump_recipe(desk.load(SOUND)))
+    free = ("logging.report_to=none", "training.save_steps=3", "training.resume_from_checkpoint=true")
+    refuse_other_recipe(run, desk.load(SOUND, *free))
+    with pytest.raises(RunError) as error:
+        refuse_other_recipe(run, desk.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
+    assert str(error.value).splitlines() == [
+        "lora.r: the run in runs/test was made with 8; got 4; "
+        "set it back to continue that run, or name another output_dir",
+        "training.learning_rate: the run in runs/test was made with 0.001; got 0.0001; "
+        "set it back to continue that run, or name another output_dir",
+    ]
 
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:

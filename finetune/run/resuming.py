@@ -1,0 +1,48 @@
+"""A run may be continued only as what it was."""
+
+from typing import Any
+
+from finetune.errors import Problem, RunError
+from finetune.recipe import Recipe, load_recipe
+from finetune.run.folder import RunFolder
+
+# What may differ without changing a result: where it goes, what is shown and kept of it, how a step is cut.
+_FREE = (
+    "output_dir",
+    "logging",
+    "training.resume_from_checkpoint",
+    "training.save_steps",
+    "training.eval_steps",
+    "training.logging_steps",
+    "training.per_device_train_batch_size",
+    "training.gradient_checkpointing",
+)
+
+
+def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Raise RunError with every setting in which `recipe` is not the one that made the run in this folder.
+
+    Optimizer and schedule come from the checkpoint: a changed learning rate, say, would be recorded but not used.
+    """
+    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
+    changed = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+    if changed:
+        raise RunError(
+            [
+                Problem(
+                    key,
+                    f"the run in {run.path} was made with {before.get(key)!r}",
+                    "set it back to continue that run, or name another output_dir",
+                    got=repr(now.get(key)),
+                )
+                for key in changed
+            ]
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        key: leaf for name, inner in value.items() for key, leaf in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
