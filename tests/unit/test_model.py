@@ -117,7 +117,5 @@ def test_a_target_or_attention_that_cannot_be_is_refused_before_the_weights_are_
         checkpoint_family(folder, wrong_target)
     flash = recipe.model.model_copy(update={"attn_implementation": "flash_attention_2"})
     if find_spec("flash_attn") is None:
-        with pytest.raises(
-            FinetuneError, match=r"the package flash_attn is not installed; got flash_att"
-        ):
+        with pytest.raises(FinetuneError, match=r"the package flash_attn is not installed; got flash_att"):
             checkpoint_family(folder, recipe.model_copy(update={"model": flash}))
