@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -65,6 +73,13 @@ def save_tiny_mixtral(folder: Path, dtype: str = "float32", seed: int = 0, **ove
 def save_tiny_mistral(folder: Path, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
     """A random dense Mistral with its tokenizer."""
     return _save(MistralForCausalLM, MistralConfig(**_dimensions(**overrides)), folder, dtype, seed)
+
+
+def save_tiny_llama(folder: Path, dtype: str = "float32", seed: int = 0, **overrides: Any) -> Path:
+    """A random dense Llama with its tokenizer."""
+    dimensions = _dimensions(**overrides)
+    del dimensions["sliding_window"]
+    return _save(LlamaForCausalLM, LlamaConfig(**dimensions), folder, dtype, seed)
 
 
 def _save(model_class: Any, config: Any, folder: Path, dtype: str, seed: int) -> Path:

@@ -116,7 +116,7 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if checkpoint is None:
             self.train()
-        elif not self._is_finished(checkpoint):
+        elif not self._take_over(checkpoint):
             self.train(resume_from_checkpoint=str(checkpoint))
         if self.state.global_step < self.state.max_steps:
             raise RunError(
@@ -128,7 +128,7 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
                 )
             )
 
-    def _is_finished(self, checkpoint: Path) -> bool:
+    def _take_over(self, checkpoint: Path) -> bool:
         """Take over what transformers does not from a checkpoint; True if it is that of the last step."""
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         counted = [line["num_tokens"] for line in state["log_history"] if "num_tokens" in line]

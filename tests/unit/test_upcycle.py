@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.checkpoint import CheckpointReader
 from finetune.upcycle import Options, upcycle
-from tests.support import CHATML, save_tiny_mistral, tiny_tokenizer
+from tests.support import CHATML, save_tiny_llama, save_tiny_mistral
 
 PLAIN = Options(num_experts=4, top_k=2)
 SCALED_ROPES = (
@@ -27,28 +27,6 @@ SCALED_ROPES = (
         "original_max_position_embeddings": 128,
     },
 )
-
-
-def save_tiny_llama(folder: Path, dtype: str = "float32", **overrides: Any) -> Path:
-    """A random dense Llama with its tokenizer."""
-    settings = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-        **overrides,
-    }
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**settings)).to(getattr(torch, dtype)).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def logits(folder: Path, length: int = 48) -> torch.Tensor:
