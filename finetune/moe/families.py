@@ -5,15 +5,17 @@ published checkpoint's. Source: transformers' `conversion_mapping.py`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from finetune.errors import Problem, WeightsError
 
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """One stacked expert parameter `[E, out, in]` and the on-disk matrices that make it.
+    """One stacked expert parameter `[E, out, in]` and the on-disk tensors that make it.
 
-    `disk_names` are concatenated along the output axis, in order: Mixtral's `gate_up_proj` is `w1` over `w3`.
+    Per-expert checkpoints: `disk_names` are matrices, concatenated along the output axis in this order: Mixtral's
+    `gate_up_proj` is `w1` over `w3`. Fused checkpoints: one 3-D tensor that holds the stack as the model does.
     """
 
     parameter: str
@@ -27,8 +29,12 @@ class MoeLayout:
     experts_module: str
     router_module: str
     stacks: tuple[ExpertStack, ...]
-    disk_expert: str  # format string with {expert} and {name}
+    disk_expert: str  # format string with {name} and, in a per-expert checkpoint, {expert}
     disk_router: str
+    shared: tuple[str, ...] = ()  # linear modules of the experts that see every token: mlp.shared_expert.gate_proj
+    transposed: bool = False  # stacks are [E, in, out], in memory and on disk
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # what the router makes of its logits
+    correction_bias: str | None = None  # tensor [E] added to the scores for the choice only (DeepSeek-V3)
 
 
 @dataclass(frozen=True)
