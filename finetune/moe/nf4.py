@@ -8,16 +8,13 @@ E experts, O output features, I input features, Q quantisation blocks of one exp
 """
 
 from collections.abc import Callable, Mapping
+from ctypes import c_longlong, c_void_p
+from functools import cache
 from typing import Any
 
 import torch
-from bitsandbytes.functional import (
-    QuantState,
-    create_dynamic_map,
-    dequantize_4bit,
-    get_4bit_type,
-    quantize_4bit,
-)
+from bitsandbytes import functional as bnb
+from bitsandbytes.functional import create_dynamic_map, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch.utils import _pytree as pytree
 from transformers import BitsAndBytesConfig
@@ -31,6 +28,53 @@ from finetune.errors import Problem, WeightsError
 BLOCKSIZE = 64  # values that share one maximum
 NESTED_BLOCKSIZE = 256  # maxima that share one second-level maximum
 QUANT_METHOD = "moe_nf4"
+
+
+_SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # what bitsandbytes can write
+
+
+@cache
+def _absmax_code(device: torch.device) -> torch.Tensor:
+    """The 256 values of a quantised block maximum."""
+    code: torch.Tensor = create_dynamic_map().to(device)
+    return code
+
+
+def _native(name: str) -> Any:
+    """bitsandbytes' own C function for the CPU; None where its library lacks it.
+
+    Its operations with `out` exist for CUDA only (0.50). On the CPU they allocate, and fresh memory costs more than the
+    arithmetic does; so the C function is called the way the operation calls it.
+    """
+    return getattr(bnb.lib, f"cdequantize_blockwise_cpu_{name}", None)
+
+
+def _block_maxima(absmax_Q: torch.Tensor, nested_absmax_S: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """The block maxima of one expert, float32 `[Q]`."""
+    code = _absmax_code(absmax_Q.device)
+    native = _native("fp32") if absmax_Q.device.type == "cpu" else None
+    if native is None:
+        operation = torch.ops.bitsandbytes.dequantize_blockwise.default
+        maxima: torch.Tensor = operation(absmax_Q, nested_absmax_S, code, NESTED_BLOCKSIZE, torch.float32)
+    else:
+        maxima = torch.empty(absmax_Q.numel(), dtype=torch.float32)
+        pointers = (c_void_p(tensor.data_ptr()) for tensor in (code, absmax_Q, nested_absmax_S, maxima))
+        native(*pointers, c_longlong(NESTED_BLOCKSIZE), c_longlong(maxima.numel()))
+    return maxima.add_(offset)
+
+
+def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: torch.Tensor) -> None:
+    """Write one NF4 matrix into `out_OI`; the C function takes rows of even length."""
+    shape, dtype, device = out_OI.shape, out_OI.dtype, out_OI.device.type
+    native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape[-1] % 2 == 0 else None
+    if native is not None:
+        pointers = (c_void_p(tensor.data_ptr()) for tensor in (packed_N, maxima_Q, out_OI))
+        native(*pointers, c_longlong(BLOCKSIZE), c_longlong(shape[0]), c_longlong(shape[1]))
+    elif device == "cuda":
+        torch.ops.bitsandbytes.dequantize_4bit.out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
+    else:
+        operation = torch.ops.bitsandbytes.dequantize_4bit.default
+        out_OI.copy_(operation(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype))
 
 
 class Nf4Stack(torch.Tensor):
@@ -55,16 +99,15 @@ class Nf4Stack(torch.Tensor):
 
     def __init__(self, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
         self.packed_EN, self.absmax_EQ, self.nested_absmax_ES, self.offset_E = inner
-        self._nf4_code = get_4bit_type("nf4", device=inner[0].device)
-        self._absmax_code = create_dynamic_map().to(inner[0].device)
 
     @classmethod
     def quantize(cls, weight_EOI: torch.Tensor) -> "Nf4Stack":
         """Quantise a dense stack expert by expert; the result's dtype is the stack's own."""
         columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         for weight_OI in weight_EOI:
+            writable = weight_OI if weight_OI.dtype in _SUFFIX else weight_OI.float()
             packed, state = quantize_4bit(
-                weight_OI.contiguous(), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
+                writable.contiguous(), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
             )
             parts = (packed.reshape(-1), state.absmax, state.state2.absmax, state.offset)
             for column, part in zip(columns, parts, strict=True):
@@ -82,30 +125,24 @@ class Nf4Stack(torch.Tensor):
         """Bytes held, quantisation constants included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
-    def expert(self, index: int) -> torch.Tensor:
-        """One expert's weight `[O, I]`, dequantised into fresh memory."""
-        nested = QuantState(
-            absmax=self.nested_absmax_ES[index],
-            code=self._absmax_code,
-            blocksize=NESTED_BLOCKSIZE,
-            dtype=torch.float32,
-        )
-        state = QuantState(
-            absmax=self.absmax_EQ[index],
-            shape=self.shape[1:],
-            dtype=self.dtype,
-            blocksize=BLOCKSIZE,
-            code=self._nf4_code,
-            quant_type="nf4",
-            offset=self.offset_E[index],
-            state2=nested,
-        )
-        weight: torch.Tensor = dequantize_4bit(self.packed_EN[index].unsqueeze(-1), state)
-        return weight
+    def expert(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """One expert's weight `[O, I]`: written into `out` (contiguous, any float dtype), else into fresh memory."""
+        if out is None:
+            out = torch.empty(self.shape[1:], dtype=self.dtype, device=self.packed_EN.device)
+        if out.shape != self.shape[1:] or not out.is_contiguous():
+            raise ValueError(f"out must be contiguous {tuple(self.shape[1:])}, got {tuple(out.shape)}, {out.stride()}")
+        if out.dtype not in _SUFFIX:  # bitsandbytes writes 32 and 16 bits
+            return out.copy_(self.expert(index, torch.empty_like(out, dtype=torch.float32)))
+        maxima_Q = _block_maxima(self.absmax_EQ[index], self.nested_absmax_ES[index], self.offset_E[index])
+        _dequantize_into(out, self.packed_EN[index], maxima_Q)
+        return out
 
     def dequantize(self) -> torch.Tensor:
         """The dense stack `[E, O, I]`."""
-        return torch.stack([self.expert(index) for index in range(self.shape[0])])
+        dense_EOI = torch.empty(self.shape, dtype=self.dtype, device=self.packed_EN.device)
+        for index, dense_OI in enumerate(dense_EOI):
+            self.expert(index, dense_OI)
+        return dense_EOI
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Nf4Stack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -27,6 +27,29 @@ def test_each_expert_is_what_bitsandbytes_makes_of_it_alone(shape: tuple[int, in
         assert torch.equal(stack.expert(index), dequantize_4bit(packed, state))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 192, 64), (3, 5, 10), (2, 7, 5)])
+def test_an_expert_is_written_into_memory_that_the_caller_owns(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    stack = Nf4Stack.quantize(torch.randn(shape))
+    out = torch.full(shape[1:], torch.nan, dtype=dtype)
+    assert stack.expert(1, out) is out
+    torch.testing.assert_close(out, stack.expert(1).to(dtype))
+
+
+def test_float64_stacks_hold_the_values_of_float32() -> None:
+    weight = torch.randn(2, 8, 64)
+    double = Nf4Stack.quantize(weight.double())
+    assert double.expert(0).dtype == torch.float64
+    assert torch.equal(double.dequantize(), Nf4Stack.quantize(weight).dequantize().double())
+
+
+def test_memory_of_another_shape_or_layout_is_refused() -> None:
+    stack = Nf4Stack.quantize(torch.randn(2, 8, 64))
+    for wrong in (torch.empty(64, 8), torch.empty(64, 8).T):
+        with pytest.raises(ValueError, match=r"out must be contiguous \(8, 64\)"):
+            stack.expert(0, wrong)
+
+
 def test_a_stack_looks_dense_and_holds_a_little_over_four_bits_a_value() -> None:
     weight = torch.randn(4, 192, 64, dtype=torch.bfloat16)
     stack = Nf4Stack.quantize(weight)
