@@ -23,7 +23,9 @@ class RouterTerm:
         self.coefficient = coefficient
         self.routers = find_routers(model, moe.router_module)
         router: Any = self.routers[0]
-        self.balance = StepBalance(len(self.routers), router.weight.shape[0], router.top_k, router.weight.device)
+        self.balance = StepBalance(
+            len(self.routers), router.num_experts, router.top_k, next(router.parameters()).device
+        )
         self.share_LE: torch.Tensor | None = None  # load of the last step, each layer's row sums to 1
 
     def capture(self) -> AbstractContextManager[RouterRecord]:
