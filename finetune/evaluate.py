@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
 from finetune.errors import Problem, WeightsError
@@ -62,11 +62,11 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     if not (model_path / "config.json").is_file():
         raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-    moe = family_of(str(config.get("model_type")), str(model_path / "config.json")).moe
+    family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
     rows = read_conversations(str(data), row_format)
     tokenizer = load_tokenizer(str(model_path), None, None)
     tokenizer.padding_side = "left"
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
+    model = family.transformers_class().from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     references = [conversation[-1]["content"] for _, _, conversation in rows]
@@ -77,7 +77,7 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
         Row(line, str(row.get("split", "rows")), prompt, reference, answer)
         for (line, row, _), prompt, reference, answer in zip(rows, prompts, references, answers, strict=True)
     ]
-    load = None if moe is None else _load(model, moe, tokenizer, prompts, batch_size)
+    load = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
     return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
 
 

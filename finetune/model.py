@@ -11,7 +11,6 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
 
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, RecipeError, WeightsError
@@ -92,7 +91,8 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 def load_base(folder: Path, settings: ModelSettings) -> Any:
     """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so."""
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    family = family_of(str(CheckpointReader(folder).config.get("model_type")), str(folder / "config.json"))
+    model, info = family.transformers_class().from_pretrained(
         folder,
         dtype=dtype,
         quantization_config=MoeNf4Config(compute_dtype=dtype) if settings.load_in_4bit else None,

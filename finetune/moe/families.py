@@ -1,18 +1,22 @@
 """Where each architecture keeps its attention, experts and router, in the loaded model and on disk: one table.
 
-`model` names are module path suffixes below `model.layers.N.` as transformers 5 builds them; `disk` names are the
-published checkpoint's. Source: transformers' `conversion_mapping.py`.
+The engine, the targets of an adapter, 4-bit loading, the audit, the merge, `finetune families` and the tests all read
+it; no code here or there asks for an architecture by name. Names of the model are as transformers 5 builds it, names
+on disk those of published checkpoints (transformers' `conversion_mapping.py` turns one into the other).
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from finetune.errors import Problem, WeightsError
+from finetune.recipe.unknown import closest
+
+Part = Literal["attention", "experts", "router", "mlp", "shared_experts", "other"]
 
 
 @dataclass(frozen=True)
 class ExpertStack:
-    """One stacked expert parameter `[E, out, in]` and the on-disk tensors that make it.
+    """One stacked expert parameter `[E, out, in]` (`[E, in, out]` if transposed) and the on-disk tensors that make it.
 
     Per-expert checkpoints: `disk_names` are matrices, concatenated along the output axis in this order: Mixtral's
     `gate_up_proj` is `w1` over `w3`. Fused checkpoints: one 3-D tensor that holds the stack as the model does.
@@ -24,55 +28,270 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class MoeLayout:
-    """Names below one decoder layer (`model.layers.N.`) of the parts a dense model does not have."""
+    """What a decoder layer with experts holds. All names are relative to it (`model.layers.N.`)."""
 
-    experts_module: str
-    router_module: str
+    experts_module: str  # module that holds the stacks
+    router_module: str  # module that returns (logits [T, E], weights [T, K], chosen experts [T, K])
     stacks: tuple[ExpertStack, ...]
     disk_expert: str  # format string with {name} and, in a per-expert checkpoint, {expert}
-    disk_router: str
-    shared: tuple[str, ...] = ()  # linear modules of the experts that see every token: mlp.shared_expert.gate_proj
+    disk_router: str  # tensor [E, H]
+    router_weight: str = "weight"  # parameter [E, H] below router_module
+    shared: tuple[str, ...] = ()  # linear modules of the experts that see every token; the same names on disk
     transposed: bool = False  # stacks are [E, in, out], in memory and on disk
+    interleaved: bool = False  # gate and up alternate along the output axis instead of following one another
+    biases: bool = False  # experts have biases `<stack>_bias [E, out]`, which are neither quantised nor adapted
     scores: Literal["softmax", "sigmoid"] = "softmax"  # what the router makes of its logits
-    correction_bias: str | None = None  # tensor [E] added to the scores for the choice only (DeepSeek-V3)
+    correction_bias: str | None = None  # tensor of E values added to the scores for the choice only (DeepSeek-V3)
+    disk_correction_bias: str | None = None  # its name on disk
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether the checkpoint holds one tensor an expert instead of whole stacks."""
+        return "{expert}" in self.disk_expert
+
+    @property
+    def router_parameter(self) -> str:
+        """The router's weight, below the decoder layer."""
+        return f"{self.router_module}.{self.router_weight}"
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture (`config.model_type`)."""
+    """One architecture (`config.model_type`). A name fits a module whose path is it or ends in a dot and it."""
 
     model_type: str
-    attention: tuple[str, ...]
-    dense_mlp: tuple[str, ...]
+    attention: tuple[str, ...]  # linear modules; not every checkpoint has all of them
+    dense_mlp: tuple[str, ...]  # linear modules of a layer without experts; empty where every layer has experts
     moe: MoeLayout | None
+    unquantized: tuple[str, ...] = ()  # other linear modules; they stay in 16 bits
+    limits: tuple[str, ...] = ()  # what a user must know, as whole phrases
+    model_class: str = "AutoModelForCausalLM"  # of transformers
+
+    def transformers_class(self) -> Any:
+        """The class whose `from_pretrained` makes the model."""
+        import transformers  # here, so that the table alone is light
+
+        return getattr(transformers, self.model_class)
+
+    def part(self, path: str) -> Part:
+        """The part that a module or a parameter belongs to, by its path in the loaded model."""
+        moe = self.moe
+        if moe is not None and _is_within(path, (moe.router_module,)):
+            return "router"
+        if moe is not None and _is_within(path, (moe.experts_module,)):
+            return "experts"
+        if moe is not None and _is_within(path, moe.shared):
+            return "shared_experts"
+        if _is_within(path, self.attention):
+            return "attention"
+        return "mlp" if _is_within(path, self.dense_mlp) else "other"
 
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+def _is_within(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether `path` is one of `modules` or something below it."""
+    return any(f".{module}." in f".{path}." for module in modules)
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("mistral", _ATTENTION, ("gate_proj", "up_proj", "down_proj"), None),
-        Family("llama", _ATTENTION, ("gate_proj", "up_proj", "down_proj"), None),
-        Family(
-            "mixtral",
-            _ATTENTION,
-            (),
-            MoeLayout(
-                experts_module="mlp.experts",
-                router_module="mlp.gate",
-                stacks=(ExpertStack("gate_up_proj", ("w1", "w3")), ExpertStack("down_proj", ("w2",))),
-                disk_expert="block_sparse_moe.experts.{expert}.{name}.weight",
-                disk_router="block_sparse_moe.gate.weight",
-            ),
-        ),
+
+_QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Latent attention; small models have one q_proj in place of the pair q_a_proj, q_b_proj.
+_LATENT = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_MLP = tuple(f"mlp.{name}" for name in _GATED)
+_SHARED_EXPERTS = tuple(f"mlp.shared_experts.{name}" for name in _GATED)
+_SHARED_EXPERT = tuple(f"mlp.shared_expert.{name}" for name in _GATED)
+
+_GATE_UP_DOWN = (ExpertStack("gate_up_proj", ("gate_proj", "up_proj")), ExpertStack("down_proj", ("down_proj",)))
+_W1_W3_W2 = (ExpertStack("gate_up_proj", ("w1", "w3")), ExpertStack("down_proj", ("w2",)))
+_AS_IN_MEMORY = (ExpertStack("gate_up_proj", ("gate_up_proj",)), ExpertStack("down_proj", ("down_proj",)))
+_INPUT_OUTPUT = (ExpertStack("gate_up_proj", ("input_linear",)), ExpertStack("down_proj", ("output_linear",)))
+
+# Mixtral's names on disk.
+_MIXTRAL = MoeLayout(
+    experts_module="mlp.experts",
+    router_module="mlp.gate",
+    stacks=_W1_W3_W2,
+    disk_expert="block_sparse_moe.experts.{expert}.{name}.weight",
+    disk_router="block_sparse_moe.gate.weight",
+)
+_GRANITE = MoeLayout(
+    experts_module="block_sparse_moe.experts",
+    router_module="block_sparse_moe.router",
+    stacks=_INPUT_OUTPUT,
+    disk_expert="block_sparse_moe.{name}.weight",
+    disk_router="block_sparse_moe.router.layer.weight",
+)
+
+
+def _qwen(
+    shared: tuple[str, ...] = (),
+    scores: Literal["softmax", "sigmoid"] = "softmax",
+    correction_bias: str | None = None,
+    disk_correction_bias: str | None = None,
+    router_weight: str = "weight",
+) -> MoeLayout:
+    """Qwen's names, which most architectures took over: the same in the model and on disk but for the stacks."""
+    return MoeLayout(
+        experts_module="mlp.experts",
+        router_module="mlp.gate",
+        stacks=_GATE_UP_DOWN,
+        disk_expert="mlp.experts.{expert}.{name}.weight",
+        disk_router=f"mlp.gate.{router_weight}",
+        router_weight=router_weight,
+        shared=shared,
+        scores=scores,
+        correction_bias=correction_bias,
+        disk_correction_bias=disk_correction_bias or correction_bias,
     )
+
+
+_DEEPSEEK_V3 = _qwen(_SHARED_EXPERTS, "sigmoid", "mlp.gate.e_score_correction_bias")
+_PUBLISHED_IN_FP8 = "published in FP8: give a bfloat16 copy"
+
+_ALL = (
+    Family("llama", _QKVO, _GATED, None),
+    Family("mistral", _QKVO, _GATED, None),
+    Family("mixtral", _QKVO, (), _MIXTRAL),
+    Family("qwen2_moe", _QKVO, _MLP, _qwen(_SHARED_EXPERT), unquantized=("mlp.shared_expert_gate",)),
+    Family("qwen3_moe", _QKVO, _MLP, _qwen()),
+    Family(
+        "qwen3_next",
+        (*_QKVO, "linear_attn.in_proj_qkvz", "linear_attn.out_proj"),
+        _MLP,
+        _qwen(_SHARED_EXPERT),
+        unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
+        limits=("linear attention is slow without the package flash-linear-attention",),
+    ),
+    Family("deepseek_v2", _LATENT, _MLP, _qwen(_SHARED_EXPERTS)),
+    Family("deepseek_v3", _LATENT, _MLP, _DEEPSEEK_V3, limits=(_PUBLISHED_IN_FP8,)),
+    Family("glm4_moe", _QKVO, _MLP, _DEEPSEEK_V3),
+    Family("glm4_moe_lite", _LATENT, _MLP, _DEEPSEEK_V3),
+    Family("dots1", _QKVO, _MLP, _DEEPSEEK_V3),
+    Family("solar_open", _QKVO, (), _DEEPSEEK_V3),
+    Family(
+        "ernie4_5_moe",
+        _QKVO,
+        _MLP,
+        _qwen(
+            _SHARED_EXPERTS,
+            correction_bias="mlp.gate.moe_statics.e_score_correction_bias",
+            disk_correction_bias="mlp.moe_statics.e_score_correction_bias",
+        ),
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        _QKVO,
+        (),
+        _qwen(tuple(f"mlp.shared_mlp.{name}" for name in _GATED), router_weight="wg.weight"),
+        limits=("every layer must have the same number of experts and the same top-k",),
+    ),
+    Family("olmoe", _QKVO, (), _qwen()),
+    Family("flex_olmo", _QKVO, (), _qwen()),
+    Family(
+        "mistral4",
+        _LATENT,
+        _MLP,
+        MoeLayout(
+            experts_module="mlp.experts",
+            router_module="mlp.gate",
+            stacks=_AS_IN_MEMORY,
+            disk_expert="mlp.experts.{name}",
+            disk_router="mlp.gate.weight",
+            shared=_SHARED_EXPERTS,
+        ),
+        limits=("the text model alone, not the multimodal mistral3 around it",),
+        model_class="Mistral4ForCausalLM",
+    ),
+    Family(
+        "gpt_oss",
+        _QKVO,
+        (),
+        MoeLayout(
+            experts_module="mlp.experts",
+            router_module="mlp.router",
+            stacks=_AS_IN_MEMORY,
+            disk_expert="mlp.experts.{name}",
+            disk_router="mlp.router.weight",
+            transposed=True,
+            interleaved=True,
+            biases=True,
+        ),
+        limits=("published in MXFP4: give a bfloat16 copy",),
+    ),
+    Family(
+        "phimoe",
+        _QKVO,
+        (),
+        replace(_MIXTRAL, router_module="mlp.router"),
+        limits=("the router samples experts in training (sparsemixer): two runs of one batch differ by the seed",),
+    ),
+    Family("granitemoe", _QKVO, (), _GRANITE),
+    Family(
+        "granitemoeshared",
+        _QKVO,
+        (),
+        replace(_GRANITE, shared=("shared_mlp.input_linear", "shared_mlp.output_linear")),
+    ),
+    Family(
+        "jamba",
+        _QKVO,
+        tuple(f"feed_forward.{name}" for name in _GATED),
+        MoeLayout(
+            experts_module="feed_forward.experts",
+            router_module="feed_forward.router",
+            stacks=_GATE_UP_DOWN,
+            disk_expert="feed_forward.experts.{expert}.{name}.weight",
+            disk_router="feed_forward.router.weight",
+        ),
+        unquantized=tuple(f"mamba.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
+        limits=("mamba layers stay in 16 bits, and are slow without the packages mamba-ssm and causal-conv1d",),
+    ),
+    Family(
+        "minimax",
+        (*_QKVO, "self_attn.qkv_proj", "self_attn.output_gate", "self_attn.out_proj"),
+        (),
+        _MIXTRAL,
+    ),
+    Family(
+        "minimax_m2",
+        _QKVO,
+        (),
+        replace(
+            _MIXTRAL,
+            scores="sigmoid",
+            correction_bias="mlp.e_score_correction_bias",
+            disk_correction_bias="block_sparse_moe.e_score_correction_bias",
+        ),
+        limits=(_PUBLISHED_IN_FP8,),
+    ),
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+
+_OWN_FORWARD = (
+    "transformers computes its experts in the model's own forward, not through ExpertsInterface, so neither "
+    "4-bit experts nor their adapters would be reached"
+)
+_LLAMA4 = f"{_OWN_FORWARD}; every expert runs on every token, weighted before it instead of after"
+_ENCODER_DECODER = "it is an encoder-decoder model; only decoder-only language models are trained here"
+
+REFUSED: dict[str, str] = {
+    "dbrx": f"{_OWN_FORWARD}; an expert is a slice of one matrix of two dimensions",
+    "llama4": _LLAMA4,
+    "llama4_text": _LLAMA4,
+    "jetmoe": f"{_OWN_FORWARD}; its attention is made of experts too",
+    "longcat_flash": f"{_OWN_FORWARD}; some of its experts have no weights",
+    "nllb_moe": _ENCODER_DECODER,
+    "switch_transformers": _ENCODER_DECODER,
 }
 
 
 def family_of(model_type: str, where: str) -> Family:
     """The family of `config.model_type`; `where` (a path) goes into the error for an unsupported one."""
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise WeightsError(Problem(where, "architecture is not supported", f"use one of: {known}", got=model_type))
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    known = f"use one of: {', '.join(sorted(FAMILIES))}"
+    if model_type in REFUSED:
+        raise WeightsError(Problem(where, f"{model_type} is not supported: {REFUSED[model_type]}", known))
+    close = closest(model_type, FAMILIES)
+    what = "architecture is not supported: nothing says where its experts and router are, and how they are stored"
+    raise WeightsError(Problem(where, what, f"did you mean {close}? {known}" if close else known, got=model_type))

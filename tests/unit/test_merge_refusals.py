@@ -156,7 +156,7 @@ def test_an_expert_layout_of_another_version(adapter: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "gpt2"}, "architecture is not supported; got gpt2; use one of: llama, mistral, mixtral"),
+        ({"model_type": "gpt2"}, "got gpt2; use one of: deepseek_v2, "),
         ({"quantization_config": {"bits": 4}}, "the base is quantised; give the 16-bit checkpoint"),
         ({"vocab_size": 100}, r"a token is outside the model's vocabulary; got id \d+ for 100 entries"),
     ],

@@ -60,13 +60,6 @@ def test_a_hub_id_that_cannot_be_had() -> None:
     )
 
 
-def test_an_architecture_that_is_not_supported(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny_mixtral(tmp_path), model_type="dbrx")
-    assert complaint(folder) == (
-        f"{folder}/config.json: architecture is not supported; got dbrx; use one of: llama, mistral, mixtral"
-    )
-
-
 def test_an_moe_without_and_a_dense_model_with_a_router_section(tmp_path: Path) -> None:
     moe, dense = save_tiny_mixtral(tmp_path / "moe"), save_tiny_mistral(tmp_path / "dense")
     assert complaint(moe, router=False) == (
