@@ -1,0 +1,1 @@
+"""Side-by-side measurements: one command each, results as JSON with commit, hardware and versions."""

@@ -1,0 +1,54 @@
+"""Whole training steps of a small 4-bit Mixtral under each setting of recomputation: time and peak memory."""
+
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Bar, interleaved
+from benchmarks.memory import transient_bytes
+from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
+from benchmarks.shapes import Shape
+from finetune.moe.checkpointing import enable_checkpointing
+
+MODES = ("none", "full")
+MODEL, LAYERS = Shape(256, 512, 8, 2, 1024, 8), 4
+QUICK_MODEL, QUICK_LAYERS = Shape(64, 96, 4, 2, 64, 4), 2
+SEQUENCES = 4
+
+
+def recompute(model: Any, mode: str) -> None:
+    """Switch one adapted model to `mode`."""
+    if mode == "none":
+        model.activation_checkpointing_disable()
+    else:
+        enable_checkpointing(model)
+
+
+def measure_recompute(repeats: int, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
+    """Bar of selective / full, and the raw figures of all three."""
+    shape, layers = (QUICK_MODEL, QUICK_LAYERS) if quick else (MODEL, LAYERS)
+    config = mixtral_config(shape, layers, vocabulary=512)
+    model = adapt_mixtral(random_mixtral(config, torch.float32, "cpu", quantised=True), shape.rank)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 512, (SEQUENCES, shape.tokens // SEQUENCES), generator=generator)
+
+    def step(mode: str) -> None:
+        recompute(model, mode)
+        model.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    timings = interleaved({mode: lambda mode=mode: step(mode) for mode in MODES}, repeats)  # type: ignore[misc]
+    transient = {}
+    for mode in MODES:
+        model.zero_grad(set_to_none=True)
+        transient[mode] = transient_bytes(lambda mode=mode: step(mode))  # type: ignore[misc]
+    at = f"{shape.label} L{layers}"
+    bars = [
+        Bar("none / full recomputation, time", at, timings.ratio("none", "full"), "<=", None, "time"),
+        Bar("full / none, transient bytes of a step", at, transient["full"] / transient["none"], "<=", None, "memory"),
+    ]
+    print(f"\n=== recomputation, whole steps of a Mixtral: {at}")
+    for mode in MODES:
+        print(f"  {mode:<36}{1e3 * timings.median(mode):>9.1f} ms{transient[mode] / 2**20:>9.1f} MiB")
+    raw = {mode: {"median_ms": 1e3 * timings.median(mode), "transient_bytes": transient[mode]} for mode in MODES}
+    return bars, raw | {"shape": vars(shape), "layers": layers}
