@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install check test quickstart
+.PHONY: help install check test quickstart bench bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -42,3 +42,12 @@ $(VENV)/.quickstart: $(VENV)/.installed
 
 quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real model on this machine
 	$(BIN)/python benchmarks/quickstart.py
+
+# The profiler, which counts allocations here, has lines of its own to print; level 9 keeps them back.
+bench: install ## experts side by side on this CPU: the bars, about two minutes on a quiet machine
+	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.experts
+
+# BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.
+BENCH_PYTHON ?= python3
+bench-gpu: ## Mixtral-8x7B's shapes on one GPU, under eight minutes, without a download
+	$(BENCH_PYTHON) -m benchmarks.gpu

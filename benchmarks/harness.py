@@ -43,35 +43,38 @@ class Timings:
 def interleaved(
     arms: Mapping[str, Callable[[], object]],
     repeats: int = REPEATS,
-    synchronize: Callable[[], object] = lambda: None,
+    clock: Callable[[], float] = time.process_time,
     at_least: float = 0.03,
-    deadline: float = math.inf,
 ) -> Timings:
-    """Time the arms in turns, each after one warm-up step; every second round runs in reverse order.
+    """Time the arms in turns, each after warm-up; every second round runs in reverse order.
 
-    One timing is a whole number of steps that lasts `at_least` seconds, measured at the warm-up. Rounds end after
-    `repeats`, or at `deadline` (`time.monotonic`), never before the first. `synchronize` waits for the device.
+    One timing is a whole number of steps that lasts `at_least` seconds, measured at the warm-up. The default clock
+    counts the processor time of this process: on one thread the step's own time, whatever else the machine does. A
+    device needs `wall_clock`, which waits for it.
     """
-    steps = {name: max(1, math.ceil(at_least / _timed(step, 1, synchronize))) for name, step in arms.items()}
-    for name, step in arms.items():
-        _timed(step, steps[name], synchronize)
+    for step in arms.values():
+        step()
+    steps = {name: max(1, math.ceil(at_least / _timed(step, 1, clock))) for name, step in arms.items()}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(repeats):
         for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
-            seconds[name].append(_timed(arms[name], steps[name], synchronize))
-        if time.monotonic() > deadline:
-            break
+            seconds[name].append(_timed(arms[name], steps[name], clock))
     return Timings(seconds)
 
 
-def _timed(step: Callable[[], object], times: int, synchronize: Callable[[], object]) -> float:
+def wall_clock() -> float:
+    """Seconds on the wall once the CUDA device, where there is one, has done all its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _timed(step: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
     """Seconds of one of `times` steps."""
-    synchronize()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(times):
         step()
-    synchronize()
-    return (time.perf_counter() - started) / times
+    return (clock() - started) / times
 
 
 @dataclass(frozen=True)
