@@ -132,7 +132,7 @@ def main() -> None:
     write_result(
         args.output,
         {
-            "what": "experts module forward + backward, fp32, processor time on one thread; ratios: medians over rounds",
+            "what": "experts module forward + backward, fp32, processor time on one thread; ratios are medians",
             "quick": args.quick,
             "repeats": args.repeats,
             "routing": {"popularity": "rank ** -skew, drawn without replacement", "skew": SKEW, "seed": SEED},
