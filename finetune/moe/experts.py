@@ -1,65 +1,16 @@
-"""Expert forward and backward with factored LoRA, registered on transformers' `ExpertsInterface`.
+"""The experts of a layer, registered on transformers' `ExpertsInterface`, through which most architectures dispatch.
 
-Computes `x W_e^T + s (x A_e^T) B_e^T` for the tokens that expert `e` received. `W_e` is dequantised when needed and
-again in the backward: no dequantised weight is saved, and no dense weight gradient is formed.
-
-T tokens, K experts a token, R = T*K routed rows, n rows of one expert, E experts, H hidden, I intermediate, r rank.
+T tokens, K experts a token, R = T*K routed rows, E experts, H hidden, I intermediate, r rank.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from finetune.moe.nf4 import Nf4Stack
+from finetune.moe.expert_function import ExpertsCall, run_experts
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
-
-
-@dataclass(frozen=True)
-class ExpertFactors:
-    """LoRA factors of one stack: per expert `A [r, in]` and `B [out, r]`, and the scale of `B A`."""
-
-    lora_A: Sequence[torch.Tensor]
-    lora_B: Sequence[torch.Tensor]
-    scaling: float
-
-    def delta(self, x_nI: torch.Tensor, expert: int) -> torch.Tensor:
-        """`s (x A_e^T) B_e^T`, `[n, out]`, computed in the factors' dtype and returned in x's."""
-        A_rI, B_Or = self.lora_A[expert], self.lora_B[expert]
-        y_nO = functional.linear(functional.linear(x_nI.to(A_rI.dtype), A_rI), B_Or)
-        return (self.scaling * y_nO).to(x_nI.dtype)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """`x W_e^T` with a frozen weight that is fetched again in the backward instead of being saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x_nI: torch.Tensor, stack: torch.Tensor, expert: int) -> torch.Tensor:
-        ctx.stack, ctx.expert = stack, expert
-        return x_nI @ expert_weight(stack, expert).to(x_nI.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad_nO,) = grad_outputs
-        return grad_nO @ expert_weight(ctx.stack, ctx.expert).to(grad_nO.dtype), None, None
-
-
-def expert_weight(stack: torch.Tensor, expert: int) -> torch.Tensor:
-    """Weight `[O, I]` of one expert of a 4-bit or dense stack."""
-    data = stack.data if isinstance(stack, torch.nn.Parameter) else stack
-    return data.expert(expert) if isinstance(data, Nf4Stack) else data[expert]
-
-
-def _project(module: Any, name: str, x_nI: torch.Tensor, expert: int, factors: Sequence[ExpertFactors]) -> torch.Tensor:
-    y_nO: torch.Tensor = _FrozenLinear.apply(x_nI, getattr(module, name), expert)  # type: ignore[no-untyped-call]
-    for factor in factors:
-        y_nO = y_nO + factor.delta(x_nI, expert)
-    return y_nO
+_GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
 
 
 def experts_forward(
@@ -67,34 +18,74 @@ def experts_forward(
 ) -> torch.Tensor:
     """Output `[T, H]` of the selected experts, weighted and summed.
 
-    `module` holds the stacks `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]` (4-bit or dense, frozen);
-    `hidden_states [T, H]`, `top_k_index` and `top_k_weights [T, K]`. An index of E means "no expert".
+    `module` holds the frozen stacks `gate_up_proj [E, 2I, H]` (or `up_proj [E, I, H]` without a gate) and
+    `down_proj [E, H, I]`, 4-bit or dense, transposed where it says so, and their biases; `hidden_states [T, H]`,
+    `top_k_index` and `top_k_weights [T, K]`. An index of E means "no expert". One host sync, none where grouped
+    products exist.
     """
-    up_factors = module_factors(module, "gate_up_proj")
-    down_factors = module_factors(module, "down_proj")
-    expert_R = top_k_index.reshape(-1)
-    order_R = expert_R.argsort(stable=True)
-    token_R = order_R // top_k_index.shape[-1]
-    x_RH = hidden_states[token_R]
-    outputs = []
-    for expert, rows in _expert_rows(expert_R, module.num_experts):
-        x_nH = x_RH[rows]
-        h_nI = module._apply_gate(_project(module, "gate_up_proj", x_nH, expert, up_factors))
-        outputs.append(_project(module, "down_proj", h_nI, expert, down_factors))
-    y_RH = torch.cat(outputs) if outputs else x_RH[:0]
-    used = slice(0, y_RH.shape[0])
-    weight_R = top_k_weights.reshape(-1)[order_R]
-    y_RH = (y_RH * weight_R[used, None]).to(hidden_states.dtype)
-    return torch.zeros_like(hidden_states).index_add(0, token_R[used], y_RH)
+    x_TH = _compute_cast(hidden_states)
+    grouped = _grouped_products(x_TH) and not module._is_expert_parallel
+    expert_R, order_R = top_k_index.reshape(-1).sort(stable=True)
+    up = _projection(module, "gate_up_proj" if module.has_gate else "up_proj", x_TH.dtype, grouped)
+    down = _projection(module, "down_proj", x_TH.dtype, grouped)
+    dropout = any(factors.dropout for factors in up.factors + down.factors)
+    call = ExpertsCall(
+        up=up,
+        down=down,
+        gate=module._apply_gate if module.has_gate else module.act_fn,
+        chunks=_chunks(module.num_experts, expert_R, order_R, top_k_index.shape[-1], grouped),
+        # From the generator that checkpointing restores, so that the recompute drops the same elements.
+        seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+    )
+    with torch.autocast(x_TH.device.type, enabled=False):
+        out_TH = run_experts(call, x_TH, top_k_weights.reshape(-1)[order_R])
+    return out_TH.to(hidden_states.dtype)
 
 
-def _expert_rows(expert_R: torch.Tensor, num_experts: int) -> Iterator[tuple[int, slice]]:
-    """Each expert that received rows, with its slice of the rows sorted by expert. One host sync."""
-    counts = torch.bincount(expert_R, minlength=num_experts)[:num_experts]
-    bounds = [0, *counts.cumsum(0).tolist()]
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if stop > start:
-            yield expert, slice(start, stop)
+def _compute_cast(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The tokens in the dtype of the computation: autocast's, or their own."""
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type):
+        return hidden_states.to(torch.get_autocast_dtype(device_type))
+    return hidden_states
+
+
+def _chunks(
+    num_experts: int, expert_R: torch.Tensor, order_R: torch.Tensor, top_k: int, grouped: bool
+) -> Sequence[Chunk]:
+    """The rows, sorted by expert: in one piece for grouped products, else cut for a loop, at the price of a sync."""
+    past_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=expert_R.device), right=True)
+    if grouped:
+        return [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
+    return loop_chunks([0, *past_E.tolist()], order_R // top_k)
+
+
+def _grouped_products(x: torch.Tensor) -> bool:
+    """Whether `grouped_mm` has a kernel for this dtype and device; elsewhere it is a loop with host syncs."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and _is_hopper(x.device.index)
+
+
+@cache
+def _is_hopper(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+
+
+def _projection(module: Any, name: str, dtype: torch.dtype, grouped: bool) -> Projection:
+    factors = [_fitted(factors, module.num_experts, dtype, grouped) for factors in module_factors(module, name)]
+    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    return Projection(getattr(module, name), bias, module.is_transposed, tuple(factors))
+
+
+def _fitted(factors: ExpertFactors, num_experts: int, dtype: torch.dtype, grouped: bool) -> ExpertFactors:
+    """The factors in the computation's dtype; for grouped products with a row for each expert and an aligned rank."""
+    A_SrI, B_SOr = factors.A.to(dtype), factors.B.to(dtype)
+    fitted = replace(factors, A=A_SrI, B=B_SOr)
+    if not grouped:
+        return fitted
+    missing = -A_SrI.shape[1] % (_GROUPED_ALIGNMENT // dtype.itemsize)
+    if missing:
+        fitted = replace(fitted, A=pad(A_SrI, (0, 0, 0, missing)), B=pad(B_SOr, (0, missing)))
+    return fitted.spread(num_experts)
 
 
 def module_factors(module: Any, name: str) -> list[ExpertFactors]:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 
 from finetune.errors import Problem, RecipeError, WeightsError
-from finetune.moe.experts import ExpertFactors
+from finetune.moe.factors import ExpertFactors
 from finetune.moe.families import Family, family_of
 from finetune.recipe import LoraSettings
 
@@ -39,7 +39,7 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         A, B, E = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.num_experts
         A_ErI = A.reshape(E, -1, A.shape[-1])
         B_EOr = B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()
-        return ExpertFactors(A_ErI.unbind(0), B_EOr.unbind(0), self.scaling[adapter])
+        return ExpertFactors(A_ErI, B_EOr, self.scaling[adapter])
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a 4-bit stack cannot take a delta."""

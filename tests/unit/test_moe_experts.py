@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
-from finetune.moe.experts import ExpertFactors, experts_forward
+from finetune.moe.experts import experts_forward
+from finetune.moe.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
 T, H, INTERMEDIATE, RANK, SCALE = 12, 64, 96, 3, 2.0
@@ -17,7 +18,8 @@ def experts_module(num_experts: int, quantised: bool) -> Any:
     """A module as transformers builds it, with LoRA sources as the adapter leaves them."""
     generator = torch.Generator().manual_seed(1)
     shapes = {"gate_up_proj": (2 * INTERMEDIATE, H), "down_proj": (H, INTERMEDIATE)}
-    module = SimpleNamespace(num_experts=num_experts, lora_sources={})
+    module = SimpleNamespace(num_experts=num_experts, lora_sources={}, has_gate=True, has_bias=False)
+    module.is_transposed = module._is_expert_parallel = False
     module._apply_gate = lambda gate_up: silu(gate_up.chunk(2, -1)[0]) * gate_up.chunk(2, -1)[1]
     for name, (out, inp) in shapes.items():
         weight = torch.randn(num_experts, out, inp, generator=generator) * 0.1
@@ -25,7 +27,7 @@ def experts_module(num_experts: int, quantised: bool) -> Any:
         setattr(module, name, torch.nn.Parameter(data, requires_grad=False))
         A = (torch.randn(num_experts, RANK, inp, generator=generator) * 0.1).requires_grad_()
         B = (torch.randn(num_experts, out, RANK, generator=generator) * 0.1).requires_grad_()
-        factors = ExpertFactors(A.unbind(0), B.unbind(0), SCALE)
+        factors = ExpertFactors(A, B, SCALE)
         module.lora_sources[name] = SimpleNamespace(active_factors=lambda factors=factors: [factors], leaves=(A, B))
     return module
 

@@ -1,0 +1,178 @@
+"""Forward and backward of a layer's experts as one autograd function.
+
+For the rows of expert e: `u = x W1_e + b1_e + s (x A1_e^T) B1_e^T`, `h = gate(u)`,
+`y = h W2_e + b2_e + s (h A2_e^T) B2_e^T`, and a token's output is the sum of its rows' `y`, weighted by the router.
+
+Kept for the backward: `x`, `u` and the rank-r products. Dequantised weights are made again, `h` is computed again from
+`u`, and `y` is not needed: the gradient of a row's router weight is `<g, y> = <W2 g + s A2^T B2^T g, h> + <g, b2>`,
+which the backward has at hand. No gradient of a frozen weight is formed.
+
+T tokens, H hidden, R routed rows sorted by expert, n rows of a chunk, E experts, I intermediate, r rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from finetune.moe.expert_rows import Chunk, Projection
+from finetune.moe.factors import ExpertFactors
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """What one call of a layer's experts consists of, besides the tensors that have gradients."""
+
+    up: Projection
+    down: Projection
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    chunks: Sequence[Chunk]
+    seed: int  # of the dropout masks, which are drawn again in the backward
+
+    @property
+    def factors(self) -> tuple[ExpertFactors, ...]:
+        """Of both projections, in the order of the function's tensor arguments."""
+        return self.up.factors + self.down.factors
+
+
+def run_experts(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> torch.Tensor:
+    """Output `[T, H]` of the chosen experts; `weight_R`: router weight of each row."""
+    tensors = [tensor for factors in call.factors for tensor in (factors.A, factors.B)]
+    output: torch.Tensor = _Experts.apply(call, x_TH, weight_R, *tensors)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, *_: Any) -> torch.Tensor:
+        rows = weight_R.shape[0]
+        u_RO = x_TH.new_empty(rows, call.up.out_features)
+        low_up, low_down = (
+            [x_TH.new_empty(rows, factors.A.shape[1]) for factors in projection.factors]
+            for projection in (call.up, call.down)
+        )
+        out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+        for number, chunk in enumerate(call.chunks):
+            x_nH = chunk.gather(x_TH)
+            u_nO = chunk.project(x_nH, call.up, u_RO[chunk.rows])
+            _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
+            h_nI = call.gate(u_nO)
+            y_nH = chunk.project(h_nI, call.down)
+            _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
+            chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
+        ctx.call = call
+        ctx.save_for_backward(x_TH, weight_R, u_RO, *low_up, *low_down)
+        return out_TH.to(x_TH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (g_TH,) = grad_outputs
+        call: ExpertsCall = ctx.call
+        x_TH, weight_R, u_RO, *low_Rr = ctx.saved_tensors
+        trained = ctx.needs_input_grad[3::2]
+        of_up, of_down = _split(
+            [_Gradients(*item) for item in zip(call.factors, low_Rr, trained, strict=True)], len(call.up.factors)
+        )
+        grad_x_TH = None
+        if ctx.needs_input_grad[1]:
+            grad_x_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+        grad_weight_R = torch.zeros_like(weight_R)
+        for number, chunk in enumerate(call.chunks):
+            seed = call.seed + 2 * number
+            g_nH = chunk.gather(g_TH)
+            with torch.enable_grad():
+                u_nO = u_RO[chunk.rows].detach().requires_grad_()
+                gated_nI = call.gate(u_nO)
+            h_nI = gated_nI.detach()
+            dh_nI = chunk.project_back(g_nH, call.down)  # not yet times the row's router weight
+            for gradients in of_down:
+                gradients.add(chunk, g_nH, h_nI, dh_nI, seed + 1, weight_R[chunk.rows, None])
+            grad_weight_R[chunk.rows] = _weight_gradient(chunk, call.down, g_nH, h_nI, dh_nI)
+            (du_nO,) = torch.autograd.grad(gated_nI, u_nO, dh_nI.mul_(weight_R[chunk.rows, None]))
+            dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, call.up)
+            if of_up:
+                x_nH = chunk.gather(x_TH)
+                for gradients in of_up:
+                    gradients.add(chunk, du_nO, x_nH, dx_nH, seed)
+            if grad_x_TH is not None and dx_nH is not None:
+                chunk.scatter_add(grad_x_TH, dx_nH)
+        grad_x = None if grad_x_TH is None else grad_x_TH.to(x_TH.dtype)
+        return (None, grad_x, grad_weight_R, *(grad for gradients in of_up + of_down for grad in gradients.results))
+
+
+class _Gradients:
+    """The gradients of one pair of factors, chunk by chunk. `low_Rr`: `x A^T` of all rows, from the forward."""
+
+    def __init__(self, factors: ExpertFactors, low_Rr: torch.Tensor, trained: bool) -> None:
+        self.factors, self.low_Rr = factors, low_Rr
+        self.results = (torch.zeros_like(factors.A), torch.zeros_like(factors.B)) if trained else (None, None)
+
+    def add(
+        self,
+        chunk: Chunk,
+        g_nO: torch.Tensor,
+        x_nI: torch.Tensor,
+        dx_nI: torch.Tensor | None,
+        seed: int,
+        weight_n1: torch.Tensor | None = None,
+    ) -> None:
+        """Add a chunk's share to the factors' gradients and to `dx`; `weight_n1`: what `g` is still to be scaled by."""
+        factors, (grad_A, grad_B) = self.factors, self.results
+        mask_nI = _mask(x_nI, factors.dropout, seed)
+        g_nr = chunk.factor_down(g_nO, factors.B.transpose(1, 2), factors)
+        if dx_nI is not None and mask_nI is None:
+            chunk.add_factor_up(dx_nI, g_nr, factors.A, factors, factors.scaling)
+        elif dx_nI is not None and mask_nI is not None:
+            part_nI = torch.zeros_like(dx_nI)
+            chunk.add_factor_up(part_nI, g_nr, factors.A, factors, factors.scaling)
+            dx_nI.addcmul_(part_nI, mask_nI)
+        if grad_A is None or grad_B is None:
+            return
+        scale = factors.scaling if weight_n1 is None else factors.scaling * weight_n1
+        chunk.outer_into(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
+        chunk.outer_into(grad_B, g_nO, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), factors)
+
+
+def _add_factors(
+    chunk: Chunk,
+    projection: Projection,
+    y_nO: torch.Tensor,
+    x_nI: torch.Tensor,
+    low_Rr: Sequence[torch.Tensor],
+    seed: int,
+) -> None:
+    """`y += s (dropout(x) A^T) B^T` for each pair of factors; `x A^T` is kept in `low_Rr`."""
+    for factors, low in zip(projection.factors, low_Rr, strict=True):
+        mask_nI = _mask(x_nI, factors.dropout, seed)
+        low_nr = low[chunk.rows]
+        chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors, low_nr)
+        chunk.add_factor_up(y_nO, low_nr, factors.B.transpose(1, 2), factors, factors.scaling)
+
+
+def _weight_gradient(
+    chunk: Chunk, down: Projection, g_nH: torch.Tensor, h_nI: torch.Tensor, dh_nI: torch.Tensor
+) -> torch.Tensor:
+    """`<g, y>` of each row, from `dh = W2 g + s A2^T B2^T g`; summed in at least float32."""
+    dtype = _sum_dtype(g_nH)
+    gradient_n = (dh_nI.to(dtype) * h_nI).sum(-1)
+    if down.bias is not None:
+        gradient_n += (g_nH.to(dtype) * chunk.row_bias(down.bias)).sum(-1)
+    return gradient_n
+
+
+def _mask(x_nI: torch.Tensor, probability: float, seed: int) -> torch.Tensor | None:
+    """Dropout's mask, 0 or 1 / (1 - p); the same for the same seed."""
+    if not probability:
+        return None
+    generator = torch.Generator(x_nI.device).manual_seed(seed)
+    return torch.empty_like(x_nI).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+
+
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """Sums over experts and features are made in at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _split(items: list["_Gradients"], first: int) -> tuple[list["_Gradients"], list["_Gradients"]]:
+    return items[:first], items[first:]
