@@ -187,7 +187,7 @@ class GroupedChunk:
     """
 
     def __init__(self, order_R: torch.Tensor, offsets_E: torch.Tensor, top_k: int) -> None:
-        """`order_R`: rows (token * K + choice) in the order of their experts; `offsets_E`: past each expert's last row."""
+        """`order_R`: rows (token * K + choice) sorted by expert; `offsets_E`: past each expert's last row."""
         self.rows = slice(0, order_R.shape[0])
         self.token_R, self.top_k = order_R // top_k, top_k
         self.position_R = torch.empty_like(order_R).scatter_(

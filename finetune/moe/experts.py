@@ -3,11 +3,18 @@
 T tokens, K experts a token, R = T*K routed rows, E experts, H hidden, I intermediate, r rank.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune.moe.expert_function import ExpertsCall, run_experts
+from finetune.moe.expert_rows import Chunk, GroupedChunk, Projection, loop_chunks
+from finetune.moe.factors import ExpertFactors
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
