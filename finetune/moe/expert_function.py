@@ -120,7 +120,7 @@ class _Gradients:
         """Add a chunk's share to the factors' gradients and to `dx`; `weight_n1`: what `g` is still to be scaled by."""
         factors, (grad_A, grad_B) = self.factors, self.results
         mask_nI = _mask(x_nI, factors.dropout, seed)
-        g_nr = chunk.factor_down(g_nO, factors.B.transpose(1, 2), factors)
+        g_nr = chunk.factor_down(g_nO, factors.B, factors)
         if dx_nI is not None and mask_nI is None:
             chunk.add_factor_up(dx_nI, g_nr, factors.A, factors, factors.scaling)
         elif dx_nI is not None and mask_nI is not None:
@@ -131,7 +131,7 @@ class _Gradients:
             return
         scale = factors.scaling if weight_n1 is None else factors.scaling * weight_n1
         chunk.outer_into(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
-        chunk.outer_into(grad_B, g_nO, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), factors)
+        chunk.outer_into(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
 
 
 def _add_factors(
@@ -147,7 +147,7 @@ def _add_factors(
         mask_nI = _mask(x_nI, factors.dropout, seed)
         low_nr = low[chunk.rows]
         chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors, low_nr)
-        chunk.add_factor_up(y_nO, low_nr, factors.B.transpose(1, 2), factors, factors.scaling)
+        chunk.add_factor_up(y_nO, low_nr, factors.B, factors, factors.scaling)
 
 
 def _weight_gradient(

@@ -6,10 +6,10 @@ number of rows of each expert on the host), `GroupedChunk` one grouped product f
 R routed rows sorted by expert, n rows of a chunk, E experts, I input features, O output features, r rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -41,17 +41,18 @@ class Projection:
         """I."""
         return self.stack.shape[1 if self.transposed else 2]
 
-    def expert_weight(self, expert: int, dtype: torch.dtype, scratch: torch.Tensor | None) -> torch.Tensor:
-        """One expert's weight as `[I, O]`; a 4-bit one is dequantised into `scratch`."""
+    def expert_weights(self, experts: range, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Consecutive experts' weights `[I, O]`, each valid until the next: 4-bit ones share their memory."""
         data = self.stack.data
-        weight = data.expert(expert, out=scratch) if isinstance(data, Nf4Stack) else data[expert].to(dtype)
-        return weight if self.transposed else weight.T
-
-    def scratch(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """Memory for one dequantised expert; None for a dense stack."""
-        if not isinstance(self.stack.data, Nf4Stack):
-            return None
-        return torch.empty(self.stack.shape[1:], dtype=dtype, device=self.stack.device)
+        if not isinstance(data, Nf4Stack):
+            dense_nOI = data[experts.start : experts.stop].to(dtype)
+            yield from (dense_nOI if self.transposed else dense_nOI.transpose(1, 2)).unbind(0)
+            return
+        scratch = torch.empty(self.stack.shape[1:], dtype=dtype, device=self.stack.device)
+        weight_IO = scratch if self.transposed else scratch.T
+        for expert, maxima_Q in zip(experts, data.maxima(slice(experts.start, experts.stop)).unbind(0), strict=True):
+            data.expert(expert, scratch, maxima_Q)
+            yield weight_IO
 
     def all_weights(self, dtype: torch.dtype) -> torch.Tensor:
         """All experts' weights as `[E, I, O]`."""
@@ -98,21 +99,21 @@ class Chunk(Protocol):
         ...
 
     def outer_into(
-        self, grad_Sab: torch.Tensor, p_na: torch.Tensor, q_nb: torch.Tensor, factors: ExpertFactors
+        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
     ) -> None:
         """`grad = p^T q` for each expert that the chunk holds, in place."""
         ...
 
 
 class LoopChunk:
-    """A few experts, one matrix product each."""
+    """Some consecutive experts, one matrix product each."""
 
-    def __init__(self, experts: Sequence[tuple[int, int, int]], token_R: torch.Tensor) -> None:
-        """`experts`: (expert, first row, past its last row), consecutive."""
-        first, last = experts[0][1], experts[-1][2]
-        self.rows = slice(first, last)
+    def __init__(self, first_expert: int, bounds: Sequence[int], token_R: torch.Tensor) -> None:
+        """`bounds`: the first row of each expert, and the row past the last one's last."""
+        self.rows = slice(bounds[0], bounds[-1])
         self.token_n = token_R[self.rows]
-        self.parts = [(expert, slice(start - first, stop - first)) for expert, start, stop in experts]
+        self.sizes = [stop - start for start, stop in pairwise(bounds)]
+        self.experts = range(first_expert, first_expert + len(self.sizes))
 
     def gather(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Each row's token."""
@@ -120,39 +121,42 @@ class LoopChunk:
 
     def scatter_add(self, out_TH: torch.Tensor, y_nH: torch.Tensor) -> None:
         """Add each row to its token; on a GPU expert by expert, as the order of one token's rows is random there."""
-        y_nH = y_nH.to(out_TH.dtype)
-        for _, rows in self.parts if y_nH.is_cuda else [(0, slice(None))]:
-            out_TH.index_add_(0, self.token_n[rows], y_nH[rows])
+        sizes = self.sizes if y_nH.is_cuda else [len(self.token_n)]
+        for token, y in zip(torch.split(self.token_n, sizes), torch.split(y_nH.to(out_TH.dtype), sizes), strict=True):
+            out_TH.index_add_(0, token, y)
 
     def row_bias(self, bias_EO: torch.Tensor) -> torch.Tensor:
         """Each row's bias."""
-        return torch.cat([bias_EO[expert].expand(rows.stop - rows.start, -1) for expert, rows in self.parts])
+        biases = bias_EO[self.experts.start : self.experts.stop].unbind(0)
+        return torch.cat([bias.expand(size, -1) for bias, size in zip(biases, self.sizes, strict=True)])
 
     def project(self, x_nI: torch.Tensor, projection: Projection, out_nO: torch.Tensor | None = None) -> torch.Tensor:
         """`x W + bias`."""
         y_nO = x_nI.new_empty(x_nI.shape[0], projection.out_features) if out_nO is None else out_nO
-        scratch = projection.scratch(x_nI.dtype)
-        for expert, rows in self.parts:
-            weight_IO = projection.expert_weight(expert, x_nI.dtype, scratch)
-            if projection.bias is None:
-                torch.mm(x_nI[rows], weight_IO, out=y_nO[rows])
-            else:
-                torch.addmm(projection.bias[expert].to(x_nI.dtype), x_nI[rows], weight_IO, out=y_nO[rows])
+        weights = projection.expert_weights(self.experts, x_nI.dtype)
+        for x, y, weight_IO in zip(torch.split(x_nI, self.sizes), torch.split(y_nO, self.sizes), weights, strict=True):
+            torch.mm(x, weight_IO, out=y)
+        if projection.bias is not None:
+            y_nO += self.row_bias(projection.bias).to(y_nO.dtype)
         return y_nO
 
     def project_back(self, g_nO: torch.Tensor, projection: Projection) -> torch.Tensor:
         """`g W^T`."""
         x_nI = g_nO.new_empty(g_nO.shape[0], projection.in_features)
-        scratch = projection.scratch(g_nO.dtype)
-        for expert, rows in self.parts:
-            torch.mm(g_nO[rows], projection.expert_weight(expert, g_nO.dtype, scratch).T, out=x_nI[rows])
+        weights = projection.expert_weights(self.experts, g_nO.dtype)
+        for g, x, weight_IO in zip(torch.split(g_nO, self.sizes), torch.split(x_nI, self.sizes), weights, strict=True):
+            torch.mm(g, weight_IO.T, out=x)
         return x_nI
 
-    def _adapted(self, factors: ExpertFactors) -> list[tuple[int, slice]]:
-        """(row of the factors, rows of the chunk) of each expert that has factors."""
+    def _rows(self, factors: ExpertFactors, *rows: torch.Tensor, matrices: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+        """For each expert that has factors: its part of each of `rows`, and its matrix."""
+        parts = zip(*(torch.split(tensor, self.sizes) for tensor in rows), strict=True)
         if factors.experts is None:
-            return self.parts
-        return [(factors.experts.index(expert), rows) for expert, rows in self.parts if expert in factors.experts]
+            yield from zip(parts, matrices[self.experts.start : self.experts.stop].unbind(0), strict=True)
+            return
+        for expert, part in zip(self.experts, parts, strict=True):
+            if expert in factors.row:
+                yield part, matrices[factors.row[expert]]
 
     def factor_down(
         self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors, out_nr: torch.Tensor | None = None
@@ -161,23 +165,23 @@ class LoopChunk:
         y_nr = x_nI.new_empty(x_nI.shape[0], M_SrI.shape[1]) if out_nr is None else out_nr
         if factors.experts is not None:
             y_nr.zero_()
-        for index, rows in self._adapted(factors):
-            torch.mm(x_nI[rows], M_SrI[index].T, out=y_nr[rows])
+        for (x, y), M_Ir in self._rows(factors, x_nI, y_nr, matrices=M_SrI.transpose(1, 2)):
+            torch.mm(x, M_Ir, out=y)
         return y_nr
 
     def add_factor_up(
         self, y_nO: torch.Tensor, x_nr: torch.Tensor, M_SrO: torch.Tensor, factors: ExpertFactors, scale: float
     ) -> None:
         """`y += scale x M`."""
-        for index, rows in self._adapted(factors):
-            y_nO[rows].addmm_(x_nr[rows], M_SrO[index], alpha=scale)
+        for (x, y), M_rO in self._rows(factors, x_nr, y_nO, matrices=M_SrO):
+            y.addmm_(x, M_rO, alpha=scale)
 
     def outer_into(
-        self, grad_Sab: torch.Tensor, p_na: torch.Tensor, q_nb: torch.Tensor, factors: ExpertFactors
+        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
     ) -> None:
         """`grad[e] = p_e^T q_e`."""
-        for index, rows in self._adapted(factors):
-            torch.mm(p_na[rows].T, q_nb[rows], out=grad_Sab[index])
+        for (p, q), grad_rI in self._rows(factors, p_nr, q_nI, matrices=grad_SrI):
+            torch.mm(p.T, q, out=grad_rI)
 
 
 class GroupedChunk:
@@ -234,20 +238,20 @@ class GroupedChunk:
         y_nO.add_(functional.grouped_mm(x_nr, M_SrO, offs=self.offsets_E), alpha=scale)
 
     def outer_into(
-        self, grad_Sab: torch.Tensor, p_na: torch.Tensor, q_nb: torch.Tensor, factors: ExpertFactors
+        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
     ) -> None:
         """`grad = p^T q` by expert."""
-        grad_Sab.copy_(functional.grouped_mm(p_na.T, q_nb, offs=self.offsets_E))
+        grad_SrI.copy_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
 
 
 def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor) -> list[Chunk]:
     """Chunks of up to `CHUNK_ROWS` rows (or one expert); expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
     chunks: list[Chunk] = []
-    held: list[tuple[int, int, int]] = []
-    for expert, (start, stop) in enumerate(pairwise(bounds)):
-        if held and stop - held[0][1] > CHUNK_ROWS:
-            chunks.append(LoopChunk(held, token_R))
-            held = []
-        if stop > start:
-            held.append((expert, start, stop))
-    return [*chunks, LoopChunk(held, token_R)] if held else chunks
+    first = 0
+    for expert in range(1, len(bounds)):
+        last = expert == len(bounds) - 1
+        if last or bounds[expert + 1] - bounds[first] > CHUNK_ROWS:
+            if bounds[expert] > bounds[first]:
+                chunks.append(LoopChunk(first, bounds[first : expert + 1], token_R))
+            first = expert
+    return chunks

@@ -85,13 +85,13 @@ def _projection(module: Any, name: str, dtype: torch.dtype, grouped: bool) -> Pr
 
 def _fitted(factors: ExpertFactors, num_experts: int, dtype: torch.dtype, grouped: bool) -> ExpertFactors:
     """The factors in the computation's dtype; for grouped products with a row for each expert and an aligned rank."""
-    A_SrI, B_SOr = factors.A.to(dtype), factors.B.to(dtype)
-    fitted = replace(factors, A=A_SrI, B=B_SOr)
+    A_SrI, B_SrO = factors.A.to(dtype), factors.B.to(dtype)
+    fitted = replace(factors, A=A_SrI, B=B_SrO)
     if not grouped:
         return fitted
     missing = -A_SrI.shape[1] % (_GROUPED_ALIGNMENT // dtype.itemsize)
     if missing:
-        fitted = replace(fitted, A=pad(A_SrI, (0, 0, 0, missing)), B=pad(B_SOr, (0, missing)))
+        fitted = replace(fitted, A=pad(A_SrI, (0, 0, 0, missing)), B=pad(B_SrO, (0, 0, 0, missing)))
     return fitted.spread(num_experts)
 
 

@@ -38,8 +38,8 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
     def _factors(self, adapter: str) -> ExpertFactors:
         A, B, E = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.num_experts
         A_ErI = A.reshape(E, -1, A.shape[-1])
-        B_EOr = B.reshape(B.shape[0], -1, E).permute(2, 0, 1).contiguous()
-        return ExpertFactors(A_ErI, B_EOr, self.scaling[adapter])
+        B_ErO = B.T.contiguous().view(-1, E, B.shape[0]).transpose(0, 1)
+        return ExpertFactors(A_ErI, B_ErO, self.scaling[adapter])
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a 4-bit stack cannot take a delta."""

@@ -49,18 +49,23 @@ def _native(name: str) -> Any:
     return getattr(bnb.lib, f"cdequantize_blockwise_cpu_{name}", None)
 
 
-def _block_maxima(absmax_Q: torch.Tensor, nested_absmax_S: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """The block maxima of one expert, float32 `[Q]`."""
-    code = _absmax_code(absmax_Q.device)
-    native = _native("fp32") if absmax_Q.device.type == "cpu" else None
-    if native is None:
-        operation = torch.ops.bitsandbytes.dequantize_blockwise.default
-        maxima: torch.Tensor = operation(absmax_Q, nested_absmax_S, code, NESTED_BLOCKSIZE, torch.float32)
+def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
+    """The block maxima of some experts, float32 `[E, Q]`."""
+    code = _absmax_code(absmax_EQ.device)
+    native = _native("fp32") if absmax_EQ.device.type == "cpu" else None
+    if absmax_EQ.shape[1] % NESTED_BLOCKSIZE == 0:  # no block straddles two experts: all of them in one call
+        pairs = [(absmax_EQ, nested_absmax_ES)]
     else:
-        maxima = torch.empty(absmax_Q.numel(), dtype=torch.float32)
-        pointers = (c_void_p(tensor.data_ptr()) for tensor in (code, absmax_Q, nested_absmax_S, maxima))
-        native(*pointers, c_longlong(NESTED_BLOCKSIZE), c_longlong(maxima.numel()))
-    return maxima.add_(offset)
+        pairs = list(zip(absmax_EQ, nested_absmax_ES, strict=True))
+    maxima_EQ = torch.empty(absmax_EQ.shape, dtype=torch.float32, device=absmax_EQ.device)
+    for (absmax, nested), maxima in zip(pairs, [maxima_EQ] if len(pairs) == 1 else maxima_EQ, strict=True):
+        if native is None:
+            operation = torch.ops.bitsandbytes.dequantize_blockwise.default
+            maxima.copy_(operation(absmax, nested, code, NESTED_BLOCKSIZE, torch.float32))
+        else:
+            pointers = (c_void_p(tensor.data_ptr()) for tensor in (code, absmax, nested, maxima))
+            native(*pointers, c_longlong(NESTED_BLOCKSIZE), c_longlong(maxima.numel()))
+    return maxima_EQ.add_(offset_E.unsqueeze(1))
 
 
 def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: torch.Tensor) -> None:
@@ -125,15 +130,20 @@ class Nf4Stack(torch.Tensor):
         """Bytes held, quantisation constants included."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
-    def expert(self, index: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    def maxima(self, experts: slice) -> torch.Tensor:
+        """The block maxima of some experts, float32 `[n, Q]`: what `expert` needs, made at once for several."""
+        return _block_maxima(self.absmax_EQ[experts], self.nested_absmax_ES[experts], self.offset_E[experts])
+
+    def expert(self, index: int, out: torch.Tensor | None = None, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
         """One expert's weight `[O, I]`: written into `out` (contiguous, any float dtype), else into fresh memory."""
         if out is None:
             out = torch.empty(self.shape[1:], dtype=self.dtype, device=self.packed_EN.device)
         if out.shape != self.shape[1:] or not out.is_contiguous():
             raise ValueError(f"out must be contiguous {tuple(self.shape[1:])}, got {tuple(out.shape)}, {out.stride()}")
         if out.dtype not in _SUFFIX:  # bitsandbytes writes 32 and 16 bits
-            return out.copy_(self.expert(index, torch.empty_like(out, dtype=torch.float32)))
-        maxima_Q = _block_maxima(self.absmax_EQ[index], self.nested_absmax_ES[index], self.offset_E[index])
+            return out.copy_(self.expert(index, torch.empty_like(out, dtype=torch.float32), maxima_Q))
+        if maxima_Q is None:
+            maxima_Q = self.maxima(slice(index, index + 1))[0]
         _dequantize_into(out, self.packed_EN[index], maxima_Q)
         return out
 

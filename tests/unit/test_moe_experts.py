@@ -27,7 +27,7 @@ def experts_module(num_experts: int, quantised: bool) -> Any:
         setattr(module, name, torch.nn.Parameter(data, requires_grad=False))
         A = (torch.randn(num_experts, RANK, inp, generator=generator) * 0.1).requires_grad_()
         B = (torch.randn(num_experts, out, RANK, generator=generator) * 0.1).requires_grad_()
-        factors = ExpertFactors(A, B, SCALE)
+        factors = ExpertFactors(A, B.transpose(1, 2), SCALE)
         module.lora_sources[name] = SimpleNamespace(active_factors=lambda factors=factors: [factors], leaves=(A, B))
     return module
 
