@@ -17,8 +17,9 @@ from transformers import GenerationConfig
 from finetune.data import Conversation, load_tokenizer, read_conversations
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
+from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import MoeLayout, family_of
-from finetune.moe.router import capture, find_routers, token_statistics
+from finetune.moe.router import capture, find_routers
 
 SPARE_TOKENS = 8  # generated beyond the longest reference answer, so that one which does not stop is seen not to
 
@@ -127,8 +128,8 @@ def _load(model: Any, moe: MoeLayout, tokenizer: Any, prompts: list[str], batch_
     for batch in _batches(tokenizer, prompts, batch_size, model.device, "Router load"):
         with capture(routers) as record:
             model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        total = total + token_statistics(record, batch["attention_mask"].reshape(-1))[1]
-    shares: list[list[float]] = (total / total.sum(-1, keepdim=True)).tolist()
+        total = total + token_sums(record, batch["attention_mask"].reshape(-1)).count_LE
+    shares: list[list[float]] = load_share(total).tolist()
     return shares
 
 

@@ -19,6 +19,8 @@ from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter, lora_config
 from finetune.moe.nf4 import MoeNf4Config
+from finetune.moe.router import refuse_non_finite_routers
+from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe
 
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
@@ -113,6 +115,9 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
                     got=", ".join(map(str, sorted(info[kind])[:3])),
                 )
             )
+    moe = family_of(model.config.model_type, str(folder / "config.json")).moe
+    if moe is not None:
+        refuse_non_finite_routers(model, moe, str(folder))
     model.config.use_cache = False
     return model
 
@@ -140,7 +145,17 @@ def save_adapter(model: PeftModel, folder: Path, recipe: Recipe, base: dict[str,
         "layout": {"expert_lora": "A:expert-major,B:rank-major"},
         "quantization": "nf4" if recipe.model.load_in_4bit else None,
         "dtype": recipe.model.dtype,
+        **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe) else {}),
         "recipe": recipe.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("peft", "torch", "transformers", "bitsandbytes")},
     }
     (folder / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _save_router_bias(model: PeftModel, folder: Path, recipe: Recipe) -> bool:
+    """Write the correction biases where training has moved them; returns whether it has."""
+    moe = family_of(model.config.model_type, str(folder)).moe
+    if moe is None or recipe.router is None or not recipe.router.bias_update_rate:
+        return False
+    save_biases(model, moe, folder)
+    return True

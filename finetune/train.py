@@ -32,7 +32,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.data import Collator, load_tokenizer, prepare
     from finetune.methods.sft import MoeSftTrainer, sft_config
     from finetune.model import checkpoint_family, load_model, resolve_checkpoint
-    from finetune.run import MetricsCallback, RunFolder, prepare_dashboards, refuse_other_recipe
+    from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -68,6 +68,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         _write_provenance(run, recipe, base, command_line)
 
     # 5. TRL's trainer, plus the router term
+    router_load = RouterLoadCallback(run.router_load)
     trainer = MoeSftTrainer(
         model=model,
         router_term=_router_term(model, family, recipe),
@@ -76,7 +77,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         data_collator=Collator(tokenizer),
         train_dataset=train_rows.dataset,
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
-        callbacks=[MetricsCallback(run.metrics), *dashboards.callbacks],
+        callbacks=[MetricsCallback(run.metrics), router_load, *dashboards.callbacks],
+        router_observers=[each.show_router for each in (router_load, *dashboards.callbacks)],
     )
 
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
@@ -133,7 +135,7 @@ def _router_term(model: Any, family: "Family", recipe: Recipe) -> "RouterTerm | 
 
     if family.moe is None or recipe.router is None:
         return None
-    return RouterTerm(model, family.moe, recipe.router.router_aux_loss_coef)
+    return RouterTerm(model, family, recipe.router)
 
 
 def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:
@@ -153,12 +155,13 @@ def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: 
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder
     from finetune.model import save_adapter
-    from finetune.run import draw_loss_curve
+    from finetune.run import draw_loss_curve, draw_router_load
 
     with new_folder(run.adapter) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base)
         tokenizer.save_pretrained(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
+    draw_router_load(run.router_load, run.router_load_picture)
     print(f"adapter: {run.adapter}")
 
 

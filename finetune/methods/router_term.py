@@ -1,8 +1,8 @@
-"""The balance term as every method uses it: captured in the forward, added to the loss, closed at the step's end."""
+"""The routers as every method uses them: captured in the forward, terms added to the loss, figures when logged."""
 
 import json
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +10,132 @@ import torch
 
 from finetune.errors import Problem, RunError
 from finetune.files import write_json
-from finetune.moe.families import MoeLayout
-from finetune.moe.router import RouterRecord, StepBalance, capture, find_routers, load_summary
+from finetune.moe.balance import StepBalance, StepFigures, load_figures, token_sums
+from finetune.moe.families import Family
+from finetune.moe.router import RouterRecord, capture, find_routers
+from finetune.moe.router_bias import BiasBalance
+from finetune.recipe import RouterSettings
 
 STATE_FILE = "router_balance.json"
 
 
 class RouterTerm:
-    """One model's routers, their balance over the optimizer steps, and the recipe's coefficient."""
+    """One model's routers over the optimizer steps, as the recipe's `router` section says.
 
-    def __init__(self, model: Any, moe: MoeLayout, coefficient: float) -> None:
-        self.coefficient = coefficient
-        self.routers = find_routers(model, moe.router_module)
-        router: Any = self.routers[0]
+    Nothing waits for the device except `figures`, which is for logging, and what is for the end of a run.
+    """
+
+    def __init__(self, model: Any, family: Family, settings: RouterSettings) -> None:
+        assert family.moe is not None
+        self.settings, self.scores = settings, family.moe.scores
+        self.routers = find_routers(model, family.moe.router_module)
+        device = self.routers[0].device
         self.balance = StepBalance(
-            len(self.routers), router.num_experts, router.top_k, next(router.parameters()).device
+            [router.top_k for router in self.routers],
+            self.routers[0].num_experts,
+            device,
+            settings.balance,
+            settings.scope,
         )
-        self.share_LE: torch.Tensor | None = None  # load of the last step, each layer's row sums to 1
+        rate = settings.bias_update_rate
+        self.bias = BiasBalance(model, family.moe, rate, family.model_type) if rate else None
+        self._last: StepFigures | None = None
+        self._window = torch.zeros(2, device=device)  # balance value and z, summed over the steps since the last line
+        self._window_steps = 0
+        self._finite: list[torch.Tensor] = []  # [L] for each micro-batch of the running step
+        self._compares = False
+
+    @property
+    def minimised(self) -> bool:
+        """Whether a term has a weight in the loss."""
+        return bool(self.settings.router_aux_loss_coef or self.settings.router_z_loss_coef)
+
+    def begin_step(self, step_tokens: torch.Tensor, logged: bool) -> None:
+        """`step_tokens`: real tokens of the whole step, over all ranks; `logged`: whether its figures will be read."""
+        self.balance.begin_step(step_tokens)
+        self._finite.clear()
+        # Against a router that draws its choice the comparison would count its draws.
+        self._compares = logged and self.changes and not any(router.random for router in self.routers)
+
+    @property
+    def changes(self) -> bool:
+        """Whether training changes the routers themselves: by an adapter or by their correction bias."""
+        return self.bias is not None or any(router.adapted for router in self.routers)
 
     def capture(self) -> AbstractContextManager[RouterRecord]:
         """Record the routers of the forward that runs in the block."""
-        return capture(self.routers)
+        if not self._compares:
+            return capture(self.routers)
+        return capture(self.routers, as_base=nullcontext if self.bias is None else self.bias.as_base)
 
     def add(self, loss: torch.Tensor, record: RouterRecord, real_T: torch.Tensor, ranks: int) -> torch.Tensor:
-        """`loss` plus this micro-batch's share of the weighted term; `ranks` undoes the averaging of gradients.
+        """`loss` plus this micro-batch's share of the weighted terms; `ranks` undoes the averaging of gradients.
 
-        With a coefficient of 0 the loss is returned as it is, bit for bit.
+        With no weight the loss is returned as it is, bit for bit.
         """
-        term = self.balance.term(record, real_T)
-        return loss + self.coefficient * ranks * term if self.coefficient else loss
+        with torch.set_grad_enabled(self.minimised):
+            sums = token_sums(record, real_T, self.scores)
+            balance, z = self.balance.terms(sums, real_T.sum())
+        self._finite.append(sums.finite_L)
+        if not self.minimised:
+            return loss
+        weighted = self.settings.router_aux_loss_coef * balance + self.settings.router_z_loss_coef * z
+        return loss + ranks * weighted
 
-    def end_step(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> float:
-        """Close the optimizer step; returns the exact, unweighted value over all of its tokens."""
-        value, self.share_LE = self.balance.end_step(all_reduce)
-        return value
+    def end_step(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Close the optimizer step over all ranks, and move the correction biases."""
+        self._last = self.balance.end_step(all_reduce)
+        self._window += torch.stack([self._last.value, self._last.z])
+        self._window_steps += 1
+        if self.bias is not None:
+            self.bias.end_step(self._last.count_LE)
 
-    def metrics(self) -> dict[str, float]:
-        """Load figures of the last step."""
-        return {} if self.share_LE is None else load_summary(self.share_LE)
+    def figures(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """What is logged: scalars, and the load by layer and expert (JSON). Reads from the device, once.
+
+        `balance_loss` and `router/z_loss` are means over the optimizer steps since the last call, unweighted; the
+        others are of the last step: means over layers, but `router/dead_experts` is a sum.
+        """
+        if self._last is None:
+            return {}, {}
+        figures = load_figures(self._last.count_LE)
+        columns = torch.stack([*figures.values(), self._last.changed_L], -1)
+        window = (self._window / max(self._window_steps, 1)).expand(len(self.routers), 2)
+        rows = torch.cat([window, columns, self._last.count_LE], -1).tolist()
+        self._window.zero_()
+        self._window_steps = 0
+        by_layer = {name: [row[2 + index] for row in rows] for index, name in enumerate((*figures, "changed"))}
+        if not self._compares:
+            del by_layer["changed"]
+        scalars = {"balance_loss": rows[0][0], "router/z_loss": rows[0][1]}
+        for name, values in by_layer.items():
+            scalars[f"router/{name}"] = sum(values) / (1 if name == "dead_experts" else len(values))
+        tokens = [[round(count) for count in row[2 + columns.shape[-1] :]] for row in rows]
+        return scalars, {"layers": [router.layer for router in self.routers], "tokens": tokens, **by_layer}
+
+    def first_not_finite(self) -> str | None:
+        """The router whose logits were the first in the running step that are not all finite; None if all are.
+
+        Waits for the device: for the message of a run that stops.
+        """
+        for finite_L in self._finite:
+            for router, finite in zip(self.routers, finite_L.tolist(), strict=True):
+                if not finite:
+                    return router.name
+        return None
 
     def save(self, folder: Path) -> None:
         """Write the state that a resumed run needs."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / STATE_FILE, self.balance.state_dict())
+        bias = {} if self.bias is None else {"bias": self.bias.state_dict()}
+        write_json(folder / STATE_FILE, self.balance.state_dict() | bias)
 
     def load(self, folder: Path) -> None:
         """Continue from `save`; raises RunError where the checkpoint lacks it."""
         path = folder / STATE_FILE
         if not path.is_file():
             raise RunError(Problem(str(path), "the checkpoint has no router state", "start anew in another output_dir"))
-        self.balance.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.balance.load_state_dict(state)
+        if self.bias is not None:
+            self.bias.load_state_dict(state["bias"], str(path))

@@ -1,7 +1,8 @@
 """SFT: TRL's trainer, with the balance term, exact logging, and a stop before a non-finite step."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from trl import SFTConfig, SFTTrainer
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.methods.router_term import RouterTerm
 from finetune.recipe import Recipe
+
+RouterObserver = Callable[[int, Mapping[str, Any]], None]
+"""Is given the step and the load by layer and expert at each logged line, on the main process."""
 
 
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
@@ -97,15 +101,23 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
     quantised model to bfloat16), and a RunError before a step whose loss or gradient is not finite.
     """
 
-    def __init__(self, *args: Any, model: Any, router_term: RouterTerm | None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        model: Any,
+        router_term: RouterTerm | None,
+        router_observers: Sequence[RouterObserver] = (),
+        **kwargs: Any,
+    ) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(*args, model=model, **kwargs)
         for parameter, data in trained:
             parameter.data = data
-        self.router_term = router_term
-        self._step_rows: list[int] = []
-        self._step_ce = torch.zeros((), device=self.args.device)
-        self._window: dict[str, list[float]] = {"ce_loss": [], "balance_loss": []}
+        self.router_term, self.router_observers = router_term, router_observers
+        self._step_rows: list[list[int]] = []  # of each micro-batch of the running step
+        self._step_losses: list[torch.Tensor] = []
+        self._window_ce = torch.zeros((), device=self.args.device)  # this rank's, over the steps since the last line
+        self._window_steps = 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self.add_callback(_StepEnd(self))
 
@@ -144,27 +156,31 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_rows = [row for sample in samples for row in sample["rows"]]
+        self._step_rows = [sample["rows"] for sample in samples]
+        self._step_losses.clear()
         if self.router_term is not None and samples:
             tokens = torch.stack([real_tokens(sample).sum() for sample in samples]).sum().to(device)
-            self.router_term.balance.begin_step(self._sum_over_ranks(tokens).item())
+            self.router_term.begin_step(self._sum_over_ranks(tokens), self._will_log(self.state.global_step + 1))
         return samples, num_items
+
+    def _will_log(self, step: int) -> bool:
+        """Whether a line is logged after this optimizer step."""
+        return step % self.args.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Cross entropy of the micro-batch, normalised by the step's supervised tokens, plus its share of the term."""
-        rows = inputs.pop("rows")
+        inputs.pop("rows")
         if not self.model.training:
             return self._evaluation_loss(model, inputs, return_outputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self._step_ce += loss.detach()
+        self._window_ce += loss.detach()
         if term is not None and record is not None:
             loss = term.add(loss, record, real_tokens(inputs), self.accelerator.num_processes)
-        if not torch.isfinite(loss):
-            raise self._not_finite("loss", loss.item(), rows)
+        self._step_losses.append(loss.detach())
         return loss
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -192,35 +208,49 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         return output
 
     def end_step(self) -> None:
-        """Close the optimizer step: exact values over all of its micro-batches and ranks."""
-        ce = self._sum_over_ranks(self._step_ce) / self.accelerator.num_processes
-        self._window["ce_loss"].append(ce.item())
-        self._step_ce = torch.zeros_like(self._step_ce)
+        """Close the optimizer step over all of its micro-batches and ranks; waits for nothing."""
+        self._window_steps += 1
         if self.router_term is not None:
-            self._window["balance_loss"].append(self.router_term.end_step(self._sum_over_ranks))
+            self.router_term.end_step(self._sum_over_ranks)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add cross entropy and balance, apart, as means over the optimizer steps since the last line."""
+        """Add cross entropy and the router's figures, apart, as means over the optimizer steps since the last line."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._window.items() if values}
-            logs |= {} if self.router_term is None else self.router_term.metrics()
-            for values in self._window.values():
-                values.clear()
+            ce = self._sum_over_ranks(self._window_ce) / self.accelerator.num_processes
+            logs["ce_loss"] = ce.item() / max(self._window_steps, 1)
+            self._window_ce.zero_()
+            self._window_steps = 0
+            if self.router_term is not None:
+                figures, load = self.router_term.figures()
+                logs |= figures
+                for look in self.router_observers if self.is_world_process_zero() else ():
+                    look(self.state.global_step, load)
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
+
+        The only place in a step, logging aside, that waits for the device.
+        """
         norm = super()._clip_grad_norm(model)
+        norm_value, *losses = torch.stack([each.float() for each in (norm.detach(), *self._step_losses)]).tolist()
+        for loss, rows in zip(losses, self._step_rows, strict=True):
+            if not math.isfinite(loss):
+                raise self._not_finite("loss", loss, rows)
         # In float16 the gradient scaler meets overflows as a matter of course and skips the step by itself.
-        if self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)):
-            raise self._not_finite("gradient norm", float(norm), self._step_rows)
+        if self.accelerator.scaler is None and not math.isfinite(norm_value):
+            raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
         return norm
 
     def _not_finite(self, what: str, value: float, rows: list[int]) -> RunError:
         shown = ", ".join(map(str, rows[:32])) + (" ..." if len(rows) > 32 else "")
+        router = None if self.router_term is None else self.router_term.first_not_finite()
+        first = "" if router is None else f"; the first router with logits that are not finite: {router}"
         return RunError(
             Problem(
                 f"step {self.state.global_step + 1}",
-                f"the {what} is not finite; the optimizer step was not taken; lines of the training file: {shown}",
+                f"the {what} is not finite; the optimizer step was not taken{first}; "
+                f"lines of the training file: {shown}",
                 "look at these rows, lower training.learning_rate, or use model.dtype bfloat16 instead of float16",
                 got=str(value),
             )

@@ -1,57 +1,125 @@
-"""Router: capture of its logits, the load-balancing term, statistics of the load.
+"""Routers: where they are, what they did in a forward, and what they would have done without the adapter.
 
-The term is `E * sum_e f_e P_e` per layer, averaged over layers (Switch Transformer, arXiv 2101.03961, counted as in
-transformers: balanced scores `top_k`). `f_e` is the share of the real tokens whose top-k holds expert e, `P_e` the mean
-router probability. `f` comes from all micro-batches and ranks of the previous optimizer step (uniform before the first)
-and `P` is normalised by the real tokens of the whole step. So the term is a sum over tokens and is the same however a
-step's batch is cut; compare global-batch balancing, arXiv 2501.11873. transformers pools all layers before `f * P`:
-layers that collapsed onto different experts then score the optimum. Here each layer counts alone.
+Every router that transformers dispatches through its `ExpertsInterface` returns (logits, weights, indices); a forward
+hook reads them, whatever else the router is given. MoE layers may be a part of the layers.
 
-T tokens, E experts, K experts a token, L layers.
+T tokens, E experts, K experts a token, L MoE layers.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from finetune.errors import Problem, WeightsError
+from finetune.moe.audit import clean_name
+from finetune.moe.families import MoeLayout
+
+
+@dataclass(frozen=True)
+class Router:
+    """One layer's router. `called` is what the model calls: under an adapter PEFT's wrapper of `module`."""
+
+    name: str  # model.layers.3.mlp.gate
+    called: torch.nn.Module
+    module: torch.nn.Module
+
+    @property
+    def layer(self) -> int:
+        """Number of its decoder layer."""
+        return int(re.findall(r"\.(\d+)\.", self.name)[-1])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.module.num_experts)  # type: ignore[arg-type]
+
+    @property
+    def top_k(self) -> int:
+        """K."""
+        return int(self.module.top_k)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter changes it."""
+        return any(isinstance(module, BaseTunerLayer) for module in self.called.modules())
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws its choice in training (Phi-3.5-MoE's SparseMixer)."""
+        return bool(getattr(self.module, "router_jitter_noise", 0))
 
 
 @dataclass
 class RouterRecord:
-    """What the routers did in one forward: per layer logits `[T, E]` (with gradient) and chosen experts `[T, K]`."""
+    """What the routers did in one forward: per layer logits `[T, E]` (with gradient) and chosen experts `[T, K]`.
+
+    `changed`: per layer 1 for each token whose experts are not those that the base router chooses, `[T]`; empty where
+    that was not asked for.
+    """
 
     logits: list[torch.Tensor] = field(default_factory=list)
     indices: list[torch.Tensor] = field(default_factory=list)
+    changed: list[torch.Tensor] = field(default_factory=list)
 
 
-def find_routers(model: torch.nn.Module, router_module: str) -> list[torch.nn.Module]:
-    """The router of each layer, in order; under an adapter the wrapped router itself."""
+def find_routers(model: torch.nn.Module, router_module: str) -> list[Router]:
+    """The router of each MoE layer, in order."""
     routers = []
     for name, module in model.named_modules():
         if name.endswith(f".{router_module}"):
             get_base_layer = getattr(module, "get_base_layer", None)
-            routers.append(module if get_base_layer is None else get_base_layer())
+            routers.append(Router(clean_name(name), module, module if get_base_layer is None else get_base_layer()))
     if not routers:
         raise WeightsError(
             Problem(router_module, "the loaded model has no router of this name", "report this architecture")
         )
+    sizes = sorted({router.num_experts for router in routers})
+    if len(sizes) > 1:
+        raise WeightsError(
+            Problem(router_module, "layers with different numbers of experts", "report this model", got=str(sizes))
+        )
     return routers
 
 
+AsBase = Callable[[int], AbstractContextManager[Any]]
+"""Makes what is not an adapter's the base model's own again, for the router at a position."""
+
+
 @contextmanager
-def capture(routers: list[torch.nn.Module]) -> Iterator[RouterRecord]:
-    """Record the routers' outputs during the block. The recompute of checkpointing runs outside of it."""
+def capture(routers: list[Router], as_base: AsBase | None = None) -> Iterator[RouterRecord]:
+    """Record the routers' outputs during the block. The recompute of checkpointing runs outside of it.
+
+    With `as_base` each router also chooses as the base model's, from the same hidden states.
+    """
     record = RouterRecord()
+    asking_base = False
 
     def keep(_module: torch.nn.Module, _args: Any, output: tuple[torch.Tensor, ...]) -> None:
-        record.logits.append(output[0])
-        record.indices.append(output[2])
+        if not asking_base:
+            record.logits.append(output[0])
+            record.indices.append(output[2])
 
-    handles = [router.register_forward_hook(keep) for router in routers]
+    def ask_base(called: torch.nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
+        nonlocal asking_base
+        if as_base is not None and not asking_base:
+            asking_base = True
+            with as_base(len(record.changed)):
+                record.changed.append(changed_sets(output[2], base_choice(called, args)))
+            asking_base = False
+
+    handles = [router.module.register_forward_hook(keep) for router in routers]
+    handles += [router.called.register_forward_hook(ask_base) for router in routers if as_base is not None]
     try:
         yield record
     finally:
@@ -59,71 +127,46 @@ def capture(routers: list[torch.nn.Module]) -> Iterator[RouterRecord]:
             handle.remove()
 
 
-def balance_value(frequency_LE: torch.Tensor, probability_LE: torch.Tensor) -> torch.Tensor:
-    """`mean_l E * sum_e f_le P_le`: `top_k` when balanced, up to E when one expert takes all."""
-    num_experts = frequency_LE.shape[-1]
-    return num_experts * (frequency_LE * probability_LE).sum(-1).mean()
+def base_choice(called: torch.nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
+    """The experts `[T, K]` that the router chooses for the same input without its adapter.
 
-
-def token_statistics(record: RouterRecord, real_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over real tokens: router probabilities `[L, E]` in float32 (with gradient) and choices `[L, E]`."""
-    weight_T1 = real_T.to(torch.float32).unsqueeze(-1)
-    probability, counts = [], []
-    for logits_TE, index_TK in zip(record.logits, record.indices, strict=True):
-        probability.append((logits_TE.float().softmax(-1) * weight_T1).sum(0))
-        chosen_TE = torch.zeros_like(logits_TE, dtype=torch.float32).scatter_(-1, index_TK, 1.0)
-        counts.append((chosen_TE * weight_T1).sum(0))
-    return torch.stack(probability), torch.stack(counts)
-
-
-class StepBalance:
-    """The balance term over optimizer steps: frequencies of the last step, statistics of the running one.
-
-    `all_reduce` sums a tensor over all ranks. The state that a resumed run needs is `frequency_LE`.
+    It runs in the midst of a layer that may be checkpointed: without gradient and outside of torch's modes, so that
+    nothing of it is kept for the recompute, which does not repeat it.
     """
-
-    def __init__(self, num_layers: int, num_experts: int, top_k: int, device: torch.device) -> None:
-        shape = (num_layers, num_experts)
-        self.frequency_LE = torch.full(shape, top_k / num_experts, device=device)
-        self._probability_LE = torch.zeros(shape, device=device)
-        self._count_LE = torch.zeros(shape, device=device)
-        self._step_tokens = 1.0
-
-    def begin_step(self, step_tokens: float) -> None:
-        """`step_tokens`: real tokens of the whole optimizer step, over all ranks and micro-batches."""
-        self._step_tokens = max(step_tokens, 1.0)
-        self._probability_LE.zero_()
-        self._count_LE.zero_()
-
-    def term(self, record: RouterRecord, real_T: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's share of the term; the shares of a step sum up to its value. Scalar, with gradient."""
-        probability_LE, count_LE = token_statistics(record, real_T)
-        self._probability_LE += probability_LE.detach()
-        self._count_LE += count_LE
-        return balance_value(self.frequency_LE, probability_LE / self._step_tokens)
-
-    def end_step(self, all_reduce: Any) -> tuple[float, torch.Tensor]:
-        """The exact value of the step (its own `f` and `P`) and each expert's share `[L, E]` (rows sum to 1)."""
-        total = all_reduce(torch.stack([self._probability_LE, self._count_LE])) / self._step_tokens
-        probability_LE, self.frequency_LE = total[0], total[1]
-        value = balance_value(self.frequency_LE, probability_LE).item()
-        return value, self.frequency_LE / self.frequency_LE.sum(-1, keepdim=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, as plain numbers (JSON)."""
-        return {"frequency": self.frequency_LE.tolist()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.frequency_LE = torch.tensor(state["frequency"], device=self.frequency_LE.device)
+    layers = [module for module in called.modules() if isinstance(module, BaseTunerLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    # PEFT's own switch, enable_adapters, would also change which parameters train.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+            indices: torch.Tensor = called(*args)[2]
+            return indices
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer._disable_adapters = value
 
 
-def load_summary(share_LE: torch.Tensor) -> dict[str, float]:
-    """Largest load over the mean load (1 = balanced), entropy as a share of its maximum, experts without a token."""
-    num_experts = share_LE.shape[-1]
-    entropy_L = -(share_LE * share_LE.clamp_min(1e-12).log()).sum(-1)
-    return {
-        "router/max_load": (share_LE.max(-1).values * num_experts).mean().item(),
-        "router/entropy": (entropy_L / torch.tensor(float(num_experts)).log()).mean().item(),
-        "router/dead_experts": float((share_LE == 0).sum().item()),
-    }
+def changed_sets(indices_TK: torch.Tensor, other_TK: torch.Tensor) -> torch.Tensor:
+    """1 for each token whose two sets of experts differ, in whatever order they stand; `[T]`, float32."""
+    different_TK = indices_TK.sort(-1).values != other_TK.sort(-1).values
+    return different_TK.any(-1).to(torch.float32)
+
+
+def refuse_non_finite_routers(model: torch.nn.Module, moe: MoeLayout, where: str) -> None:
+    """Raise WeightsError with every router tensor (weights, biases, correction bias) that holds NaN or infinity.
+
+    One such value sends every token of the layer to arbitrary experts, and nothing later would say where it came from.
+    """
+    names = tuple(f".{part}" for part in (moe.router_module, moe.correction_bias) if part)
+    problems = []
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point() or not any(f"{part}." in f"{name}." for part in names):
+            continue
+        wrong = int(tensor.numel() - tensor.isfinite().sum())
+        if wrong:
+            do = f"fetch the checkpoint again, or repair this tensor in {where}"
+            what = "the router's values are not all finite"
+            problems.append(Problem(name, what, do, got=f"{wrong:,} of {tensor.numel():,} NaN or infinite"))
+    if problems:
+        raise WeightsError(problems)

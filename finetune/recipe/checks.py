@@ -109,11 +109,12 @@ def _balance(source: Source) -> None:
         what = f"section is missing, and lora.targets names {' and '.join(parts)}"
         do = "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)"
         source.report(("router",), what, do)
-    coefficient = _real(source, "router.router_aux_loss_coef")
-    if coefficient and not reaches_a_router(names):
-        what = "the balance term changes nothing: the router is frozen and nothing before a router is trained"
-        do = "write 0, or add router, attention or experts to lora.targets"
-        source.report(_path("router.router_aux_loss_coef"), what, do, got=show(coefficient))
+    for key, term in (("router_aux_loss_coef", "balance term"), ("router_z_loss_coef", "z-loss")):
+        coefficient = _real(source, f"router.{key}")
+        if coefficient and not reaches_a_router(names):
+            what = f"the {term} changes nothing: the router is frozen and nothing before a router is trained"
+            do = "write 0, or add router, attention or experts to lora.targets"
+            source.report(_path(f"router.{key}"), what, do, got=show(coefficient))
 
 
 def _length(source: Source) -> None:

@@ -32,6 +32,9 @@ _RENAMED = {
     "lora.expert_r": "expert_rank expert_lora_r moe_lora_rank",
     "router.router_aux_loss_coef": "aux_loss_coef moe_aux_loss_coef moe_aux_loss_coeff load_balancing_loss_weight "
     "router_loss_coef",
+    "router.router_z_loss_coef": "z_loss_coef moe_z_loss_coeff moe_z_loss_coef router_z_loss z_loss_weight",
+    "router.bias_update_rate": "moe_router_bias_update_rate router_bias_update_rate bias_update_speed "
+    "moe_router_bias_update_speed load_balance_coeff",
     "data.train.path": "train_file train_data instruct_data dataset_path dataset_name dataset_id",
     "data.train.format": "dataset_type dataset_format formatting",
     "data.eval.path": "eval_file validation_file eval_instruct_data test_file eval_dataset eval_data",

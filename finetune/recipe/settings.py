@@ -77,8 +77,33 @@ class RouterSettings(Section):
 
     router_aux_loss_coef: float = Field(
         ge=0,
-        description="Weight of the balance loss, E * sum_e f_e P_e averaged over layers, in the loss that is "
+        description="Weight of the balance loss, E * sum_e f_e P_e (`top_k` when balanced), in the loss that is "
         "minimised; 0 trains without it. The checkpoint's own coefficient is never used.",
+    )
+    balance: Literal["per_layer", "pooled"] = Field(
+        default="per_layer",
+        description="per_layer: the balance loss of each layer, averaged. pooled: f and P are averaged over layers "
+        "before they are multiplied. That is transformers' number, and worse: layers that collapsed onto different "
+        "experts score as well as balanced ones.",
+    )
+    scope: Literal["step", "micro_batch"] = Field(
+        default="step",
+        description="What f is counted on. step: all tokens of the previous optimizer step; the result is the same "
+        "however a step is cut into micro-batches and processes. micro_batch: the tokens of the micro-batch itself, as "
+        "is classic, averaged over the step by real tokens; the strength does not depend on the cut, the value does.",
+    )
+    router_z_loss_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the z-loss, the mean of logsumexp(router logits)^2 over real tokens and layers "
+        "(arXiv 2202.08906), in the loss that is minimised.",
+    )
+    bias_update_rate: float = Field(
+        default=0.0,
+        ge=0,
+        description="Balancing without a loss (arXiv 2412.19437): after each optimizer step the correction bias of "
+        "each expert moves by this much, up if it got fewer tokens than the mean, down if more; 0 leaves it. Only "
+        "where the routers carry such a bias. The result is written beside the adapter and merged with it.",
     )
 
 

@@ -6,13 +6,16 @@ from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
 from finetune.run.resuming import refuse_other_recipe
+from finetune.run.router_load import RouterLoadCallback, draw_router_load
 
 __all__ = [
     "Dashboards",
     "MetricsCallback",
+    "RouterLoadCallback",
     "RunFolder",
     "collect_provenance",
     "draw_loss_curve",
+    "draw_router_load",
     "keep_aside",
     "prepare_dashboards",
     "read_metrics",

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from transformers.integrations import TrackioCallback, WandbCallback
 from finetune.errors import Problem, RunError
 from finetune.recipe import LoggingSettings
 from finetune.run.folder import RunFolder
+from finetune.run.router_load import CAPTION, load_picture
 
 
 @dataclass(frozen=True)
 class Dashboards:
-    """What the trainer needs: `trainer_args` for its arguments, `callbacks` for its list, `names` to tell the user."""
+    """What the trainer needs: `trainer_args` for its arguments, `callbacks` for its list, `names` to tell the user.
+
+    Each callback also takes the routers' load at a logged step (`show_router`); TensorBoard gets the scalars alone.
+    """
 
     names: tuple[str, ...]
     trainer_args: dict[str, Any]
-    callbacks: tuple[TrainerCallback, ...]
+    callbacks: tuple["RunWandbCallback | RunTrackioCallback", ...]
 
 
 def resolve_report_to(settings: LoggingSettings) -> list[str]:
@@ -42,7 +47,7 @@ def prepare_dashboards(settings: LoggingSettings, folder: RunFolder) -> Dashboar
     """
     names = resolve_report_to(settings)
     run_name = settings.run_name or folder.path.resolve().name
-    callbacks: list[TrainerCallback] = []
+    callbacks: list[RunWandbCallback | RunTrackioCallback] = []
     if "wandb" in names:
         callbacks.append(_prepare_wandb(settings, run_name, folder.path.resolve()))
     if "trackio" in names:
@@ -77,7 +82,7 @@ def _wandb_account() -> bool:
         wandb.teardown()
 
 
-def _prepare_wandb(settings: LoggingSettings, run_name: str, folder: Path) -> TrainerCallback:
+def _prepare_wandb(settings: LoggingSettings, run_name: str, folder: Path) -> "RunWandbCallback":
     mode = os.environ.get("WANDB_MODE", settings.wandb_mode)
     if mode not in ("online", "offline"):
         do = "set it to online or offline, or set logging.report_to: none"
@@ -89,7 +94,7 @@ def _prepare_wandb(settings: LoggingSettings, run_name: str, folder: Path) -> Tr
     return RunWandbCallback(settings.project, run_name, mode, folder)
 
 
-def _prepare_trackio(folder: Path) -> TrainerCallback:
+def _prepare_trackio(folder: Path) -> "RunTrackioCallback":
     for variable in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
         if os.environ.get(variable):
             what, do = "it would send the run to another machine; the recipe did not ask for that", "unset it"
@@ -105,12 +110,30 @@ def _prepare_tensorboard(folder: Path) -> None:
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
 
 
-class RunWandbCallback(WandbCallback):  # type: ignore[misc]
+class _RouterPicture(TrainerCallback):  # type: ignore[misc]
+    """Adds a picture of the routers' load to the step's line, for dashboards that show pictures."""
+
+    _image: Callable[..., Any]  # makes the dashboard's own kind of picture from pixels
+    _tokens: list[list[int]] | None = None
+
+    def show_router(self, _step: int, load: Mapping[str, Any]) -> None:
+        """Keep it for the line that follows."""
+        self._tokens = load["tokens"]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """As the dashboard's own, with the picture where there is one."""
+        tokens, self._tokens = self._tokens, None
+        picture = {} if tokens is None else {"router/load": self._image(load_picture(tokens), caption=CAPTION)}
+        super().on_log(args, state, control, logs={**(logs or {}), **picture}, **kwargs)
+
+
+class RunWandbCallback(_RouterPicture, WandbCallback):  # type: ignore[misc]
     """transformers' callback on a W&B run that lies in the run folder; a resumed training continues the same run."""
 
     def __init__(self, project: str, run_name: str, mode: str, folder: Path) -> None:
         super().__init__()
         self._project, self._run_name, self._mode, self._folder = project, run_name, mode, folder
+        self._image = self._wandb.Image
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """Start the run on the main process."""
@@ -133,7 +156,7 @@ class RunWandbCallback(WandbCallback):  # type: ignore[misc]
         return path.read_text(encoding="utf-8")
 
 
-class RunTrackioCallback(TrackioCallback):  # type: ignore[misc]
+class RunTrackioCallback(_RouterPicture, TrackioCallback):  # type: ignore[misc]
     """transformers' callback with trackio's files in the run folder, and one line of its own.
 
     trackio prints links, in notebooks one with a write token; none of that belongs in a log.
@@ -142,6 +165,7 @@ class RunTrackioCallback(TrackioCallback):  # type: ignore[misc]
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self._folder = folder
+        self._image = self._trackio.Image
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """Start the run on the main process and say how to look at it."""

@@ -39,6 +39,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def router_load(self) -> Path:
+        """Load by layer and expert, one JSON object a logged step; none for a dense model."""
+        return self.path / "router_load.jsonl"
+
+    @property
+    def router_load_picture(self) -> Path:
+        """The load at the first and the last logged step, PNG."""
+        return self.path / "router_load.png"
+
+    @property
     def provenance(self) -> Path:
         """What the run was made from, JSON."""
         return self.path / "provenance.json"

@@ -47,20 +47,29 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
             self._repair(last_step=None)
         values = {key: _plain(value) for key, value in logs.items()}
         line = {**values, "step": state.global_step, "epoch": state.epoch, "time": time.time()}
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(line, allow_nan=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        append_line(self.path, line)
 
     def _repair(self, last_step: int | None) -> None:
-        """Rewrite the file without a half last line and, where `last_step` is given, without later steps."""
         self._repaired = True
-        if not self.path.exists():
-            return
-        kept = [line for line in read_metrics(self.path) if last_step is None or line["step"] <= last_step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        if text != self.path.read_text(encoding="utf-8"):
-            write_text(self.path, text)
+        repair_lines(self.path, last_step)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one JSON object and bring it to the disk."""
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(line, allow_nan=False) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def repair_lines(path: Path, last_step: int | None) -> None:
+    """Rewrite the file without a half last line and, where `last_step` is given, without later steps."""
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if last_step is None or line["step"] <= last_step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if text != path.read_text(encoding="utf-8"):
+        write_text(path, text)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

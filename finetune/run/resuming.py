@@ -6,6 +6,7 @@ from finetune.errors import Problem, RunError
 from finetune.recipe import Recipe, load_recipe
 from finetune.run.folder import RunFolder
 
+_CUT = "training.per_device_train_batch_size"  # with router.scope micro_batch it decides the balance term
 # What may differ without changing a result: where it goes, what is shown and kept of it, how a step is cut.
 _FREE = (
     "output_dir",
@@ -14,7 +15,7 @@ _FREE = (
     "training.save_steps",
     "training.eval_steps",
     "training.logging_steps",
-    "training.per_device_train_batch_size",
+    _CUT,
     "training.gradient_checkpointing",
 )
 
@@ -25,7 +26,8 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
     Optimizer and schedule come from the checkpoint: a changed learning rate, say, would be recorded but not used.
     """
     before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
-    changed = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(_FREE)]
+    free = _FREE if now.get("router.scope") != "micro_batch" else tuple(set(_FREE) - {_CUT})
+    changed = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(free)]
     if changed:
         raise RunError(
             [

@@ -1,43 +1,14 @@
 """Equivalence classes of SFT through the real trainer: what must not change the result does not."""
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from finetune.data import Collator, load_tokenizer, prepare
 from finetune.errors import RunError
-from finetune.methods.router_term import RouterTerm
-from finetune.methods.sft import MoeSftTrainer, sft_config
-from finetune.model import load_model
-from finetune.moe.families import FAMILIES
-from finetune.recipe import Recipe
+from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for, write_rows
 from tests.support import save_tiny_mixtral
-
-WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
-
-
-@dataclass
-class Steps(TrainerCallback):  # type: ignore[misc]
-    """What the trainer had at each optimizer step: gradients by name, and the logged values."""
-
-    model: Any
-    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
-    logs: list[dict[str, float]] = field(default_factory=list)
-    max_grad_norm: float = 1e9
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        named = self.model.named_parameters()
-        self.gradients.append({name: p.grad.clone() for name, p in named if p.requires_grad})
-
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        self.logs.append(dict(logs))
 
 
 @pytest.fixture(scope="module")
@@ -47,81 +18,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of different lengths, so that each cut pads differently."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    lines = [
-        {"prompt": " ".join(WORDS[: 2 + i % 9]), "completion": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 4])}
-        for i in range(32)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def recipe(base: Path, rows: Path, out: Path, **training: Any) -> Recipe:
-    data = {"path": str(rows), "format": "prompt_completion"}
-    packing = training.pop("packing", False)
-    with_eval = training.pop("with_eval", False)
-    return Recipe.model_validate(
-        {
-            "output_dir": str(out),
-            "model": {"name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"},
-            "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8.0},
-            "router": {"router_aux_loss_coef": training.pop("coefficient", 0.1)},
-            "method": {"kind": "sft"},
-            "data": {"train": data, "eval": data if with_eval else None, "max_length": 256, "packing": packing},
-            "training": {
-                "max_steps": 3,
-                "learning_rate": 0.05,
-                "lr_scheduler_type": "constant",
-                "global_batch_size": 8,
-                "per_device_train_batch_size": 8,
-                "gradient_checkpointing": False,
-                "max_grad_norm": 1e9,
-                **training,
-            },
-            "logging": {"report_to": "none"},
-        }
-    )
-
-
-def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
-    """The trainer as `finetune.train` builds it."""
-    torch.manual_seed(recipe.seed)
-    folder = Path(recipe.model.name_or_path)
-    tokenizer = load_tokenizer(str(folder), None, None)
-    model = load_model(folder, recipe)
-    moe = FAMILIES["mixtral"].moe
-    assert moe is not None
-    assert recipe.router is not None
-    steps = Steps(model)
-    trainer = MoeSftTrainer(
-        model=model,
-        router_term=RouterTerm(model, moe, recipe.router.router_aux_loss_coef),
-        args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
-        processing_class=tokenizer,
-        data_collator=Collator(tokenizer),
-        train_dataset=prepare(recipe.data.train, tokenizer, recipe.data).dataset,
-        eval_dataset=recipe.data.eval and prepare(recipe.data.eval, tokenizer, recipe.data).dataset,
-        callbacks=[steps],
-    )
-    return trainer, steps
-
-
-def run(recipe: Recipe) -> Steps:
-    trainer, steps = trainer_for(recipe)
-    trainer.train()
-    return steps
-
-
-def assert_same_steps(one: Steps, other: Steps, keys: Sequence[str] = ("loss", "ce_loss", "balance_loss")) -> None:
-    """Loss, its parts and every gradient of every step, within 1e-5."""
-    assert len(one.gradients) == len(other.gradients) == 3
-    for ours, theirs in zip(one.gradients, other.gradients, strict=True):
-        for name, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
-    for ours_log, theirs_log in zip(one.logs[:3], other.logs[:3], strict=True):
-        for key in keys:
-            assert ours_log[key] == pytest.approx(theirs_log[key], abs=1e-5), key
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +38,7 @@ def test_checkpointing_does_not_change_the_step(base: Path, rows: Path, tmp_path
 
 def test_the_balance_term_reaches_the_gradient(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:
     """From the second step on; in the first the frequencies are uniform and the term is a constant."""
-    without = run(recipe(base, rows, tmp_path, coefficient=0.0))
+    without = run(recipe(base, rows, tmp_path, router={"router_aux_loss_coef": 0.0}))
     name = next(name for name in whole.gradients[0] if ".mlp.gate." in name and "lora_B" in name)
     torch.testing.assert_close(whole.gradients[0][name], without.gradients[0][name], atol=1e-6, rtol=1e-4)
     assert (whole.gradients[1][name] - without.gradients[1][name]).abs().max() > 1e-4
@@ -196,7 +93,10 @@ def test_a_value_that_is_not_finite_stops_before_the_step_and_names_it(
     with pytest.raises(RunError) as caught:
         trainer.train()
     message = str(caught.value)
-    assert message.startswith(f"step 1: the {where} is not finite; the optimizer step was not taken; lines of the")
+    assert message.startswith(f"step 1: the {where} is not finite; the optimizer step was not taken; ")
+    assert ("the first router with logits that are not finite: model.layers.0.mlp.gate;" in message) == (
+        where == "loss"
+    )
     lines = message.split("training file: ")[1].split(";")[0].split(", ")
     assert len(lines) == 8
     assert {int(line) for line in lines} <= set(range(1, 33))

@@ -9,6 +9,7 @@ import torch
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
+from finetune.recipe import RouterSettings
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, trained_model
 
@@ -20,14 +21,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def losses(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy and balance term of one forward, with frequencies that are not uniform."""
-    moe = FAMILIES["mixtral"].moe
-    assert moe is not None
-    term = RouterTerm(model, moe, 1.0)
+    term = RouterTerm(model, FAMILIES["mixtral"], RouterSettings(router_aux_loss_coef=1.0))
     term.balance.frequency_LE = torch.tensor([[0.9, 0.6, 0.3, 0.2], [0.1, 0.4, 0.8, 0.7]])
-    term.balance.begin_step(IDS.numel())
+    term.begin_step(torch.tensor(IDS.numel()), logged=True)
     with term.capture() as record:
         ce = model(IDS, labels=IDS, use_cache=False).loss
-    return ce, term.balance.term(record, torch.ones(IDS.numel()))
+    return ce, term.add(torch.zeros(()), record, torch.ones(IDS.numel()), ranks=1)
 
 
 def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,107 @@
+"""Balancing without a loss: the correction bias that some routers add to their scores for the choice only.
+
+DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; 2408.15664): after each optimizer step the bias of an expert that got
+fewer tokens than the mean goes up by a fixed rate and that of one that got more goes down. Every architecture that
+carries the bias adds it to the scores before `topk`, be they sigmoids or a softmax: a higher bias is chosen more often,
+whatever normalises or clamps the weights of the chosen ones afterwards. It has no gradient. An adapter cannot carry it:
+it is saved beside.
+
+E experts, L MoE layers.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.moe.audit import clean_name
+from finetune.moe.families import MoeLayout
+
+BIAS_FILE = "router_bias.safetensors"
+
+
+def find_biases(model: torch.nn.Module, moe: MoeLayout) -> dict[str, torch.Tensor]:
+    """The correction bias of each MoE layer by its name in transformers' model, in order; empty where there is none.
+
+    They are float32 afterwards: in 16 bits a step of 0.001 would be lost on a bias of 1.
+    """
+    if moe.correction_bias is None:
+        return {}
+    found = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if clean_name(name).endswith(f".{moe.correction_bias}"):
+            tensor.data = tensor.data.float()
+            found[clean_name(name)] = tensor
+    return found
+
+
+class BiasBalance:
+    """Moves the correction biases of one model after each optimizer step. Nothing here waits for the device."""
+
+    def __init__(self, model: torch.nn.Module, moe: MoeLayout, rate: float, model_type: str) -> None:
+        self.rate = rate
+        self.biases = find_biases(model, moe)
+        if not self.biases:
+            raise RecipeError(
+                Problem(
+                    "router.bias_update_rate",
+                    f"the routers of {model_type} carry no correction bias that could be moved",
+                    "write 0, and a router.router_aux_loss_coef to balance by a loss",
+                    got=str(rate),
+                )
+            )
+        self.base = [bias.detach().clone() for bias in self.biases.values()]
+
+    def end_step(self, count_LE: torch.Tensor) -> None:
+        """Move each bias by the rate towards the mean load; `count_LE` from all ranks and micro-batches of the step."""
+        step_LE = self.rate * torch.sign(count_LE.mean(-1, keepdim=True) - count_LE)
+        with torch.no_grad():
+            for bias, step_E in zip(self.biases.values(), step_LE, strict=True):
+                bias.add_(step_E.view_as(bias))
+
+    @contextmanager
+    def as_base(self, position: int) -> Iterator[None]:
+        """The bias of the router at this position is the base model's own within the block."""
+        bias = list(self.biases.values())[position]
+        ours, bias.data = bias.data, self.base[position]
+        try:
+            yield
+        finally:
+            bias.data = ours
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        """Name -> values, as plain numbers (JSON)."""
+        return {name: bias.tolist() for name, bias in self.biases.items()}
+
+    def load_state_dict(self, state: Mapping[str, list[Any]], where: str) -> None:
+        """Continue from `state_dict()`, read from the file `where`."""
+        copy_biases(self.biases, {name: torch.tensor(values) for name, values in state.items()}, where)
+
+
+def save_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
+    """Write `router_bias.safetensors`: float32, by the names of transformers' model."""
+    biases = {name: bias.detach().cpu().clone() for name, bias in find_biases(model, moe).items()}
+    save_file(biases, folder / BIAS_FILE, metadata={"format": "pt"})
+
+
+def load_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
+    """Put the biases that lie beside an adapter into the (adapted or bare) model; nothing to do where none do."""
+    path = folder / BIAS_FILE
+    if path.is_file():
+        copy_biases(find_biases(model, moe), load_file(path), str(path))
+
+
+def copy_biases(biases: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], where: str) -> None:
+    """Copy by name; raises WeightsError, and copies nothing, where names or shapes differ."""
+    ours, theirs = ({name: tuple(each.shape) for name, each in some.items()} for some in (biases, values))
+    if ours != theirs:
+        differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        what, do = "these correction biases are not this model's", "use the base model that the run was made from"
+        raise WeightsError(Problem(where, what, do, got=", ".join(differing[:3])))
+    with torch.no_grad():
+        for name, bias in biases.items():
+            bias.copy_(values[name])

@@ -1,0 +1,118 @@
+"""Runs of the equivalence tests: three steps of a tiny model through the real trainer, and what to compare of them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from finetune.data import Collator, load_tokenizer, prepare
+from finetune.methods.router_term import RouterTerm
+from finetune.methods.sft import MoeSftTrainer, sft_config
+from finetune.model import load_model
+from finetune.moe.families import FAMILIES
+from finetune.recipe import Recipe
+
+WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
+
+
+@dataclass
+class Steps(TrainerCallback):  # type: ignore[misc]
+    """What the trainer had at each optimizer step: gradients by name, and the logged values."""
+
+    model: Any
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    logs: list[dict[str, float]] = field(default_factory=list)
+    max_grad_norm: float = 1e9
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        named = self.model.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.requires_grad})
+
+    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def write_rows(path: Path, count: int = 32) -> Path:
+    """Rows of different lengths, so that each cut pads differently."""
+    lines = [
+        {"prompt": " ".join(WORDS[: 2 + i % 9]), "completion": " ".join(WORDS[i % 5 : i % 5 + 1 + i % 4])}
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any] | None = None, **training: Any) -> Recipe:
+    """Three steps of one micro-batch of eight rows, everything adapted; `router` is that section, the rest training."""
+    data = {"path": str(rows), "format": "prompt_completion"}
+    packing = training.pop("packing", False)
+    with_eval = training.pop("with_eval", False)
+    return Recipe.model_validate(
+        {
+            "output_dir": str(out),
+            "model": {"name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"},
+            "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8.0},
+            "router": router or {"router_aux_loss_coef": 0.1},
+            "method": {"kind": "sft"},
+            "data": {
+                "train": data,
+                "eval": data if with_eval else None,
+                "max_length": training.pop("max_length", 256),
+                "packing": packing,
+            },
+            "training": {
+                "max_steps": 3,
+                "learning_rate": 0.05,
+                "lr_scheduler_type": "constant",
+                "global_batch_size": 8,
+                "per_device_train_batch_size": 8,
+                "gradient_checkpointing": False,
+                "max_grad_norm": 1e9,
+                **training,
+            },
+            "logging": {"report_to": "none"},
+        }
+    )
+
+
+def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
+    """The trainer as `finetune.train` builds it."""
+    torch.manual_seed(recipe.seed)
+    folder = Path(recipe.model.name_or_path)
+    tokenizer = load_tokenizer(str(folder), None, None)
+    model = load_model(folder, recipe)
+    assert recipe.router is not None
+    steps = Steps(model)
+    trainer = MoeSftTrainer(
+        model=model,
+        router_term=RouterTerm(model, FAMILIES["mixtral"], recipe.router),
+        args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer),
+        train_dataset=prepare(recipe.data.train, tokenizer, recipe.data).dataset,
+        eval_dataset=recipe.data.eval and prepare(recipe.data.eval, tokenizer, recipe.data).dataset,
+        callbacks=[steps],
+    )
+    return trainer, steps
+
+
+def run(recipe: Recipe) -> Steps:
+    trainer, steps = trainer_for(recipe)
+    trainer.train()
+    return steps
+
+
+def assert_same_steps(one: Steps, other: Steps, keys: Sequence[str] = ("loss", "ce_loss", "balance_loss")) -> None:
+    """Loss, its parts and every gradient of every step, within 1e-5."""
+    assert len(one.gradients) == len(other.gradients) == 3
+    for ours, theirs in zip(one.gradients, other.gradients, strict=True):
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+    for ours_log, theirs_log in zip(one.logs[:3], other.logs[:3], strict=True):
+        for key in keys:
+            assert ours_log[key] == pytest.approx(theirs_log[key], abs=1e-5), key

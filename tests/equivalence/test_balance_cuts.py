@@ -1,0 +1,123 @@
+"""Balance term, z-loss and correction bias through the real trainer: a step is the same however it is cut."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.recipe import Recipe
+from tests.equivalence import sft_runs
+from tests.equivalence.sft_runs import Steps, assert_same_steps, run, write_rows
+from tests.support import save_tiny_mixtral
+
+KEYS = ("loss", "ce_loss", "balance_loss", "router/z_loss", "router/max_load", "router/changed")
+BOTH = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.05}
+CHOICES: dict[str, dict[str, Any]] = {
+    "per_layer": BOTH,
+    "pooled": {**BOTH, "balance": "pooled"},
+}
+
+
+def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any], **training: Any) -> Recipe:
+    """Plain SGD: Adam would divide the rounding of a gradient near 0 by its own size."""
+    return sft_runs.recipe(base, rows, out, router, **{"optim": "sgd", "learning_rate": 0.3, **training})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module", params=CHOICES)
+def whole(
+    request: pytest.FixtureRequest, base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Steps]:
+    """The router section, and three steps of one micro-batch of eight rows with it."""
+    router = CHOICES[request.param]
+    return router, run(recipe(base, rows, tmp_path_factory.mktemp("whole"), router))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_accumulation_does_not_change_the_balance_of_a_step(
+    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps], size: int
+) -> None:
+    """8 x 1 = 4 x 2 = 2 x 4 = 1 x 8, over three steps: every loss and every gradient."""
+    router, wanted = whole
+    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, per_device_train_batch_size=size)), KEYS)
+
+
+def test_checkpointing_does_not_change_the_balance_of_a_step(
+    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps]
+) -> None:
+    """Also not by the comparison with the base router, which runs within the checkpointed layers."""
+    router, wanted = whole
+    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing=True)), KEYS)
+
+
+@pytest.mark.parametrize("scope", ["step", "micro_batch"])
+def test_packing_does_not_change_the_balance_of_a_step(base: Path, tmp_path: Path, scope: str) -> None:
+    """Eight rows in every step, padded to the longest or one after the other in a single row."""
+    eight = write_rows(tmp_path / "eight.jsonl", 8)
+    router = {**BOTH, "scope": scope}
+    padded = run(recipe(base, eight, tmp_path / "padded", router, max_length=512))
+    packed = run(
+        recipe(
+            base,
+            eight,
+            tmp_path / "packed",
+            router,
+            max_length=512,
+            packing=True,
+            global_batch_size=1,
+            per_device_train_batch_size=1,
+        )
+    )
+    assert_same_steps(padded, packed, KEYS)
+
+
+def test_the_balance_of_micro_batches_depends_on_the_cut_in_value_only_through_their_own_frequencies(
+    base: Path, rows: Path, tmp_path: Path
+) -> None:
+    """What is logged as balance_loss in the first step is exact under every cut; what is minimised is not."""
+    router = {**BOTH, "scope": "micro_batch"}
+    one, eight = (
+        run(recipe(base, rows, tmp_path / str(size), router, per_device_train_batch_size=size)) for size in (8, 1)
+    )
+    assert one.logs[0]["balance_loss"] == pytest.approx(eight.logs[0]["balance_loss"], abs=1e-5)
+    assert one.logs[0]["router/z_loss"] == pytest.approx(eight.logs[0]["router/z_loss"], abs=1e-5)
+    assert one.logs[0]["loss"] == pytest.approx(
+        one.logs[0]["ce_loss"] + 0.1 * one.logs[0]["balance_loss"] + 0.05 * one.logs[0]["router/z_loss"], abs=1e-5
+    )
+    assert abs(one.logs[0]["loss"] - eight.logs[0]["loss"]) > 1e-4
+
+
+def test_the_z_loss_reaches_the_gradient(base: Path, rows: Path, tmp_path: Path) -> None:
+    without = run(recipe(base, rows, tmp_path / "without", {"router_aux_loss_coef": 0.0}, max_steps=1))
+    with_z = run(
+        recipe(base, rows, tmp_path / "with", {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.05}, max_steps=1)
+    )
+    name = next(name for name in without.gradients[0] if ".mlp.gate." in name and "lora_B" in name)
+    assert (without.gradients[0][name] - with_z.gradients[0][name]).abs().max() > 1e-4
+    logged = with_z.logs[0]
+    assert logged["loss"] == pytest.approx(logged["ce_loss"] + 0.05 * logged["router/z_loss"], abs=1e-5)
+
+
+def test_a_step_whose_load_is_looked_at_is_the_step_that_is_not(
+    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps]
+) -> None:
+    """The comparison with the base router runs on logging steps only, and changes nothing."""
+    router, wanted = whole
+    seldom = run(recipe(base, rows, tmp_path, router, logging_steps=3, gradient_checkpointing=True))
+    for ours, theirs in zip(wanted.gradients, seldom.gradients, strict=True):
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+    assert seldom.logs[0]["balance_loss"] == pytest.approx(
+        sum(log["balance_loss"] for log in wanted.logs[:3]) / 3, abs=1e-5
+    )
+    assert seldom.logs[0]["router/changed"] == pytest.approx(wanted.logs[2]["router/changed"], abs=1e-6)
