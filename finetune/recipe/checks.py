@@ -22,6 +22,7 @@ def check_all(source: Source) -> None:
     for check in (
         _targets,
         _experts_settings,
+        _experts_choice,
         _dropout,
         _balance,
         _length,
@@ -90,6 +91,25 @@ def _experts_settings(source: Source) -> None:
         if value is not None:
             do = "add experts to lora.targets or remove this key"
             source.report(_path(key), "no experts are adapted", do, got=show(value))
+
+
+def _experts_choice(source: Source) -> None:
+    if source.is_broken(_path("lora.experts")):
+        return
+    names, share = _target_names(source), source.get(_path("lora.experts_share"))
+    if _read(source, "lora.experts", str) == "auto":
+        if names and "experts" not in names:
+            do = "add experts to lora.targets or remove this key"
+            source.report(_path("lora.experts"), "no experts are adapted", do, got="auto")
+        elif share is None:
+            do = "add lora.experts_share: the part of each layer's score that the adapted experts hold (0 to 1)"
+            source.report(_path("lora.experts_share"), "missing, and lora.experts is auto", do)
+        return
+    for key in ("lora.experts_share", "lora.experts_score", "lora.experts_tokens"):
+        value = source.get(_path(key))
+        if value is not None and value != settings()[key].default:
+            what = "changes nothing: every expert is adapted"
+            source.report(_path(key), what, "write lora.experts: auto or remove this key", got=show(value))
 
 
 def _dropout(source: Source) -> None:

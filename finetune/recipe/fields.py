@@ -89,6 +89,7 @@ def _number(fragment: dict[str, Any]) -> str:
     bounds = {
         "minimum": "of at least {}",
         "exclusiveMinimum": "above {}",
+        "maximum": "of at most {}",
         "exclusiveMaximum": "below {}",
     }
     said = [words.format(fragment[key]) for key, words in bounds.items() if key in fragment]

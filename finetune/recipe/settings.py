@@ -60,6 +60,31 @@ class LoraSettings(Section):
     expert_lora_alpha: float | None = Field(
         default=None, gt=0, description="Numerator of the expert stacks' scale; null: the same as `lora_alpha`."
     )
+    experts: Literal["all", "auto"] = Field(
+        default="all",
+        description="Which experts are adapted. all: every one; auto: before the first step the frozen base runs over "
+        "training rows, and in each layer only the experts that matter for them are adapted (ESFT, arXiv 2407.01906); "
+        "the choice is printed and written to experts.json of the run folder.",
+    )
+    experts_share: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Required with experts: auto. In each layer the smallest set of experts is adapted whose scores "
+        "reach this share of the layer's sum; 1: all experts that were used at all. The paper takes 0.1 (gate) and 0.2 "
+        "(token) for 64 experts, six a token.",
+    )
+    experts_score: Literal["gate", "token"] = Field(
+        default="gate",
+        description="With experts: auto, an expert's score. gate: its router weight, averaged over all tokens; token: "
+        "its share of the tokens' top-k choices.",
+    )
+    experts_tokens: int = Field(
+        default=131072,
+        ge=1,
+        description="With experts: auto, tokens that are measured: whole training rows, drawn with `seed` until there "
+        "are so many, or all rows. The default is the paper's 32 sequences of 4,096.",
+    )
     lora_dropout: float = Field(
         default=0.0,
         ge=0,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.recipe import dump_recipe
 from finetune.recipe.targets import FRIENDLY_TARGETS
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
@@ -46,6 +47,29 @@ CONFLICTS = {
     "a rank for experts that are not adapted": (
         changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  expert_r: 4")),
         "recipe.yaml:9: lora.expert_r: no experts are adapted; got 4; add experts to lora.targets or remove this key",
+    ),
+    "a choice of experts that are not adapted": (
+        changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  experts: auto\n  experts_share: 0.5")),
+        "recipe.yaml:9: lora.experts: no experts are adapted; got auto; add experts to lora.targets or remove this key",
+    ),
+    "a choice of experts without its share": (
+        changed(("  r: 8", "  r: 8\n  experts: auto")),
+        "recipe.yaml:6: lora.experts_share: missing, and lora.experts is auto; add lora.experts_share: the part of "
+        "each layer's score that the adapted experts hold (0 to 1)",
+    ),
+    "a share of experts that are all adapted": (
+        changed(("  r: 8", "  r: 8\n  experts_share: 0.5")),
+        "recipe.yaml:9: lora.experts_share: changes nothing: every expert is adapted; got 0.5; "
+        "write lora.experts: auto or remove this key",
+    ),
+    "a score for experts that are all adapted": (
+        changed(("  r: 8", "  r: 8\n  experts: all\n  experts_score: token")),
+        'recipe.yaml:10: lora.experts_score: changes nothing: every expert is adapted; got "token"; '
+        "write lora.experts: auto or remove this key",
+    ),
+    "a share above the whole": (
+        changed(("  r: 8", "  r: 8\n  experts: auto\n  experts_share: 1.5")),
+        "recipe.yaml:10: lora.experts_share: out of range; got 1.5; write a number above 0 and of at most 1 or null",
     ),
     "no length": (
         changed(("  max_steps: 30\n", "")),
@@ -139,6 +163,12 @@ def test_a_balance_coefficient_of_zero_needs_nothing_trained(desk: Desk) -> None
 def test_dropout_is_fine_where_nothing_is_stacked(desk: Desk) -> None:
     recipe = desk.load(changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
     assert recipe.lora.lora_dropout == 0.05
+
+
+def test_a_share_of_one_and_the_settings_of_a_resolved_recipe_are_fine(desk: Desk) -> None:
+    auto = "  r: 8\n  experts: auto\n  experts_share: 1\n  experts_score: token\n  experts_tokens: 4096"
+    assert desk.load(changed(("  r: 8", auto))).lora.experts_share == 1.0
+    desk.load(dump_recipe(desk.load(SOUND)))
 
 
 def test_a_dense_recipe_needs_no_router(desk: Desk) -> None:

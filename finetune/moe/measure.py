@@ -1,0 +1,145 @@
+"""How much each expert matters for the training rows: forward passes of the frozen base, before there is an adapter.
+
+Read off what the experts themselves are called with, not off the router's output: indices and weights stand there for
+every architecture alike, after grouping, normalisation and bias correction.
+
+T real tokens, K experts a token, E experts.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from finetune.errors import Problem, RunError
+from finetune.moe.choice import ExpertChoice, LayerChoice, smallest_set
+from finetune.moe.families import MoeLayout
+from finetune.recipe import LoraSettings
+
+# Weights are summed as integers of this unit: the sum is then the same in any order, on any number of processes.
+_UNIT = 2.0**-32
+
+Batch = Mapping[str, Any]
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def choose_experts(
+    model: Any,
+    moe: MoeLayout,
+    dataset: Any,
+    collate: Callable[[list[dict[str, Any]]], Batch],
+    lora: LoraSettings,
+    *,
+    seed: int,
+    max_length: int,
+    process: tuple[int, int],
+    all_reduce: AllReduce,
+) -> ExpertChoice:
+    """Draw rows, measure them on all processes together, and choose; `process`: the number of this one, and of all.
+
+    The choice is made from integers that are equal on every process, so it cannot differ between them.
+    """
+    assert lora.experts_share is not None  # the recipe is checked
+    lengths = draw_rows(dataset, lora.experts_tokens, seed)
+    number, processes = process
+    mine = batch_rows(lengths, max_length)[number::processes]
+    shown = tqdm(mine, desc="Measuring experts", unit="batch", disable=number > 0)
+    batches = (collate([dataset[row] for row in rows]) for rows in shown)
+    layers = [
+        _choose(layer, scores_E, lora.experts_share)
+        for layer, scores_E in measure_experts(model, moe, batches, lora.experts_score, all_reduce).items()
+    ]
+    return ExpertChoice(lora.experts_score, lora.experts_share, len(lengths), sum(lengths.values()), tuple(layers))
+
+
+def _choose(layer: str, scores_E: list[int], share: float) -> LayerChoice:
+    total = sum(scores_E)
+    if not total:
+        what = "no expert of this layer was given weight by any measured token"
+        raise RunError(Problem(layer, what, "measure more rows (lora.experts_tokens), or write lora.experts: all"))
+    return LayerChoice(layer, tuple(score / total for score in scores_E), smallest_set(scores_E, share))
+
+
+def draw_rows(dataset: Any, tokens: int, seed: int) -> dict[int, int]:
+    """Rows of a draw with `seed`, each with its length in tokens, until there are `tokens` or all rows are drawn."""
+    lengths: dict[int, int] = {}
+    for row in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
+        if tokens <= 0:
+            break
+        lengths[row] = len(dataset[row]["input_ids"])
+        tokens -= lengths[row]
+    return lengths
+
+
+def batch_rows(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
+    """Rows put together, the longest first, into batches of at most `limit` tokens with their padding.
+
+    No row is longer than `limit`. What is in a batch does not depend on the machine.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def measure_experts(
+    model: Any, moe: MoeLayout, batches: Iterable[Batch], score: str, all_reduce: AllReduce
+) -> dict[str, list[int]]:
+    """Each expert's score over the real tokens of `batches`, by path of the decoder layer; integers of any one unit.
+
+    `score`: gate (sum of the router's weights, ESFT-Gate) or token (number of choices, ESFT-Token). Several processes
+    each give batches of their own; `all_reduce` sums a tensor over them. Raises RunError at a weight that is not
+    finite.
+    """
+    suffix = f".{moe.experts_module}"
+    experts = {name.removesuffix(suffix): each for name, each in model.named_modules() if name.endswith(suffix)}
+    # One more column than there are experts: the index E stands for "no expert".
+    columns = 1 + max(each.num_experts for each in experts.values())
+    total_LE = torch.zeros(len(experts), columns, dtype=torch.int64, device=model.device)
+    was_training = model.training
+    model.eval()
+    for batch in batches:
+        with _calls(list(experts.values())) as calls, torch.no_grad():
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key not in ("labels", "rows")}
+            model.base_model(**inputs, use_cache=False)  # without the head: its logits are not needed
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
+        for layer, index_TK, weight_TK in calls:
+            if not weight_TK[real].isfinite().all():
+                raise _not_finite(list(experts)[layer], batch)
+            _tally(total_LE[layer], index_TK[real], weight_TK[real], score)
+    model.train(was_training)
+    sums = all_reduce(total_LE).tolist()
+    return {layer: row[: each.num_experts] for (layer, each), row in zip(experts.items(), sums, strict=True)}
+
+
+@contextmanager
+def _calls(experts: list[torch.nn.Module]) -> Iterator[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """Number of the module, indices and weights of every call of `experts` in the block."""
+    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+
+    def keep(number: int) -> Callable[..., None]:
+        return lambda _module, args: calls.append((number, args[1], args[2]))
+
+    handles = [module.register_forward_pre_hook(keep(number)) for number, module in enumerate(experts)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tally(total_E: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tensor, score: str) -> None:
+    """Add the score of these tokens to `total_E`, in place."""
+    value_TK = torch.ones_like(index_TK) if score == "token" else (weight_TK.double() / _UNIT).round().long()
+    total_E.index_add_(0, index_TK.reshape(-1), value_TK.reshape(-1))
+
+
+def _not_finite(layer: str, batch: Batch) -> RunError:
+    lines = ", ".join(map(str, batch["rows"][:32]))
+    what = f"a router weight is not finite while experts are measured; lines of the training file: {lines}"
+    return RunError(Problem(layer, what, "look at these rows, or use model.dtype bfloat16 instead of float16"))
