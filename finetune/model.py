@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.choice import ExpertChoice
+from finetune.moe.chosen import keep_chosen
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter, lora_config
@@ -124,7 +126,14 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
 
 def load_model(folder: Path, recipe: Recipe) -> PeftModel:
     """Base model with a fresh adapter, ready to train."""
-    model = add_adapter(load_base(folder, recipe.model), recipe.lora)
+    return adapt(load_base(folder, recipe.model), recipe)
+
+
+def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None) -> PeftModel:
+    """A loaded base model with a fresh adapter, of all experts or of the chosen ones, ready to train."""
+    model = add_adapter(base, recipe.lora)
+    if choice is not None:
+        keep_chosen(model, choice.experts)
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 over what every rank has read itself; a 4-bit
     # stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -134,7 +143,9 @@ def load_model(folder: Path, recipe: Recipe) -> PeftModel:
     return model
 
 
-def save_adapter(model: PeftModel, folder: Path, recipe: Recipe, base: dict[str, str]) -> None:
+def save_adapter(
+    model: PeftModel, folder: Path, recipe: Recipe, base: dict[str, str], choice: ExpertChoice | None = None
+) -> None:
     """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say."""
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
@@ -143,6 +154,7 @@ def save_adapter(model: PeftModel, folder: Path, recipe: Recipe, base: dict[str,
         "format": 1,
         "base": base,
         "layout": {"expert_lora": "A:expert-major,B:rank-major"},
+        "experts": None if choice is None else choice.as_dict(),
         "quantization": "nf4" if recipe.model.load_in_4bit else None,
         "dtype": recipe.model.dtype,
         **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe) else {}),

@@ -18,6 +18,7 @@ from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
     from finetune.methods.router_term import RouterTerm
+    from finetune.moe.choice import ExpertChoice
     from finetune.moe.families import Family
     from finetune.run import RunFolder
 
@@ -31,7 +32,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     from finetune.data import Collator, load_tokenizer, prepare
     from finetune.methods.sft import MoeSftTrainer, sft_config
-    from finetune.model import checkpoint_family, load_model, resolve_checkpoint
+    from finetune.model import checkpoint_family, resolve_checkpoint
     from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
@@ -59,8 +60,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     train_rows = prepare(recipe.data.train, tokenizer, recipe.data)
     eval_rows = None if recipe.data.eval is None else prepare(recipe.data.eval, tokenizer, recipe.data)
 
-    # 4. 4-bit base and adapter, counted and held against the recipe
-    model = load_model(checkpoint, recipe)
+    # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
+    collator = Collator(tokenizer)
+    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, collator)
     base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
     stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
     _audit(model, family, recipe, stats, run, state.is_main_process)
@@ -74,7 +76,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         router_term=_router_term(model, family, recipe),
         args=config,
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer),
+        data_collator=collator,
         train_dataset=train_rows.dataset,
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
         callbacks=[MetricsCallback(run.metrics), router_load, *dashboards.callbacks],
@@ -84,7 +86,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
     trainer.run_from(run.newest_checkpoint() if resume else None)
     if state.is_main_process:
-        _save(run, trainer, tokenizer, recipe, base)
+        _save(run, trainer, tokenizer, recipe, base, choice)
     state.wait_for_everyone()
     return run.path
 
@@ -102,6 +104,28 @@ def _refuse_data_parallel(state: Any) -> None:
                 got=f"{device_count()} GPUs",
             )
         )
+
+
+def _load(
+    checkpoint: Path, recipe: Recipe, family: "Family", run: "RunFolder", rows: Any, collator: Any
+) -> "tuple[Any, ExpertChoice | None]":
+    """Base and adapter. With `lora.experts: auto` of the experts that are measured on the rows; a resumed run never
+    measures again, but takes the choice that it has written."""
+    from accelerate import PartialState
+
+    from finetune.model import adapt, load_base
+    from finetune.moe.choice import read_choice
+    from finetune.moe.measure import choose_experts
+
+    auto = recipe.lora.experts == "auto"
+    choice = read_choice(run.experts) if auto and recipe.training.resume_from_checkpoint else None
+    base = load_base(checkpoint, recipe.model)
+    if auto and choice is None and family.moe is not None:
+        choice = choose_experts(base, family.moe, rows, collator, recipe)
+    if choice is not None and PartialState().is_main_process:
+        choice.write(run.experts)
+        print("\n".join(choice.lines()))
+    return adapt(base, recipe, choice), choice
 
 
 def _audit(
@@ -151,14 +175,21 @@ def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, str], co
     write_json(run.provenance, collect_provenance(base, recipe.seed, list(command_line)))
 
 
-def _save(run: "RunFolder", trainer: Any, tokenizer: Any, recipe: Recipe, base: dict[str, str]) -> None:
+def _save(
+    run: "RunFolder",
+    trainer: Any,
+    tokenizer: Any,
+    recipe: Recipe,
+    base: dict[str, str],
+    choice: "ExpertChoice | None",
+) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load
 
     with new_folder(run.adapter) as folder:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice)
         tokenizer.save_pretrained(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
     draw_router_load(run.router_load, run.router_load_picture)

@@ -5,6 +5,8 @@ expert on every forward; `FactoredStackLora` replaces that forward and hands the
 """
 
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -22,7 +24,11 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
 
     Layout of PEFT's two matrices: `lora_A [E*r, in]` is expert-major, `lora_B [out, E*r]` is rank-major
     (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`).
+
+    `chosen`: adapters that hold the factors of some experts only (`finetune.moe.chosen`), and of which.
     """
+
+    chosen: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_forward_args(x, *args, **kwargs)
@@ -36,10 +42,11 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         return [self._factors(name) for name in self.active_adapters if name in self.lora_A]
 
     def _factors(self, adapter: str) -> ExpertFactors:
-        A, B, E = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.num_experts
-        A_ErI = A.reshape(E, -1, A.shape[-1])
-        B_ErO = B.T.contiguous().view(-1, E, B.shape[0]).transpose(0, 1)
-        return ExpertFactors(A_ErI, B_ErO, self.scaling[adapter])
+        A, B, chosen = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.chosen.get(adapter)
+        S = self.num_experts if chosen is None else len(chosen)
+        A_SrI = A.reshape(S, -1, A.shape[-1])
+        B_SrO = B.T.contiguous().view(-1, S, B.shape[0]).transpose(0, 1)
+        return ExpertFactors(A_SrI, B_SrO, self.scaling[adapter], experts=chosen)
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a 4-bit stack cannot take a delta."""

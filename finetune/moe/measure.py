@@ -11,47 +11,36 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from tqdm import tqdm
 
 from finetune.errors import Problem, RunError
 from finetune.moe.choice import ExpertChoice, LayerChoice, smallest_set
 from finetune.moe.families import MoeLayout
-from finetune.recipe import LoraSettings
+from finetune.recipe import Recipe
 
 # Weights are summed as integers of this unit: the sum is then the same in any order, on any number of processes.
 _UNIT = 2.0**-32
 
 Batch = Mapping[str, Any]
-AllReduce = Callable[[torch.Tensor], torch.Tensor]
+Collate = Callable[[list[dict[str, Any]]], Batch]
 
 
-def choose_experts(
-    model: Any,
-    moe: MoeLayout,
-    dataset: Any,
-    collate: Callable[[list[dict[str, Any]]], Batch],
-    lora: LoraSettings,
-    *,
-    seed: int,
-    max_length: int,
-    process: tuple[int, int],
-    all_reduce: AllReduce,
-) -> ExpertChoice:
-    """Draw rows, measure them on all processes together, and choose; `process`: the number of this one, and of all.
+def choose_experts(model: Any, moe: MoeLayout, dataset: Any, collate: Collate, recipe: Recipe) -> ExpertChoice:
+    """Draw rows of `dataset`, measure them, all processes together, and choose as the recipe says.
 
     The choice is made from integers that are equal on every process, so it cannot differ between them.
     """
-    assert lora.experts_share is not None  # the recipe is checked
-    lengths = draw_rows(dataset, lora.experts_tokens, seed)
-    number, processes = process
-    mine = batch_rows(lengths, max_length)[number::processes]
-    shown = tqdm(mine, desc="Measuring experts", unit="batch", disable=number > 0)
+    lora, state = recipe.lora, PartialState()
+    assert lora.experts_share is not None  # the recipe was checked
+    lengths = draw_rows(dataset, lora.experts_tokens, recipe.seed)
+    mine = batch_rows(lengths, recipe.data.max_length)[state.process_index :: state.num_processes]
+    shown = tqdm(mine, desc="Measuring experts", unit="batch", disable=not state.is_main_process)
     batches = (collate([dataset[row] for row in rows]) for rows in shown)
-    layers = [
-        _choose(layer, scores_E, lora.experts_share)
-        for layer, scores_E in measure_experts(model, moe, batches, lora.experts_score, all_reduce).items()
-    ]
-    return ExpertChoice(lora.experts_score, lora.experts_share, len(lengths), sum(lengths.values()), tuple(layers))
+    scores = reduce(measure_experts(model, moe, batches, lora.experts_score), "sum")
+    layers = tuple(_choose(layer, each.tolist(), lora.experts_share) for layer, each in scores.items())
+    return ExpertChoice(lora.experts_score, lora.experts_share, len(lengths), sum(lengths.values()), layers)
 
 
 def _choose(layer: str, scores_E: list[int], share: float) -> LayerChoice:
@@ -87,20 +76,16 @@ def batch_rows(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
     return batches
 
 
-def measure_experts(
-    model: Any, moe: MoeLayout, batches: Iterable[Batch], score: str, all_reduce: AllReduce
-) -> dict[str, list[int]]:
-    """Each expert's score over the real tokens of `batches`, by path of the decoder layer; integers of any one unit.
+def measure_experts(model: Any, moe: MoeLayout, batches: Iterable[Batch], score: str) -> dict[str, torch.Tensor]:
+    """Each expert's score over the real tokens of `batches`, by path of the decoder layer; int64 `[E]`, in any unit.
 
-    `score`: gate (sum of the router's weights, ESFT-Gate) or token (number of choices, ESFT-Token). Several processes
-    each give batches of their own; `all_reduce` sums a tensor over them. Raises RunError at a weight that is not
-    finite.
+    `score`: gate (sum of the router's weights, ESFT-Gate) or token (number of choices, ESFT-Token). Raises RunError at
+    a weight that is not finite.
     """
     suffix = f".{moe.experts_module}"
     experts = {name.removesuffix(suffix): each for name, each in model.named_modules() if name.endswith(suffix)}
-    # One more column than there are experts: the index E stands for "no expert".
-    columns = 1 + max(each.num_experts for each in experts.values())
-    total_LE = torch.zeros(len(experts), columns, dtype=torch.int64, device=model.device)
+    # One place more than there are experts: the index E stands for "no expert".
+    totals = [torch.zeros(each.num_experts + 1, dtype=torch.int64, device=model.device) for each in experts.values()]
     was_training = model.training
     model.eval()
     for batch in batches:
@@ -111,10 +96,9 @@ def measure_experts(
         for layer, index_TK, weight_TK in calls:
             if not weight_TK[real].isfinite().all():
                 raise _not_finite(list(experts)[layer], batch)
-            _tally(total_LE[layer], index_TK[real], weight_TK[real], score)
+            _tally(totals[layer], index_TK[real], weight_TK[real], score)
     model.train(was_training)
-    sums = all_reduce(total_LE).tolist()
-    return {layer: row[: each.num_experts] for (layer, each), row in zip(experts.items(), sums, strict=True)}
+    return {layer: total[:-1] for layer, total in zip(experts, totals, strict=True)}
 
 
 @contextmanager

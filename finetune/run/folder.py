@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.errors import Problem, RunError
 
 # What a run writes before its first step. A run that died there may be started again in the same folder.
-_BEFORE_TRAINING = {"recipe.yaml", "audit.json", "provenance.json", "wandb", "trackio", "tensorboard"}
+_BEFORE_TRAINING = {"recipe.yaml", "audit.json", "experts.json", "provenance.json", "wandb", "trackio", "tensorboard"}
 _DO = "choose another output_dir, or remove this one"
 _CONTINUE = ", or set training.resume_from_checkpoint=true to continue it"
 
@@ -32,6 +32,11 @@ class RunFolder:
     def audit(self) -> Path:
         """Parameters and bytes by class, JSON."""
         return self.path / "audit.json"
+
+    @property
+    def experts(self) -> Path:
+        """The choice of experts, JSON; only with `lora.experts: auto`."""
+        return self.path / "experts.json"
 
     @property
     def metrics(self) -> Path:
