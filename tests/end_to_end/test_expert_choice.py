@@ -69,7 +69,8 @@ def choice_of(run: Path) -> Any:
 
 
 def adapter_of(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "adapter" / "adapter_model.safetensors")
+    factors: dict[str, torch.Tensor] = load_file(run / "adapter" / "adapter_model.safetensors")
+    return factors
 
 
 def test_the_run_says_which_experts_it_adapts_and_adapts_those(run: Path) -> None:

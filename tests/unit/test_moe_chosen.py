@@ -1,6 +1,7 @@
 """An adapter of chosen experts: smaller in memory, for stock PEFT and the merge an adapter like any other."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
 
 
-def chosen_model(base: Path, chosen: dict[str, tuple[int, ...]] = CHOSEN, **settings: Any) -> Any:
+def chosen_model(base: Path, chosen: Mapping[str, tuple[int, ...]] = CHOSEN, **settings: Any) -> Any:
     """As `trained_model`, with the same factors for the chosen experts and none for the others."""
     model = trained_model(base, **settings)
     keep_chosen(model, chosen)
     return model
 
 
-def full_model(base: Path, chosen: dict[str, tuple[int, ...]] = CHOSEN, **settings: Any) -> Any:
+def full_model(base: Path, chosen: Mapping[str, tuple[int, ...]] = CHOSEN, **settings: Any) -> Any:
     """The adapter of all experts, those that were not chosen with factors of zero."""
     model = trained_model(base, **settings)
     for name, factor in model.named_parameters():
@@ -48,7 +49,7 @@ def full_model(base: Path, chosen: dict[str, tuple[int, ...]] = CHOSEN, **settin
     return model
 
 
-def experts_of(name: str, chosen: dict[str, tuple[int, ...]] = CHOSEN) -> tuple[int, ...]:
+def experts_of(name: str, chosen: Mapping[str, tuple[int, ...]] = CHOSEN) -> tuple[int, ...]:
     return next(experts for layer, experts in chosen.items() if f"{layer}." in name)
 
 
@@ -172,7 +173,9 @@ def test_the_merge_changes_the_chosen_experts_only(base: Path, tmp_path: Path) -
     ],
     ids=["an expert too many", "a layer too few", "a layer too many"],
 )
-def test_a_choice_made_for_another_model_is_refused(base: Path, chosen: dict[str, tuple[int, ...]], line: str) -> None:
+def test_a_choice_made_for_another_model_is_refused(
+    base: Path, chosen: Mapping[str, tuple[int, ...]], line: str
+) -> None:
     with pytest.raises(WeightsError) as caught:
         chosen_model(base, chosen)
     assert str(caught.value).startswith(line)

@@ -30,7 +30,7 @@ def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
 
 def test_a_run_that_died_before_its_first_step_is_started_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    for path in (run.recipe, run.audit, run.provenance, tmp_path / ".tmp-1-audit.json"):
+    for path in (run.recipe, run.audit, run.experts, run.provenance, tmp_path / ".tmp-1-audit.json"):
         path.write_text("")
     run.create()
 
