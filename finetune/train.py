@@ -61,8 +61,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     eval_rows = None if recipe.data.eval is None else prepare(recipe.data.eval, tokenizer, recipe.data)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
-    collator = Collator(tokenizer)
-    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, collator)
+    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer))
     base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
     stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
     _audit(model, family, recipe, stats, run, state.is_main_process)
@@ -76,7 +75,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         router_term=_router_term(model, family, recipe),
         args=config,
         processing_class=tokenizer,
-        data_collator=collator,
+        data_collator=Collator(tokenizer),
         train_dataset=train_rows.dataset,
         eval_dataset=None if eval_rows is None else eval_rows.dataset,
         callbacks=[MetricsCallback(run.metrics), router_load, *dashboards.callbacks],
