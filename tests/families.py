@@ -98,7 +98,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**_GROUPED, **_DENSE_FIRST, "head_dim": 16},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
-    "mistral4": {**_LATENT, **_GROUPED, **_DENSE_FIRST, "rope_parameters": _PLAIN_ROPE},
+    "mistral4": {**_LATENT, **_GROUPED, **_DENSE_FIRST},
     "qwen3_next": {
         **_NUMBERED,
         **_SHARED_QWEN,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ class TensorInfo:
     file: Path
     offset: int
     nbytes: int
+
+    def as_rows(self) -> "TensorInfo":
+        """The same bytes with all axes but the last as one: a stack of matrices is the rows of one after the other."""
+        if len(self.shape) < 3:
+            return self
+        return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,13 +172,17 @@ class CheckpointReader:
             )
         return self._infos[key]
 
+    def holds(self, key: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return key in self._infos
+
     def read(self, key: str) -> torch.Tensor:
         """The whole tensor in its own dtype."""
         return read_tensor(self.info(key))
 
     def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` along the first axis, without reading the others."""
-        return read_tensor(self.info(key), start, stop)
+        """Rows `start:stop` (of all axes but the last, as one), without reading the others."""
+        return read_tensor(self.info(key).as_rows(), start, stop)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -98,12 +98,17 @@ class CheckpointWriter:
         self._put(slot, slot.offset, tensor)
 
     def write_rows(self, key: str, start: int, rows: torch.Tensor) -> None:
-        """Write some rows of a tensor, beginning with row `start`, each once; a tensor without axes is one row."""
+        """Write some rows of a tensor, beginning with row `start`, each once; a tensor without axes is one row.
+
+        All axes but the last count as one: a stack of matrices is the rows of one after the other.
+        """
         slot = self._slot(key, rows)
         shape = slot.spec.shape
         if not shape:
             self.write(key, rows)
             return
+        if len(shape) > 2:
+            shape = (math.prod(shape[:-1]), shape[-1])
         if tuple(rows.shape[1:]) != shape[1:] or start + rows.shape[0] > shape[0]:
             got = f"{list(rows.shape)} at row {start}"
             raise WeightsError(Problem(key, "rows do not fit the announced shape", f"write rows of {list(shape)}", got))

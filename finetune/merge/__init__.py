@@ -19,8 +19,9 @@ from finetune.merge import proof
 from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
 from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, merged_config, side_files
-from finetune.merge.logits import LayerwiseModel, Routing
+from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, PartFigures
+from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, output_specs, stream_merged
 from finetune.moe.families import Family, family_of
 
@@ -135,7 +136,7 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
     with _bar(job, "compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
         changed = proof.prove_changes(job.base, merged, ledger.targeted, bar.update)
     base_config = job.base.config
-    routing = None if job.family.moe is None else Routing(job.family.moe.router_module)
+    routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing)
     merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype), routing=routing)
     with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:

@@ -1,11 +1,10 @@
 """Which rows of which adapter factors change which tensor on disk, and the change itself.
 
-E experts, r LoRA rank, n a block of rows. PEFT keeps one pair of factors for all experts of a stack: `lora_A [E*r, in]`
-is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`). On disk a
-stack is E times one or more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`); each takes its own rows of `lora_B`.
+E experts, O output and I input features, r LoRA rank, n a block of rows. On disk a stack of experts is E times one or
+more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own rows of `lora_B`), or one tensor
+[E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -14,58 +13,69 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import CheckpointReader
-from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
-from finetune.moe.families import Family, MoeLayout
-
-LAYER = re.compile(r"model\.layers\.\d+\.")
+from finetune.merge.factors import FactorReader
+from finetune.merge.layout import BaseLayout, Stack, base_layout
+from finetune.moe.families import Family
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one on-disk tensor: `scale * B_e @ A_e`, with the rows of `B_e` from `first_row` on."""
+    """The change of one tensor on disk: `scale * B_e @ A_e` for each expert that it holds."""
 
     key: str
-    part: str  # attention, experts, router, mlp or other
+    part: str  # as `Family.part` names it
     path: str
     pair: FactorPair
     scale: float
-    experts: int
-    expert: int
-    first_row: int
-    shape: tuple[int, int]
+    experts: int  # of the factors
+    expert: int  # the first one in this tensor
+    first_row: int  # of the factors' output features
+    shape: tuple[int, int]  # of one expert on disk
+    transposed: bool = False  # on disk [I, O]
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` of the change, fp32 [n, in]; reads only the factors' rows that are needed."""
-        r = self.pair.a.shape[0] // self.experts
-        A_rI = read_tensor(self.pair.a, self.expert * r, (self.expert + 1) * r).float()
-        B_nR = read_tensor(self.pair.b, self.first_row + start, self.first_row + stop).float()
-        return (expert_columns(B_nR, self.experts, self.expert) @ A_rI).mul_(self.scale)
+    @property
+    def extent(self) -> int:
+        """How many rows of one expert all tensors of this delta's path must take together."""
+        return self.pair.a.shape[1] if self.transposed else self.pair.b.shape[0]
 
+    def place(self, start: int) -> tuple[int, int]:
+        """The expert that row `start` of the tensor on disk belongs to, and which row of the expert's it is."""
+        expert, row = divmod(start, self.shape[0])
+        return self.expert + expert, self.first_row + row
 
-def expert_columns(B_nR: torch.Tensor, experts: int, expert: int) -> torch.Tensor:
-    """The columns [n, r] of one expert in rank-major rows of `lora_B` [n, r*E]."""
-    return B_nR.reshape(B_nR.shape[0], -1, experts)[:, :, expert]
+    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
+        """Rows `start:stop` of the change, all of one expert, fp32 [n, I], or [n, O] where transposed."""
+        expert, row = self.place(start)
+        A_rI = factors.a(self.pair, self.experts, expert)
+        past = row + stop - start
+        if self.transposed:
+            B_Or = factors.b(self.pair, self.experts, expert, 0, self.pair.b.shape[0])
+            return (A_rI[:, row:past].T @ B_Or.T).mul_(self.scale)
+        B_nr = factors.b(self.pair, self.experts, expert, row, past)
+        return (B_nr @ A_rI).mul_(self.scale)
 
 
 @dataclass(frozen=True)
 class _Target:
-    """One module or stacked parameter that the adapter's settings name, and the matrices on disk that make it."""
+    """One module or stacked parameter that the adapter's settings name, and the tensors on disk that make it."""
 
     name: str  # as PEFT matches patterns
     path: str  # as PEFT names its factors
     part: str
-    disk_keys: tuple[tuple[str, ...], ...]  # by expert, then along the output axis
+    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
+    experts: int = 1
+    transposed: bool = False
 
 
 def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, Delta]:
     """Every on-disk tensor that the adapter changes.
 
-    Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
-    and for shapes or ranks that do not fit.
+    Raises WeightsError (all problems at once) for an incomplete base, for factors that match nothing in the base, for
+    targets without factors, and for shapes or ranks that do not fit.
     """
-    targets = list(_targets(base, adapter, family))
+    targets = list(_targets(base_layout(base, family), adapter, family))
     where = str(adapter.folder / WEIGHTS_FILE)
     unused = sorted(set(adapter.pairs) - {target.path for target in targets})
     problems = [
@@ -89,74 +99,67 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
 
 
 def _deltas(base: CheckpointReader, adapter: Adapter, target: _Target) -> list[Delta] | Problem:
-    pair, r, experts = adapter.pairs[target.path], adapter.rank(target.name), len(target.disk_keys)
-    shapes = [base.info(key).shape for key in target.disk_keys[0]]
-    columns = shapes[0][1]
-    expected = ((experts * r, columns), (sum(shape[0] for shape in shapes), experts * r))
-    if (pair.a.shape, pair.b.shape) != expected:
-        where = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{target.path}"
-        do = f"A {list(expected[0])} and B {list(expected[1])} fit r={r} and the base"
-        return Problem(
-            where, "shape or rank does not fit", do, got=f"A {list(pair.a.shape)} and B {list(pair.b.shape)}"
-        )
+    # The matrix of one expert, for each of the tensors that lie along its output axis; the first key stands for all.
+    shapes = [(int(shape[-2]), int(shape[-1])) for shape in (base.info(key).shape for key in target.keys[0])]
+    problem = _misfit(adapter, target, shapes)
+    if problem is not None:
+        return problem
     deltas = []
-    for expert, keys in enumerate(target.disk_keys):
+    for expert, keys in enumerate(target.keys):
         first_row = 0
         for key, shape in zip(keys, shapes, strict=True):
             delta = Delta(
                 key=key,
                 part=target.part,
                 path=target.path,
-                pair=pair,
+                pair=adapter.pairs[target.path],
                 scale=adapter.scale(target.name),
-                experts=experts,
+                experts=target.experts,
                 expert=expert,
                 first_row=first_row,
-                shape=(shape[0], columns),
+                shape=shape,
+                transposed=target.transposed,
             )
             deltas.append(delta)
             first_row += shape[0]
     return deltas
 
 
-def _targets(base: CheckpointReader, adapter: Adapter, family: Family) -> Iterator[_Target]:
+def _misfit(adapter: Adapter, target: _Target, shapes: list[tuple[int, int]]) -> Problem | None:
+    """What is wrong with the factors' shapes, if anything."""
+    pair, r = adapter.pairs[target.path], adapter.rank(target.name)
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
+    inputs, outputs = (rows, columns) if target.transposed else (columns, rows)
+    expected = ((target.experts * r, inputs), (outputs, target.experts * r))
+    if (pair.a.shape, pair.b.shape) == expected:
+        return None
+    where = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{target.path}"
+    got = f"A {list(pair.a.shape)} and B {list(pair.b.shape)}"
+    do = f"A {list(expected[0])} and B {list(expected[1])} fit r={r} and the base"
+    if target.experts > 1:
+        do += f" of {target.experts} experts"
+    if (pair.a.shape[1], pair.b.shape[0]) == (outputs, inputs) != (inputs, outputs):
+        return Problem(where, "made for another layout: input and output are swapped", do, got)
+    return Problem(where, "shape or rank does not fit", do, got)
+
+
+def _targets(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[_Target]:
     """What the adapter's settings name in this base, by PEFT's own matching rules."""
-    layers = sorted({match.group() for key in base.keys if (match := LAYER.match(key))})
-    in_stacks: set[str] = set()
-    renamed: dict[str, str] = {}
-    if family.moe is not None:
-        for layer in layers:
-            yield from _stack_targets(base, adapter, family.moe, layer, in_stacks)
-            renamed[layer + family.moe.disk_router] = layer + family.moe.router_module
-    for key in base.keys:
-        if key in in_stacks or not key.endswith(".weight") or len(base.info(key).shape) != 2:
-            continue
-        module = renamed.get(key, key.removesuffix(".weight"))
+    transposed = family.moe is not None and family.moe.transposed
+    by_module: dict[str, list[Stack]] = {}
+    for stack in layout.stacks:
+        if _names_parameter(adapter.settings, stack.name):
+            by_module.setdefault(stack.module, []).append(stack)
+    for module, stacks in by_module.items():
+        # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
+        for depth, stack in enumerate(reversed(stacks)):
+            path = module + ".base_layer" * depth
+            yield _Target(stack.name, path, "experts", stack.keys, stack.experts, transposed)
+    for key, module in layout.modules.items():
         if _names_parameter(adapter.settings, f"{module}.weight"):
-            yield _Target(f"{module}.weight", module, _part(family, module), ((key,),))
+            yield _Target(f"{module}.weight", module, family.part(module), ((key,),))
         elif _names_module(adapter.settings, module):
-            yield _Target(module, module, _part(family, module), ((key,),))
-
-
-def _stack_targets(
-    base: CheckpointReader, adapter: Adapter, moe: MoeLayout, layer: str, in_stacks: set[str]
-) -> Iterator[_Target]:
-    held = set(base.keys)
-    named: list[tuple[str, tuple[tuple[str, ...], ...]]] = []
-    for stack in moe.stacks:
-        disk_keys: list[tuple[str, ...]] = []
-        while True:
-            keys = tuple(layer + moe.disk_expert.format(expert=len(disk_keys), name=name) for name in stack.disk_names)
-            if not held.issuperset(keys):
-                break
-            disk_keys.append(keys)
-            in_stacks.update(keys)
-        name = f"{layer}{moe.experts_module}.{stack.parameter}"
-        if disk_keys and _names_parameter(adapter.settings, name):
-            named.append((name, tuple(disk_keys)))
-    # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
-    for depth, (name, expert_keys) in enumerate(reversed(named)):
-        yield _Target(name, f"{layer}{moe.experts_module}" + ".base_layer" * depth, "experts", expert_keys)
+            yield _Target(module, module, family.part(module), ((key,),))
 
 
 def _names_parameter(settings: dict[str, Any], name: str) -> bool:
@@ -169,12 +172,3 @@ def _names_module(settings: dict[str, Any], name: str) -> bool:
 
     config = SimpleNamespace(**{**settings, "target_modules": settings.get("target_modules") or []})
     return bool(check_target_module_exists(config, name))
-
-
-def _part(family: Family, module: str) -> str:
-    last = module.rpartition(".")[2]
-    if family.moe is not None and module.endswith(family.moe.router_module):
-        return "router"
-    if last in family.attention:
-        return "attention"
-    return "mlp" if last in family.dense_mlp else "other"

@@ -1,87 +1,32 @@
 """Logits of a checkpoint on disk, one decoder layer in memory at a time, through transformers' and PEFT's own code.
 
-Each layer is loaded as a model of one layer by `from_pretrained` (fp32), given the adapter by
-`PeftModel.from_pretrained`, and run on the hidden states that the layer before left. So Mixtral 8x7B needs the memory
-of one of its layers in fp32, and no line of the merge takes part in what it is compared with.
+The model is built whole, by `from_pretrained` in fp32, but for its decoder layers: all but one are emptied and pass on
+what they are given. Its own forward then makes masks and positions for that one layer, whatever kind of layer it is and
+wherever it stands, and the layer gets the hidden states that the one before left. So a Mixtral 8x7B needs the memory of
+one of its layers in fp32, no architecture needs code of its own here, and no line of the merge takes part in what it is
+compared with.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
 from finetune.checkpoint import CheckpointReader
-from finetune.checkpoint.reader import read_header
+from finetune.checkpoint.reader import read_header, read_tensor
+from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import WEIGHTS_FILE
-from finetune.moe.checkpointing import kept_routing
-from finetune.moe.router import capture, find_routers
+from finetune.merge.routing import Routing
+from finetune.moe.families import family_of
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Without transformers' own bar for each of the loads; the caller shows one for all."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
-
-
-class _LayerInPlace(nn.Module):
-    """A list of layers that holds only number `index`, under its own number, so that PEFT sees the real names."""
-
-    def __init__(self, layer: nn.Module, index: int) -> None:
-        super().__init__()
-        self.add_module(str(index), layer)
-
-    def __getitem__(self, taken: slice) -> list[nn.Module]:
-        return list(self.children())[taken]
-
-    def __len__(self) -> int:
-        return 1
-
-
-@dataclass
-class Routing:
-    """Which experts a model with an adapter chose, for a merged model to choose again.
-
-    Two router scores may be so close that rounding a weight to 16 bits chooses another expert; what follows differs
-    then, though every weight is right. So logits are also compared under equal choices, and other choices are counted.
-    """
-
-    router_module: str
-    kept: dict[tuple[int, int], AbstractContextManager[Any]] = field(default_factory=dict)  # by layer and prompt
-    decisions: int = 0
-    differing: int = 0
-
-    @contextmanager
-    def record(self, layer: int, prompt: int) -> Iterator[None]:
-        """Keep the choices of the block."""
-        keep, self.kept[layer, prompt] = kept_routing()
-        with keep:
-            yield
-
-    @contextmanager
-    def replay(self, layer: int, prompt: int, model: nn.Module) -> Iterator[None]:
-        """Choose again what was kept, and count where `model` by itself would have chosen otherwise."""
-        with capture(find_routers(model, self.router_module)) as record, self.kept[layer, prompt]:
-            yield
-        for logits_TE, index_TK in zip(record.logits, record.indices, strict=True):
-            own_TE = torch.zeros_like(logits_TE).scatter_(-1, logits_TE.topk(index_TK.shape[-1]).indices, 1.0)
-            self.decisions += index_TK.numel()
-            self.differing += index_TK.numel() - int(own_TE.gather(-1, index_TK).sum())
 
 
 class LayerwiseModel:
@@ -97,9 +42,10 @@ class LayerwiseModel:
         adapter: Path | None = None,
         routing: Routing | None = None,
     ) -> None:
-        self.reader, self.config, self.adapter, self.routing = reader, config, adapter, routing
-        self.num_layers = int(config["num_hidden_layers"])
-        self._adapter_keys = [] if adapter is None else list(read_header(adapter / WEIGHTS_FILE))
+        self.reader, self.adapter, self.routing = reader, adapter, routing
+        self.settings = {**config, "output_router_logits": False}
+        self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
+        self._factors = {} if adapter is None else read_header(adapter / WEIGHTS_FILE)
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -107,7 +53,7 @@ class LayerwiseModel:
         """Logits of all prompts [T], one after the other, in fp32 [sum T, V].
 
         "plain" are those of the weights on disk; "adapted" those with the adapter; "rerouted" those of the weights on
-        disk under the recorded routing.
+        disk under the recorded routing. Raises WeightsError for weights that the architecture needs and are not there.
         """
         names = ["plain"]
         if self.adapter is not None:
@@ -116,7 +62,7 @@ class LayerwiseModel:
             names.append("rerouted")
         states = {name: [prompt[None] for prompt in prompts] for name in names}
         for index in range(self.num_layers):
-            with _no_progress_bars():
+            with _quiet():
                 model = self._load(index)
             states = {name: self._step(model, index, name, states[name]) for name in names}
             advance(1)
@@ -125,70 +71,137 @@ class LayerwiseModel:
     @torch.no_grad()
     def _step(self, model: Any, index: int, name: str, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """Hidden states [1, T, H] after the layer, or the logits [1, T, V] after the last one."""
-        layer = (model.get_base_model() if isinstance(model, PeftModel) else model).model.layers[:][0]
-        kept: list[torch.Tensor] = []
-        hook = layer.register_forward_hook(lambda *call: kept.append(call[2]))
-        logits = []
-        for prompt, state in enumerate(states):
-            given = {"input_ids": state} if index == 0 else {"inputs_embeds": state}
-            with self._context(model, index, name, prompt):
-                logits.append(model(**given, use_cache=False).logits)
-        hook.remove()
-        return logits if index == self.num_layers - 1 else kept
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        layer = base.get_decoder().layers[index]
+        adapted = model.disable_adapter() if name == "plain" and isinstance(model, PeftModel) else nullcontext()
+        results = []
+        with adapted:
+            for prompt, state in enumerate(states):
+                with self._routed(layer, index, name, prompt), _passing(layer, state if index else None) as left:
+                    if index == self.num_layers - 1:
+                        results.append(base(**_given(state, index), use_cache=False).logits)
+                    else:
+                        base.get_decoder()(**_given(state, index), use_cache=False)
+                        results += left
+        return results
 
-    def _context(self, model: Any, index: int, name: str, prompt: int) -> AbstractContextManager[Any]:
-        if name == "plain":
-            context: AbstractContextManager[Any] = (
-                model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-            )
-            return context
-        if self.routing is None:
+    def _routed(self, layer: nn.Module, index: int, name: str, prompt: int) -> AbstractContextManager[None]:
+        if self.routing is None or name == "plain":
             return nullcontext()
-        if name == "adapted":
-            return self.routing.record(index, prompt)
-        return self.routing.replay(index, prompt, model)
+        keep = self.routing.record if name == "adapted" else self.routing.replay
+        return keep(index, prompt, layer)
 
     def _load(self, index: int) -> Any:
-        config = self._layer_config(index)
-        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        tensors = self._layer_tensors(index, config)
-        model = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32).eval()
-        model.model.layers = _LayerInPlace(model.model.layers[0], index)
-        if self.adapter is None or not self._is_adapted(index):
-            return model
-        with warnings.catch_warnings():
-            # PEFT looks for rank patterns among modules only, and applies them to parameters all the same.
-            warnings.filterwarnings(
-                "ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning
-            )
-            # PEFT asks transformers for a property by its old name.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            return PeftModel.from_pretrained(model, str(self.adapter)).eval()
-
-    def _layer_config(self, index: int) -> Any:
-        """The model's own configuration with one layer; without vocabulary where neither end needs it."""
-        settings = {**self.config, "num_hidden_layers": 1}
-        if isinstance(settings.get("layer_types"), list):
-            settings["layer_types"] = settings["layer_types"][index : index + 1]
+        """The model with one layer in fp32, under the adapter if that has anything for it."""
+        settings = self.settings
         if not self._needs_vocabulary(index):
-            settings |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        return transformers.AutoConfig.for_model(**settings)
+            settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        config = transformers.AutoConfig.for_model(**settings)
+        model_class = _one_layer(_model_class(config), index)
+        tensors = self._layer_tensors(index, config)
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            got = ", ".join(sorted(info["missing_keys"])[:3])
+            raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
+        factors = [key for key in self._factors if self._belongs(key, index)]
+        return self._adapted(model.eval(), factors) if factors else model.eval()
+
+    def _adapted(self, model: Any, keys: list[str]) -> Any:
+        config = PeftConfig.from_pretrained(str(self.adapter))
+        config.inference_mode = True
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        factors = {key: read_tensor(self._factors[key]) for key in keys}
+        unknown = set_peft_model_state_dict(adapted, factors, low_cpu_mem_usage=True).unexpected_keys
+        lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
+        if unknown or lacking:
+            what = "the adapter's tensors and the modules that its settings name differ"
+            got = ", ".join(sorted(unknown + lacking)[:3])
+            raise WeightsError(Problem(str(self.adapter), what, "save the adapter again", got))
+        return adapted.eval()
 
     def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:
-        layer = f"model.layers.{index}."
         tensors = {}
         for key in self.reader.keys:
             if key in (EMBEDDING, HEAD) and not self._needs_vocabulary(index):
                 tensors[key] = torch.zeros(1, config.hidden_size)
-            elif key.startswith(layer):
-                tensors["model.layers.0." + key.removeprefix(layer)] = self.reader.read(key)
-            elif not key.startswith("model.layers."):
+            elif key.startswith(f"model.layers.{index}.") or not key.startswith("model.layers."):
                 tensors[key] = self.reader.read(key)
         return tensors
 
     def _needs_vocabulary(self, index: int) -> bool:
-        return index in (0, self.num_layers - 1) or any(".layers." not in key for key in self._adapter_keys)
+        return index in (0, self.num_layers - 1)
 
-    def _is_adapted(self, index: int) -> bool:
-        last = index == self.num_layers - 1
-        return any(f".layers.{index}." in key or (last and ".layers." not in key) for key in self._adapter_keys)
+    def _belongs(self, key: str, index: int) -> bool:
+        """Whether an adapter's tensor is of layer `index`, or of what comes after the last layer."""
+        return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
+
+
+def _model_class(config: Any) -> Any:
+    found = family_of(config.model_type, "config.json: model_type").transformers_class()
+    return (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if found is transformers.AutoModelForCausalLM else found
+    )
+
+
+def _one_layer(model_class: Any, index: int) -> Any:
+    """`model_class` with all decoder layers but number `index` emptied as soon as they are built (without memory)."""
+
+    def build(self: Any, config: Any) -> None:
+        model_class.__init__(self, config)
+        for number, layer in enumerate(self.get_decoder().layers):
+            if number != index:
+                layer._modules.clear()
+                layer._parameters.clear()
+                layer._buffers.clear()
+                layer.forward = _pass_on
+
+    # transformers finds an architecture's conversions by its name, for classes of its own.
+    return type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+
+
+def _pass_on(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return hidden_states
+
+
+def _given(state: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+    return {"inputs_embeds": state} if index else {"input_ids": state}
+
+
+@contextmanager
+def _passing(layer: nn.Module, state: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """Within it `layer` gets `state` as its hidden states (None: what comes), and what it returns is kept."""
+    left: list[torch.Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return (args if state is None else (state, *args[1:])), kwargs
+
+    handles = (
+        layer.register_forward_pre_hook(enter, with_kwargs=True),
+        layer.register_forward_hook(lambda *call: left.append(call[2])),
+    )
+    try:
+        yield left
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bar for each of the loads (the caller shows one for all), and PEFT's false alarms."""
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT looks for rank patterns among modules only, and applies them to parameters all the same.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
+            # A layer without experts, or without attention, under an adapter that names both.
+            warnings.filterwarnings("ignore", message="target_(modules|parameters)=", category=RuntimeWarning)
+            # PEFT asks transformers for a property by its old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()

@@ -53,14 +53,14 @@ class LogitFigures:
 
 def prove_usage(ledger: Ledger, adapter: Adapter, deltas: Mapping[str, Delta]) -> int:
     """Every row of every expert of every factor pair went into exactly one row on disk; returns their tensors."""
-    experts = {delta.path: delta.experts for delta in deltas.values()}
-    problems = [
-        Problem(path, "adapter tensor was not used exactly once", "report this bug", got=f"expert {expert} of {count}")
-        for path, pair in adapter.pairs.items()
-        for count in (experts.get(path, 1),)
-        for expert in range(count)
-        if not _tiles([block[1:] for block in ledger.used.get(path, []) if block[0] == expert], pair.b.shape[0])
-    ]
+    by_path = {delta.path: delta for delta in deltas.values()}
+    problems = []
+    for path, pair in adapter.pairs.items():
+        count, extent = (by_path[path].experts, by_path[path].extent) if path in by_path else (1, pair.b.shape[0])
+        for expert in range(count):
+            if not _tiles(ledger.used.get((path, expert), []), extent):
+                got = f"expert {expert} of {count}"
+                problems.append(Problem(path, "adapter tensor was not used exactly once", "report this bug", got))
     if problems:
         raise WeightsError(problems)
     return 2 * len(adapter.pairs)

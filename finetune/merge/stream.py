@@ -12,6 +12,7 @@ from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import FLOATS
 from finetune.merge.deltas import Delta
+from finetune.merge.factors import FactorReader
 
 # Elements of a block: 4 MiB in fp32, of which a handful are in memory at a time.
 BLOCK_ELEMENTS = 2**20
@@ -30,7 +31,7 @@ class PartNorms:
 class Ledger:
     """What the stream did, recorded where it did it; the proof is read from here."""
 
-    used: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)  # path -> (expert, first row, past it)
+    used: dict[tuple[str, int], list[tuple[int, int]]] = field(default_factory=dict)  # path, expert -> (row, past it)
     targeted: set[str] = field(default_factory=set)  # tensors whose change is not zero
     norms: dict[str, PartNorms] = field(default_factory=dict)
 
@@ -62,38 +63,45 @@ def stream_merged(
     Raises WeightsError for a result that is not finite.
     """
     specs = output_specs(base, dtype)
-    ledger = Ledger()
+    ledger, factors = Ledger(), FactorReader()
     with CheckpointWriter(folder, specs, shard_bytes(base, specs)) as writer:
         for spec in specs:
             info = base.info(spec.key)
             delta = deltas.get(spec.key)
-            for start, stop in blocks(info):
+            out = TORCH_DTYPES[spec.dtype]
+            for start, stop in blocks(info, None if delta is None else delta.shape[0]):
                 rows = base.read_rows(info.key, start, stop)
-                out = TORCH_DTYPES[spec.dtype]
-                merged = rows.to(out) if delta is None else _merge_rows(rows, delta, start, stop, out, ledger)
+                if delta is None:
+                    merged = rows.to(out)
+                else:
+                    merged = _merge_rows(rows, delta.rows(start, stop, factors), delta, start, out, ledger)
                 _require_finite(merged, info.key)
                 writer.write_rows(info.key, start, merged)
                 advance(rows.numel() * rows.itemsize)
     return ledger
 
 
-def blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Cut a tensor into ranges of rows; a tensor without an axis is one block of its own."""
+def blocks(info: TensorInfo, within: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into ranges of rows, none of which straddles a multiple of `within` (the rows of one expert).
+
+    A tensor without an axis is one block of its own.
+    """
     if not info.shape:
         yield 0, 1
         return
-    columns = max(1, info.nbytes // TORCH_DTYPES[info.dtype].itemsize // max(info.shape[0], 1))
-    step = max(1, BLOCK_ELEMENTS // columns)
-    for start in range(0, info.shape[0], step):
-        yield start, min(start + step, info.shape[0])
+    count, *columns = info.as_rows().shape
+    step = max(1, BLOCK_ELEMENTS // max([1, *columns]))
+    within = within or max(count, 1)
+    for first in range(0, count, within):
+        for start in range(first, first + within, step):
+            yield start, min(start + step, first + within)
 
 
 def _merge_rows(
-    rows: torch.Tensor, delta: Delta, start: int, stop: int, dtype: torch.dtype, ledger: Ledger
+    rows: torch.Tensor, delta_nI: torch.Tensor, delta: Delta, start: int, dtype: torch.dtype, ledger: Ledger
 ) -> torch.Tensor:
-    """Base rows `start:stop` plus their change, added in fp32 and rounded once; the ledger learns what was done."""
+    """Base rows from `start` on plus their change, added in fp32 and rounded once; the ledger learns what was done."""
     base_nI = rows.to(torch.float32, copy=True)
-    delta_nI = delta.rows(start, stop)
     norms = ledger.norms.setdefault(delta.part, PartNorms())
     norms.base += _square(base_nI)
     delta_square = _square(delta_nI)
@@ -103,8 +111,8 @@ def _merge_rows(
     exact_nI = base_nI.add_(delta_nI)
     merged = exact_nI.to(dtype)
     norms.rounding += _square(torch.sub(exact_nI, merged, out=delta_nI))
-    used = ledger.used.setdefault(delta.path, [])
-    used.append((delta.expert, delta.first_row + start, delta.first_row + stop))
+    expert, row = delta.place(start)
+    ledger.used.setdefault((delta.path, expert), []).append((row, row + len(rows)))
     return merged
 
 

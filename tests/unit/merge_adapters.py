@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from finetune.checkpoint import fingerprint
+from finetune.moe.families import FAMILIES
 
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTER = "mlp.gate.weight"
@@ -23,7 +23,8 @@ EVERYTHING: dict[str, Any] = {
 
 def load(folder: Path, adapter: Path | None = None) -> Any:
     """Stock model in fp32, with the stock adapter."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    model = FAMILIES[model_type].transformers_class().from_pretrained(folder, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()

@@ -10,6 +10,7 @@ import torch
 
 import finetune.merge.adapter
 import finetune.merge.deltas
+import finetune.merge.factors
 from finetune.errors import WeightsError
 from finetune.merge import merge, proof
 from finetune.merge.deltas import Delta
@@ -148,10 +149,10 @@ def test_the_logits_refuse_a_wrong_router(base: Path, tmp_path: Path, monkeypatc
 def test_the_logits_refuse_a_confused_order_of_experts(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def expert_major(B_nR: torch.Tensor, experts: int, expert: int) -> torch.Tensor:
-        return B_nR.reshape(B_nR.shape[0], experts, -1)[:, expert]
+    def expert_major(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
+        return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)
 
-    monkeypatch.setattr(finetune.merge.deltas, "expert_columns", expert_major)
+    monkeypatch.setattr(finetune.merge.factors, "by_expert", expert_major)
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter")
 
 

@@ -1,17 +1,20 @@
-"""Streaming a merge holds a few blocks in memory, whatever the size of the checkpoint."""
+"""Streaming a merge holds a few blocks in memory, whatever the size of the checkpoint and of its tensors."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune.checkpoint import CheckpointWriter, TensorSpec
 
-TENSOR_BYTES = 32 * 2**20
-HIDDEN, INTERMEDIATE, EXPERTS, RANK = 2048, 8192, 2, 8
+Shapes = dict[str, tuple[int, ...]]
+EXPERT_BYTES = 32 * 2**20  # of one matrix of one expert in the base
+HIDDEN, INTERMEDIATE, RANK = 2048, 8192, 8
+STACK = "base_model.model.model.layers.0.mlp.experts"
 
 # Run in a process of its own: the peak of this one is what other tests left.
 MEASURE = """
@@ -34,14 +37,14 @@ def resident(which):
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS")
 reader = CheckpointReader(Path(base))
-deltas = plan(reader, read_adapter(Path(adapter)), family_of("mixtral", "test"))
+deltas = plan(reader, read_adapter(Path(adapter)), family_of(reader.config["model_type"], "test"))
 ledger = stream_merged(reader, deltas, Path(output), dtype or None)
 growth = resident("VmHWM") - before
 print(json.dumps({"growth": growth, "targeted": len(ledger.targeted)}))
 """
 
 
-def write(folder: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, name: str) -> None:
+def write(folder: Path, shapes: Shapes, dtype: torch.dtype, name: str) -> None:
     """Random tensors, one at a time: this process stays small, too."""
     disk = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
     with CheckpointWriter(folder, [TensorSpec(key, disk, shape) for key, shape in shapes.items()]) as writer:
@@ -50,38 +53,50 @@ def write(folder: Path, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, 
     (folder / "model.safetensors").rename(folder / name)
 
 
-@pytest.mark.parametrize("dtype", ["", "F32"], ids=["own dtype", "float32"])
-def test_the_peak_is_under_three_times_the_largest_tensor(tmp_path: Path, dtype: str) -> None:
-    block = "model.layers.0.block_sparse_moe.experts"
-    shapes = {"model.embed_tokens.weight": (TENSOR_BYTES // 2 // HIDDEN, HIDDEN)}
-    for expert in range(EXPERTS):
-        for name in ("w1", "w3"):
-            shapes[f"{block}.{expert}.{name}.weight"] = (INTERMEDIATE, HIDDEN)
-        shapes[f"{block}.{expert}.w2.weight"] = (HIDDEN, INTERMEDIATE)
-    write(tmp_path / "base", shapes, torch.bfloat16, "model.safetensors")
-    stack = "base_model.model.model.layers.0.mlp.experts"
-    factors = {
-        f"{stack}.lora_A.weight": (EXPERTS * RANK, INTERMEDIATE),
-        f"{stack}.lora_B.weight": (HIDDEN, EXPERTS * RANK),
-        f"{stack}.base_layer.lora_A.weight": (EXPERTS * RANK, HIDDEN),
-        f"{stack}.base_layer.lora_B.weight": (2 * INTERMEDIATE, EXPERTS * RANK),
+def measure(folder: Path, model_type: str, shapes: Shapes, experts: int, dtype: str = "") -> dict[str, Any]:
+    """Growth of a process that merges an adapter on all experts into a base of these tensors."""
+    router = {"mixtral": "block_sparse_moe.gate.weight", "gpt_oss": "mlp.router.weight"}[model_type]
+    shapes = {"model.embed_tokens.weight": (8192, HIDDEN), f"model.layers.0.{router}": (experts, HIDDEN), **shapes}
+    write(folder / "base", shapes, torch.bfloat16, "model.safetensors")
+    (folder / "base" / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 1}))
+    factors: Shapes = {
+        f"{STACK}.lora_A.weight": (experts * RANK, INTERMEDIATE),
+        f"{STACK}.lora_B.weight": (HIDDEN, experts * RANK),
+        f"{STACK}.base_layer.lora_A.weight": (experts * RANK, HIDDEN),
+        f"{STACK}.base_layer.lora_B.weight": (2 * INTERMEDIATE, experts * RANK),
     }
-    write(tmp_path / "adapter", factors, torch.float32, "adapter_model.safetensors")
+    write(folder / "adapter", factors, torch.float32, "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
         "r": RANK,
         "lora_alpha": 16,
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     }
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-c",
-        MEASURE,
-        *map(str, (tmp_path / "adapter", tmp_path / "base", tmp_path / "out")),
-        dtype,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    measured = json.loads(done.stdout)
-    assert measured["targeted"] == EXPERTS * 3
-    assert 0 < measured["growth"] < 3 * TENSOR_BYTES
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    paths = map(str, (folder / "adapter", folder / "base", folder / "out"))
+    command = [sys.executable, "-c", MEASURE, *paths, dtype]
+    measured: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return measured
+
+
+@pytest.mark.parametrize("dtype", ["", "F32"], ids=["own dtype", "float32"])
+def test_the_peak_is_under_three_times_the_largest_tensor(tmp_path: Path, dtype: str) -> None:
+    block, experts = "model.layers.0.block_sparse_moe.experts", 2
+    shapes: Shapes = {}
+    for expert in range(experts):
+        shapes |= {f"{block}.{expert}.{name}.weight": (INTERMEDIATE, HIDDEN) for name in ("w1", "w3")}
+        shapes[f"{block}.{expert}.w2.weight"] = (HIDDEN, INTERMEDIATE)
+    measured = measure(tmp_path, "mixtral", shapes, experts, dtype)
+    assert measured["targeted"] == experts * 3
+    assert 0 < measured["growth"] < 3 * EXPERT_BYTES
+
+
+def test_of_a_stack_in_one_tensor_no_expert_is_held_whole(tmp_path: Path) -> None:
+    block, experts = "model.layers.0.mlp.experts", 2
+    shapes: Shapes = {
+        f"{block}.gate_up_proj": (experts, HIDDEN, 2 * INTERMEDIATE),
+        f"{block}.down_proj": (experts, INTERMEDIATE, HIDDEN),
+    }
+    measured = measure(tmp_path, "gpt_oss", shapes, experts)
+    assert measured["targeted"] == 2
+    assert 0 < measured["growth"] < 2 * EXPERT_BYTES  # gate and up of one expert, half of the tensor

@@ -1,0 +1,120 @@
+"""Where a base checkpoint keeps what an adapter can change: its stacks of experts, its routers, its linear layers.
+
+The table of families says how the published checkpoints name things; a checkpoint may as well hold a stack as the
+loaded model does (`save_pretrained(save_original_format=False)`). Which of the two, is read from the keys.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune.checkpoint import CheckpointReader
+from finetune.errors import Problem, WeightsError
+from finetune.moe.families import Family, MoeLayout
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+COMPLETE = "fetch the checkpoint again, or give a complete one"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The tensors on disk that are one stacked parameter of the loaded model."""
+
+    module: str
+    parameter: str
+    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
+    experts: int
+
+    @property
+    def name(self) -> str:
+        """As PEFT matches targets and patterns."""
+        return f"{self.module}.{self.parameter}"
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Stacks in the order in which their module holds them, and the modules of all other matrices by key."""
+
+    stacks: tuple[Stack, ...]
+    modules: dict[str, str]
+
+
+def base_layout(base: CheckpointReader, family: Family) -> BaseLayout:
+    """Look at the headers. Raises WeightsError for an expert that is missing or has another shape than the others.
+
+    Only layers that the architecture loads count: a published checkpoint may have more (multi-token prediction).
+    """
+    num_layers = int(base.config["num_hidden_layers"])
+    prefixes = [f"model.layers.{number}." for number in range(num_layers)]
+    stacks: tuple[Stack, ...] = ()
+    renamed: dict[str, str] = {}
+    if family.moe is not None:
+        moe = family.moe
+        stacks = _stacks(base, moe, [prefix for prefix in prefixes if _is_sparse(base, moe, prefix)])
+        router = moe.router_parameter.removesuffix(".weight")
+        renamed = {prefix + moe.disk_router: prefix + router for prefix in prefixes}
+    taken = {key for stack in stacks for keys in stack.keys for key in keys}
+    modules = {
+        key: renamed.get(key, key.removesuffix(".weight"))
+        for key in base.keys
+        if key not in taken and key.endswith(".weight") and len(base.info(key).shape) == 2 and _loaded(key, num_layers)
+    }
+    return BaseLayout(stacks, modules)
+
+
+def _loaded(key: str, num_layers: int) -> bool:
+    match = LAYER.match(key)
+    return match is None or int(match[1]) < num_layers
+
+
+def _is_sparse(base: CheckpointReader, moe: MoeLayout, prefix: str) -> bool:
+    """A layer with a router is one with experts, also where these are missing."""
+    return any(base.holds(prefix + key) for key in (moe.disk_router, moe.router_parameter))
+
+
+def _stacks(base: CheckpointReader, moe: MoeLayout, prefixes: list[str]) -> tuple[Stack, ...]:
+    count = _count_experts(base, moe)
+    stacks = tuple(_stack(base, moe, prefix, number, count) for prefix in prefixes for number in range(len(moe.stacks)))
+    problems = [problem for stack in stacks for problem in _problems(base, stack)]
+    if problems:
+        raise WeightsError(problems)
+    return stacks
+
+
+def _count_experts(base: CheckpointReader, moe: MoeLayout) -> int:
+    """Experts of the fullest layer of a per-expert checkpoint, at least 1: others must not have fewer."""
+    pattern = LAYER.pattern + re.escape(moe.disk_expert).replace(r"\{expert\}", r"(\d+)").replace(r"\{name\}", r"\w+")
+    matches = (re.fullmatch(pattern, key) for key in base.keys) if moe.per_expert else ()
+    return max((int(match[2]) + 1 for match in matches if match), default=1)
+
+
+def _stack(base: CheckpointReader, moe: MoeLayout, prefix: str, number: int, count: int) -> Stack:
+    module, stack = prefix + moe.experts_module, moe.stacks[number]
+    as_loaded = f"{module}.{stack.parameter}"
+    if base.holds(as_loaded):
+        keys: tuple[tuple[str, ...], ...] = ((as_loaded,),)
+    else:
+        tensors = range(count) if moe.per_expert else (None,)
+        keys = tuple(
+            tuple(prefix + moe.disk_expert.format(expert=expert, name=name) for name in stack.disk_names)
+            for expert in tensors
+        )
+    first = base.info(keys[0][0]).shape if base.holds(keys[0][0]) else ()
+    return Stack(module, stack.parameter, keys, first[0] if len(first) == 3 else len(keys))
+
+
+def _problems(base: CheckpointReader, stack: Stack) -> Iterator[Problem]:
+    """The first tensor that is missing, and the first of another shape than that of its sisters."""
+    missing = [key for keys in stack.keys for key in keys if not base.holds(key)]
+    if missing:
+        got = f"{len(missing)} of {stack.name} missing"
+        yield Problem(f"{base.folder}: {missing[0]}", "the checkpoint lacks an expert's weight", COMPLETE, got)
+        return
+    for sisters in zip(*stack.keys, strict=True):
+        shape = base.info(sisters[0]).shape
+        for key in sisters:
+            found = base.info(key).shape
+            if found != shape or len(found) not in (2, 3):
+                do = f"{COMPLETE}: its sister {sisters[0]} has {list(shape)}"
+                yield Problem(f"{base.folder}: {key}", "an expert's weight has an unfit shape", do, str(list(found)))
+                break
