@@ -8,20 +8,12 @@ from benchmarks.harness import Bar, interleaved
 from benchmarks.memory import transient_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
-from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 
-MODES = ("none", "full")
+MODES: tuple[Recomputation, ...] = ("none", "selective", "full")
 MODEL, LAYERS = Shape(256, 512, 8, 2, 1024, 8), 4
 QUICK_MODEL, QUICK_LAYERS = Shape(64, 96, 4, 2, 64, 4), 2
 SEQUENCES = 4
-
-
-def recompute(model: Any, mode: str) -> None:
-    """Switch one adapted model to `mode`."""
-    if mode == "none":
-        model.activation_checkpointing_disable()
-    else:
-        enable_checkpointing(model)
 
 
 def measure_recompute(repeats: int, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
@@ -32,8 +24,8 @@ def measure_recompute(repeats: int, quick: bool) -> tuple[list[Bar], dict[str, A
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 512, (SEQUENCES, shape.tokens // SEQUENCES), generator=generator)
 
-    def step(mode: str) -> None:
-        recompute(model, mode)
+    def step(mode: Recomputation) -> None:
+        enable_checkpointing(model, mode)
         model.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids).loss.backward()
 

@@ -138,8 +138,7 @@ def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None) -> Peft
     # stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)  # type: ignore[no-untyped-call]
-    if recipe.training.gradient_checkpointing:
-        enable_checkpointing(model)
+    enable_checkpointing(model, recipe.training.gradient_checkpointing)
     return model
 
 

@@ -1,57 +1,146 @@
-"""Non-reentrant activation checkpointing that keeps the forward's routing for the recompute.
+"""Non-reentrant activation checkpointing that keeps the forward's routing, and, if asked, what is dear to recompute.
 
 Two router scores may be so close that the recompute, whose sums may run in another order, would choose another
-expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again; all else is computed anew.
-torch's own selective checkpointing cannot do it: Mixtral divides the values of `topk` in place, which it refuses.
-Reentrant checkpointing is never used: it leaves the balance term without a gradient while its value is still logged.
+expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again, in both modes:
+
+- `full`: everything else of a layer is computed again in the backward.
+- `selective`: the results of matrix products and of attention are kept as well, and of the experts what their backward
+  needs; norms, activations, rotations, dequantised weights and the like are computed again.
+
+torch's own selective checkpointing counts the calls of every operation, so that it cannot leave out a part of the
+recompute, as the experts do here. Reentrant checkpointing is never used: it leaves the balance term without a gradient
+while its value is still logged.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.return_types import topk as topk_result
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_TOPK = (torch.topk, torch.Tensor.topk)
+Recomputation = Literal["none", "selective", "full"]
+
+_aten = torch.ops.aten
+DEAR_OPERATIONS = frozenset(
+    {
+        _aten.mm.default,
+        _aten.addmm.default,
+        _aten._scaled_dot_product_flash_attention.default,
+        _aten._scaled_dot_product_efficient_attention.default,
+        _aten._scaled_dot_product_cudnn_attention.default,
+        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    }
+)
 
 
-class _KeptTopk(TorchFunctionMode):
-    """Replaces `topk` within one checkpointed block: indices first, then `gather` for values and gradient.
+class Kept:
+    """What one checkpointed block keeps of its forward, in the order in which it was made."""
 
-    The forward chooses indices and appends them to `kept`; the recompute takes them from there. Both save the same
-    tensors for the backward, as checkpointing demands.
-    """
+    def __init__(self, keeps_experts: bool) -> None:
+        self.keeps_experts = keeps_experts
+        self.replaying = False
+        self.paused = False  # while the experts run, who keep their own
+        self._values: list[Any] = []
+        self._position = 0
 
-    def __init__(self, kept: list[torch.Tensor], replay: bool) -> None:
-        super().__init__()
-        self.kept, self.replay, self.position = kept, replay, 0
+    def start(self, replaying: bool) -> None:
+        """Begin the forward, or a recompute of it."""
+        self.replaying, self._position = replaying, 0
 
-    def __enter__(self) -> "_KeptTopk":
-        self.position = 0
+    def once(self, make: Callable[[], Any]) -> Any:
+        """The value of `make`, which is called in the forward only."""
+        if not self.replaying:
+            self._values.append(make())
+            return self._values[-1]
+        self._position += 1
+        return self._values[self._position - 1]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Run operations of which nothing is kept."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+
+_running = threading.local()  # a recompute runs on the backward's own thread
+
+
+def kept_values() -> Kept | None:
+    """The values of the checkpointed block that this thread runs at the moment; None outside of one."""
+    kept: Kept | None = getattr(_running, "kept", None)
+    return kept
+
+
+class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs the forward (or the recompute) of one block with what it keeps."""
+
+    def __init__(self, kept: Kept, dear: frozenset[Any], replaying: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept, self.dear, self.replaying = kept, dear, replaying
+
+    def __enter__(self) -> "_Checkpointed":
+        self.kept.start(self.replaying)
+        self._outer, _running.kept = kept_values(), self.kept
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    def __exit__(self, *exception: Any) -> None:
+        _running.kept = self._outer
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        return self._topk(*args, **kwargs) if func in _TOPK else func(*args, **kwargs)
+        run = partial(func, *args, **(kwargs or {}))
+        if self.kept.paused:
+            return run()
+        if func is _aten.topk.default:
+            return self._topk(run, *args, **(kwargs or {}))
+        return _unchanged(self.kept.once(lambda: _watched(run()))) if func in self.dear else run()
 
-    def _topk(self, scores: torch.Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-        if not self.replay:
-            self.kept.append(scores.detach().topk(k, dim, *args, **kwargs).indices)
-        indices = self.kept[self.position]
-        self.position += 1
-        return topk_result((scores.gather(dim, indices), indices))
+    def _topk(self, run: Callable[[], Any], scores: torch.Tensor, k: int, dim: int = -1, *_: Any) -> Any:
+        """The forward's choice; its values anew, as callers may change them in place."""
+        if self.replaying:
+            index = self.kept.once(run)
+            return scores.gather(dim, index), index
+        values, index = run()
+        return values, self.kept.once(lambda: index)
 
 
-def kept_routing() -> tuple[_KeptTopk, _KeptTopk]:
-    """The pair of contexts (forward, recompute) of one checkpointed block."""
-    kept: list[torch.Tensor] = []
-    return _KeptTopk(kept, replay=False), _KeptTopk(kept, replay=True)
+def _watched(result: Any) -> tuple[Any, list[int]]:
+    """A result with the versions of its tensors; they are kept without a copy."""
+    return result, [tensor._version for tensor in _tensors(result)]
 
 
-def enable_checkpointing(model: Any) -> None:
-    """Checkpoint each decoder layer of a transformers model (also under an adapter)."""
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": kept_routing})
+def _unchanged(watched: tuple[Any, list[int]]) -> Any:
+    result, versions = watched
+    if [tensor._version for tensor in _tensors(result)] != versions:
+        raise RuntimeError("a matrix product was changed in place after it was kept; use full checkpointing")
+    return result
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    items = result if isinstance(result, tuple | list) else [result]
+    return [item for item in items if isinstance(item, torch.Tensor)]
+
+
+def kept_routing(keep_dear: bool = False) -> tuple[_Checkpointed, _Checkpointed]:
+    """The pair of contexts (forward, recompute) of one block; `keep_dear`: with the results that are dear to make."""
+    kept = Kept(keeps_experts=keep_dear)
+    dear = DEAR_OPERATIONS if keep_dear else frozenset()
+    return _Checkpointed(kept, dear, replaying=False), _Checkpointed(kept, dear, replaying=True)
+
+
+def enable_checkpointing(model: Any, mode: Recomputation) -> None:
+    """Checkpoint each decoder layer of a transformers model (also under an adapter) as `mode` says."""
+    if mode == "none":
+        model.activation_checkpointing_disable()
+        return
+    contexts = partial(kept_routing, keep_dear=mode == "selective")
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})

@@ -12,10 +12,12 @@ T tokens, H hidden, R routed rows sorted by expert, n rows of a chunk, E experts
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from finetune.moe.checkpointing import kept_values
 from finetune.moe.expert_rows import Chunk, Projection
 from finetune.moe.factors import ExpertFactors
 
@@ -46,24 +48,16 @@ def run_experts(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, *_: Any) -> torch.Tensor:
-        rows = weight_R.shape[0]
-        u_RO = x_TH.new_empty(rows, call.up.out_features)
-        low_up, low_down = (
-            [x_TH.new_empty(rows, factors.A.shape[1]) for factors in projection.factors]
-            for projection in (call.up, call.down)
-        )
-        out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
-        for number, chunk in enumerate(call.chunks):
-            x_nH = chunk.gather(x_TH)
-            u_nO = chunk.project(x_nH, call.up, u_RO[chunk.rows])
-            _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
-            h_nI = call.gate(u_nO)
-            y_nH = chunk.project(h_nI, call.down)
-            _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
-            chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
+        kept = kept_values()
+        if kept is None:
+            out_TH, saved = _forward(call, x_TH, weight_R)
+        else:
+            with kept.apart():
+                run = partial(_forward, call, x_TH, weight_R)
+                out_TH, saved = kept.once(run) if kept.keeps_experts else run()
         ctx.call = call
-        ctx.save_for_backward(x_TH, weight_R, u_RO, *low_up, *low_down)
-        return out_TH.to(x_TH.dtype)
+        ctx.save_for_backward(x_TH, weight_R, *saved)
+        return out_TH
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -99,6 +93,26 @@ class _Experts(torch.autograd.Function):
                 chunk.scatter_add(grad_x_TH, dx_nH)
         grad_x = None if grad_x_TH is None else grad_x_TH.to(x_TH.dtype)
         return (None, grad_x, grad_weight_R, *(grad for gradients in of_up + of_down for grad in gradients.results))
+
+
+def _forward(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and what the backward needs besides the inputs: `u` and, for each pair of factors, `x A^T`."""
+    rows = weight_R.shape[0]
+    u_RO = x_TH.new_empty(rows, call.up.out_features)
+    low_up, low_down = (
+        [x_TH.new_empty(rows, factors.A.shape[1]) for factors in projection.factors]
+        for projection in (call.up, call.down)
+    )
+    out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+    for number, chunk in enumerate(call.chunks):
+        x_nH = chunk.gather(x_TH)
+        u_nO = chunk.project(x_nH, call.up, u_RO[chunk.rows])
+        _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
+        h_nI = call.gate(u_nO)
+        y_nH = chunk.project(h_nI, call.down)
+        _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
+        chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
+    return out_TH.to(x_TH.dtype), [u_RO, *low_up, *low_down]
 
 
 class _Gradients:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from finetune.moe.checkpointing import kept_values
 from finetune.moe.expert_function import ExpertsCall, run_experts
 from finetune.moe.expert_rows import Chunk, GroupedChunk, Projection, loop_chunks
 from finetune.moe.factors import ExpertFactors
@@ -32,7 +33,12 @@ def experts_forward(
     """
     x_TH = _compute_cast(hidden_states)
     grouped = _grouped_products(x_TH) and not module._is_expert_parallel
-    expert_R, order_R = top_k_index.reshape(-1).sort(stable=True)
+    kept = kept_values()
+
+    def sort_rows() -> tuple[torch.Tensor, Sequence[Chunk]]:
+        return _sort_rows(top_k_index, module.num_experts, grouped)
+
+    order_R, chunks = sort_rows() if kept is None else kept.once(sort_rows)
     up = _projection(module, "gate_up_proj" if module.has_gate else "up_proj", x_TH.dtype, grouped)
     down = _projection(module, "down_proj", x_TH.dtype, grouped)
     dropout = any(factors.dropout for factors in up.factors + down.factors)
@@ -40,7 +46,7 @@ def experts_forward(
         up=up,
         down=down,
         gate=module._apply_gate if module.has_gate else module.act_fn,
-        chunks=_chunks(module.num_experts, expert_R, order_R, top_k_index.shape[-1], grouped),
+        chunks=chunks,
         # From the generator that checkpointing restores, so that the recompute drops the same elements.
         seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
     )
@@ -57,14 +63,14 @@ def _compute_cast(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def _chunks(
-    num_experts: int, expert_R: torch.Tensor, order_R: torch.Tensor, top_k: int, grouped: bool
-) -> Sequence[Chunk]:
-    """The rows, sorted by expert: in one piece for grouped products, else cut for a loop, at the price of a sync."""
+def _sort_rows(index_TK: torch.Tensor, num_experts: int, grouped: bool) -> tuple[torch.Tensor, Sequence[Chunk]]:
+    """The rows (token * K + choice) sorted by expert; one chunk for grouped products, several for a loop (a sync)."""
+    expert_R, order_R = index_TK.reshape(-1).sort(stable=True)
     past_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=expert_R.device), right=True)
+    top_k = index_TK.shape[-1]
     if grouped:
-        return [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
-    return loop_chunks([0, *past_E.tolist()], order_R // top_k)
+        return order_R, [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
+    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k)
 
 
 def _grouped_products(x: torch.Tensor) -> bool:

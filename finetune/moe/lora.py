@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.factors import ExpertFactors
@@ -46,7 +46,12 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         S = self.num_experts if chosen is None else len(chosen)
         A_SrI = A.reshape(S, -1, A.shape[-1])
         B_SrO = B.T.contiguous().view(-1, S, B.shape[0]).transpose(0, 1)
-        return ExpertFactors(A_SrI, B_SrO, self.scaling[adapter], experts=chosen)
+        return ExpertFactors(A_SrI, B_SrO, self.scaling[adapter], self._dropout(adapter), chosen)
+
+    def _dropout(self, adapter: str) -> float:
+        """The probability in force: none outside of training."""
+        dropout: Any = self.lora_dropout[adapter]
+        return dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
 
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a 4-bit stack cannot take a delta."""
@@ -85,7 +90,8 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
+        # PEFT refuses dropout beside stacked parameters, even to load an adapter; `add_adapter` sets it itself.
+        lora_dropout=0.0 if parameters else lora.lora_dropout,
         use_rslora=lora.use_rslora,
         target_modules=sorted(set(modules)),
         target_parameters=sorted(set(parameters)) or None,
@@ -116,7 +122,17 @@ def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         peft_model = get_peft_model(model, config)
     factor_stacks(peft_model)
+    if lora.lora_dropout:
+        _set_dropout(peft_model, lora.lora_dropout)
     return peft_model
+
+
+def _set_dropout(model: torch.nn.Module, probability: float) -> None:
+    """Dropout on the input of every adapter, those of expert stacks included."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.lora_dropout:
+                module.lora_dropout[adapter] = torch.nn.Dropout(probability)
 
 
 def _refuse_unmatched(model: Any, config: LoraConfig) -> None:

@@ -113,11 +113,11 @@ def _experts_choice(source: Source) -> None:
 
 
 def _dropout(source: Source) -> None:
-    parts = stacked(_target_names(source) or [])
     dropout = _real(source, "lora.lora_dropout")
-    if parts and dropout:
-        what = f"dropout cannot be applied to the stacked parameters of {' and '.join(parts)}"
-        source.report(_path("lora.lora_dropout"), what, "write 0 or remove the key", got=show(dropout))
+    if dropout and "router" in (_target_names(source) or []):
+        what = "the router's adapter has no dropout: it is added to the weight, not to the output"
+        do = "write 0, or take router out of lora.targets"
+        source.report(_path("lora.lora_dropout"), what, do, got=show(dropout))
 
 
 def _balance(source: Source) -> None:

@@ -14,6 +14,7 @@ Scalar = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
 RowFormat = Literal["messages", "prompt_completion", "alpaca"]
 Dashboard = Literal["wandb", "trackio", "tensorboard"]
+Recomputation = Literal["none", "selective", "full"]
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 
 MAX_RANK = 1024
@@ -89,8 +90,9 @@ class LoraSettings(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Probability that an input element of an adapter is dropped in training. Must be 0 with experts or "
-        "router in `targets`: PEFT cannot apply it to stacked parameters.",
+        description="Probability that an input element of an adapter is dropped in training. Must be 0 with router in "
+        "`targets`. With experts the saved adapter says 0: stock PEFT refuses another value, and none is used after "
+        "training.",
     )
     use_rslora: bool = Field(
         default=False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv 2312.03732)."
@@ -194,8 +196,10 @@ class TrainingSettings(Section):
     )
     max_grad_norm: float = Field(default=1.0, gt=0, description="Global L2 norm to which gradients are clipped.")
     optim: Text = Field(default="adamw_torch", description="Optimizer, by the name transformers gives it.")
-    gradient_checkpointing: bool = Field(
-        default=True, description="Recompute each layer in the backward instead of keeping its activations."
+    gradient_checkpointing: Recomputation = Field(
+        default="full",
+        description="What of a layer's forward is computed again in the backward instead of being kept. none: nothing, "
+        "fastest; selective: all but the matrix products, attention and experts; full: all, smallest.",
     )
     logging_steps: int = Field(default=1, ge=1, description="Optimizer steps between two logged lines.")
     eval_steps: int | None = Field(

@@ -7,7 +7,7 @@ from finetune.recipe.unknown import closest
 
 FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp")
 
-# Stacked parameters, which only Mixture-of-Experts models have; PEFT cannot apply dropout to them.
+# What only Mixture-of-Experts models have.
 STACKED_TARGETS = ("experts", "router")
 
 _EXPERTS = "it lies inside the stacked experts; write experts"

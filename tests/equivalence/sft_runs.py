@@ -71,7 +71,7 @@ def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any] | None = No
                 "lr_scheduler_type": "constant",
                 "global_batch_size": 8,
                 "per_device_train_batch_size": 8,
-                "gradient_checkpointing": False,
+                "gradient_checkpointing": "none",
                 "max_grad_norm": 1e9,
                 **training,
             },

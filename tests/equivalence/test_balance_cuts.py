@@ -57,7 +57,7 @@ def test_checkpointing_does_not_change_the_balance_of_a_step(
 ) -> None:
     """Also not by the comparison with the base router, which runs within the checkpointed layers."""
     router, wanted = whole
-    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing=True)), KEYS)
+    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing="full")), KEYS)
 
 
 @pytest.mark.parametrize("scope", ["step", "micro_batch"])
@@ -113,7 +113,7 @@ def test_a_step_whose_load_is_looked_at_is_the_step_that_is_not(
 ) -> None:
     """The comparison with the base router runs on logging steps only, and changes nothing."""
     router, wanted = whole
-    seldom = run(recipe(base, rows, tmp_path, router, logging_steps=3, gradient_checkpointing=True))
+    seldom = run(recipe(base, rows, tmp_path, router, logging_steps=3, gradient_checkpointing="full"))
     for ours, theirs in zip(wanted.gradients, seldom.gradients, strict=True):
         for name, gradient in ours.items():
             torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)

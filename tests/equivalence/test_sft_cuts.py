@@ -32,8 +32,11 @@ def test_micro_batches_do_not_change_the_step(base: Path, rows: Path, tmp_path: 
     assert_same_steps(whole, run(recipe(base, rows, tmp_path, per_device_train_batch_size=size)))
 
 
-def test_checkpointing_does_not_change_the_step(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:
-    assert_same_steps(whole, run(recipe(base, rows, tmp_path, gradient_checkpointing=True)))
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_does_not_change_the_step(
+    base: Path, rows: Path, tmp_path: Path, whole: Steps, mode: str
+) -> None:
+    assert_same_steps(whole, run(recipe(base, rows, tmp_path, gradient_checkpointing=mode)))
 
 
 def test_the_balance_term_reaches_the_gradient(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:

@@ -1,13 +1,16 @@
 """Checkpointing changes no value and no gradient, the balance term's included, and keeps the routing."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import transient_bytes
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.recipe import RouterSettings
 from tests.support import save_tiny_mixtral
@@ -34,12 +37,14 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True, retain_graph=True))
 
 
-def test_checkpointing_changes_neither_values_nor_gradients(base: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_changes_neither_values_nor_gradients(base: Path, mode: Recomputation, dropout: float) -> None:
     results = []
-    for checkpointing in (False, True):
-        model = trained_model(base).train()
-        if checkpointing:
-            enable_checkpointing(model)
+    for chosen in ("none", mode):
+        model = trained_model(base, targets=["attention", "experts"], lora_dropout=dropout).train()
+        enable_checkpointing(model, chosen)
+        torch.manual_seed(5)
         ce, balance = losses(model)
         results.append((ce, balance, gradients(model, ce), gradients(model, balance)))
     (ce, balance, ce_gradients, balance_gradients), with_checkpointing = results
@@ -52,10 +57,11 @@ def test_checkpointing_changes_neither_values_nor_gradients(base: Path) -> None:
     assert sum(gradient.abs().sum().item() for gradient in with_checkpointing[3]) > 1e-3
 
 
-def test_the_recompute_takes_the_routing_of_the_forward(base: Path) -> None:
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_the_recompute_takes_the_routing_of_the_forward(base: Path, mode: Recomputation) -> None:
     """The router is made to prefer other experts in the recompute; the choices must stay those of the forward."""
     model = trained_model(base).train()
-    enable_checkpointing(model)
+    enable_checkpointing(model, mode)
     chosen: list[torch.Tensor] = []
     flipped = {"now": False}
 
@@ -78,3 +84,39 @@ def test_the_recompute_takes_the_routing_of_the_forward(base: Path) -> None:
     assert len(recomputed) == 2
     for first, again in zip(forward, reversed(recomputed), strict=True):
         assert torch.equal(first, again)
+
+
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts matrix products of at least the experts' size."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "mm" in str(func) and args[1].numel() >= 64 * 96:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recomputes_no_product_of_the_experts(base: Path) -> None:
+    """With it the backward has no more large products than without checkpointing; with `full` it has."""
+    counts = {}
+    for mode in get_args(Recomputation):
+        model = trained_model(base, targets=["attention", "experts"]).train()
+        enable_checkpointing(model, mode)
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        with _Products() as products:  # type: ignore[no-untyped-call]
+            loss.backward()
+        counts[mode] = products.count
+    assert counts["none"] == counts["selective"] < counts["full"]
+
+
+def test_memory_falls_from_none_to_selective_to_full(tmp_path: Path) -> None:
+    model = trained_model(save_tiny_mixtral(tmp_path, num_hidden_layers=8)).train()
+
+    def step(mode: Recomputation) -> None:
+        enable_checkpointing(model, mode)
+        model.zero_grad(set_to_none=True)
+        model(IDS, labels=IDS, use_cache=False).loss.backward()
+
+    peak = {mode: transient_bytes(partial(step, mode)) for mode in get_args(Recomputation)}
+    assert peak["full"] < peak["selective"] < peak["none"]

@@ -39,10 +39,10 @@ CONFLICTS = {
         "recipe.yaml:1: router: section is missing, and lora.targets names experts; "
         "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)",
     ),
-    "dropout on stacked parameters": (
-        changed(("  r: 8", "  r: 8\n  lora_dropout: 0.05")),
-        "recipe.yaml:9: lora.lora_dropout: dropout cannot be applied to the stacked parameters of experts; got 0.05; "
-        "write 0 or remove the key",
+    "dropout on the router": (
+        changed((TARGETS, "[attention, router]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")),
+        "recipe.yaml:9: lora.lora_dropout: the router's adapter has no dropout: it is added to the weight, not to the "
+        "output; got 0.05; write 0, or take router out of lora.targets",
     ),
     "a rank for experts that are not adapted": (
         changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  expert_r: 4")),
@@ -160,8 +160,8 @@ def test_a_balance_coefficient_of_zero_needs_nothing_trained(desk: Desk) -> None
     desk.load(changed((TARGETS, "[lm_head]"), ("0.02", "0")))
 
 
-def test_dropout_is_fine_where_nothing_is_stacked(desk: Desk) -> None:
-    recipe = desk.load(changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
+def test_dropout_is_fine_on_attention_and_experts(desk: Desk) -> None:
+    recipe = desk.load(changed((TARGETS, "[attention, experts]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
     assert recipe.lora.lora_dropout == 0.05
 
 
