@@ -20,7 +20,7 @@ from finetune.moe.chosen import keep_chosen
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter, lora_config
-from finetune.moe.nf4 import MoeNf4Config
+from finetune.moe.quantizer import MoeNf4Config
 from finetune.moe.router import refuse_non_finite_routers
 from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe

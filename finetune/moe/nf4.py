@@ -1,36 +1,28 @@
-"""4-bit NF4 storage of stacked experts, quantised while the checkpoint's shards stream in.
+"""4-bit NF4 storage of stacked experts. `finetune.moe.quantizer` fills it while the checkpoint's shards stream in.
 
-`load_in_4bit` of transformers replaces `nn.Linear` only; a Mixtral keeps 96 % of its weights in stacked parameters
-`[E, O, I]`, which stay in 16 bits. Here the same quantiser also covers the stacks. Format: QLoRA (arXiv 2305.14314),
-bitsandbytes' NF4 with blocks of 64 values and double quantisation of the block maxima.
+Format: QLoRA (arXiv 2305.14314), bitsandbytes' NF4 with blocks of 64 values and double quantisation of the block
+maxima, expert by expert.
 
 E experts, O output features, I input features, Q quantisation blocks of one expert.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from ctypes import c_longlong, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
-from bitsandbytes.functional import create_dynamic_map, quantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 from torch.utils import _pytree as pytree
-from transformers import BitsAndBytesConfig
-from transformers.core_model_loading import ConversionOps
-from transformers.quantizers import register_quantization_config, register_quantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
 
 BLOCKSIZE = 64  # values that share one maximum
 NESTED_BLOCKSIZE = 256  # maxima that share one second-level maximum
-QUANT_METHOD = "moe_nf4"
+CHUNK = 1 << 17  # values quantised at once, whole blocks: on the CPU bitsandbytes needs 20 bytes a value meanwhile
 
-
-_SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # what bitsandbytes can write
+_SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # what bitsandbytes reads and writes
 
 
 @cache
@@ -38,6 +30,21 @@ def _absmax_code(device: torch.device) -> torch.Tensor:
     """The 256 values of a quantised block maximum."""
     code: torch.Tensor = create_dynamic_map().to(device)
     return code
+
+
+def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """One expert as `Nf4Stack` stores it: the bits of bitsandbytes' `quantize_4bit(compress_statistics=True)`."""
+    operation = torch.ops.bitsandbytes.quantize_4bit.default
+    packed, maxima = [], []
+    for chunk in weight_OI.reshape(-1).split(CHUNK):
+        readable = chunk if chunk.dtype in _SUFFIX else chunk.float()
+        packed_N, maxima_Q = operation(readable, BLOCKSIZE, "nf4", torch.uint8)
+        packed.append(packed_N.view(-1))
+        maxima.append(maxima_Q)
+    maxima_Q = torch.cat(maxima)
+    offset = maxima_Q.mean()
+    absmax_Q, nested = quantize_blockwise(maxima_Q - offset, blocksize=NESTED_BLOCKSIZE)
+    return torch.cat(packed), absmax_Q, nested.absmax, offset
 
 
 def _native(name: str) -> Any:
@@ -107,18 +114,26 @@ class Nf4Stack(torch.Tensor):
 
     @classmethod
     def quantize(cls, weight_EOI: torch.Tensor) -> "Nf4Stack":
-        """Quantise a dense stack expert by expert; the result's dtype is the stack's own."""
-        columns: tuple[list[torch.Tensor], ...] = ([], [], [], [])
-        for weight_OI in weight_EOI:
-            writable = weight_OI if weight_OI.dtype in _SUFFIX else weight_OI.float()
-            packed, state = quantize_4bit(
-                writable.contiguous(), blocksize=BLOCKSIZE, compress_statistics=True, quant_type="nf4"
-            )
-            parts = (packed.reshape(-1), state.absmax, state.state2.absmax, state.offset)
-            for column, part in zip(columns, parts, strict=True):
-                column.append(part)
-        inner = tuple(torch.stack(column) for column in columns)
-        return cls(inner, weight_EOI.shape, weight_EOI.dtype)
+        """Quantise a dense stack; the result's dtype is the stack's own."""
+        return cls.from_experts(weight_EOI, weight_EOI.shape[0])
+
+    @classmethod
+    def from_experts(cls, experts: Iterable[torch.Tensor], num_experts: int) -> "Nf4Stack":
+        """Quantise `num_experts` matrices `[O, I]` of one shape and dtype as they come, on the device they are on."""
+        inner: tuple[torch.Tensor, ...] = ()
+        shape, dtype, count = torch.Size(), torch.float32, 0
+        for count, weight_OI in enumerate(experts, start=1):
+            parts = _quantize_matrix(weight_OI)
+            if count == 1:
+                inner = tuple(part.new_empty((num_experts, *part.shape)) for part in parts)
+                shape, dtype = weight_OI.shape, weight_OI.dtype
+            if count > num_experts or weight_OI.shape != shape:
+                raise ValueError(f"expert {count} of {num_experts} is {tuple(weight_OI.shape)}, others {tuple(shape)}")
+            for whole, part in zip(inner, parts, strict=True):
+                whole[count - 1] = part
+        if count != num_experts:
+            raise ValueError(f"{count} experts came where {num_experts} are needed")
+        return cls(inner, torch.Size((num_experts, *shape)), dtype)
 
     @property
     def stored(self) -> tuple[torch.Tensor, ...]:
@@ -208,77 +223,3 @@ _STRUCTURAL: dict[Any, Callable[..., Nf4Stack]] = {
     torch.ops.aten.alias.default: _same,
     torch.ops.aten._to_copy.default: _to_copy,
 }
-
-
-class _QuantizeStack(ConversionOps):  # type: ignore[misc]
-    """Loader operation: turns one stack into an `Nf4Stack` as soon as its experts have been read."""
-
-    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.nn.Parameter]:
-        return {
-            name: torch.nn.Parameter(
-                Nf4Stack.quantize(value[0] if isinstance(value, list) else value), requires_grad=False
-            )
-            for name, value in input_dict.items()
-        }
-
-
-class _QuantizeByKind(ConversionOps):  # type: ignore[misc]
-    """Sends expert stacks to `_QuantizeStack` and linear weights to bitsandbytes' own operation."""
-
-    def __init__(self, linear_op: Any) -> None:
-        self.linear_op = linear_op
-        self.stack_op = _QuantizeStack()
-
-    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> Any:
-        name = next(iter(input_dict))
-        is_stack = is_expert_stack(kwargs["model"], name)
-        return (self.stack_op if is_stack else self.linear_op).convert(input_dict, **kwargs)
-
-
-def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
-    """Whether parameter `name` of `model` is a stack `[E, O, I]` of a module that dispatches experts."""
-    module, parameter_name = get_module_from_name(model, name)
-    parameter = getattr(module, parameter_name, None)
-    return hasattr(module, "is_transposed") and parameter is not None and parameter.ndim == 3
-
-
-@register_quantization_config(QUANT_METHOD)
-class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
-    """bitsandbytes NF4 with double quantisation for linear layers *and* expert stacks."""
-
-    def __init__(self, compute_dtype: torch.dtype = torch.float32, **_: Any) -> None:
-        super().__init__(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype,
-        )
-        self.quant_method = QUANT_METHOD
-
-
-@register_quantizer(QUANT_METHOD)
-class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
-    """transformers' bitsandbytes quantiser, extended to expert stacks."""
-
-    def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **kwargs: Any) -> bool:
-        linear: bool = super().param_needs_quantization(model, param_name, **kwargs)
-        return linear or is_expert_stack(model, param_name)
-
-    def get_quantize_ops(self) -> _QuantizeByKind:
-        return _QuantizeByKind(super().get_quantize_ops())
-
-    def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-        """Keep linear layers in their training layout on CPUs with AVX512-BF16.
-
-        There bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode, for good: all later forwards
-        round to bfloat16 and have no gradient with respect to their input, without an error.
-        """
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-        loaded: torch.nn.Module = super()._process_model_after_weight_loading(model, **kwargs)
-        return loaded
-
-    def is_serializable(self) -> bool:
-        """Full 4-bit checkpoints are not written; the adapter is what a run saves."""
-        return False

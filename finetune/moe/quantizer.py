@@ -1,0 +1,183 @@
+"""4-bit loading: linear layers and expert stacks are quantised while the checkpoint's shards stream in.
+
+`load_in_4bit` of transformers replaces `nn.Linear` only; a Mixtral keeps 96 % of its weights in stacked parameters
+`[E, O, I]`, which stay in 16 bits. Here the same quantiser also covers the stacks, and reads them expert by expert: of
+a stack that is written as one tensor an expert, no more than one expert is ever in memory in 16 bits.
+
+E experts, O output features, I input features.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from finetune.errors import Problem, WeightsError
+from finetune.moe.nf4 import Nf4Stack
+
+QUANT_METHOD = "moe_nf4"
+
+
+class _UnreadConverter(WeightConverter):  # type: ignore[misc]
+    """A loader's rule whose tensors are left unread for its operation, which gets a function for each."""
+
+    __slots__ = ()
+
+    def materialize_tensors(self) -> dict[str, list[Any]]:
+        unread = dict(self.collected_tensors)
+        self.collected_tensors.clear()
+        return unread
+
+
+class _ByExpert(ConversionOps):  # type: ignore[misc]
+    """The loader's own operations (stack the experts, `w1` over `w3`), carried out on one expert at a time."""
+
+    def __init__(self, operations: list[ConversionOps]) -> None:
+        self.operations = operations
+
+    def convert(
+        self, input_dict: dict[str, list[Any]], *, target_patterns: list[str], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        kwargs |= {"target_patterns": target_patterns, "full_layer_name": full_layer_name}
+        if is_expert_stack(kwargs["model"], full_layer_name):
+            return {target_patterns[0]: self._experts(input_dict, kwargs)}
+        return self._run({name: [read() for read in unread] for name, unread in input_dict.items()}, kwargs)
+
+    def _experts(self, input_dict: dict[str, list[Any]], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """Each expert's matrix `[O, I]`, read when it is asked for."""
+        for unread in zip(*input_dict.values(), strict=True):
+            one = {name: [read()] for name, read in zip(input_dict, unread, strict=True)}
+            yield next(iter(self._run(one, kwargs).values()))[0]
+
+    def _run(self, tensors: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        for operation in self.operations:
+            tensors = operation.convert(tensors, **kwargs)
+        return tensors
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """Loader operation: stacks become `Nf4Stack`s, linear weights go to bitsandbytes' own operation."""
+
+    def __init__(self, linear_operation: ConversionOps, damaged: list[Problem]) -> None:
+        self.linear_operation = linear_operation
+        self.damaged = damaged
+
+    def convert(self, input_dict: dict[str, Any], *, model: torch.nn.Module, **kwargs: Any) -> dict[str, Any]:
+        name, value = next(iter(input_dict.items()))
+        if isinstance(value, list):
+            (value,) = value
+        extremes: list[torch.Tensor] = []
+        if is_expert_stack(model, name):
+            num_experts = model.get_parameter(name).shape[0]
+            stack = Nf4Stack.from_experts(_watch(value, extremes), num_experts)
+            loaded = {name: torch.nn.Parameter(stack, requires_grad=False)}
+        else:
+            extremes.append(extremes_of(value))
+            loaded = self.linear_operation.convert({name: value}, model=model, **kwargs)
+        finite = torch.stack(extremes).isfinite().all(dim=-1)  # one device-to-host copy a weight
+        self.damaged += [
+            not_finite(name if len(extremes) == 1 else f"{name}, expert {index}")
+            for index, is_finite in enumerate(finite.tolist())
+            if not is_finite
+        ]
+        return loaded
+
+
+def _watch(experts: Any, extremes: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Pass the experts on, and note each one's extremes: NF4 would turn a NaN into an ordinary number."""
+    for weight_OI in experts:
+        extremes.append(extremes_of(weight_OI))
+        yield weight_OI
+
+
+def extremes_of(weight: torch.Tensor) -> torch.Tensor:
+    """Smallest and largest value, on the weight's device; NaN if it holds one. 0.1 ns a value, no temporary."""
+    return torch.stack(torch.aminmax(weight))
+
+
+def not_finite(name: str) -> Problem:
+    """The refusal of a weight that holds NaN or infinity."""
+    return Problem(name, "holds NaN or infinity", "fetch the checkpoint again, or give one whose training went right")
+
+
+def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
+    """Whether parameter `name` of `model` is a stack `[E, O, I]` of a module that dispatches experts."""
+    module, parameter_name = get_module_from_name(model, name)
+    parameter = getattr(module, parameter_name, None)
+    return hasattr(module, "is_transposed") and parameter is not None and parameter.ndim == 3
+
+
+@register_quantization_config(QUANT_METHOD)
+class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
+    """bitsandbytes NF4 with double quantisation for linear layers *and* expert stacks."""
+
+    def __init__(self, compute_dtype: torch.dtype = torch.float32, **_: Any) -> None:
+        super().__init__(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+        self.quant_method = QUANT_METHOD
+
+
+@register_quantizer(QUANT_METHOD)
+class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+    """transformers' bitsandbytes quantiser, extended to expert stacks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.damaged: list[Problem] = []  # weights that hold NaN or infinity; the loader would swallow an exception
+
+    def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **kwargs: Any) -> bool:
+        linear: bool = super().param_needs_quantization(model, param_name, **kwargs)
+        return linear or is_expert_stack(model, param_name)
+
+    def get_quantize_ops(self) -> _Quantize:
+        return _Quantize(super().get_quantize_ops(), self.damaged)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: torch.nn.Module) -> list[Any]:
+        """Have the rules that stack experts run expert by expert."""
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return [_by_expert(rule) if _stacks_experts(rule) else rule for rule in updated]
+
+    def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+        """Refuse damaged weights; keep linear layers in their training layout on CPUs with AVX512-BF16.
+
+        There bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode, for good: all later forwards
+        round to bfloat16 and have no gradient with respect to their input, without an error.
+        """
+        if self.damaged:
+            raise WeightsError(self.damaged)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        loaded: torch.nn.Module = super()._process_model_after_weight_loading(model, **kwargs)
+        return loaded
+
+    def is_serializable(self) -> bool:
+        """Full 4-bit checkpoints are not written; the adapter is what a run saves."""
+        return False
+
+
+def _stacks_experts(rule: Any) -> bool:
+    """Whether a loader's rule makes one stack from one tensor an expert, by operations that keep experts apart."""
+    if not isinstance(rule, WeightConverter) or len(rule.target_patterns) != 1:
+        return False
+    first, *others = rule.operations
+    # Along axis 0 are the experts; an operation along another axis does the same to each of them.
+    return isinstance(first, MergeModulelist) and first.dim == 0 and all(getattr(op, "dim", 0) > 0 for op in others)
+
+
+def _by_expert(rule: WeightConverter) -> _UnreadConverter:
+    unread = _UnreadConverter(
+        rule._original_source_patterns, rule._original_target_patterns, operations=[_ByExpert(rule.operations)]
+    )
+    unread.scope_prefix, unread.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+    return unread
