@@ -20,8 +20,8 @@ from finetune.moe.chosen import keep_chosen
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter, lora_config
-from finetune.moe.quantizer import MoeNf4Config
-from finetune.moe.router import refuse_non_finite_routers
+from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
+from finetune.moe.rehearsal import refuse_quantized, rehearse
 from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe
 
@@ -57,8 +57,8 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
 
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """The checkpoint's architecture; refused where the recipe does not fit it. Reads no weights, only their headers."""
-    config = CheckpointReader(folder).config
-    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    reader = CheckpointReader(folder)
+    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
     if family.moe is not None and recipe.router is None:
         raise RecipeError(
             Problem(
@@ -71,14 +71,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
         raise RecipeError(
             Problem("router", f"{family.model_type} is a dense model without a router", "remove the router section")
         )
-    if config.get("quantization_config") is not None:
-        raise WeightsError(
-            Problem(
-                str(folder / "config.json"),
-                "the checkpoint is already quantised",
-                "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading",
-            )
-        )
+    refuse_quantized(reader)
     lora_config(recipe.lora, family)  # refuses a target that this architecture lacks
     if recipe.model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise RecipeError(
@@ -93,33 +86,28 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
 
 def load_base(folder: Path, settings: ModelSettings) -> Any:
-    """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so."""
+    """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so.
+
+    Raises WeightsError for a checkpoint that lacks or holds anything else than the architecture asks for, and for
+    weights that are not finite.
+    """
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    family = family_of(str(CheckpointReader(folder).config.get("model_type")), str(folder / "config.json"))
-    model, info = family.transformers_class().from_pretrained(
+    reader = CheckpointReader(folder)
+    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    options = {
+        "dtype": dtype,
+        "attn_implementation": settings.attn_implementation,
+        "experts_implementation": EXPERTS_IMPLEMENTATION,
+    }
+    rehearse(reader, family.transformers_class(), settings.load_in_4bit, **options)
+    model = family.transformers_class().from_pretrained(
         folder,
-        dtype=dtype,
         quantization_config=MoeNf4Config(compute_dtype=dtype) if settings.load_in_4bit else None,
-        attn_implementation=settings.attn_implementation,
-        experts_implementation=EXPERTS_IMPLEMENTATION,
         device_map={"": PartialState().device},
         use_safetensors=True,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below with everything else, instead of as the loader's RuntimeError
+        **options,
     )
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(kind):
-            raise WeightsError(
-                Problem(
-                    str(folder),
-                    f"checkpoint and architecture differ: {kind}",
-                    "give a complete checkpoint",
-                    got=", ".join(map(str, sorted(info[kind])[:3])),
-                )
-            )
-    moe = family_of(model.config.model_type, str(folder / "config.json")).moe
-    if moe is not None:
-        refuse_non_finite_routers(model, moe, str(folder))
+    refuse_damaged(model, settings.load_in_4bit)
     model.config.use_cache = False
     return model
 

@@ -36,7 +36,7 @@ def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One expert as `Nf4Stack` stores it: the bits of bitsandbytes' `quantize_4bit(compress_statistics=True)`."""
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     packed, maxima = [], []
-    for chunk in weight_OI.reshape(-1).split(CHUNK):
+    for chunk in torch.split(weight_OI.reshape(-1), CHUNK):
         readable = chunk if chunk.dtype in _SUFFIX else chunk.float()
         packed_N, maxima_Q = operation(readable, BLOCKSIZE, "nf4", torch.uint8)
         packed.append(packed_N.view(-1))

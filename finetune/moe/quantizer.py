@@ -113,6 +113,22 @@ def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
     return hasattr(module, "is_transposed") and parameter is not None and parameter.ndim == 3
 
 
+def refuse_damaged(model: torch.nn.Module, load_in_4bit: bool) -> None:
+    """Refuse a loaded model with NaN or infinity in any value that is not quantised, or a stack left in 16 bits."""
+    problems = []
+    names, extremes = [], []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if load_in_4bit and is_expert_stack(model, name) and not isinstance(tensor.data, Nf4Stack):
+            problems.append(Problem(name, "was to be 4-bit and is not", "report this", got=str(tensor.dtype)))
+        if tensor.is_floating_point() and not isinstance(tensor.data, Nf4Stack) and tensor.numel():
+            names.append(name)
+            extremes.append(extremes_of(tensor).float())
+    finite = torch.stack(extremes).isfinite().all(dim=-1).tolist()
+    problems += [not_finite(name) for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    if problems:
+        raise WeightsError(problems)
+
+
 @register_quantization_config(QUANT_METHOD)
 class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
     """bitsandbytes NF4 with double quantisation for linear layers *and* expert stacks."""
