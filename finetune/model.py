@@ -21,7 +21,7 @@ from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter, lora_config
 from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
-from finetune.moe.rehearsal import refuse_quantized, rehearse
+from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
 from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe
 
@@ -100,13 +100,16 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
         "experts_implementation": EXPERTS_IMPLEMENTATION,
     }
     rehearse(reader, family.transformers_class(), settings.load_in_4bit, **options)
-    model = family.transformers_class().from_pretrained(
+    model, report = family.transformers_class().from_pretrained(
         folder,
         quantization_config=MoeNf4Config(compute_dtype=dtype) if settings.load_in_4bit else None,
         device_map={"": PartialState().device},
         use_safetensors=True,
+        output_loading_info=True,
         **options,
     )
+    if problems := differences(str(folder), report):
+        raise WeightsError(problems)
     refuse_damaged(model, settings.load_in_4bit)
     model.config.use_cache = False
     return model

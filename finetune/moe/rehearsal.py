@@ -23,7 +23,9 @@ from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.quantizer import is_expert_stack
 
-_DEQUANTIZED = "write a bfloat16 copy: from_pretrained(..., quantization_config={}(dequantize=True)), then save_pretrained"
+_DEQUANTIZED = (
+    "write a bfloat16 copy: from_pretrained(..., quantization_config={}(dequantize=True)), then save_pretrained"
+)
 _REMEDIES = {"mxfp4": _DEQUANTIZED.format("Mxfp4Config"), "fp8": _DEQUANTIZED.format("FineGrainedFP8Config")}
 _GIVE_16_BITS = "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading"
 _NARROW = ("F8_E4M3", "F8_E5M2", "U8", "I8")
@@ -134,8 +136,13 @@ def _loader_problems(reader: CheckpointReader, model_class: Any, config: Any, op
             what = f"{model_class.__name__} cannot run it"
             given = str(options.get("attn_implementation"))
             raise RecipeError(Problem("model.attn_implementation", what, "use eager", got=given)) from error
+    return differences(str(reader.folder), report)
+
+
+def differences(folder: str, report: dict[str, Any]) -> list[Problem]:
+    """What transformers' loading info says of tensors that are missing, of another shape, or left over."""
     return [
-        Problem(str(reader.folder), f"checkpoint and architecture differ: {kind}", "give a complete checkpoint", got)
+        Problem(folder, f"checkpoint and architecture differ: {kind}", "give a complete checkpoint", got)
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
         if (got := ", ".join(map(_named, sorted(report[kind], key=str)[:3])))
     ]
@@ -146,7 +153,7 @@ def _named(key: str | tuple[str, torch.Size, torch.Size]) -> str:
 
 
 def unreached_experts(model: nn.Module) -> list[str]:
-    """Weights of experts that 4-bit loading leaves in 16 bits: neither a linear layer nor a stack that is dispatched."""
+    """Experts that 4-bit loading would leave in 16 bits: neither linear layers nor stacks that are dispatched."""
     return [
         name
         for path, module in model.named_modules()

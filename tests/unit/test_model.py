@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from finetune.errors import FinetuneError, WeightsError
-from finetune.model import checkpoint_family, load_base, resolve_checkpoint
-from finetune.recipe import ModelSettings, Recipe
+from finetune.errors import FinetuneError
+from finetune.model import checkpoint_family, resolve_checkpoint
+from finetune.recipe import Recipe
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 
 
@@ -69,37 +68,11 @@ def test_an_moe_without_and_a_dense_model_with_a_router_section(tmp_path: Path) 
     assert complaint(dense) == ("router: mistral is a dense model without a router; remove the router section")
 
 
-def test_a_checkpoint_that_is_quantised_already(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny_mixtral(tmp_path), quantization_config={"quant_method": "bitsandbytes"})
-    assert complaint(folder) == (
-        f"{folder}/config.json: the checkpoint is already quantised; give the 16-bit checkpoint; "
-        "model.load_in_4bit quantises it while loading"
-    )
-
-
 def test_a_checkpoint_of_pickles(tmp_path: Path) -> None:
     folder = save_tiny_mixtral(tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     assert "pytorch_model.bin" in complaint(folder)
-
-
-def test_a_checkpoint_whose_shapes_are_not_the_configs(tmp_path: Path) -> None:
-    folder = edit_config(save_tiny_mixtral(tmp_path), intermediate_size=48)
-    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=False, dtype="float32")
-    with pytest.raises(WeightsError) as caught:
-        load_base(folder, settings)
-    assert str(caught.value).startswith(f"{folder}: checkpoint and architecture differ: mismatched_keys; got ")
-
-
-def test_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
-    folder = save_tiny_mixtral(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"], tensors["model.norm.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="float32")
-    with pytest.raises(WeightsError, match=r"checkpoint and architecture differ: m"):
-        load_base(folder, settings)
 
 
 def test_a_target_or_attention_that_cannot_be_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
