@@ -110,7 +110,7 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
     )
     if problems := differences(str(folder), report):
         raise WeightsError(problems)
-    refuse_damaged(model, settings.load_in_4bit)
+    refuse_damaged(model, settings.load_in_4bit, str(folder))
     model.config.use_cache = False
     return model
 

@@ -64,7 +64,7 @@ class _ByExpert(ConversionOps):  # type: ignore[misc]
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """Loader operation: stacks become `Nf4Stack`s, linear weights go to bitsandbytes' own operation."""
 
-    def __init__(self, linear_operation: ConversionOps, damaged: list[Problem]) -> None:
+    def __init__(self, linear_operation: ConversionOps, damaged: list[str]) -> None:
         self.linear_operation = linear_operation
         self.damaged = damaged
 
@@ -82,7 +82,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             loaded = self.linear_operation.convert({name: value}, model=model, **kwargs)
         finite = torch.stack(extremes).isfinite().all(dim=-1)  # one device-to-host copy a weight
         self.damaged += [
-            not_finite(name if len(extremes) == 1 else f"{name}, expert {index}")
+            name if len(extremes) == 1 else f"{name}, expert {index}"
             for index, is_finite in enumerate(finite.tolist())
             if not is_finite
         ]
@@ -101,9 +101,9 @@ def extremes_of(weight: torch.Tensor) -> torch.Tensor:
     return torch.stack(torch.aminmax(weight))
 
 
-def not_finite(name: str) -> Problem:
-    """The refusal of a weight that holds NaN or infinity."""
-    return Problem(name, "holds NaN or infinity", "fetch the checkpoint again, or give one whose training went right")
+def _not_finite(name: str, folder: str) -> Problem:
+    do = f"fetch the checkpoint again, or repair this tensor in {folder}"
+    return Problem(name, "holds NaN or infinity", do)
 
 
 def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
@@ -113,8 +113,11 @@ def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
     return hasattr(module, "is_transposed") and parameter is not None and parameter.ndim == 3
 
 
-def refuse_damaged(model: torch.nn.Module, load_in_4bit: bool) -> None:
-    """Refuse a loaded model with NaN or infinity in any value that is not quantised, or a stack left in 16 bits."""
+def refuse_damaged(model: Any, load_in_4bit: bool, folder: str) -> None:
+    """Refuse a loaded model whose checkpoint holds NaN or infinity anywhere, or with a stack that is not in 4 bits.
+
+    One such value in a router sends every token of its layer to arbitrary experts, and nothing later says why.
+    """
     problems = []
     names, extremes = [], []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -122,9 +125,11 @@ def refuse_damaged(model: torch.nn.Module, load_in_4bit: bool) -> None:
             problems.append(Problem(name, "was to be 4-bit and is not", "report this", got=str(tensor.dtype)))
         if tensor.is_floating_point() and not isinstance(tensor.data, Nf4Stack) and tensor.numel():
             names.append(name)
-            extremes.append(extremes_of(tensor).float())
-    finite = torch.stack(extremes).isfinite().all(dim=-1).tolist()
-    problems += [not_finite(name) for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+            extremes.append(extremes_of(tensor).to(model.device, torch.float32))
+    finite = torch.stack(extremes).isfinite().all(dim=-1).tolist()  # one device-to-host copy
+    damaged = [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
+    damaged += model.hf_quantizer.damaged if load_in_4bit else []
+    problems += [_not_finite(name, folder) for name in damaged]
     if problems:
         raise WeightsError(problems)
 
@@ -149,7 +154,7 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.damaged: list[Problem] = []  # weights that hold NaN or infinity; the loader would swallow an exception
+        self.damaged: list[str] = []  # weights that hold NaN or infinity: an exception in the loader would be lost
 
     def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **kwargs: Any) -> bool:
         linear: bool = super().param_needs_quantization(model, param_name, **kwargs)
@@ -164,13 +169,11 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return [_by_expert(rule) if _stacks_experts(rule) else rule for rule in updated]
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-        """Refuse damaged weights; keep linear layers in their training layout on CPUs with AVX512-BF16.
+        """Keep linear layers in their training layout on CPUs with AVX512-BF16.
 
         There bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode, for good: all later forwards
         round to bfloat16 and have no gradient with respect to their input, without an error.
         """
-        if self.damaged:
-            raise WeightsError(self.damaged)
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False

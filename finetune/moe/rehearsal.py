@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.errors import Problem, WeightsError
 from finetune.moe.quantizer import is_expert_stack
 
 _DEQUANTIZED = (
@@ -130,12 +130,6 @@ def _loader_problems(reader: CheckpointReader, model_class: Any, config: Any, op
         except RuntimeError as error:
             do = "give a checkpoint in the published layout of its architecture"
             return [Problem(str(reader.folder), "transformers cannot convert the checkpoint's tensors", do, str(error))]
-        except ValueError as error:
-            if "attention implementation" not in str(error):
-                raise
-            what = f"{model_class.__name__} cannot run it"
-            given = str(options.get("attn_implementation"))
-            raise RecipeError(Problem("model.attn_implementation", what, "use eager", got=given)) from error
     return differences(str(reader.folder), report)
 
 

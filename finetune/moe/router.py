@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from finetune.errors import Problem, WeightsError
 from finetune.moe.audit import clean_name
-from finetune.moe.families import MoeLayout
 
 
 @dataclass(frozen=True)
@@ -151,22 +150,3 @@ def changed_sets(indices_TK: torch.Tensor, other_TK: torch.Tensor) -> torch.Tens
     """1 for each token whose two sets of experts differ, in whatever order they stand; `[T]`, float32."""
     different_TK = indices_TK.sort(-1).values != other_TK.sort(-1).values
     return different_TK.any(-1).to(torch.float32)
-
-
-def refuse_non_finite_routers(model: torch.nn.Module, moe: MoeLayout, where: str) -> None:
-    """Raise WeightsError with every router tensor (weights, biases, correction bias) that holds NaN or infinity.
-
-    One such value sends every token of the layer to arbitrary experts, and nothing later would say where it came from.
-    """
-    names = tuple(f".{part}" for part in (moe.router_module, moe.correction_bias) if part)
-    problems = []
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or not any(f"{part}." in f"{name}." for part in names):
-            continue
-        wrong = int(tensor.numel() - tensor.isfinite().sum())
-        if wrong:
-            do = f"fetch the checkpoint again, or repair this tensor in {where}"
-            what = "the router's values are not all finite"
-            problems.append(Problem(name, what, do, got=f"{wrong:,} of {tensor.numel():,} NaN or infinite"))
-    if problems:
-        raise WeightsError(problems)

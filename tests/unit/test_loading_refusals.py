@@ -160,15 +160,18 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, name: str, value: 
         "model.layers.1.block_sparse_moe.gate.weight": "model.layers.1.mlp.gate.weight",
     }
     assert complaint(folder) == (
-        f"{in_the_model.get(name, name)}: holds NaN or infinity; "
-        "fetch the checkpoint again, or give one whose training went right"
+        f"{in_the_model.get(name, name)}: holds NaN or infinity; fetch the checkpoint again, or repair this tensor in "
+        f"{folder}"
     )
 
 
-def test_an_attention_that_the_architecture_lacks(tmp_path: Path) -> None:
-    assert complaint(save_tiny("gpt_oss", tmp_path)) == (
-        "model.attn_implementation: GptOssForCausalLM cannot run it; got sdpa; use eager"
+def test_every_damaged_weight_is_named_at_once_also_in_16_bits(tmp_path: Path) -> None:
+    names = [f"model.layers.{layer}.mlp.gate.weight" for layer in (0, 1)]
+    folder = damaged(
+        save_tiny_mixtral(tmp_path),
+        lambda tensors: [tensors[name.replace("mlp", "block_sparse_moe")].fill_(float("inf")) for name in names],
     )
+    assert [line.partition(":")[0] for line in complaint(folder, load_in_4bit=False).splitlines()] == names
 
 
 @pytest.mark.parametrize(

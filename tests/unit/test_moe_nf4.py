@@ -8,6 +8,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit
 
 from finetune.errors import WeightsError
+from finetune.moe import nf4
 from finetune.moe.nf4 import Nf4Stack
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, base_model, dense_twin, logits, trained_model
@@ -27,8 +28,15 @@ def test_each_expert_is_what_bitsandbytes_makes_of_it_alone(shape: tuple[int, in
         assert torch.equal(stack.expert(index), dequantize_4bit(packed, state))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(4, 192, 64), (3, 5, 10), (2, 7, 5)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((4, 192, 64), torch.float32),
+        ((4, 192, 64), torch.bfloat16),
+        ((3, 5, 10), torch.float16),
+        ((2, 7, 5), torch.float32),  # rows of odd length take another way through bitsandbytes, slowly
+    ],
+)
 def test_an_expert_is_written_into_memory_that_the_caller_owns(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     stack = Nf4Stack.quantize(torch.randn(shape))
     out = torch.full(shape[1:], torch.nan, dtype=dtype)
@@ -41,6 +49,25 @@ def test_float64_stacks_hold_the_values_of_float32() -> None:
     double = Nf4Stack.quantize(weight.double())
     assert double.expert(0).dtype == torch.float64
     assert torch.equal(double.dequantize(), Nf4Stack.quantize(weight).dequantize().double())
+
+
+def test_a_matrix_in_several_chunks_has_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(2, 67, 64)
+    whole = Nf4Stack.quantize(weight)
+    monkeypatch.setattr(nf4, "CHUNK", 128)
+    for one, several in zip(whole.stored, Nf4Stack.quantize(weight).stored, strict=True):
+        assert torch.equal(one, several)
+
+
+def test_experts_that_are_too_few_too_many_or_uneven_make_no_stack() -> None:
+    even, narrow = torch.randn(8, 64), torch.randn(8, 32)
+    for experts, complaint in (
+        ([even] * 2, "2 experts came where 3 are needed"),
+        ([even] * 4, "expert 4 of 3"),
+        ([even, even, narrow], r"is \(8, 32\), others \(8, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            Nf4Stack.from_experts(iter(experts), 3)
 
 
 def test_memory_of_another_shape_or_layout_is_refused() -> None:
