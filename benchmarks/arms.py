@@ -79,7 +79,7 @@ def make_inputs(shape: Shape, routing: Routing, dtype: torch.dtype, device: str 
     generator = torch.Generator().manual_seed(1)
     x_TH = torch.randn(shape.tokens, shape.hidden, generator=generator)
     grad_TH = torch.randn(shape.tokens, shape.hidden, generator=generator)
-    placed = Routing(routing.index_TK.to(device), routing.weight_TK.to(device, dtype), routing.skew)
+    placed = Routing(routing.index_TK.to(device), routing.weight_TK.to(device), routing.skew)  # weights: fp32, always
     x_TH = x_TH.to(device, dtype).requires_grad_()
     return Inputs(x_TH, placed, placed.weight_TK.clone().requires_grad_(), grad_TH.to(device, dtype))
 

@@ -42,7 +42,7 @@ class Timings:
 
 def interleaved(
     arms: Mapping[str, Callable[[], object]],
-    repeats: int = REPEATS,
+    repeats: int | Callable[[float], int] = REPEATS,
     clock: Callable[[], float] = time.process_time,
     at_least: float = 0.03,
 ) -> Timings:
@@ -50,11 +50,14 @@ def interleaved(
 
     One timing is a whole number of steps that lasts `at_least` seconds, measured at the warm-up. The default clock
     counts the processor time of this process: on one thread the step's own time, whatever else the machine does. A
-    device needs `wall_clock`, which waits for it.
+    device needs `wall_clock`, which waits for it. `repeats` may decide when it knows the seconds of one round.
     """
     for step in arms.values():
         step()
-    steps = {name: max(1, math.ceil(at_least / _timed(step, 1, clock))) for name, step in arms.items()}
+    first = {name: _timed(step, 1, clock) for name, step in arms.items()}
+    steps = {name: max(1, math.ceil(at_least / seconds)) for name, seconds in first.items()}
+    if callable(repeats):
+        repeats = repeats(sum(steps[name] * first[name] for name in arms))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(repeats):
         for name in list(arms) if number % 2 == 0 else reversed(list(arms)):

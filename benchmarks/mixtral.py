@@ -39,8 +39,10 @@ def mixtral_config(shape: Shape, layers: int, vocabulary: int) -> MixtralConfig:
     )
 
 
-def random_mixtral(config: MixtralConfig, dtype: torch.dtype, device: str, quantised: bool) -> Any:
-    """A frozen random model on `device`: attention and experts in NF4 if `quantised`, all else in `dtype`."""
+def random_mixtral(
+    config: MixtralConfig, dtype: torch.dtype, device: str, quantised: bool = True, quantised_experts: bool = True
+) -> Any:
+    """A frozen random model on `device`: attention and experts in NF4 where so asked, all else in `dtype`."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
@@ -50,7 +52,7 @@ def random_mixtral(config: MixtralConfig, dtype: torch.dtype, device: str, quant
             setattr(layer.self_attn, name, _linear(linear, dtype, device, quantised))
         for name in STACKS:
             shape = getattr(layer.mlp.experts, name).shape
-            stack = random_stack(shape, dtype, device) if quantised else _normal(shape, dtype, device)
+            stack = random_stack(shape, dtype, device) if quantised_experts else _normal(shape, dtype, device)
             setattr(layer.mlp.experts, name, nn.Parameter(stack, requires_grad=False))
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -61,7 +63,18 @@ def random_mixtral(config: MixtralConfig, dtype: torch.dtype, device: str, quant
     model.model.rotary_emb = MixtralRotaryEmbedding(config).to(device)  # its buffer has no checkpoint either
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
+    fit_older_transformers(model)
     return model.train()
+
+
+def fit_older_transformers(model: Any) -> None:
+    """Two names that the toolkit uses and that transformers before 5.23 lacks: a GPU machine's image may be older."""
+    for module in model.modules():
+        if hasattr(module, "is_transposed") and not hasattr(module, "_is_expert_parallel"):
+            module._is_expert_parallel = False
+    for verb in ("enable", "disable"):
+        if not hasattr(model, f"activation_checkpointing_{verb}"):
+            setattr(model, f"activation_checkpointing_{verb}", getattr(model, f"gradient_checkpointing_{verb}"))
 
 
 def _normal(shape: torch.Size, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -94,7 +107,13 @@ def random_stack(shape: torch.Size, dtype: torch.dtype, device: str) -> Nf4Stack
     return Nf4Stack((packed_EN, absmax_EQ, nested_absmax_ES, torch.full((E,), 0.05, device=device)), shape, dtype)
 
 
-def adapt_mixtral(model: Any, rank: int, implementation: str = EXPERTS_IMPLEMENTATION, factored: bool = True) -> Any:
+def adapt_mixtral(
+    model: Any,
+    rank: int,
+    implementation: str = EXPERTS_IMPLEMENTATION,
+    factored: bool = True,
+    experts_adapted: bool = True,
+) -> Any:
     """LoRA on attention and experts: ours, or PEFT's own `target_parameters` with a stock experts implementation."""
     model.config._experts_implementation = implementation
     for module in model.modules():
@@ -106,7 +125,7 @@ def adapt_mixtral(model: Any, rank: int, implementation: str = EXPERTS_IMPLEMENT
         r=rank,
         lora_alpha=2 * rank,
         target_modules=list(ATTENTION),
-        target_parameters=[f"mlp.experts.{name}" for name in STACKS],
+        target_parameters=[f"mlp.experts.{name}" for name in STACKS] if experts_adapted else None,
     )
     adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
