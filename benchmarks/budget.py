@@ -2,8 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,15 +42,14 @@ class Budget:
 
         return decide
 
-    @contextmanager
-    def section(self, name: str) -> Iterator[None]:
+    def section(self, name: str, measure: Callable[[], object]) -> None:
         """One part of the benchmark. What stops it is told, kept and does not stop the others."""
         print(f"\n=== {name} ({max(self.left, 0):.0f} s left)", flush=True)
         started = time.monotonic()
         try:
             if self.left <= 0:
                 raise NotMeasuredError("no time left")
-            yield
+            measure()
         except NotMeasuredError as reason:
             self.skipped[name] = str(reason)
             print(f"SKIPPED: {reason}", flush=True)

@@ -1,7 +1,7 @@
 """`make bench`: the experts' forward and backward on this CPU, in fp32, beside what people use.
 
 Prints the table of bars and writes a JSON file. Every ratio compares arms that took turns in one process. `--quick`
-takes one tiny shape: it shows that the program runs, its times mean nothing and are held against no bar.
+takes one tiny shape: it shows that the program runs, its figures mean nothing and are held against no bar.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def main() -> None:
     found, recompute = measure_recompute(args.repeats, quick=args.quick)
     bars += found
     if args.quick:
-        bars = [replace(bar, limit=None) if bar.kind == "time" else bar for bar in bars]
+        bars = [replace(bar, limit=None) for bar in bars]
     print(f"\n{table(bars)}")
     write_result(
         args.output,

@@ -2,7 +2,7 @@
 
 Experts and whole decoder layers beside what people use, then the whole model: tokens/s, peak memory, useful FLOPs. What
 could not be measured is named with its reason. `--dry-run` takes tiny shapes on the CPU: it shows that the program
-runs, its times mean nothing.
+runs, its figures mean nothing.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,12 @@ def run_all(plan: Plan, seconds: float, output: Path, dry_run: bool) -> list[str
             "cuda": torch.version.cuda,
         }
     for name, section in SECTIONS.items():
-        with run.budget.section(name):
-            section(run)
+        run.budget.section(name, partial(section, run))
         gc.collect()
         if plan.device == "cuda":
             torch.cuda.empty_cache()
         if dry_run:
-            run.bars = [replace(bar, limit=None) if bar.kind == "time" else bar for bar in run.bars]
+            run.bars = [replace(bar, limit=None) for bar in run.bars]
         write_result(
             output,
             {
@@ -239,18 +239,20 @@ def whole_section(run: Run) -> None:
     if plan.device == "cuda":
         raw["resident_bytes"] = torch.cuda.memory_allocated()
         print(f"  {layers} layers with LoRA: {raw['resident_bytes'] / GIB:.1f} GiB resident")
-    best: dict[int, float] = {}
     for tokens in plan.tokens:
         for mode in MODES:
-            with run.budget.section(f"whole model, {tokens} tokens, {mode}"):
-                record = measure_whole(run, adapted, tokens, mode)
-                raw["steps"].append(record)
-                best[tokens] = max(best.get(tokens, 0.0), record["tokens_per_second"])
+            measure = partial(measure_whole, run, adapted, tokens, mode)
+            run.budget.section(f"whole model, {tokens} tokens, {mode}", measure)
             adapted.zero_grad(set_to_none=True)
             gc.collect()
+    best = {
+        tokens: max((step["tokens_per_second"] for step in raw["steps"] if step["tokens"] == tokens), default=None)
+        for tokens in plan.tokens
+    }
     for tokens, limit in zip(plan.tokens, (0.50, 0.60), strict=True):
-        if tokens in best and "matmul_flops" in run.raw:
-            share = flops_per_token(layers) * best[tokens] / run.raw["matmul_flops"]
+        speed = best[tokens]
+        if speed is not None and "matmul_flops" in run.raw:
+            share = flops_per_token(layers) * speed / run.raw["matmul_flops"]
             run.bar("useful FLOPs / matmul", f"{layers} layers, {tokens} tokens, best", share, ">=", limit)
 
 
@@ -266,7 +268,7 @@ def flops_per_token(layers: int) -> float:
     return HEAD_FLOPS + (MODEL_FLOPS - HEAD_FLOPS) * layers / MODEL_LAYERS
 
 
-def measure_whole(run: Run, model: Any, tokens: int, mode: str) -> dict[str, Any]:
+def measure_whole(run: Run, model: Any, tokens: int, mode: str) -> None:
     """Seconds and peak of a training step (forward, loss, backward) of the whole model."""
     plan = run.plan
     skew = route(model, run.shape, tokens)
@@ -287,14 +289,16 @@ def measure_whole(run: Run, model: Any, tokens: int, mode: str) -> dict[str, Any
     peak = torch.cuda.max_memory_allocated() if plan.device == "cuda" else None
     shown = "" if peak is None else f", peak {peak / GIB:.1f} GiB"
     print(f"  {tokens / seconds:,.0f} tokens/s, {seconds:.3f} s a step{shown}", flush=True)
-    return {
-        "tokens": tokens,
-        "recompute": mode,
-        "skew": skew,
-        "seconds": timings.seconds[mode],
-        "tokens_per_second": tokens / seconds,
-        "peak_bytes": peak,
-    }
+    run.raw["whole"]["steps"].append(
+        {
+            "tokens": tokens,
+            "recompute": mode,
+            "skew": skew,
+            "seconds": timings.seconds[mode],
+            "tokens_per_second": tokens / seconds,
+            "peak_bytes": peak,
+        }
+    )
 
 
 SECTIONS: dict[str, Callable[[Run], None]] = {
