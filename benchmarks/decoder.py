@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from benchmarks.arms import DENSE, FROZEN, OURS, PEFT_EAGER, PEFT_GROUPED
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
-from benchmarks.recompute import recompute
 from benchmarks.shapes import Shape, draw_routing
+from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 
 DECODER_ARMS = (OURS, DENSE, FROZEN, PEFT_GROUPED, PEFT_EAGER)
@@ -68,7 +68,7 @@ class DecoderArm:
     input_BSH: torch.Tensor | None = None
     grad_BSH: torch.Tensor | None = None
 
-    def prepare(self, tokens: int, sequence: int, mode: str) -> None:
+    def prepare(self, tokens: int, sequence: int, mode: Recomputation) -> None:
         """Inputs of a step and the setting of recomputation."""
         weight = next(self.model.parameters())
         generator = torch.Generator(weight.device).manual_seed(2)
@@ -77,7 +77,10 @@ class DecoderArm:
             value = torch.empty(size, device=weight.device).normal_(generator=generator).to(torch.bfloat16)
             setattr(self, name, value.requires_grad_(name == "input_BSH"))
         route(self.model, self.shape, tokens)
-        recompute(self.model, mode, stock=self.name in STOCK)
+        if self.name in STOCK and mode == "full":  # with transformers' own, as others use it
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            enable_checkpointing(self.model, mode)
 
     def release(self) -> None:
         """Forget inputs and gradients."""
@@ -107,7 +110,7 @@ def build_decoder(name: str, shape: Shape, layers: int, device: str) -> DecoderA
 
 
 @contextmanager
-def prepared(arms: dict[str, DecoderArm], tokens: int, sequence: int, mode: str) -> Iterator[None]:
+def prepared(arms: dict[str, DecoderArm], tokens: int, sequence: int, mode: Recomputation) -> Iterator[None]:
     """All arms ready for the same step; what they hold for it is released afterwards, whatever happens."""
     try:
         for arm in arms.values():

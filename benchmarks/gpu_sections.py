@@ -20,9 +20,10 @@ from benchmarks.harness import REPEATS, Bar, interleaved, provenance, table, wal
 from benchmarks.memory import cuda_transient_bytes, transient_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.plan import Plan
-from benchmarks.recompute import MODES, recompute
+from benchmarks.recompute import MODES
 from benchmarks.shapes import SKEW, Shape, draw_routing
 from finetune.moe.audit import storage_of
+from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 
 MODEL_LAYERS = 32  # of Mixtral-8x7B
 MODEL_FLOPS = 55.2e9  # a token, forward and backward with LoRA on attention and experts, without recomputation
@@ -178,7 +179,7 @@ def resident_bar(run: Run, arm: DecoderArm) -> None:
     )
 
 
-def measure_decoders(run: Run, group: dict[str, DecoderArm], tokens: int, mode: str) -> dict[str, Any]:
+def measure_decoders(run: Run, group: dict[str, DecoderArm], tokens: int, mode: Recomputation) -> dict[str, Any]:
     """Times and transient bytes of one group of arms, and the bars on them."""
     steps = {name: arm.step for name, arm in group.items()}
     timings = interleaved(steps, run.budget.rounds(REPEATS), wall_clock, at_least=0.0)
@@ -268,11 +269,11 @@ def flops_per_token(layers: int) -> float:
     return HEAD_FLOPS + (MODEL_FLOPS - HEAD_FLOPS) * layers / MODEL_LAYERS
 
 
-def measure_whole(run: Run, model: Any, tokens: int, mode: str) -> None:
+def measure_whole(run: Run, model: Any, tokens: int, mode: Recomputation) -> None:
     """Seconds and peak of a training step (forward, loss, backward) of the whole model."""
     plan = run.plan
     skew = route(model, run.shape, tokens)
-    recompute(model, mode)
+    enable_checkpointing(model, mode)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, plan.vocabulary, (tokens // plan.sequence, plan.sequence), generator=generator)
     ids = ids.to(plan.device)
