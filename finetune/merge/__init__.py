@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
+from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec, fingerprint, new_folder, require_free_disk
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.merge import proof
 from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
+from finetune.merge.biases import fixed_tensors
 from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, merged_config, side_files
 from finetune.merge.logits import LayerwiseModel
@@ -40,6 +41,8 @@ class _Job:
     family: Family
     fingerprint: str
     deltas: dict[str, Delta]
+    fixed: dict[str, TensorInfo]  # tensors that are copied as they are, wherever they lie
+    specs: list[TensorSpec]
     dtype: str | None  # "BF16"; None leaves every tensor in its own
     files: list[Path]
     prompts: list[torch.Tensor]
@@ -47,7 +50,7 @@ class _Job:
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in output_specs(self.base, self.dtype))
+        return sum(spec.nbytes for spec in self.specs)
 
 
 def merge(
@@ -63,7 +66,7 @@ def merge(
     with new_folder(output) as folder:
         started = time.monotonic()
         with _bar(job, "merge", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
-            ledger = stream_merged(job.base, job.deltas, folder, job.dtype, bar.update)
+            ledger = stream_merged(job.base, job.deltas, folder, job.specs, job.fixed, bar.update)
         streamed = time.monotonic()
         copy_files(job.files, folder)
         report = _prove(job, ledger, folder, Path(output), started, streamed)
@@ -86,13 +89,17 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
     deltas = plan(reader, adapter, family)
     _require_floats(reader, deltas)
     files = side_files(folder, adapter.folder)
+    fixed = fixed_tensors(reader, adapter.folder, family)
+    output_dtype = None if dtype is None else DTYPES[dtype]
     return _Job(
         adapter=adapter,
         base=reader,
         family=family,
         fingerprint=found,
         deltas=deltas,
-        dtype=None if dtype is None else DTYPES[dtype],
+        fixed=fixed,
+        specs=output_specs(reader, output_dtype, fixed),
+        dtype=output_dtype,
         files=files,
         prompts=proof.prompt_ids(files[0].parent, int(reader.config["vocab_size"])),
         show_progress=show_progress,
@@ -132,9 +139,10 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
     """All proofs, cheapest first; the first that fails raises WeightsError."""
     merged = CheckpointReader(folder)
     used = proof.prove_usage(ledger, job.adapter, job.deltas)
-    tensors = proof.prove_keys(merged, output_specs(job.base, job.dtype))
+    tensors = proof.prove_keys(merged, job.specs)
+    moved = proof.prove_copies(job.base, merged, job.fixed)
     with _bar(job, "compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
-        changed = proof.prove_changes(job.base, merged, ledger.targeted, bar.update)
+        changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, bar.update)
     base_config = job.base.config
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing)
@@ -153,7 +161,7 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
         nbytes=job.nbytes,
         adapter_tensors=used,
         tensors=tensors,
-        targeted=len(job.deltas),
+        targeted=len(job.deltas) + len(moved),
         changed=changed,
         parts=_part_figures(job.deltas, ledger),
         logits=figures,

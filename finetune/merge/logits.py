@@ -22,6 +22,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import WEIGHTS_FILE
+from finetune.merge.biases import bias_tensors, moved_biases
 from finetune.merge.routing import Routing
 from finetune.moe.families import family_of
 
@@ -45,7 +46,9 @@ class LayerwiseModel:
         self.reader, self.adapter, self.routing = reader, adapter, routing
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
+        self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
         self._factors = {} if adapter is None else read_header(adapter / WEIGHTS_FILE)
+        self._biases = {} if adapter is None else bias_tensors(adapter)
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -73,9 +76,8 @@ class LayerwiseModel:
         """Hidden states [1, T, H] after the layer, or the logits [1, T, V] after the last one."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         layer = base.get_decoder().layers[index]
-        adapted = model.disable_adapter() if name == "plain" and isinstance(model, PeftModel) else nullcontext()
         results = []
-        with adapted:
+        with self._as(name, model):
             for prompt, state in enumerate(states):
                 with self._routed(layer, index, name, prompt), _passing(layer, state if index else None) as left:
                     if index == self.num_layers - 1:
@@ -84,6 +86,16 @@ class LayerwiseModel:
                         base.get_decoder()(**_given(state, index), use_cache=False)
                         results += left
         return results
+
+    @contextmanager
+    def _as(self, name: str, model: Any) -> Iterator[None]:
+        """The model with everything that training made, or as its weights on disk are."""
+        if name == "plain":
+            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+                yield
+        else:
+            with moved_biases(model, self._biases, self._family):
+                yield
 
     def _routed(self, layer: nn.Module, index: int, name: str, prompt: int) -> AbstractContextManager[None]:
         if self.routing is None or name == "plain":
@@ -97,7 +109,7 @@ class LayerwiseModel:
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = transformers.AutoConfig.for_model(**settings)
-        model_class = _one_layer(_model_class(config), index)
+        model_class = _one_layer(self._model_class(config), index)
         tensors = self._layer_tensors(index, config)
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
@@ -107,6 +119,11 @@ class LayerwiseModel:
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         factors = [key for key in self._factors if self._belongs(key, index)]
         return self._adapted(model.eval(), factors) if factors else model.eval()
+
+    def _model_class(self, config: Any) -> Any:
+        named = self._family.transformers_class()
+        automatic = named is transformers.AutoModelForCausalLM
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if automatic else named
 
     def _adapted(self, model: Any, keys: list[str]) -> Any:
         config = PeftConfig.from_pretrained(str(self.adapter))
@@ -136,13 +153,6 @@ class LayerwiseModel:
     def _belongs(self, key: str, index: int) -> bool:
         """Whether an adapter's tensor is of layer `index`, or of what comes after the last layer."""
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
-
-
-def _model_class(config: Any) -> Any:
-    found = family_of(config.model_type, "config.json: model_type").transformers_class()
-    return (
-        transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if found is transformers.AutoModelForCausalLM else found
-    )
 
 
 def _one_layer(model_class: Any, index: int) -> Any:

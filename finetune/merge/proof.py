@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from finetune.checkpoint import CheckpointReader, TensorSpec
+from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import Adapter
 from finetune.merge.deltas import Delta
@@ -85,6 +86,14 @@ def prove_keys(merged: CheckpointReader, specs: list[TensorSpec]) -> int:
         got = f"{len(wrong)} differ, first {wrong[0]}: {found.get(wrong[0])} for {expected.get(wrong[0])}"
         raise WeightsError(Problem(str(merged.folder), "keys or shapes differ from the base's", "report this bug", got))
     return len(found)
+
+
+def prove_copies(base: CheckpointReader, merged: CheckpointReader, fixed: Mapping[str, TensorInfo]) -> set[str]:
+    """What was to be copied is in the merged checkpoint bit for bit; returns what the base has otherwise."""
+    for key, info in fixed.items():
+        if not torch.equal(merged.read(key), read_tensor(info)):
+            raise WeightsError(Problem(key, "tensor was not copied as it is", "report this bug"))
+    return {key for key in fixed if not torch.equal(merged.read(key), base.read(key).to(merged.read(key).dtype))}
 
 
 def prove_changes(

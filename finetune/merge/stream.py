@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import FLOATS
 from finetune.merge.deltas import Delta
@@ -36,10 +37,11 @@ class Ledger:
     norms: dict[str, PartNorms] = field(default_factory=dict)
 
 
-def output_specs(base: CheckpointReader, dtype: str | None) -> list[TensorSpec]:
-    """The base's tensors, floating-point ones in `dtype` ("BF16") when it is given."""
+def output_specs(base: CheckpointReader, dtype: str | None, fixed: Mapping[str, TensorInfo]) -> list[TensorSpec]:
+    """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there."""
     infos = [base.info(key) for key in base.keys]
-    return [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
+    specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
+    return [replace(spec, dtype=fixed[spec.key].dtype) if spec.key in fixed else spec for spec in specs]
 
 
 def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
@@ -55,28 +57,29 @@ def stream_merged(
     base: CheckpointReader,
     deltas: Mapping[str, Delta],
     folder: Path,
-    dtype: str | None = None,
+    specs: Sequence[TensorSpec],
+    fixed: Mapping[str, TensorInfo],
     advance: Callable[[int], object] = lambda _: None,
 ) -> Ledger:
-    """Write base + deltas to `folder`; arithmetic in fp32; `advance` is told the base's bytes as they pass.
+    """Write base + deltas to `folder` as `specs` says; arithmetic in fp32.
 
-    Raises WeightsError for a result that is not finite.
+    Tensors in `fixed` are copied from there. `advance` is told the bytes as they pass. Raises WeightsError for a result
+    that is not finite.
     """
-    specs = output_specs(base, dtype)
     ledger, factors = Ledger(), FactorReader()
     with CheckpointWriter(folder, specs, shard_bytes(base, specs)) as writer:
         for spec in specs:
-            info = base.info(spec.key)
+            info = fixed.get(spec.key, base.info(spec.key))
             delta = deltas.get(spec.key)
             out = TORCH_DTYPES[spec.dtype]
             for start, stop in blocks(info, None if delta is None else delta.shape[0]):
-                rows = base.read_rows(info.key, start, stop)
+                rows = read_tensor(info.as_rows(), start, stop)
                 if delta is None:
                     merged = rows.to(out)
                 else:
                     merged = _merge_rows(rows, delta.rows(start, stop, factors), delta, start, out, ledger)
-                _require_finite(merged, info.key)
-                writer.write_rows(info.key, start, merged)
+                _require_finite(merged, spec.key)
+                writer.write_rows(spec.key, start, merged)
                 advance(rows.numel() * rows.itemsize)
     return ledger
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from finetune.checkpoint import fingerprint
 from finetune.moe.families import FAMILIES
@@ -55,3 +56,28 @@ def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(torch.arange(4, 84)[None]).logits[0]
     return result
+
+
+def adapter_on_all(base: Path, folder: Path, **changes: Any) -> Path:
+    """A trained adapter on every part that the base's architecture has.
+
+    Dense layers and shared experts as parameters: PEFT takes a module called `gate_proj` for the experts.
+    """
+    family = FAMILIES[json.loads((base / "config.json").read_text())["model_type"]]
+    assert family.moe is not None
+    stacks = [f"{family.moe.experts_module}.{stack.parameter}" for stack in family.moe.stacks]
+    linear = [f"{module}.weight" for module in (*family.dense_mlp, *family.moe.shared)]
+    settings = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": list(family.attention),
+        "target_parameters": [*stacks, family.moe.router_parameter, *linear],
+        "rank_pattern": dict.fromkeys(stacks, 3),
+        "alpha_pattern": {stacks[1]: 5},
+    }
+    return save_adapter(base, folder, **{**settings, **changes})
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint or adapter folder."""
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}

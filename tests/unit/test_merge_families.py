@@ -4,40 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from finetune.merge import merge
-from finetune.moe.families import FAMILIES
 from tests.families import CONFIGS, save_tiny
-from tests.unit.merge_adapters import load, logits, save_adapter
-
-
-def adapter_on(base: Path, folder: Path, model_type: str) -> Path:
-    """A trained adapter on everything that the family has; PEFT would take `gate_proj` as a module for the experts."""
-    family = FAMILIES[model_type]
-    assert family.moe is not None
-    stacks = [f"{family.moe.experts_module}.{stack.parameter}" for stack in family.moe.stacks]
-    linear = [f"{module}.weight" for module in (*family.dense_mlp, *family.moe.shared)]
-    return save_adapter(
-        base,
-        folder,
-        r=4,
-        lora_alpha=8,
-        target_modules=list(family.attention),
-        target_parameters=[*stacks, family.moe.router_parameter, *linear],
-        rank_pattern=dict.fromkeys(stacks, 3),
-        alpha_pattern={stacks[1]: 5},
-    )
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+from tests.unit.merge_adapters import adapter_on_all, load, logits, tensors
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_merged_equals_base_plus_adapter(model_type: str, tmp_path: Path) -> None:
     base = save_tiny(model_type, tmp_path / "base")
-    adapter = adapter_on(base, tmp_path / "adapter", model_type)
+    adapter = adapter_on_all(base, tmp_path / "adapter")
     report = merge(adapter, tmp_path / "merged", show_progress=False)
     adapted = load(base, adapter)
     reference = logits(adapted)
@@ -45,6 +21,8 @@ def test_merged_equals_base_plus_adapter(model_type: str, tmp_path: Path) -> Non
     assert (logits(load(tmp_path / "merged")) - reference).abs().max() < 1e-4 * reference.abs().max()
     assert report.changed == report.targeted > 0
     assert {"attention", "experts", "router"} <= set(report.parts)
+    assert report.logits.merged_error_max < 1e-4 * reference.abs().max()
+    assert report.logits.other_experts == 0
     # Tensor by tensor what stock PEFT makes of the whole model, and in the base's own layout.
     adapted.merge_and_unload().save_pretrained(tmp_path / "stock")
     plain, merged, stock = tensors(base), tensors(tmp_path / "merged"), tensors(tmp_path / "stock")

@@ -24,7 +24,7 @@ import torch
 from finetune.checkpoint import CheckpointReader
 from finetune.merge.adapter import read_adapter
 from finetune.merge.deltas import plan
-from finetune.merge.stream import stream_merged
+from finetune.merge.stream import output_specs, stream_merged
 from finetune.moe.families import family_of
 import peft.tuners.tuners_utils
 
@@ -38,7 +38,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS")
 reader = CheckpointReader(Path(base))
 deltas = plan(reader, read_adapter(Path(adapter)), family_of(reader.config["model_type"], "test"))
-ledger = stream_merged(reader, deltas, Path(output), dtype or None)
+ledger = stream_merged(reader, deltas, Path(output), output_specs(reader, dtype or None, {}), {})
 growth = resident("VmHWM") - before
 print(json.dumps({"growth": growth, "targeted": len(ledger.targeted)}))
 """
