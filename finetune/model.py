@@ -19,11 +19,12 @@ from finetune.moe.choice import ExpertChoice
 from finetune.moe.chosen import keep_chosen
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
-from finetune.moe.lora import add_adapter, lora_config
+from finetune.moe.lora import add_adapter
 from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
 from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
 from finetune.moe.router_bias import BIAS_FILE, save_biases
-from finetune.recipe import ModelSettings, Recipe
+from finetune.moe.targets import lora_config, refuse_absent
+from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
 
@@ -59,6 +60,26 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """The checkpoint's architecture; refused where the recipe does not fit it. Reads no weights, only their headers."""
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    _refuse_router_section(family, recipe)
+    refuse_quantized(reader)
+    lora_config(recipe.lora, family)  # refuses a target that this architecture lacks
+    on_disk = [key.removesuffix(".weight") for key in reader.keys]  # of linear modules the same names as in the model
+    refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
+    _refuse_attention(family, recipe.model.attn_implementation)
+    if family.recurrent and recipe.data.packing:
+        raise RecipeError(
+            Problem(
+                "data.packing",
+                f"{family.model_type} has recurrent layers: a row would begin in the state that the row before it left",
+                "write packing: false",
+                got="true",
+            )
+        )
+    return family
+
+
+def _refuse_router_section(family: Family, recipe: Recipe) -> None:
+    """A router section stands in the recipe exactly if there is a router."""
     if family.moe is not None and recipe.router is None:
         raise RecipeError(
             Problem(
@@ -71,18 +92,18 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
         raise RecipeError(
             Problem("router", f"{family.model_type} is a dense model without a router", "remove the router section")
         )
-    refuse_quantized(reader)
-    lora_config(recipe.lora, family)  # refuses a target that this architecture lacks
-    if recipe.model.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+
+
+def _refuse_attention(family: Family, name: str) -> None:
+    """The attention code must be one that the architecture has, and installed."""
+    where = "model.attn_implementation"
+    if name not in family.attn_implementations:
+        do = f"write {' or '.join(family.attn_implementations)}"
+        raise RecipeError(Problem(where, f"{family.model_type} has no such attention code", do, got=name))
+    if name == "flash_attention_2" and find_spec("flash_attn") is None:
         raise RecipeError(
-            Problem(
-                "model.attn_implementation",
-                "the package flash_attn is not installed",
-                "install it, or use sdpa",
-                got="flash_attention_2",
-            )
+            Problem(where, "the package flash_attn is not installed", "install it, or use sdpa", got=name)
         )
-    return family
 
 
 def load_base(folder: Path, settings: ModelSettings) -> Any:

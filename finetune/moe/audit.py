@@ -13,13 +13,11 @@ from bitsandbytes.nn import Params4bit
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from finetune.errors import Problem
-from finetune.moe.families import Family
+from finetune.moe.families import QUANTIZED_PARTS, Family
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import LoraSettings
 
-PARTS = ("attention", "experts", "mlp", "router", "embeddings", "norms", "head", "other")
-QUANTIZED_PARTS = frozenset({"attention", "experts", "mlp"})
-ADAPTABLE_PARTS = ("attention", "experts", "mlp", "router")
+PARTS = ("attention", "experts", "shared_experts", "mlp", "router", "embeddings", "norms", "head", "other")
 
 
 @dataclass
@@ -31,6 +29,8 @@ class PartAudit:
     bytes: int = 0
     weights: dict[str, str] = field(default_factory=dict)  # matrix or stack -> format it is stored in
     vectors: Counter[str] = field(default_factory=Counter)  # format -> number of norms and biases
+    adaptable: set[str] = field(default_factory=set)  # the weights that `lora.targets` can name
+    unknown: list[str] = field(default_factory=list)  # linear modules of which the table says nothing
     ranks: dict[str, int] = field(default_factory=dict)  # adapted weight -> LoRA rank
     trained: int = 0
     base_trained: int = 0  # parameters of the base itself that would be trained: must stay 0
@@ -39,11 +39,6 @@ class PartAudit:
     def stored_as(self) -> dict[str, int]:
         """Number of tensors by format."""
         return dict(Counter(self.weights.values()) + self.vectors)
-
-    @property
-    def adaptable(self) -> set[str]:
-        """The weights that `lora.targets` can name."""
-        return set(self.weights) if self.part in ADAPTABLE_PARTS else set()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for `audit.json`."""
@@ -69,7 +64,7 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
             part.trained += parameter.numel() if parameter.requires_grad else 0
             continue
         stored_as, count, stored_bytes = storage_of(parameter)
-        if len(_logical_shape(parameter)) > 1:
+        if _is_weight(clean, parameter, family):
             part.weights[clean] = stored_as
         else:
             part.vectors[stored_as] += 1
@@ -77,11 +72,28 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
         part.bytes += stored_bytes
         part.base_trained += count if parameter.requires_grad else 0
     for name, module in model.named_modules():
+        weight = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        clean = clean_name(f"{name}.{weight}")
+        part = parts[part_of(clean, family)]
         if isinstance(module, LoraLayer):
-            weight = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
-            clean = clean_name(f"{name}.{weight}")
-            parts[part_of(clean, family)].ranks[clean] = next(iter(module.r.values()))
+            part.ranks[clean] = next(iter(module.r.values()))
+        elif isinstance(module, torch.nn.Linear) and not _is_lora(name) and part.part not in ("router", "head"):
+            part.adaptable.add(clean)
+            if part.part == "other" and not family.leaves_unquantized(clean):
+                part.unknown.append(clean)
+    for part in (parts["experts"], parts["router"]):
+        part.adaptable = set(part.weights)
     return parts
+
+
+def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
+    """Matrices and stacks, as against norms, biases (also those of each expert) and what corrects a router's scores."""
+    moe, part = family.moe, family.part(name)
+    if moe is not None and part == "router":
+        return name.endswith(f".{moe.router_parameter}")
+    if moe is not None and part == "experts":
+        return name.endswith(tuple(f".{moe.experts_module}.{stack.parameter}" for stack in moe.stacks))
+    return len(_logical_shape(parameter)) > 1
 
 
 def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: bool, dtype: str) -> list[Problem]:
@@ -91,6 +103,9 @@ def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: b
         weight_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
         problems += _format_problems(part, weight_format, dtype)
         problems += _adapter_problems(part, lora)
+        if part.unknown:
+            what = "the table of architectures says nothing of a linear module, which would stay in 16 bits"
+            problems.append(Problem(f"audit: {part.part}", what, "report this model", got=part.unknown[0]))
         if part.base_trained:
             problems.append(
                 Problem(
@@ -106,9 +121,13 @@ def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: b
 
 
 def _format_problems(part: PartAudit, weight_format: str, dtype: str) -> list[Problem]:
-    """Matrices and stacks must be stored as `weight_format`; vectors (norms, biases) stay in `dtype`."""
-    wrong = Counter(stored for stored in part.weights.values() if stored != weight_format)
-    wrong += Counter({stored: count for stored, count in part.vectors.items() if stored != dtype})
+    """Matrices and stacks must be stored as `weight_format`; vectors (norms, biases) stay in `dtype`.
+
+    Routers and vectors may be in float32 under any recipe: some architectures want theirs so, and nothing is lost.
+    """
+    matrices = {weight_format, "float32"} if part.part == "router" else {weight_format}
+    wrong = Counter(stored for stored in part.weights.values() if stored not in matrices)
+    wrong += Counter({stored: count for stored, count in part.vectors.items() if stored not in (dtype, "float32")})
     if not wrong:
         return []
     found = ", ".join(f"{count} tensors in {stored}" for stored, count in sorted(wrong.items()))
@@ -180,25 +199,17 @@ def _is_lora(name: str) -> bool:
 
 
 def part_of(name: str, family: Family) -> str:
-    """The class of a cleaned parameter name."""
-    moe = family.moe
-    if moe is not None and f".{moe.router_module}." in name:
-        return "router"
-    if moe is not None and f".{moe.experts_module}." in name:
-        return "experts"
-    markers = (
-        ("norm", "norms"),
-        (".self_attn.", "attention"),
-        (".mlp.", "mlp"),
-        ("embed_tokens", "embeddings"),
-        ("lm_head", "head"),
-    )
+    """The class of a cleaned name of a parameter or module."""
+    part = family.part(name)
+    if part != "other":
+        return part
+    markers = (("norm", "norms"), ("embed_tokens", "embeddings"), ("lm_head", "head"))
     return next((part for marker, part in markers if marker in name), "other")
 
 
 def audit_table(parts: dict[str, PartAudit]) -> str:
     """The audit as a text table, one class a line."""
-    header = f"{'part':<11}{'stored as':<22}{'parameters':>16}{'MiB':>11}{'adapted':>12}{'rank':>7}{'trained':>13}"
+    header = f"{'part':<15}{'stored as':<22}{'parameters':>16}{'MiB':>11}{'adapted':>12}{'rank':>7}{'trained':>13}"
     lines = [header, "-" * len(header)]
     for part in parts.values():
         if not part.parameters:
@@ -207,10 +218,10 @@ def audit_table(parts: dict[str, PartAudit]) -> str:
         adapted = f"{len(part.ranks)} of {len(part.adaptable)}" if part.adaptable else "-"
         rank = ",".join(map(str, sorted(set(part.ranks.values())))) or "-"
         lines.append(
-            f"{part.part:<11}{stored:<22}{part.parameters:>16,}{part.bytes / 2**20:>11.1f}"
+            f"{part.part:<15}{stored:<22}{part.parameters:>16,}{part.bytes / 2**20:>11.1f}"
             f"{adapted:>12}{rank:>7}{part.trained:>13,}"
         )
     total, size = sum(p.parameters for p in parts.values()), sum(p.bytes for p in parts.values())
     trained = sum(part.trained for part in parts.values())
-    lines.append(f"{'total':<33}{total:>16,}{size / 2**20:>11.1f}{'':>19}{trained:>13,}")
+    lines.append(f"{'total':<37}{total:>16,}{size / 2**20:>11.1f}{'':>19}{trained:>13,}")
     return "\n".join(lines)

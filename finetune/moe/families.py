@@ -13,6 +13,10 @@ from finetune.recipe.unknown import closest
 
 Part = Literal["attention", "experts", "router", "mlp", "shared_experts", "other"]
 
+# What 4-bit loading stores in 4 bits. All else stays as it is, routers and gates above all: one row of a router decides
+# where a token goes, and costs nothing to keep.
+QUANTIZED_PARTS: frozenset[Part] = frozenset({"attention", "experts", "mlp", "shared_experts"})
+
 
 @dataclass(frozen=True)
 class ExpertStack:
@@ -66,6 +70,8 @@ class Family:
     unquantized: tuple[str, ...] = ()  # other linear modules; they stay in 16 bits
     limits: tuple[str, ...] = ()  # what a user must know, as whole phrases
     model_class: str = "AutoModelForCausalLM"  # of transformers
+    attn_implementations: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
+    recurrent: bool = False  # some layers carry a state along the sequence, which rows packed into one would share
 
     def transformers_class(self) -> Any:
         """The class whose `from_pretrained` makes the model."""
@@ -85,6 +91,10 @@ class Family:
         if _is_within(path, self.attention):
             return "attention"
         return "mlp" if _is_within(path, self.dense_mlp) else "other"
+
+    def leaves_unquantized(self, path: str) -> bool:
+        """Whether a linear module that is `other` is one that the table knows."""
+        return _is_within(path, self.unquantized)
 
 
 def _is_within(path: str, modules: tuple[str, ...]) -> bool:
@@ -160,6 +170,7 @@ _ALL = (
         _qwen(_SHARED_EXPERT),
         unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
         limits=("linear attention is slow without the package flash-linear-attention",),
+        recurrent=True,
     ),
     Family("deepseek_v2", _LATENT, _MLP, _qwen(_SHARED_EXPERTS)),
     Family("deepseek_v3", _LATENT, _MLP, _DEEPSEEK_V3, limits=(_PUBLISHED_IN_FP8,)),
@@ -216,6 +227,7 @@ _ALL = (
             biases=True,
         ),
         limits=("published in MXFP4: give a bfloat16 copy",),
+        attn_implementations=("eager",),  # its attention sinks
     ),
     Family(
         "phimoe",
@@ -244,12 +256,14 @@ _ALL = (
         ),
         unquantized=tuple(f"mamba.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
         limits=("mamba layers stay in 16 bits, and are slow without the packages mamba-ssm and causal-conv1d",),
+        recurrent=True,
     ),
     Family(
         "minimax",
         (*_QKVO, "self_attn.qkv_proj", "self_attn.output_gate", "self_attn.out_proj"),
         (),
         _MIXTRAL,
+        recurrent=True,
     ),
     Family(
         "minimax_m2",

@@ -1,4 +1,4 @@
-"""Friendly target names -> a plain PEFT configuration; PEFT's parameters, our forward.
+"""The adapter in the model: PEFT's parameters, our forward.
 
 Adapters stay stock PEFT adapters on disk. In memory, PEFT's wrapper of a stacked parameter builds `W + s B A` for every
 expert on every forward; `FactoredStackLora` replaces that forward and hands the factors to `finetune.moe.experts`.
@@ -7,15 +7,16 @@ expert on every forward; `FactoredStackLora` replaces that forward and hands the
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.errors import Problem, WeightsError
 from finetune.moe.factors import ExpertFactors
-from finetune.moe.families import Family, family_of
+from finetune.moe.families import family_of
+from finetune.moe.targets import attach, lora_config, refuse_absent
 from finetune.recipe import LoraSettings
 
 
@@ -60,52 +61,6 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         )
 
 
-def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
-    """The PEFT configuration that a recipe's `lora` section means for one architecture."""
-    modules: list[str] = []
-    parameters: list[str] = []
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for target in lora.targets:
-        if target == "attention":
-            modules += family.attention
-        elif target == "mlp":
-            modules += family.dense_mlp or _refuse(family, target)
-        elif target == "router":
-            moe = family.moe or _refuse(family, target)
-            parameters.append(f"{moe.router_module}.weight")
-        elif target == "experts":
-            moe = family.moe or _refuse(family, target)
-            for stack in moe.stacks:
-                name = f"{moe.experts_module}.{stack.parameter}"
-                parameters.append(name)
-                ranks[name] = lora.expert_r or lora.r
-                alphas[name] = lora.expert_lora_alpha or lora.lora_alpha
-        elif target in ("embed_tokens", "lm_head"):
-            what = "embeddings and head take no adapter"
-            raise RecipeError(Problem("lora.targets", what, "use attention, experts, router or mlp", got=target))
-        else:
-            modules.append(target)
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        # PEFT refuses dropout beside stacked parameters, even to load an adapter; `add_adapter` sets it itself.
-        lora_dropout=0.0 if parameters else lora.lora_dropout,
-        use_rslora=lora.use_rslora,
-        target_modules=sorted(set(modules)),
-        target_parameters=sorted(set(parameters)) or None,
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != lora.r},
-        alpha_pattern={name: alpha for name, alpha in alphas.items() if alpha != lora.lora_alpha},
-    )
-
-
-def _refuse(family: Family, target: str) -> NoReturn:
-    """This architecture has no such part."""
-    instead = "mlp" if family.moe is None else "experts"
-    raise RecipeError(Problem("lora.targets", f"{family.model_type} has no {target}", f"use {instead}", got=target))
-
-
 def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:
     """Wrap `model` with a fresh adapter (B = 0, so the output does not change) and its factored expert forward.
 
@@ -113,14 +68,14 @@ def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:
     """
     family = family_of(model.config.model_type, "config.json: model_type")
     config = lora_config(lora, family)
-    _refuse_unmatched(model, config)
+    refuse_absent(lora.targets, family, [name for name, _ in model.named_modules()])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with warnings.catch_warnings():
         # PEFT looks for rank patterns among modules only and warns about parameters, whose ranks it does apply; the
         # audit reads the ranks that stand in memory.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
-        peft_model = get_peft_model(model, config)
+        peft_model = attach(model, config)
     factor_stacks(peft_model)
     if lora.lora_dropout:
         _set_dropout(peft_model, lora.lora_dropout)
@@ -133,25 +88,6 @@ def _set_dropout(model: torch.nn.Module, probability: float) -> None:
         if isinstance(module, LoraLayer):
             for adapter in module.lora_dropout:
                 module.lora_dropout[adapter] = torch.nn.Dropout(probability)
-
-
-def _refuse_unmatched(model: Any, config: LoraConfig) -> None:
-    """PEFT only warns about a target that matches nothing; here it is an error."""
-    names = [name for name, _ in model.named_modules()]
-    unmatched = [
-        target
-        for target in config.target_modules
-        if not any(name == target or name.endswith(f".{target}") for name in names)
-    ]
-    if unmatched:
-        raise RecipeError(
-            Problem(
-                "lora.targets",
-                "matches no module of this model",
-                "use attention, experts, router, mlp, or a module name that exists",
-                got=", ".join(unmatched),
-            )
-        )
 
 
 def factor_stacks(model: torch.nn.Module) -> None:

@@ -19,6 +19,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
+from finetune.moe.families import QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import Nf4Stack
 
 QUANT_METHOD = "moe_nf4"
@@ -155,6 +156,15 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.damaged: list[str] = []  # weights that hold NaN or infinity: an exception in the loader would be lost
+
+    @staticmethod
+    def get_modules_to_not_convert(model: torch.nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        """transformers' own list (head, tied weights) and every linear layer that the table does not quantise."""
+        kept: list[str] = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
+        config: Any = model.config
+        family = family_of(config.model_type, "config.json: model_type")
+        linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+        return kept + [name for name in linear if family.part(name) not in QUANTIZED_PARTS]
 
     def param_needs_quantization(self, model: torch.nn.Module, param_name: str, **kwargs: Any) -> bool:
         linear: bool = super().param_needs_quantization(model, param_name, **kwargs)

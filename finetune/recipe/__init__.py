@@ -14,8 +14,10 @@ from finetune.recipe.settings import (
     SftSettings,
     TrainingSettings,
 )
+from finetune.recipe.targets import FRIENDLY_TARGETS
 
 __all__ = [
+    "FRIENDLY_TARGETS",
     "DataSettings",
     "DataSource",
     "LoggingSettings",

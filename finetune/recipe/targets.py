@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from finetune.recipe.unknown import closest
 
-FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp")
+FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp", "shared_experts")
 
 # What only Mixture-of-Experts models have.
 STACKED_TARGETS = ("experts", "router")
@@ -20,6 +20,7 @@ _WRONG = {
     **dict.fromkeys(("attn", "self_attn", "self_attention", "attentions", "qkv"), "write attention"),
     **dict.fromkeys(("gate", "routers", "gating", "router_weights"), "it is the router; write router"),
     **dict.fromkeys(("ffn", "feed_forward", "feedforward"), "write mlp (dense layers) or experts"),
+    **dict.fromkeys(("shared_expert", "shared_mlp", "shared"), "write shared_experts"),
     **dict.fromkeys(("norm", "input_layernorm", "post_attention_layernorm"), "norms take no adapter; remove it"),
     **{name: f"write {name}_proj, or attention for all four" for name in ("q", "k", "v", "o")},
 }
