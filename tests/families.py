@@ -45,12 +45,14 @@ _GROUPED = {
     "norm_topk_prob": True,
 }
 _DENSE_FIRST = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
-# Without the published stretching of positions, which fits their lengths only.
-_PLAIN_ROPE = {
-    "rope_type": "default",
+# The published stretching of positions, for tiny lengths.
+_YARN = {
+    "rope_type": "yarn",
     "rope_theta": 10000.0,
-    "llama_4_scaling_beta": 0.1,
-    "original_max_position_embeddings": 128,
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
 }
 _SHARED_QWEN = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1}
 
@@ -70,10 +72,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 8,
-        "rope_parameters": _PLAIN_ROPE,
+        "rope_parameters": _YARN,
     },
     "olmoe": {**_NUMBERED},
-    "phimoe": {**_LOCAL, "sliding_window": None},
+    # The noise is wide, so that sampling often chooses another expert than the best.
+    "phimoe": {**_LOCAL, "sliding_window": None, "router_jitter_noise": 0.3},
     "granitemoe": {**_LOCAL, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "jamba": {
         **_NUMBERED,
@@ -98,7 +101,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "glm4_moe": {**_GROUPED, **_DENSE_FIRST, "head_dim": 16},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "head_dim": 16},
-    "mistral4": {**_LATENT, **_GROUPED, **_DENSE_FIRST},
+    "mistral4": {
+        **_LATENT,
+        **_GROUPED,
+        **_DENSE_FIRST,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+    },
     "qwen3_next": {
         **_NUMBERED,
         **_SHARED_QWEN,
@@ -107,13 +115,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0],
     },
     "dots1": {**_GROUPED, **_DENSE_FIRST},
     "granitemoeshared": {**_LOCAL, "shared_intermediate_size": 48},
     "flex_olmo": {**_NUMBERED},
     "solar_open": {**_GROUPED, "head_dim": 16},
-    "glm4_moe_lite": {**_LATENT, **_GROUPED, "mlp_layer_types": ["dense", "sparse"]},
+    "glm4_moe_lite": {**_LATENT, **_GROUPED, "num_hidden_layers": 3, "mlp_layer_types": ["dense", "sparse", "sparse"]},
 }
 
 

@@ -1,13 +1,14 @@
 """Models of the engine's tests: a tiny real Mixtral, loaded and adapted by the product's own code."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from finetune.model import load_base
 from finetune.moe.audit import clean_name
+from finetune.moe.families import FAMILIES
 from finetune.moe.lora import add_adapter
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import LoraSettings, ModelSettings
@@ -22,7 +23,13 @@ def lora_settings(**changes: Any) -> LoraSettings:
 
 def base_model(folder: Path, load_in_4bit: bool = True, dtype: str = "float32") -> Any:
     """The base as a recipe loads it."""
-    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=load_in_4bit, dtype=dtype)  # type: ignore[arg-type]
+    family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
+    settings = ModelSettings(
+        name_or_path=str(folder),
+        load_in_4bit=load_in_4bit,
+        dtype=dtype,  # type: ignore[arg-type]
+        attn_implementation=family.attn_implementations[0],  # type: ignore[arg-type]
+    )
     return load_base(folder, settings)
 
 
@@ -38,9 +45,11 @@ def trained_model(folder: Path, load_in_4bit: bool = True, seed: int = 0, **lora
 
 def dense_twin(model: Any, folder: Path) -> Any:
     """transformers' own model in 32 bits, holding the values that the 4-bit base stands for."""
-    twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    family = FAMILIES[model.config.model_type]
+    twin = family.transformers_class().from_pretrained(folder, dtype=torch.float32)
     state = {clean_name(name): dense(parameter) for name, parameter in model.named_parameters() if ".lora_" not in name}
-    twin.load_state_dict(state, strict=not twin.config.tie_word_embeddings)
+    assert set(state) >= {name for name, _ in twin.named_parameters()}
+    twin.load_state_dict(state, strict=False)  # buffers are those of the folder
     return twin.eval()
 
 
