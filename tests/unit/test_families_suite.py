@@ -4,7 +4,6 @@ Reference is transformers' own forward and stock PEFT's `target_parameters` on a
 which the 4-bit weights stand. All in float32; gradients in training mode, from one seed (phimoe's router draws there).
 """
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,18 @@ import pytest
 import torch
 from peft import PeftModel
 
-from finetune.checkpoint import fingerprint
-from finetune.merge import merge
+from finetune.checkpoint import CheckpointReader
+from finetune.merge.adapter import read_adapter
+from finetune.merge.deltas import plan
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.audit import audit_model, differences, part_of
+from finetune.moe.audit import audit_model, clean_name, differences, part_of
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, Family, MoeLayout
 from finetune.moe.nf4 import Nf4Stack
-from finetune.moe.router import capture, find_routers
+from finetune.moe.router import RouterRecord, capture, find_routers
+from finetune.recipe import RouterSettings
 from tests.families import CONFIGS, save_tiny
-from tests.unit.engine import IDS, base_model, dense_twin, logits, lora_settings, trained_model
-
-
-MERGED = ("mixtral", "olmoe", "flex_olmo", "minimax")
+from tests.unit.engine import IDS, dense_twin, logits, lora_settings, trained_model
 
 
 @dataclass
@@ -85,31 +83,23 @@ def test_all_stacks_are_4_bit_and_routers_are_not(specimen: Specimen) -> None:
 
 
 def test_every_linear_module_is_one_that_the_table_knows(specimen: Specimen) -> None:
-    base = base_model(specimen.folder, load_in_4bit=False)
-    linear = [name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    unknown = [
-        name
-        for name in linear
-        if part_of(name, specimen.family) == "other" and not specimen.family.leaves_unquantized(name)
-    ]
-    assert unknown == []
-    stale = [
-        module
-        for module in (*specimen.family.dense_mlp, *specimen.moe.shared, *specimen.family.unquantized)
-        if not any(f".{name}".endswith(f".{module}") for name in linear)
-    ]
-    assert stale == []
+    modules = specimen.twin.named_modules()
+    linear = [clean_name(f"{n}.weight") for n, m in modules if isinstance(m, torch.nn.Linear) and ".lora_" not in n]
+    family = specimen.family
+    assert [n for n in linear if part_of(n, family) == "other" and not family.leaves_unquantized(n)] == []
+    named = (*family.dense_mlp, *specimen.moe.shared, *family.unquantized)
+    assert [module for module in named if not any(n.endswith(f".{module}.weight") for n in linear)] == []
 
 
 def test_the_forward_is_that_of_transformers_on_the_dequantised_weights(specimen: Specimen) -> None:
     with specimen.model.disable_adapter(), specimen.twin.disable_adapter():
-        ours, theirs = logits(specimen.model), logits(specimen.twin)
+        ours, theirs = logits(specimen.model.eval()), logits(specimen.twin.eval())
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
 def test_the_saved_adapter_in_stock_peft_gives_the_same_logits(specimen: Specimen) -> None:
-    ours, theirs = logits(specimen.model), logits(specimen.twin)
+    ours, theirs = logits(specimen.model.eval()), logits(specimen.twin.eval())
     with specimen.model.disable_adapter():
         assert (ours - logits(specimen.model)).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, atol=5e-5, rtol=1e-5)
@@ -135,51 +125,50 @@ def test_every_factor_gets_the_gradient_that_stock_peft_gives_it(specimen: Speci
         assert (ours[name] - gradient).abs().max() <= 1e-4 * scale + 1e-7, name
 
 
-def test_routers_are_found_captured_and_balanced(specimen: Specimen) -> None:
-    term = RouterTerm(specimen.model, specimen.moe, 1.0)
+def losses(specimen: Specimen) -> tuple[torch.Tensor, torch.Tensor, RouterRecord]:
+    """Cross entropy and balance term of one forward in training mode; and what the term, not uniform, is from."""
+    term = RouterTerm(specimen.model, specimen.family, RouterSettings(router_aux_loss_coef=1.0))
     num_experts = term.balance.frequency_LE.shape[1]
-    assert term.balance.frequency_LE.shape == (2, 8 if num_experts == 8 else 4)
-    term.balance.begin_step(IDS.numel())
+    term.begin_step(torch.tensor(IDS.numel()), logged=False)
+    term.balance.frequency_LE = torch.arange(2.0 * num_experts).reshape(2, num_experts) / num_experts
+    torch.manual_seed(0)
     with term.capture() as record:
-        specimen.model(IDS, use_cache=False)
+        ce = specimen.model.train()(IDS, labels=IDS, use_cache=False).loss
+    return ce, term.add(torch.zeros(()), record, torch.ones(IDS.numel()), ranks=1), record
+
+
+def test_routers_are_found_captured_and_balanced(specimen: Specimen) -> None:
+    _, loss, record = losses(specimen)
+    torch.manual_seed(0)
     with capture(find_routers(specimen.twin, specimen.moe.router_module)) as wanted, torch.no_grad():
-        specimen.twin(IDS, use_cache=False)
+        specimen.twin.train()(IDS, use_cache=False)
+    assert len(record.logits) == len(wanted.logits) == 2
     for ours, theirs in zip(record.logits, wanted.logits, strict=True):
-        assert ours.shape == (IDS.numel(), num_experts)
+        assert ours.shape == (IDS.numel(), 8 if "n_routed_experts" in CONFIGS[specimen.family.model_type] else 4)
         torch.testing.assert_close(ours.detach(), theirs, atol=1e-4, rtol=1e-4)
     for ours, theirs in zip(record.indices, wanted.indices, strict=True):
-        assert ours.shape == (IDS.numel(), 2)
         assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
-    term.balance.frequency_LE = torch.arange(2.0 * num_experts).reshape(2, num_experts) / num_experts
-    loss = term.balance.term(record, torch.ones(IDS.numel()))
-    gradients = lora_gradients(specimen.model, loss)
+    reached = [name for name, gradient in lora_gradients(specimen.model, loss).items() if gradient.abs().max() > 0]
     router = specimen.moe.router_parameter.removesuffix(".weight")
-    reached = [name for name, gradient in gradients.items() if gradient.abs().max() > 0]
     assert sum(f".{router}." in name for name in reached) == 2 * 2
     assert any(f".{specimen.moe.experts_module}." in name for name in reached)
 
 
-def test_merged_equals_base_plus_adapter(specimen: Specimen, tmp_path: Path) -> None:
-    if specimen.family.model_type not in MERGED:
-        pytest.skip("the merge of this layout is not there yet")
-    record = {
-        "base": {"name_or_path": str(specimen.folder), "fingerprint": fingerprint(specimen.folder)},
-        "layout": {"expert_lora": "A:expert-major,B:rank-major"},
-    }
-    (specimen.adapter / "finetune.json").write_text(json.dumps(record))
-    merge(specimen.adapter, tmp_path / "out", show_progress=False)
-    load = specimen.family.transformers_class().from_pretrained
-    merged = load(tmp_path / "out", dtype=torch.float32).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        adapted = PeftModel.from_pretrained(load(specimen.folder, dtype=torch.float32), specimen.adapter).eval()
-    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=1e-4)
+def test_the_merge_finds_a_place_on_disk_for_every_factor(specimen: Specimen) -> None:
+    """That it puts the right values there is shown for the same targets in `test_merge_families.py`."""
+    adapter = read_adapter(specimen.adapter)
+    deltas = plan(CheckpointReader(specimen.folder), adapter, specimen.family)
+    assert {delta.path for delta in deltas.values()} == set(adapter.pairs)
+    assert {delta.part for delta in deltas.values()} == set(specimen.targets)
 
 
 def test_checkpointing_changes_no_gradient(specimen: Specimen) -> None:
-    """Last, as it leaves the model with checkpointing on."""
-    plain = lora_gradients(specimen.model)
-    enable_checkpointing(specimen.model)
-    checkpointed = lora_gradients(specimen.model)
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-7, rtol=1e-5)
+    results = []
+    for mode in ("none", "selective", "full"):
+        enable_checkpointing(specimen.model, mode)
+        ce, balance, _ = losses(specimen)
+        results.append(lora_gradients(specimen.model, ce + balance))
+    enable_checkpointing(specimen.model, "none")
+    for recomputed in results[1:]:
+        for name, gradient in results[0].items():
+            torch.testing.assert_close(recomputed[name], gradient, atol=1e-7, rtol=1e-5)
