@@ -5,102 +5,14 @@ it; no code here or there asks for an architecture by name. Names of the model a
 on disk those of published checkpoints (transformers' `conversion_mapping.py` turns one into the other).
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from finetune.errors import Problem, WeightsError
+from finetune.moe.layout import QUANTIZED_PARTS, ExpertStack, Family, MoeLayout, Part
 from finetune.recipe.unknown import closest
 
-Part = Literal["attention", "experts", "router", "mlp", "shared_experts", "other"]
-
-# What 4-bit loading stores in 4 bits. All else stays as it is, routers and gates above all: one row of a router decides
-# where a token goes, and costs nothing to keep.
-QUANTIZED_PARTS: frozenset[Part] = frozenset({"attention", "experts", "mlp", "shared_experts"})
-
-
-@dataclass(frozen=True)
-class ExpertStack:
-    """One stacked expert parameter `[E, out, in]` (`[E, in, out]` if transposed) and the on-disk tensors that make it.
-
-    Per-expert checkpoints: `disk_names` are matrices, concatenated along the output axis in this order: Mixtral's
-    `gate_up_proj` is `w1` over `w3`. Fused checkpoints: one 3-D tensor that holds the stack as the model does.
-    """
-
-    parameter: str
-    disk_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class MoeLayout:
-    """What a decoder layer with experts holds. All names are relative to it (`model.layers.N.`)."""
-
-    experts_module: str  # module that holds the stacks
-    router_module: str  # module that returns (logits [T, E], weights [T, K], chosen experts [T, K])
-    stacks: tuple[ExpertStack, ...]
-    disk_expert: str  # format string with {name} and, in a per-expert checkpoint, {expert}
-    disk_router: str  # tensor [E, H]
-    router_weight: str = "weight"  # parameter [E, H] below router_module
-    shared: tuple[str, ...] = ()  # linear modules of the experts that see every token; the same names on disk
-    transposed: bool = False  # stacks are [E, in, out], in memory and on disk
-    interleaved: bool = False  # gate and up alternate along the output axis instead of following one another
-    biases: bool = False  # experts have biases `<stack>_bias [E, out]`, which are neither quantised nor adapted
-    scores: Literal["softmax", "sigmoid"] = "softmax"  # what the router makes of its logits
-    correction_bias: str | None = None  # tensor of E values added to the scores for the choice only (DeepSeek-V3)
-    disk_correction_bias: str | None = None  # its name on disk
-
-    @property
-    def per_expert(self) -> bool:
-        """Whether the checkpoint holds one tensor an expert instead of whole stacks."""
-        return "{expert}" in self.disk_expert
-
-    @property
-    def router_parameter(self) -> str:
-        """The router's weight, below the decoder layer."""
-        return f"{self.router_module}.{self.router_weight}"
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture (`config.model_type`). A name fits a module whose path is it or ends in a dot and it."""
-
-    model_type: str
-    attention: tuple[str, ...]  # linear modules; not every checkpoint has all of them
-    dense_mlp: tuple[str, ...]  # linear modules of a layer without experts; empty where every layer has experts
-    moe: MoeLayout | None
-    unquantized: tuple[str, ...] = ()  # other linear modules; they stay in 16 bits
-    limits: tuple[str, ...] = ()  # what a user must know, as whole phrases
-    model_class: str = "AutoModelForCausalLM"  # of transformers
-    attn_implementations: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
-    recurrent: bool = False  # some layers carry a state along the sequence, which rows packed into one would share
-
-    def transformers_class(self) -> Any:
-        """The class whose `from_pretrained` makes the model."""
-        import transformers  # here, so that the table alone is light
-
-        return getattr(transformers, self.model_class)
-
-    def part(self, path: str) -> Part:
-        """The part that a module or a parameter belongs to, by its path in the loaded model."""
-        moe = self.moe
-        if moe is not None and _is_within(path, (moe.router_module,)):
-            return "router"
-        if moe is not None and _is_within(path, (moe.experts_module,)):
-            return "experts"
-        if moe is not None and _is_within(path, moe.shared):
-            return "shared_experts"
-        if _is_within(path, self.attention):
-            return "attention"
-        return "mlp" if _is_within(path, self.dense_mlp) else "other"
-
-    def leaves_unquantized(self, path: str) -> bool:
-        """Whether a linear module that is `other` is one that the table knows."""
-        return _is_within(path, self.unquantized)
-
-
-def _is_within(path: str, modules: tuple[str, ...]) -> bool:
-    """Whether `path` is one of `modules` or something below it."""
-    return any(f".{module}." in f".{path}." for module in modules)
-
+__all__ = ["FAMILIES", "QUANTIZED_PARTS", "REFUSED", "ExpertStack", "Family", "MoeLayout", "Part", "family_of"]
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Latent attention; small models have one q_proj in place of the pair q_a_proj, q_b_proj.
