@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import FinetuneError, Problem, RunError, as_expected
 from finetune.files import write_json, write_text
+from finetune.quiet import hush
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
@@ -198,6 +199,7 @@ def _save(
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
+    hush()
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train as a recipe says.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import finetune
 from finetune.cli import evaluate, merge, schema, train, upcycle
 from finetune.errors import FinetuneError, as_expected
+from finetune.quiet import hush
 from finetune.threads import wait_passively
 
 COMMANDS = (train, evaluate, merge, upcycle, schema)
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; expected errors are printed one a line, without a traceback."""
     wait_passively()
+    hush()
     args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)

@@ -20,7 +20,8 @@ from finetune.errors import Problem, WeightsError
 
 BLOCKSIZE = 64  # values that share one maximum
 NESTED_BLOCKSIZE = 256  # maxima that share one second-level maximum
-CHUNK = 1 << 17  # values quantised at once, whole blocks: on the CPU bitsandbytes needs 20 bytes a value meanwhile
+CHUNK = 1 << 17  # values quantised at once on the CPU, whole blocks: bitsandbytes needs 20 bytes a value meanwhile
+CUDA_CHUNK = 1 << 30  # its kernels need none, but count in int32
 
 _SUFFIX = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}  # what bitsandbytes reads and writes
 
@@ -36,7 +37,7 @@ def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One expert as `Nf4Stack` stores it: the bits of bitsandbytes' `quantize_4bit(compress_statistics=True)`."""
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     packed, maxima = [], []
-    for chunk in torch.split(weight_OI.reshape(-1), CHUNK):
+    for chunk in torch.split(weight_OI.reshape(-1), CHUNK if weight_OI.device.type == "cpu" else CUDA_CHUNK):
         readable = chunk if chunk.dtype in _SUFFIX else chunk.float()
         packed_N, maxima_Q = operation(readable, BLOCKSIZE, "nf4", torch.uint8)
         packed.append(packed_N.view(-1))
