@@ -43,7 +43,7 @@ class RouterTerm:
         self._window = torch.zeros(2, device=device)  # balance value and z, summed over the steps since the last line
         self._window_steps = 0
         self._finite: list[torch.Tensor] = []  # [L] for each micro-batch of the running step
-        self._compares = False
+        self._logged = self._compared = False
 
     @property
     def minimised(self) -> bool:
@@ -54,8 +54,7 @@ class RouterTerm:
         """`step_tokens`: real tokens of the whole step, over all ranks; `logged`: whether its figures will be read."""
         self.balance.begin_step(step_tokens)
         self._finite.clear()
-        # Against a router that draws its choice the comparison would count its draws.
-        self._compares = logged and self.changes and not any(router.random for router in self.routers)
+        self._logged, self._compared = logged, False
 
     @property
     def changes(self) -> bool:
@@ -64,7 +63,9 @@ class RouterTerm:
 
     def capture(self) -> AbstractContextManager[RouterRecord]:
         """Record the routers of the forward that runs in the block."""
-        if not self._compares:
+        # Against a router that draws its choice the comparison would count its draws.
+        self._compared = self._logged and self.changes and not any(router.draws for router in self.routers)
+        if not self._compared:
             return capture(self.routers)
         return capture(self.routers, as_base=nullcontext if self.bias is None else self.bias.as_base)
 
@@ -105,7 +106,7 @@ class RouterTerm:
         self._window.zero_()
         self._window_steps = 0
         by_layer = {name: [row[2 + index] for row in rows] for index, name in enumerate((*figures, "changed"))}
-        if not self._compares:
+        if not self._compared:
             del by_layer["changed"]
         scalars = {"balance_loss": rows[0][0], "router/z_loss": rows[0][1]}
         for name, values in by_layer.items():

@@ -54,9 +54,9 @@ class Router:
         return any(isinstance(module, BaseTunerLayer) for module in self.called.modules())
 
     @property
-    def random(self) -> bool:
-        """Whether it draws its choice in training (Phi-3.5-MoE's SparseMixer)."""
-        return bool(getattr(self.module, "router_jitter_noise", 0))
+    def draws(self) -> bool:
+        """Whether it draws its choice at random, as Phi-3.5-MoE's does in training."""
+        return self.module.training and bool(getattr(self.module, "router_jitter_noise", 0))
 
 
 @dataclass

@@ -1,0 +1,143 @@
+"""Routers of every architecture of the table: found, captured once, compared with the base's, balanced by a bias."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.errors import RecipeError
+from finetune.methods.router_term import RouterTerm
+from finetune.moe.balance import token_sums
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.families import FAMILIES, Family
+from finetune.moe.lora import add_adapter
+from finetune.moe.router import find_routers
+from finetune.recipe import LoraSettings, RouterSettings
+from tests.families import tiny_model
+
+MOE = {name: family for name, family in FAMILIES.items() if family.moe is not None}
+BIASED = [name for name, family in MOE.items() if family.moe is not None and family.moe.correction_bias]
+IDS = torch.arange(4, 44).reshape(2, 20)
+
+
+def term_of(model: Any, family: Family, **settings: Any) -> RouterTerm:
+    return RouterTerm(model, family, RouterSettings(**{"router_aux_loss_coef": 0.5, **settings}))
+
+
+def with_trained_router(model: Any) -> Any:
+    """An adapter on the routers alone, moved far enough that it changes choices."""
+    adapted = add_adapter(model, LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
+    for name, parameter in adapted.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+@pytest.mark.parametrize("family", MOE.values(), ids=MOE)
+def test_balance_counts_what_the_experts_were_given_once_and_only_real_tokens(family: Family) -> None:
+    """Under checkpointing, whose recompute is not counted again, and with the comparison with the base router on."""
+    model = with_trained_router(tiny_model(family.model_type)).train()
+    enable_checkpointing(model)
+    term = term_of(model, family)
+    given: list[torch.Tensor] = []
+    assert family.moe is not None
+    experts = [module for name, module in model.named_modules() if name.endswith(f".{family.moe.experts_module}")]
+    handles = [module.register_forward_hook(lambda _m, args, _o: given.append(args[1])) for module in experts]
+    real_T = torch.tensor([[1] * 20, [1] * 12 + [0] * 8]).reshape(-1)
+    term.begin_step(real_T.sum(), logged=True)
+    with term.capture() as record:
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+    for handle in handles:
+        handle.remove()
+    layers = len(term.routers)
+    torch.autograd.backward(term.add(loss, record, real_T, ranks=1))
+    assert len(record.logits) == len(record.indices) == len(given) == len(experts) == layers
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(record.indices, given, strict=True))
+    counts = token_sums(record, real_T).count_LE
+    assert counts.sum(-1).tolist() == [32.0 * term.routers[0].top_k] * layers
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    )
+
+
+@pytest.mark.parametrize("family", MOE.values(), ids=MOE)
+def test_the_base_router_is_asked_on_the_same_hidden_states(family: Family) -> None:
+    """Held against a second model that never had an adapter, layer by layer."""
+    assert family.moe is not None
+    pristine = find_routers(tiny_model(family.model_type), family.moe.router_module)
+    model = with_trained_router(tiny_model(family.model_type))
+    term = term_of(model, family)
+    inputs: list[Any] = []
+    for router in term.routers:
+        router.called.register_forward_hook(lambda _m, args, _o: inputs.append(args))
+    term.begin_step(torch.tensor(40), logged=True)
+    with torch.no_grad(), term.capture() as record:
+        model(IDS, use_cache=False)
+    asked = inputs[::2] if len(inputs) == 2 * len(term.routers) else inputs
+    changed = 0.0
+    for position, (router, args) in enumerate(zip(pristine, asked, strict=True)):
+        with torch.no_grad():
+            theirs = router.called(*args)[2]
+        different_T = torch.tensor(
+            [
+                set(one) != set(other)
+                for one, other in zip(record.indices[position].tolist(), theirs.tolist(), strict=True)
+            ]
+        )
+        assert torch.equal(record.changed[position], different_T.float())
+        changed += different_T.float().mean().item()
+    assert 0 < changed < len(pristine)
+
+
+def test_a_frozen_router_is_not_compared() -> None:
+    model = add_adapter(tiny_model("mixtral"), LoraSettings(targets=["attention"], r=4, lora_alpha=8.0))
+    term = term_of(model, FAMILIES["mixtral"])
+    term.begin_step(torch.tensor(40), logged=True)
+    with torch.no_grad(), term.capture() as record:
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        term.add(loss, record, torch.ones(40), ranks=1)
+    term.end_step(lambda x: x)
+    assert record.changed == []
+    scalars, load = term.figures()
+    assert "router/changed" not in scalars
+    assert "changed" not in load
+
+
+@pytest.mark.parametrize("model_type", BIASED)
+def test_bias_balance_moves_the_choice_towards_the_mean_load(model_type: str) -> None:
+    family = FAMILIES[model_type]
+    model = tiny_model(model_type)
+    term = term_of(model, family, router_aux_loss_coef=0.0, bias_update_rate=0.02)
+    assert term.bias is not None
+    assert len(term.bias.biases) == len(term.routers)
+    before = [bias.clone() for bias in term.bias.biases.values()]
+    spread = []
+    for _ in range(40):
+        term.begin_step(torch.tensor(40), logged=True)
+        with torch.no_grad(), term.capture() as record:
+            term.add(model(IDS, labels=IDS, use_cache=False).loss, record, torch.ones(40), ranks=1)
+        term.end_step(lambda x: x)
+        scalars, load = term.figures()
+        spread.append(scalars["router/max_load"])
+        if len(spread) == 1:
+            for bias, old, tokens in zip(term.bias.biases.values(), before, load["tokens"], strict=True):
+                mean = sum(tokens) / len(tokens)
+                wanted = [0.02 * ((count < mean) - (count > mean)) for count in tokens]
+                assert (bias - old).flatten().tolist() == pytest.approx(wanted, abs=1e-6)
+            assert scalars["router/changed"] == 0, "the base router's bias is still the same"
+    assert min(spread[20:]) < spread[0] - 0.1
+    assert scalars["router/changed"] > 0, "the moved bias counts as a change of the router"
+
+
+def test_bias_balance_is_refused_by_name_where_the_routers_carry_no_bias() -> None:
+    with pytest.raises(
+        RecipeError,
+        match=re.escape(
+            "router.bias_update_rate: the routers of mixtral carry no correction bias that could be moved; got 0.001; "
+            "write 0, and a router.router_aux_loss_coef to balance by a loss"
+        ),
+    ):
+        term_of(tiny_model("mixtral"), FAMILIES["mixtral"], bias_update_rate=0.001)
