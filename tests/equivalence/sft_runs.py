@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 from finetune.data import Collator, load_tokenizer, prepare
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.sft import MoeSftTrainer, sft_config
-from finetune.model import load_model
-from finetune.moe.families import FAMILIES
+from finetune.model import checkpoint_family, load_model
 from finetune.recipe import Recipe
 
 WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
@@ -90,7 +89,7 @@ def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
     steps = Steps(model)
     trainer = MoeSftTrainer(
         model=model,
-        router_term=RouterTerm(model, FAMILIES["mixtral"], recipe.router),
+        router_term=RouterTerm(model, checkpoint_family(folder, recipe), recipe.router),
         args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),

@@ -6,9 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.methods.sft import MoeSftTrainer
 from finetune.recipe import Recipe
 from tests.equivalence import sft_runs
-from tests.equivalence.sft_runs import Steps, assert_same_steps, run, write_rows
+from tests.equivalence.sft_runs import Steps, assert_same_steps, run, trainer_for, write_rows
+from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 
 KEYS = ("loss", "ce_loss", "balance_loss", "router/z_loss", "router/max_load", "router/changed")
@@ -121,3 +123,53 @@ def test_a_step_whose_load_is_looked_at_is_the_step_that_is_not(
         sum(log["balance_loss"] for log in wanted.logs[:3]) / 3, abs=1e-5
     )
     assert seldom.logs[0]["router/changed"] == pytest.approx(wanted.logs[2]["router/changed"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("deepseek_v3", tmp_path_factory.mktemp("deepseek"))
+
+
+BIAS = {"router_aux_loss_coef": 0.0, "bias_update_rate": 0.05}
+
+
+def biases(trainer: MoeSftTrainer) -> list[list[float]]:
+    assert trainer.router_term is not None
+    assert trainer.router_term.bias is not None
+    return [bias.tolist() for bias in trainer.router_term.bias.biases.values()]
+
+
+def biases_after(settings: Recipe) -> tuple[Steps, list[list[float]]]:
+    trainer, steps = trainer_for(settings)
+    trainer.run_from(None)
+    return steps, biases(trainer)
+
+
+@pytest.fixture(scope="module")
+def balanced(deepseek: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Steps, list[list[float]]]:
+    """Three steps of a DeepSeek-V3 whose correction biases move, with a checkpoint after the second."""
+    return biases_after(recipe(deepseek, rows, tmp_path_factory.mktemp("balanced"), BIAS, save_steps=2))
+
+
+@pytest.mark.parametrize("cut", [{"per_device_train_batch_size": 1}, {"gradient_checkpointing": True}], ids=str)
+def test_accumulation_and_checkpointing_do_not_change_bias_balancing(
+    deepseek: Path, rows: Path, tmp_path: Path, balanced: tuple[Steps, list[list[float]]], cut: dict[str, Any]
+) -> None:
+    steps, moved = biases_after(recipe(deepseek, rows, tmp_path, BIAS, **cut))
+    assert_same_steps(balanced[0], steps, KEYS)
+    assert moved == balanced[1]
+    assert steps.logs[0]["router/changed"] == 0, "nothing had moved"
+
+
+def test_bias_balancing_resumes_as_if_it_had_not_been_interrupted(
+    deepseek: Path, rows: Path, balanced: tuple[Steps, list[list[float]]], tmp_path: Path
+) -> None:
+    """The checkpoint holds the moved biases; PEFT's files could not."""
+    first = recipe(deepseek, rows, tmp_path, BIAS, save_steps=2)
+    trainer_for(first)[0].train()
+    trainer, steps = trainer_for(first)
+    trainer.run_from(tmp_path / "checkpoint-2")
+    assert biases(trainer) == balanced[1]
+    for name, gradient in balanced[0].gradients[2].items():
+        torch.testing.assert_close(steps.gradients[0][name], gradient, atol=1e-5, rtol=1e-4)
+    assert steps.logs[0]["router/changed"] == pytest.approx(balanced[0].logs[2]["router/changed"])
