@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from finetune.errors import RunError
@@ -57,6 +58,8 @@ def train_once(settings: LoggingSettings, path: Path) -> None:
         **dashboards.trainer_args,
     )
     rows: Any = [{"x": torch.tensor([float(index)]), "labels": torch.tensor([0.0])} for index in range(1, 9)]
+    for callback in dashboards.callbacks:
+        callback.show_router(1, {"tokens": [[4, 4, 0, 0], [2, 2, 2, 2]]})
     callbacks = [MetricsCallback(folder.metrics), *dashboards.callbacks]
     Trainer(OneWeight(), arguments, train_dataset=rows, callbacks=callbacks).train()
 
@@ -78,11 +81,18 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in records if entry.get("type") == "history"]
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def test_wandb_offline_stores_the_run_in_the_run_folder_and_a_resumed_one_continues_it(tmp_path: Path) -> None:
     losses = train_in_a_process(LoggingSettings(report_to=["wandb"], wandb_mode="offline"), tmp_path, times=2)
     first, second = sorted((tmp_path / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime)
     logged = [entry["history"]["item"].get("train/loss") for entry in wandb_history(first)]
     assert logged[:3] == losses[:3]
+    (picture,) = first.glob("files/media/images/train/router/load_*.png")
+    assert picture_size(picture) == (32, 16), "the routers' load, a block of 8 pixels for each expert of each layer"
     assert len(set(losses)) == 3, "the weight moved"
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2], "one run id"
 
@@ -98,6 +108,8 @@ def test_trackio_stores_the_run_in_the_run_folder_and_prints_no_link(
     environment = {**os.environ, "TRACKIO_DIR": str(folder / "trackio")}
     done = subprocess.run([*command, "train/loss"], capture_output=True, check=True, env=environment)
     assert [entry["value"] for entry in json.loads(done.stdout)["values"]] == losses
+    (picture,) = folder.glob("trackio/media/**/*.png")
+    assert picture_size(picture) == (32, 16)
     assert f'TRACKIO_DIR="{folder}/trackio" trackio show --project "bread"' in printed
     assert "http" not in printed
     assert "write_token" not in printed
