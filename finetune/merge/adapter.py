@@ -97,6 +97,9 @@ def read_adapter(folder: Path) -> Adapter:
         raise WeightsError(
             Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(layout))
         )
+    if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
+        what = "is missing, and the record names it: the correction biases of the routers that training moved"
+        raise WeightsError(Problem(str(folder / str(named)), what, "copy the whole adapter folder of the run"))
     base = record.get("base", {})
     return Adapter(
         folder=folder,

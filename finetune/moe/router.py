@@ -8,16 +8,16 @@ T tokens, E experts, K experts a token, L MoE layers.
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.utils._python_dispatch import _disable_current_modes
 
 from finetune.errors import Problem, WeightsError
 from finetune.moe.audit import clean_name
+from finetune.moe.checkpointing import kept_values
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def capture(routers: list[Router], as_base: AsBase | None = None) -> Iterator[Ro
 def base_choice(called: torch.nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
     """The experts `[T, K]` that the router chooses for the same input without its adapter.
 
-    It runs in the midst of a layer that may be checkpointed: without gradient and outside of torch's modes, so that
-    nothing of it is kept for the recompute, which does not repeat it.
+    It runs in the midst of a layer that may be checkpointed: nothing of it is kept for the recompute, which does not
+    repeat it.
     """
     layers = [module for module in called.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
@@ -138,7 +138,8 @@ def base_choice(called: torch.nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
     for layer in layers:
         layer._disable_adapters = True
     try:
-        with torch.no_grad(), torch._C.DisableTorchFunction(), _disable_current_modes():
+        kept = kept_values()
+        with torch.no_grad(), nullcontext() if kept is None else kept.apart():
             indices: torch.Tensor = called(*args)[2]
             return indices
     finally:

@@ -88,34 +88,11 @@ def save_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
     save_file(biases, folder / BIAS_FILE, metadata={"format": "pt"})
 
 
-def read_biases(path: Path) -> dict[str, torch.Tensor]:
-    """What `save_biases` wrote. Raises WeightsError for a value that is not finite."""
-    biases: dict[str, torch.Tensor] = load_file(path)
-    for name, bias in biases.items():
-        if not bool(bias.isfinite().all()):
-            raise WeightsError(Problem(f"{path}: {name}", "the correction bias is not finite", "train anew"))
-    return biases
-
-
 def load_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
     """Put the biases that lie beside an adapter into the (adapted or bare) model; nothing to do where none do."""
     path = folder / BIAS_FILE
     if path.is_file():
-        copy_biases(find_biases(model, moe), read_biases(path), str(path))
-
-
-@contextmanager
-def with_biases(model: torch.nn.Module, moe: MoeLayout, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """The model has these biases within the block; those of layers that it does not hold are left out."""
-    held = {name: bias for name, bias in find_biases(model, moe).items() if name in values}
-    before = {name: bias.data for name, bias in held.items()}
-    for name, bias in held.items():
-        bias.data = values[name].to(bias.device)
-    try:
-        yield
-    finally:
-        for name, bias in held.items():
-            bias.data = before[name]
+        copy_biases(find_biases(model, moe), load_file(path), str(path))
 
 
 def copy_biases(biases: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], where: str) -> None:

@@ -54,12 +54,13 @@ def test_accumulation_does_not_change_the_balance_of_a_step(
     assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, per_device_train_batch_size=size)), KEYS)
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_does_not_change_the_balance_of_a_step(
-    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps]
+    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps], mode: str
 ) -> None:
     """Also not by the comparison with the base router, which runs within the checkpointed layers."""
     router, wanted = whole
-    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing="full")), KEYS)
+    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing=mode)), KEYS)
 
 
 @pytest.mark.parametrize("scope", ["step", "micro_batch"])
@@ -151,7 +152,7 @@ def balanced(deepseek: Path, rows: Path, tmp_path_factory: pytest.TempPathFactor
     return biases_after(recipe(deepseek, rows, tmp_path_factory.mktemp("balanced"), BIAS, save_steps=2))
 
 
-@pytest.mark.parametrize("cut", [{"per_device_train_batch_size": 1}, {"gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("cut", [{"per_device_train_batch_size": 1}, {"gradient_checkpointing": "selective"}], ids=str)
 def test_accumulation_and_checkpointing_do_not_change_bias_balancing(
     deepseek: Path, rows: Path, tmp_path: Path, balanced: tuple[Steps, list[list[float]]], cut: dict[str, Any]
 ) -> None:

@@ -38,7 +38,7 @@ def with_trained_router(model: Any) -> Any:
 def test_balance_counts_what_the_experts_were_given_once_and_only_real_tokens(family: Family) -> None:
     """Under checkpointing, whose recompute is not counted again, and with the comparison with the base router on."""
     model = with_trained_router(tiny_model(family.model_type)).train()
-    enable_checkpointing(model)
+    enable_checkpointing(model, "full")
     term = term_of(model, family)
     given: list[torch.Tensor] = []
     assert family.moe is not None

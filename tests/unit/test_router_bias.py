@@ -2,13 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.moe.families import FAMILIES, MoeLayout
@@ -52,17 +50,6 @@ def test_a_merged_model_has_the_moved_biases_and_the_adapter(model_type: str, tm
     assert report.changed == report.targeted
 
 
-def test_moved_biases_stay_in_float32_when_the_merged_model_is_in_16_bits(tmp_path: Path) -> None:
-    base = save_tiny("deepseek_v3", tmp_path / "base", dtype="bfloat16")
-    adapter = moved_adapter("deepseek_v3", base, tmp_path / "adapter")
-    merge(adapter, tmp_path / "merged", dtype="bfloat16", show_progress=False)
-    written, moved = CheckpointReader(tmp_path / "merged"), load_file(adapter / BIAS_FILE)
-    assert len(moved) == 2
-    for key, values in moved.items():
-        assert written.info(key).dtype == "F32"
-        assert torch.equal(written.read(key), values)
-
-
 def test_a_small_step_on_a_large_bias_is_not_lost_in_a_16_bit_model() -> None:
     """MiniMax-M2's biases are not among the tensors that transformers keeps in float32."""
     model = tiny_model("minimax_m2").to(torch.bfloat16)
@@ -87,13 +74,6 @@ def test_biases_are_read_back_as_they_were_saved_also_under_an_adapter(tmp_path:
         assert all(torch.equal(found[name], values) for name, values in load_file(adapter / BIAS_FILE).items())
 
 
-def refusal(adapter: Path) -> str:
-    with pytest.raises(WeightsError) as caught:
-        merge(adapter, adapter.parent / "merged", show_progress=False)
-    assert not (adapter.parent / "merged").exists()
-    return str(caught.value)
-
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     return moved_adapter("deepseek_v3", save_tiny("deepseek_v3", tmp_path / "base"), tmp_path / "adapter")
@@ -101,28 +81,13 @@ def adapter(tmp_path: Path) -> Path:
 
 def test_a_record_of_biases_without_their_file_is_refused(adapter: Path) -> None:
     (adapter / BIAS_FILE).unlink()
-    assert refusal(adapter) == (
-        f"{adapter / BIAS_FILE}: the adapter is incomplete: its record names correction biases of the routers, and the "
-        "file is missing; copy the whole folder of the run"
+    with pytest.raises(WeightsError) as caught:
+        merge(adapter, adapter.parent / "merged", show_progress=False)
+    assert str(caught.value) == (
+        f"{adapter / BIAS_FILE}: is missing, and the record names it: the correction biases of the routers that "
+        "training moved; copy the whole adapter folder of the run"
     )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("shape", "a correction bias fits nothing in the base; got [3] for {name} [8]; merge into the base"),
-        ("name", "a correction bias fits nothing in the base; got [8] for model.layers.9.x which is not there; merge"),
-        ("nan", "the correction bias is not finite; train anew"),
-    ],
-)
-def test_biases_that_do_not_fit_the_base_are_refused_by_name(adapter: Path, change: str, message: str) -> None:
-    biases: dict[str, Any] = load_file(adapter / BIAS_FILE)
-    name = next(iter(biases))
-    values = biases.pop(name)
-    where = "model.layers.9.x" if change == "name" else name
-    biases[where] = {"shape": values[:3].clone(), "name": values, "nan": values * torch.nan}[change]
-    save_file(biases, adapter / BIAS_FILE)
-    assert refusal(adapter).startswith(f"{adapter / BIAS_FILE}: {where}: {message.format(name=name)}")
+    assert not (adapter.parent / "merged").exists()
 
 
 def test_biases_of_another_model_are_not_copied(adapter: Path) -> None:
