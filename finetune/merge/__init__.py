@@ -16,7 +16,7 @@ from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec, finger
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.merge import proof
-from finetune.merge.adapter import FLOATS, RECORD_FILE, Adapter, read_adapter
+from finetune.merge.adapter import RECORD_FILE, Adapter, read_adapter
 from finetune.merge.biases import fixed_tensors
 from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, merged_config, side_files
@@ -25,6 +25,7 @@ from finetune.merge.report import MergeReport, PartFigures
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, output_specs, stream_merged
 from finetune.moe.families import Family, family_of
+from finetune.moe.rehearsal import rehearse
 
 __all__ = ["DTYPES", "MergeReport", "merge"]
 
@@ -86,8 +87,8 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
         do = "give the base that the adapter was trained on with --base"
         got = f"{found[:12]} where the adapter records {str(adapter.base_fingerprint)[:12]}"
         raise WeightsError(Problem(str(folder), "base fingerprint differs", do, got))
+    rehearse(reader, family.transformers_class(), load_in_4bit=False)
     deltas = plan(reader, adapter, family)
-    _require_floats(reader, deltas)
     files = side_files(folder, adapter.folder)
     fixed = fixed_tensors(reader, adapter.folder, family)
     output_dtype = None if dtype is None else DTYPES[dtype]
@@ -124,15 +125,6 @@ def _base_folder(adapter: Adapter, base: Path | None) -> Path:
         do = "name the folder of the base checkpoint with --base"
         where = str(adapter.folder / RECORD_FILE)
         raise WeightsError(Problem(where, "the recorded base is not on this machine", do, got=location)) from error
-
-
-def _require_floats(base: CheckpointReader, deltas: Mapping[str, Delta]) -> None:
-    do = "give the 16-bit checkpoint that the quantised one was made from with --base"
-    if base.config.get("quantization_config"):
-        raise WeightsError(Problem(str(base.folder / "config.json"), "the base is quantised", do))
-    for key in deltas:
-        if base.info(key).dtype not in FLOATS:
-            raise WeightsError(Problem(f"{base.folder}: {key}", "the base is quantised", do, got=base.info(key).dtype))
 
 
 def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float, streamed: float) -> MergeReport:

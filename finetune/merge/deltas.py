@@ -72,8 +72,8 @@ class _Target:
 def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, Delta]:
     """Every on-disk tensor that the adapter changes.
 
-    Raises WeightsError (all problems at once) for an incomplete base, for factors that match nothing in the base, for
-    targets without factors, and for shapes or ranks that do not fit.
+    Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
+    and for shapes or ranks that do not fit.
     """
     targets = list(_targets(base_layout(base, family), adapter, family))
     where = str(adapter.folder / WEIGHTS_FILE)

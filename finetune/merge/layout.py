@@ -5,15 +5,12 @@ loaded model does (`save_pretrained(save_original_format=False)`). Which of the 
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.checkpoint import CheckpointReader
-from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family, MoeLayout
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
-COMPLETE = "fetch the checkpoint again, or give a complete one"
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class BaseLayout:
 
 
 def base_layout(base: CheckpointReader, family: Family) -> BaseLayout:
-    """Look at the headers. Raises WeightsError for an expert that is missing or has another shape than the others.
+    """Look at the keys of a base that is complete.
 
     Only layers that the architecture loads count: a published checkpoint may have more (multi-token prediction).
     """
@@ -68,21 +65,17 @@ def _loaded(key: str, num_layers: int) -> bool:
 
 
 def _is_sparse(base: CheckpointReader, moe: MoeLayout, prefix: str) -> bool:
-    """A layer with a router is one with experts, also where these are missing."""
+    """A layer with a router is one with experts."""
     return any(base.holds(prefix + key) for key in (moe.disk_router, moe.router_parameter))
 
 
 def _stacks(base: CheckpointReader, moe: MoeLayout, prefixes: list[str]) -> tuple[Stack, ...]:
     count = _count_experts(base, moe)
-    stacks = tuple(_stack(base, moe, prefix, number, count) for prefix in prefixes for number in range(len(moe.stacks)))
-    problems = [problem for stack in stacks for problem in _problems(base, stack)]
-    if problems:
-        raise WeightsError(problems)
-    return stacks
+    return tuple(_stack(base, moe, prefix, number, count) for prefix in prefixes for number in range(len(moe.stacks)))
 
 
 def _count_experts(base: CheckpointReader, moe: MoeLayout) -> int:
-    """Experts of the fullest layer of a per-expert checkpoint, at least 1: others must not have fewer."""
+    """Experts of a per-expert checkpoint; 1 of any other."""
     pattern = LAYER.pattern + re.escape(moe.disk_expert).replace(r"\{expert\}", r"(\d+)").replace(r"\{name\}", r"\w+")
     matches = (re.fullmatch(pattern, key) for key in base.keys) if moe.per_expert else ()
     return max((int(match[2]) + 1 for match in matches if match), default=1)
@@ -99,22 +92,5 @@ def _stack(base: CheckpointReader, moe: MoeLayout, prefix: str, number: int, cou
             tuple(prefix + moe.disk_expert.format(expert=expert, name=name) for name in stack.disk_names)
             for expert in tensors
         )
-    first = base.info(keys[0][0]).shape if base.holds(keys[0][0]) else ()
+    first = base.info(keys[0][0]).shape
     return Stack(module, stack.parameter, keys, first[0] if len(first) == 3 else len(keys))
-
-
-def _problems(base: CheckpointReader, stack: Stack) -> Iterator[Problem]:
-    """The first tensor that is missing, and the first of another shape than that of its sisters."""
-    missing = [key for keys in stack.keys for key in keys if not base.holds(key)]
-    if missing:
-        got = f"{len(missing)} of {stack.name} missing"
-        yield Problem(f"{base.folder}: {missing[0]}", "the checkpoint lacks an expert's weight", COMPLETE, got)
-        return
-    for sisters in zip(*stack.keys, strict=True):
-        shape = base.info(sisters[0]).shape
-        for key in sisters:
-            found = base.info(key).shape
-            if found != shape or len(found) not in (2, 3):
-                do = f"{COMPLETE}: its sister {sisters[0]} has {list(shape)}"
-                yield Problem(f"{base.folder}: {key}", "an expert's weight has an unfit shape", do, str(list(found)))
-                break

@@ -157,8 +157,8 @@ def test_an_expert_layout_of_another_version(adapter: Path) -> None:
     ("settings", "message"),
     [
         ({"model_type": "gpt2"}, "got gpt2; use one of: deepseek_v2, "),
-        ({"quantization_config": {"bits": 4}}, "the base is quantised; give the 16-bit checkpoint"),
-        ({"vocab_size": 100}, r"a token is outside the model's vocabulary; got id \d+ for 100 entries"),
+        ({"quantization_config": {"bits": 4}}, "the checkpoint is already quantised; .* give the 16-bit checkpoint"),
+        ({"vocab_size": 100}, r"mismatched_keys; got lm_head.weight is \[512, 64\], must be \[100, 64\]"),
     ],
 )
 def test_a_base_of_another_kind(
@@ -167,6 +167,11 @@ def test_a_base_of_another_kind(
     other = shutil.copytree(base, tmp_path / "other")
     edit(other / "config.json", **settings)
     refused(adapter, message, base=other)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    small = save_tiny_mixtral(tmp_path / "small", vocab_size=100)
+    refused(save_adapter(small, tmp_path / "adapter"), r"outside the model's vocabulary; got id \d+ for 100 entries")
 
 
 def test_a_base_without_tokenizer(adapter: Path, base: Path, tmp_path: Path) -> None:
