@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from finetune.checkpoint import fingerprint
 from finetune.moe.families import FAMILIES
 
+IDS = torch.arange(4, 84)
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ROUTER = "mlp.gate.weight"
 EVERYTHING: dict[str, Any] = {
@@ -54,7 +55,7 @@ def save_adapter(base: Path, folder: Path, b_std: float = 0.05, record: bool = T
 def logits(model: Any) -> torch.Tensor:
     """Logits [T, V] on fixed token ids."""
     with torch.no_grad():
-        result: torch.Tensor = model(torch.arange(4, 84)[None]).logits[0]
+        result: torch.Tensor = model(IDS[None]).logits[0]
     return result
 
 
