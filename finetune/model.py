@@ -66,15 +66,9 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     on_disk = [key.removesuffix(".weight") for key in reader.keys]  # of linear modules the same names as in the model
     refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
     _refuse_attention(family, recipe.model.attn_implementation)
-    if family.recurrent and recipe.data.packing:
-        raise RecipeError(
-            Problem(
-                "data.packing",
-                f"{family.model_type} has recurrent layers: a row would begin in the state that the row before it left",
-                "write packing: false",
-                got="true",
-            )
-        )
+    if family.unpackable and recipe.data.packing:
+        what = f"rows of {family.model_type} cannot be packed: {family.unpackable}"
+        raise RecipeError(Problem("data.packing", what, "write packing: false", got="true"))
     return family
 
 

@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.moe.same_adapter import refuse_other_adapter
 from finetune.recipe import Recipe
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
@@ -126,6 +127,8 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
 
         Raises RunError where fewer steps were taken than the recipe says: what was saved would not be what was asked.
         """
+        if checkpoint is not None:
+            refuse_other_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
         if checkpoint is None:
             self.train()
         elif not self._take_over(checkpoint):

@@ -67,6 +67,7 @@ def _qwen(
 
 
 _DEEPSEEK_V3 = _qwen(_SHARED_EXPERTS, "sigmoid", "mlp.gate.e_score_correction_bias")
+_RECURRENT = "its recurrent layers carry their state from one row into the next"
 _PUBLISHED_IN_FP8 = "published in FP8: give a bfloat16 copy"
 
 _ALL = (
@@ -82,7 +83,7 @@ _ALL = (
         _qwen(_SHARED_EXPERT),
         unquantized=("mlp.shared_expert_gate", "linear_attn.in_proj_ba"),
         limits=("linear attention is slow without the package flash-linear-attention",),
-        recurrent=True,
+        unpackable=_RECURRENT,
     ),
     Family("deepseek_v2", _LATENT, _MLP, _qwen(_SHARED_EXPERTS)),
     Family("deepseek_v3", _LATENT, _MLP, _DEEPSEEK_V3, limits=(_PUBLISHED_IN_FP8,)),
@@ -140,6 +141,7 @@ _ALL = (
         ),
         limits=("published in MXFP4: give a bfloat16 copy",),
         attn_implementations=("eager",),  # its attention sinks
+        unpackable="transformers 5.23 does not tell its attention where a row begins",
     ),
     Family(
         "phimoe",
@@ -168,14 +170,14 @@ _ALL = (
         ),
         unquantized=tuple(f"mamba.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
         limits=("mamba layers stay in 16 bits, and are slow without the packages mamba-ssm and causal-conv1d",),
-        recurrent=True,
+        unpackable=_RECURRENT,
     ),
     Family(
         "minimax",
         (*_QKVO, "self_attn.qkv_proj", "self_attn.output_gate", "self_attn.out_proj"),
         (),
         _MIXTRAL,
-        recurrent=True,
+        unpackable=_RECURRENT,
     ),
     Family(
         "minimax_m2",
@@ -194,11 +196,11 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 
 _OWN_FORWARD = (
-    "transformers computes its experts in the model's own forward, not through ExpertsInterface, so neither "
-    "4-bit experts nor their adapters would be reached"
+    "transformers runs its experts in the model's own code, not through ExpertsInterface: 4-bit experts and their "
+    "adapters would not be reached"
 )
 _LLAMA4 = f"{_OWN_FORWARD}; every expert runs on every token, weighted before it instead of after"
-_ENCODER_DECODER = "it is an encoder-decoder model; only decoder-only language models are trained here"
+_ENCODER_DECODER = "an encoder-decoder model; only decoder-only language models are trained here"
 
 REFUSED: dict[str, str] = {
     "dbrx": f"{_OWN_FORWARD}; an expert is a slice of one matrix of two dimensions",
@@ -206,7 +208,7 @@ REFUSED: dict[str, str] = {
     "llama4_text": _LLAMA4,
     "jetmoe": f"{_OWN_FORWARD}; its attention is made of experts too",
     "longcat_flash": f"{_OWN_FORWARD}; some of its experts have no weights",
-    "nllb_moe": _ENCODER_DECODER,
+    "nllb-moe": _ENCODER_DECODER,
     "switch_transformers": _ENCODER_DECODER,
 }
 

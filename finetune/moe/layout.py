@@ -63,7 +63,15 @@ class Family:
     limits: tuple[str, ...] = ()  # what a user must know, as whole phrases
     model_class: str = "AutoModelForCausalLM"  # of transformers
     attn_implementations: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
-    recurrent: bool = False  # some layers carry a state along the sequence, which rows packed into one would share
+    unpackable: str | None = None  # why rows packed into one sequence would see each other
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The friendly names that `lora.targets` can hold; a single checkpoint may lack `mlp` or `shared_experts`."""
+        mlp = ("mlp",) if self.dense_mlp else ()
+        if self.moe is None:
+            return ("attention", *mlp)
+        return ("attention", "experts", "router", *mlp, *(("shared_experts",) if self.moe.shared else ()))
 
     def transformers_class(self) -> Any:
         """The class whose `from_pretrained` makes the model."""

@@ -72,11 +72,7 @@ def linear_modules(target: str, family: Family) -> tuple[str, ...]:
 
 
 def _choices(family: Family) -> str:
-    """The friendly names that this architecture knows."""
-    names = [name for name in FRIENDLY_TARGETS if name in ("experts", "router") or linear_modules(name, family)]
-    if family.moe is None:
-        names = [name for name in names if name not in ("experts", "router")]
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+    return f"{', '.join(family.targets[:-1])} or {family.targets[-1]}"
 
 
 def _refuse(family: Family, target: str) -> NoReturn:

@@ -1,16 +1,36 @@
-"""The table of architectures: who is supported, who is refused and why, and what is told of a name that is neither."""
+"""The table of architectures: who is supported, how far, who is refused and why, all before a weight is read."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
 
-from finetune.errors import WeightsError
+from finetune.errors import FinetuneError, WeightsError
 from finetune.model import checkpoint_family
 from finetune.moe.families import FAMILIES, REFUSED, family_of
-from tests.families import CONFIGS
+from finetune.moe.listing import families_table
+from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.test_model import recipe_for
+
+
+def complaint(folder: Path, **sections: dict[str, Any]) -> str:
+    """What is said of the checkpoint in `folder` under a recipe with these changes; its weights are taken away."""
+    (folder / "model.safetensors").rename(folder / "kept")
+    header = (folder / "kept").read_bytes()
+    length = 8 + int.from_bytes(header[:8], "little")
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header[:length])
+        file.truncate(len(header))
+    recipe = recipe_for(folder)
+    changed = {name: getattr(recipe, name).model_copy(update=values) for name, values in sections.items()}
+    with pytest.raises(FinetuneError) as caught:
+        checkpoint_family(folder, recipe.model_copy(update=changed))
+    return str(caught.value)
 
 
 def refusal(folder: Path, model_type: str) -> str:
@@ -41,3 +61,64 @@ def test_an_unknown_architecture_is_refused_and_a_misspelt_one_recognised(tmp_pa
     )
     with pytest.raises(WeightsError, match=r"got qwen3moe; did you mean qwen3_moe\? use one of: deepseek_v2"):
         family_of("qwen3moe", "config.json")
+
+
+def test_what_is_refused_is_the_name_of_an_architecture_that_transformers_knows() -> None:
+    assert set(REFUSED) <= set(CONFIG_MAPPING)
+    assert not set(REFUSED) & set(FAMILIES)
+
+
+def test_attention_code_that_an_architecture_lacks(tmp_path: Path) -> None:
+    folder = save_tiny("gpt_oss", tmp_path)
+    assert complaint(folder) == ("model.attn_implementation: gpt_oss has no such attention code; got sdpa; write eager")
+
+
+def test_rows_are_not_packed_where_they_would_see_each_other(tmp_path: Path) -> None:
+    assert complaint(save_tiny("jamba", tmp_path), data={"packing": True}) == (
+        "data.packing: rows of jamba cannot be packed: its recurrent layers carry their state from one row into the "
+        "next; got true; write packing: false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "target"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": []}, "mlp"),
+        ("granitemoeshared", {"shared_intermediate_size": 0}, "shared_experts"),
+    ],
+)
+def test_a_part_that_this_checkpoint_lacks_though_its_architecture_has_it(
+    model_type: str, overrides: dict[str, Any], target: str, tmp_path: Path
+) -> None:
+    folder = save_tiny(model_type, tmp_path, **overrides)
+    found = complaint(folder, lora={"targets": ["attention", target]})
+    what = f"this checkpoint has no {target}, though other models of type {model_type} may have"
+    assert found.startswith(f"lora.targets: {what}; got {target}; use attention, experts, router")
+
+
+def test_a_part_that_the_architecture_lacks(tmp_path: Path) -> None:
+    assert complaint(save_tiny("olmoe", tmp_path), lora={"targets": ["shared_experts"]}) == (
+        "lora.targets: olmoe has no shared_experts; got shared_experts; use attention, experts or router"
+    )
+
+
+def test_the_listing_is_the_table() -> None:
+    lines = families_table().splitlines()
+    for name, family in FAMILIES.items():
+        if family.moe is not None:
+            (row,) = (line for line in lines if line.split()[:1] == [name])
+            assert row.endswith(", ".join(family.targets))
+        assert {f"  {name}: {limit}" for limit in family.limits} <= set(lines)
+    assert {f"  {name}: {reason}" for name, reason in REFUSED.items()} <= set(lines)
+    assert any(line.startswith("gpt_oss           one tensor a layer, transposed, biases  softmax ") for line in lines)
+    assert "  gpt_oss: model.attn_implementation must be eager" in lines
+    assert any(line.startswith("  jamba: data.packing must be false") for line in lines)
+
+
+def test_the_listing_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from finetune.cli.main import main; main(['families']); "
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == families_table() + "\n"

@@ -38,24 +38,13 @@ class Specimen:
     adapter: Path
     twin: Any  # stock PEFT on the dense twin, with the saved adapter
 
-    @property
-    def targets(self) -> list[str]:
-        return targets_of(self.family)
-
-
-def targets_of(family: Family) -> list[str]:
-    """Every part that the architecture has."""
-    assert family.moe is not None
-    optional = [("mlp", family.dense_mlp), ("shared_experts", family.moe.shared)]
-    return ["attention", "experts", "router", *(name for name, modules in optional if modules)]
-
 
 @pytest.fixture(scope="module", params=list(CONFIGS))
 def specimen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Specimen:
     family = FAMILIES[request.param]
     assert family.moe is not None
     folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param))
-    model = trained_model(folder, targets=targets_of(family)).eval()
+    model = trained_model(folder, targets=list(family.targets)).eval()
     adapter = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(str(adapter), save_embedding_layers=False)
     with warnings.catch_warnings():
@@ -73,7 +62,7 @@ def test_all_stacks_are_4_bit_and_routers_are_not(specimen: Specimen) -> None:
     assert len(layers) == 2
     assert len(stacks) == 2 * len(specimen.moe.stacks)
     parts = audit_model(specimen.model, specimen.family)
-    settings = lora_settings(targets=specimen.targets)
+    settings = lora_settings(targets=list(specimen.family.targets))
     assert differences(parts, settings, load_in_4bit=True, dtype="float32") == []
     assert parts["experts"].as_dict()["adapted"] == len(stacks)
     assert set(parts["router"].weights.values()) == {"float32"}
@@ -89,6 +78,29 @@ def test_every_linear_module_is_one_that_the_table_knows(specimen: Specimen) -> 
     assert [n for n in linear if part_of(n, family) == "other" and not family.leaves_unquantized(n)] == []
     named = (*family.dense_mlp, *specimen.moe.shared, *family.unquantized)
     assert [module for module in named if not any(n.endswith(f".{module}.weight") for n in linear)] == []
+
+
+def test_the_table_says_which_attention_code_there_is(specimen: Specimen) -> None:
+    assert specimen.twin.get_base_model()._supports_sdpa == ("sdpa" in specimen.family.attn_implementations)
+
+
+def test_rows_packed_into_one_sequence_are_kept_apart_or_refused(specimen: Specimen) -> None:
+    ids, cut = IDS[:1], 15
+    model = specimen.model.eval()
+    position_ids = torch.cat([torch.arange(cut), torch.arange(ids.shape[1] - cut)])[None]
+    with torch.no_grad():
+        packed = model(ids, position_ids=position_ids, use_cache=False).logits
+        apart = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :cut], ids[:, cut:])], dim=1)
+    assert bool((packed - apart).abs().max() < 1e-4) == (specimen.family.unpackable is None)
+
+
+def test_padding_changes_no_row(specimen: Specimen) -> None:
+    row, mask = IDS[:1, :15], torch.ones(1, 25, dtype=torch.long)
+    padded, mask[:, 15:] = torch.cat([row, torch.full((1, 10), 3)], dim=1), 0
+    with torch.no_grad():
+        alone = specimen.model.eval()(row, use_cache=False).logits
+        beside_padding = specimen.model(padded, attention_mask=mask, use_cache=False).logits[:, :15]
+    torch.testing.assert_close(beside_padding, alone, atol=5e-5, rtol=1e-5)
 
 
 def test_the_forward_is_that_of_transformers_on_the_dequantised_weights(specimen: Specimen) -> None:
@@ -159,7 +171,7 @@ def test_the_merge_finds_a_place_on_disk_for_every_factor(specimen: Specimen) ->
     adapter = read_adapter(specimen.adapter)
     deltas = plan(CheckpointReader(specimen.folder), adapter, specimen.family)
     assert {delta.path for delta in deltas.values()} == set(adapter.pairs)
-    assert {delta.part for delta in deltas.values()} == set(specimen.targets)
+    assert {delta.part for delta in deltas.values()} == set(specimen.family.targets)
 
 
 def test_checkpointing_changes_no_gradient(specimen: Specimen) -> None:

@@ -1,0 +1,35 @@
+"""Whether an adapter on disk is one of the adapter in memory: the same factors by name and shape.
+
+PEFT loads what fits and only warns of the rest, so that a part of the adapter would stay as it was initialised.
+"""
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+
+from finetune.checkpoint.reader import read_header
+from finetune.errors import Problem, WeightsError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+
+def refuse_other_adapter(model: PeftModel, folder: Path) -> None:
+    """Raise WeightsError where the adapter in `folder` was made for another layout: no weight of it is read."""
+    file = folder / WEIGHTS_FILE
+    found = {key: info.shape for key, info in read_header(file).items()}
+    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    do = "continue with the model, the recipe and the versions that made it, or start anew in another output_dir"
+    problems = []
+    for what, keys in (
+        ("the adapter has no such factors", wanted.keys() - found.keys()),
+        ("the model has no such factors; the adapter was made for another layout", found.keys() - wanted.keys()),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            problems.append(Problem(str(file), what, do, got=shown))
+    for key in sorted(wanted.keys() & found.keys()):
+        if wanted[key] != found[key]:
+            what = f"factor has another shape than the model's {list(wanted[key])}"
+            problems.append(Problem(f"{file}: {key}", what, do, got=str(list(found[key]))))
+    if problems:
+        raise WeightsError(problems[:5])
