@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm import tqdm
 
-from finetune.errors import Problem, RunError
+from finetune.errors import Problem, RunError, WeightsError
 from finetune.moe.choice import ExpertChoice, LayerChoice, smallest_set
 from finetune.moe.families import MoeLayout
 from finetune.recipe import Recipe
@@ -84,6 +84,9 @@ def measure_experts(model: Any, moe: MoeLayout, batches: Iterable[Batch], score:
     """
     suffix = f".{moe.experts_module}"
     experts = {name.removesuffix(suffix): each for name, each in model.named_modules() if name.endswith(suffix)}
+    if not experts:
+        what = "the loaded model has no experts of this name"
+        raise WeightsError(Problem(moe.experts_module, what, "report this architecture"))
     # One place more than there are experts: the index E stands for "no expert".
     totals = [torch.zeros(each.num_experts + 1, dtype=torch.int64, device=model.device) for each in experts.values()]
     was_training = model.training

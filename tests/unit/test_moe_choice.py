@@ -1,6 +1,7 @@
 """`lora.experts: auto`: which experts matter, measured where the answer is known by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data import Collator
-from finetune.errors import RunError
+from finetune.errors import RunError, WeightsError
 from finetune.moe.choice import ExpertChoice, LayerChoice, read_choice, smallest_set
 from finetune.moe.families import FAMILIES, MoeLayout
 from finetune.moe.measure import batch_rows, choose_experts, draw_rows, measure_experts
 from finetune.recipe import Recipe
+from tests.families import CONFIGS, tiny_model
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 from tests.unit.engine import base_model
 from tests.unit.recipe_writing import Desk, changed
@@ -101,6 +103,19 @@ def test_packed_rows_count_like_any_other(model: Any, moe: MoeLayout) -> None:
     packed = {"input_ids": ids, "labels": ids, "position_ids": positions, "row": [1, 2, 3, 4]}
     wanted = measure_experts(model, moe, [COLLATE(ROWS)], "token")["model.layers.0"]
     assert torch.equal(measure_experts(model, moe, [COLLATE([packed])], "token")["model.layers.0"], wanted)
+
+
+@pytest.mark.parametrize("model_type", sorted(CONFIGS))
+def test_every_architecture_of_the_table_is_measured_alike(model_type: str) -> None:
+    """Each real token has its two choices in each layer with experts, whatever stands around them."""
+    family, tiny = FAMILIES[model_type], tiny_model(model_type)
+    assert family.moe is not None
+    rows = dataset(list(range(10, 30)), list(range(40, 48)))
+    scores = measure_experts(tiny, family.moe, [COLLATE(rows)], "token")
+    with_experts = [name for name, _ in tiny.named_modules() if name.endswith(f".{family.moe.experts_module}")]
+    assert [f"{layer}.{family.moe.experts_module}" for layer in scores] == with_experts
+    assert {int(total.sum()) for total in scores.values()} == {2 * 28}
+    assert all(total.shape == (tiny.get_submodule(with_experts[0]).num_experts,) for total in scores.values())
 
 
 @pytest.fixture
@@ -197,6 +212,11 @@ def test_a_set_holds_the_share_and_would_not_without_its_least_expert(scores: li
     held = sum(scores[expert] for expert in chosen)
     assert held >= share * sum(scores) * (1 - 1e-12)
     assert held - min(scores[expert] for expert in chosen) <= share * sum(scores) * (1 + 1e-12)
+
+
+def test_a_model_without_the_experts_that_the_table_names_is_an_error(model: Any, moe: MoeLayout) -> None:
+    with pytest.raises(WeightsError, match=r"mlp.specialists: the loaded model has no experts of this name"):
+        measure_experts(model, replace(moe, experts_module="mlp.specialists"), [COLLATE(ROWS)], "gate")
 
 
 def test_a_layer_that_no_token_reaches_is_an_error(model: Any, moe: MoeLayout, recipe: Recipe) -> None:
