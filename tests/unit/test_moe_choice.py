@@ -141,7 +141,11 @@ def test_the_choice_says_what_it_was_made_from(model: Any, moe: MoeLayout, recip
     assert (written["adapted"], written["layers"][1]["reached"]) == (0.625, 1.0)
 
 
-def test_measuring_leaves_model_and_random_numbers_as_they_were(model: Any, moe: MoeLayout, recipe: Recipe) -> None:
+def test_measuring_leaves_model_and_random_numbers_as_they_were(
+    model: Any, moe: MoeLayout, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the model makes noise in training: what is measured is the model as it answers."""
+    monkeypatch.setattr(model.model.layers[0].mlp, "jitter_noise", 0.5)
     model.train()
     before = torch.get_rng_state()
     choose_experts(model, moe, ROWS, COLLATE, recipe)
