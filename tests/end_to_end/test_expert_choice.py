@@ -136,7 +136,7 @@ def test_a_run_without_its_choice_is_not_continued(workspace: Path, run: Path) -
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_measuring_and_choose_and_train_as_one(workspace: Path, run: Path) -> None:
+def test_two_processes_choose_and_train_as_one(workspace: Path, run: Path) -> None:
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node", "2"]
     command = [*launcher, "-m", "finetune.train", "recipe.yaml", f"output_dir={workspace / 'two'}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
