@@ -10,7 +10,7 @@ which the backward has at hand. No gradient of a frozen weight is formed.
 T tokens, H hidden, R routed rows sorted by expert, n rows of a chunk, E experts, I intermediate, r rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.expert_rows import Chunk, Projection
 from finetune.moe.factors import ExpertFactors
+from finetune.moe.gates import Gate
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ExpertsCall:
 
     up: Projection
     down: Projection
-    gate: Callable[[torch.Tensor], torch.Tensor]
+    gate: Gate
     chunks: Sequence[Chunk]
     seed: int  # of the dropout masks, which are drawn again in the backward
 
@@ -75,15 +76,12 @@ class _Experts(torch.autograd.Function):
         for number, chunk in enumerate(call.chunks):
             seed = call.seed + 2 * number
             g_nH = chunk.gather(g_TH)
-            with torch.enable_grad():
-                u_nO = u_RO[chunk.rows].detach().requires_grad_()
-                gated_nI = call.gate(u_nO)
-            h_nI = gated_nI.detach()
+            h_nI, gate_backward = call.gate.again(u_RO[chunk.rows])
             dh_nI = chunk.project_back(g_nH, call.down)  # not yet times the row's router weight
             for gradients in of_down:
                 gradients.add(chunk, g_nH, h_nI, dh_nI, seed + 1, weight_R[chunk.rows, None])
             grad_weight_R[chunk.rows] = _weight_gradient(chunk, call.down, g_nH, h_nI, dh_nI)
-            (du_nO,) = torch.autograd.grad(gated_nI, u_nO, dh_nI.mul_(weight_R[chunk.rows, None]))
+            du_nO = gate_backward(dh_nI.mul_(weight_R[chunk.rows, None]))
             dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, call.up)
             if of_up:
                 x_nH = chunk.gather(x_TH)
@@ -108,7 +106,7 @@ def _forward(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> t
         x_nH = chunk.gather(x_TH)
         u_nO = chunk.project(x_nH, call.up, u_RO[chunk.rows])
         _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
-        h_nI = call.gate(u_nO)
+        h_nI = call.gate.forward(u_nO)
         y_nH = chunk.project(h_nI, call.down)
         _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
         chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])

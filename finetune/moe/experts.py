@@ -16,6 +16,7 @@ from finetune.moe.checkpointing import kept_values
 from finetune.moe.expert_function import ExpertsCall, run_experts
 from finetune.moe.expert_rows import Chunk, GroupedChunk, Projection, loop_chunks
 from finetune.moe.factors import ExpertFactors
+from finetune.moe.gates import gate_of
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
@@ -45,7 +46,7 @@ def experts_forward(
     call = ExpertsCall(
         up=up,
         down=down,
-        gate=module._apply_gate if module.has_gate else module.act_fn,
+        gate=gate_of(module),
         chunks=chunks,
         # From the generator that checkpointing restores, so that the recompute drops the same elements.
         seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
