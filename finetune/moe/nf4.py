@@ -77,12 +77,13 @@ def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offse
 
 
 def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: torch.Tensor) -> None:
-    """Write one NF4 matrix into `out_OI`; the C function takes rows of even length."""
+    """Write one NF4 matrix into `out_OI`; the C function takes rows of even length, so odd ones go in pairs."""
     shape, dtype, device = out_OI.shape, out_OI.dtype, out_OI.device.type
-    native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape[-1] % 2 == 0 else None
+    native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape.numel() % 2 == 0 else None
     if native is not None:
         pointers = (c_void_p(tensor.data_ptr()) for tensor in (packed_N, maxima_Q, out_OI))
-        native(*pointers, c_longlong(BLOCKSIZE), c_longlong(shape[0]), c_longlong(shape[1]))
+        pair = 1 + shape[1] % 2
+        native(*pointers, c_longlong(BLOCKSIZE), c_longlong(shape[0] // pair), c_longlong(shape[1] * pair))
     elif device == "cuda":
         torch.ops.bitsandbytes.dequantize_4bit.out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
     else:
