@@ -1,6 +1,7 @@
 """Floor 4: base model and adapter, loaded as the recipe says."""
 
 import json
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,18 +58,19 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
 
 
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
-    """The checkpoint's architecture; refused where the recipe does not fit it. Reads no weights, only their headers."""
+    """The checkpoint's architecture; refused where recipe and checkpoint do not fit it. Reads headers, no weights."""
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
-    _refuse_router_section(family, recipe)
     refuse_quantized(reader)
-    lora_config(recipe.lora, family)  # refuses a target that this architecture lacks
-    on_disk = [key.removesuffix(".weight") for key in reader.keys]  # of linear modules the same names as in the model
-    refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
-    _refuse_attention(family, recipe.model.attn_implementation)
-    if family.unpackable and recipe.data.packing:
-        what = f"rows of {family.model_type} cannot be packed: {family.unpackable}"
-        raise RecipeError(Problem("data.packing", what, "write packing: false", got="true"))
+    problems: list[Problem] = []
+    for refuse in (_refuse_router_section, partial(_refuse_targets, reader), _refuse_attention, _refuse_packing):
+        try:
+            refuse(family, recipe)
+        except RecipeError as error:
+            problems += error.problems
+    if problems:
+        raise RecipeError(problems)
+    rehearse(reader, family.transformers_class(), recipe.model.load_in_4bit, **_options(recipe.model))
     return family
 
 
@@ -88,9 +90,22 @@ def _refuse_router_section(family: Family, recipe: Recipe) -> None:
         )
 
 
-def _refuse_attention(family: Family, name: str) -> None:
+def _refuse_targets(reader: CheckpointReader, family: Family, recipe: Recipe) -> None:
+    """What is to be adapted must be there."""
+    lora_config(recipe.lora, family)
+    on_disk = [key.removesuffix(".weight") for key in reader.keys]  # of linear modules the same names as in the model
+    refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
+
+
+def _refuse_packing(family: Family, recipe: Recipe) -> None:
+    if family.unpackable and recipe.data.packing:
+        what = f"rows of {family.model_type} cannot be packed: {family.unpackable}"
+        raise RecipeError(Problem("data.packing", what, "write packing: false", got="true"))
+
+
+def _refuse_attention(family: Family, recipe: Recipe) -> None:
     """The attention code must be one that the architecture has, and installed."""
-    where = "model.attn_implementation"
+    where, name = "model.attn_implementation", recipe.model.attn_implementation
     if name not in family.attn_implementations:
         do = f"write {' or '.join(family.attn_implementations)}"
         raise RecipeError(Problem(where, f"{family.model_type} has no such attention code", do, got=name))
@@ -100,24 +115,28 @@ def _refuse_attention(family: Family, name: str) -> None:
         )
 
 
+def _options(settings: ModelSettings) -> dict[str, Any]:
+    """Options of `from_pretrained` that decide what is built."""
+    return {
+        "dtype": getattr(torch, settings.dtype),
+        "attn_implementation": settings.attn_implementation,
+        "experts_implementation": EXPERTS_IMPLEMENTATION,
+    }
+
+
 def load_base(folder: Path, settings: ModelSettings) -> Any:
     """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so.
 
     Raises WeightsError for a checkpoint that lacks or holds anything else than the architecture asks for, and for
     weights that are not finite.
     """
-    dtype: torch.dtype = getattr(torch, settings.dtype)
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
-    options = {
-        "dtype": dtype,
-        "attn_implementation": settings.attn_implementation,
-        "experts_implementation": EXPERTS_IMPLEMENTATION,
-    }
+    options = _options(settings)
     rehearse(reader, family.transformers_class(), settings.load_in_4bit, **options)
     model, report = family.transformers_class().from_pretrained(
         folder,
-        quantization_config=MoeNf4Config(compute_dtype=dtype) if settings.load_in_4bit else None,
+        quantization_config=MoeNf4Config(compute_dtype=options["dtype"]) if settings.load_in_4bit else None,
         device_map={"": PartialState().device},
         use_safetensors=True,
         output_loading_info=True,

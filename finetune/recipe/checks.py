@@ -128,6 +128,7 @@ def _balance(source: Source) -> None:
     if parts and source.get(("router",)) is None and not source.is_broken(("router",)):
         what = f"section is missing, and lora.targets names {' and '.join(parts)}"
         do = "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)"
+        do += f"; for a dense model remove {' and '.join(parts)} from lora.targets"
         source.report(("router",), what, do)
     for key, term in (("router_aux_loss_coef", "balance term"), ("router_z_loss_coef", "z-loss")):
         coefficient = _real(source, f"router.{key}")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, RecipeError
 from finetune.model import checkpoint_family, resolve_checkpoint
 from finetune.recipe import Recipe
 from tests.support import save_tiny_mistral, save_tiny_mixtral
@@ -66,6 +67,23 @@ def test_an_moe_without_and_a_dense_model_with_a_router_section(tmp_path: Path) 
         "router.router_aux_loss_coef (0 turns the balance term off; the checkpoint's own is never used)"
     )
     assert complaint(dense) == ("router: mistral is a dense model without a router; remove the router section")
+
+
+def test_all_that_does_not_fit_is_said_at_once(tmp_path: Path) -> None:
+    recipe = recipe_for(save_tiny_mistral(tmp_path))
+    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"targets": ["attention", "experts"]})})
+    with pytest.raises(RecipeError) as caught:
+        checkpoint_family(tmp_path, recipe)
+    assert [problem.where for problem in caught.value.problems] == ["router", "lora.targets"]
+
+
+def test_an_incomplete_checkpoint_is_refused_before_any_data_is_read(tmp_path: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    absent = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    del tensors[absent]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert complaint(folder).startswith(f"{folder}: {absent}: the checkpoint has no such tensor; ")
 
 
 def test_a_checkpoint_of_pickles(tmp_path: Path) -> None:

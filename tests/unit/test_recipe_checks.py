@@ -37,7 +37,8 @@ CONFLICTS = {
     "experts without the router section": (
         changed(("router:\n  router_aux_loss_coef: 0.02\n", "")),
         "recipe.yaml:1: router: section is missing, and lora.targets names experts; "
-        "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)",
+        "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term); "
+        "for a dense model remove experts from lora.targets",
     ),
     "dropout on the router": (
         changed((TARGETS, "[attention, router]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")),
