@@ -110,6 +110,18 @@ def test_the_loaded_values_are_those_of_quantising_the_published_tensors(base: P
     assert torch.equal(stacks[name].data.dequantize(), Nf4Stack.quantize(dense[name].data).dequantize())
 
 
+def test_the_type_of_the_computation_changes_no_stored_bit(tmp_path: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path, dtype="bfloat16")
+    loaded = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = base_model(folder, dtype=str(dtype).removeprefix("torch."))
+        loaded[dtype] = model.get_parameter("model.layers.1.mlp.experts.gate_up_proj").data
+        assert loaded[dtype].dtype == loaded[dtype].expert(0).dtype == dtype
+    for stack in loaded.values():
+        for stored, wanted in zip(stack.stored, loaded[torch.float32].stored, strict=True):
+            assert torch.equal(stored, wanted)
+
+
 def test_the_4bit_forward_equals_transformers_on_the_dequantised_weights(base: Path) -> None:
     model = base_model(base)
     torch.testing.assert_close(logits(model), logits(dense_twin(model, base)), atol=1e-5, rtol=1e-5)
