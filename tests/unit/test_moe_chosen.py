@@ -18,6 +18,7 @@ from finetune.moe.audit import audit_model, differences
 from finetune.moe.chosen import keep_chosen
 from finetune.moe.families import FAMILIES
 from finetune.recipe import load_recipe
+from tests.families import save_tiny
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 from tests.unit.engine import IDS, dense_twin, logits, lora_settings, trained_model
 from tests.unit.recipe_writing import changed
@@ -120,6 +121,27 @@ def test_on_disk_it_is_the_full_adapter_with_zeros(base: Path, tmp_path: Path, l
         warnings.simplefilter("ignore")
         stock = PeftModel.from_pretrained(dense_twin(model, base), tmp_path)
     torch.testing.assert_close(logits(model.eval()), logits(stock), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "gpt_oss", "granitemoe"])
+def test_stacks_of_another_layout_are_cut_down_alike(tmp_path: Path, model_type: str) -> None:
+    """Dense first layers and shared experts; transposed stacks with biases; fused stacks on disk."""
+    folder = save_tiny(model_type, tmp_path / "base")
+    model = trained_model(folder, targets=["experts"])
+    moe = FAMILIES[model_type].moe
+    assert moe is not None
+    names = [name for name, _ in model.get_base_model().named_modules() if name.endswith(f".{moe.experts_module}")]
+    keep_chosen(model, {name.removesuffix(f".{moe.experts_module}"): (1, 3) for name in names})
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 2 * 2 * len(names)
+    for name, factor in saved.items():
+        experts = by_expert(name, factor, factor.shape[1 if "lora_B" in name else 0] // 4)
+        assert experts.abs().sum((1, 2)).nonzero().flatten().tolist() == [1, 3]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stock = PeftModel.from_pretrained(dense_twin(model, folder), tmp_path / "adapter")
+    torch.testing.assert_close(logits(model.eval()), logits(stock.eval()), atol=5e-5, rtol=1e-5)
 
 
 def test_a_saved_adapter_is_loaded_again_and_another_one_refused(base: Path, tmp_path: Path) -> None:
