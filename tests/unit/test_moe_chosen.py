@@ -14,6 +14,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import RecipeError, WeightsError
 from finetune.merge import merge
 from finetune.model import checkpoint_family
+from finetune.moe import experts as engine
 from finetune.moe.audit import audit_model, differences
 from finetune.moe.chosen import keep_chosen
 from finetune.moe.families import FAMILIES
@@ -75,8 +76,13 @@ def test_only_the_chosen_experts_have_factors_and_optimizer_state(base: Path) ->
     assert held == 2 * (sum(p.numel() for p in all_experts.parameters() if p.requires_grad) - 5 * one_expert)
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True], ids=["fp32", "nf4"])
-def test_logits_and_gradients_are_those_of_the_full_adapter(base: Path, load_in_4bit: bool) -> None:
+@pytest.mark.parametrize(
+    ("load_in_4bit", "grouped"), [(False, False), (True, False), (True, True)], ids=["fp32", "nf4", "grouped products"]
+)
+def test_logits_and_gradients_are_those_of_the_full_adapter(
+    base: Path, load_in_4bit: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_grouped_products", lambda _: grouped)
     ours, full = chosen_model(base, load_in_4bit=load_in_4bit), full_model(base, load_in_4bit=load_in_4bit)
     for model in (ours, full):
         model(IDS).logits.square().mean().backward()
