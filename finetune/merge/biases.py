@@ -45,7 +45,8 @@ def _disk_name(name: str, family: Family) -> str:
 @contextmanager
 def moved_biases(model: torch.nn.Module, biases: dict[str, TensorInfo], family: Family) -> Iterator[None]:
     """Within it those of the biases that `model` holds have their moved values."""
-    held = {} if family.moe is None or not biases else find_biases(model, family.moe)
+    found = {} if family.moe is None or not biases else find_biases(model, family.moe)
+    held = {name: bias for name, bias in found.items() if name in biases}
     own = {name: bias.data for name, bias in held.items()}
     for name, bias in held.items():
         bias.data = read_tensor(biases[name]).view_as(bias)
