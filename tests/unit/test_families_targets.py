@@ -46,10 +46,6 @@ def test_a_target_reaches_what_it_names_and_stock_peft_reads_it_so(
     settings = lora_settings(targets=targets)
     assert differences(audit_model(model, FAMILIES[model_type]), settings, load_in_4bit=True, dtype="float32") == []
     model.save_pretrained(str(tmp_path / "adapter"))
-    assert (
-        json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
-        != "dummy-target-modules"
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT warns of factors that it has no place for
         stock = PeftModel.from_pretrained(dense_twin(model, folder), tmp_path / "adapter").eval()
