@@ -90,6 +90,14 @@ _ALL = (
     Family("glm4_moe", _QKVO, _MLP, _DEEPSEEK_V3),
     Family("glm4_moe_lite", _LATENT, _MLP, _DEEPSEEK_V3),
     Family("dots1", _QKVO, _MLP, _DEEPSEEK_V3),
+    Family(
+        "exaone_moe",
+        _QKVO,
+        _MLP,
+        replace(_DEEPSEEK_V3, disk_correction_bias="mlp.e_score_correction_bias"),
+    ),
+    Family("mimo_v2_flash", _QKVO, _MLP, replace(_DEEPSEEK_V3, shared=()), attn_implementations=("eager",)),
+    Family("mellum", _QKVO, (), _qwen()),
     Family("solar_open", _QKVO, (), _DEEPSEEK_V3),
     Family(
         "ernie4_5_moe",

@@ -7,7 +7,7 @@ from finetune.recipe.fields import settings
 from finetune.recipe.foreign import FOREIGN
 from finetune.recipe.reserved import RESERVED
 from finetune.recipe.source import Source, show
-from finetune.recipe.targets import reaches_a_router, stacked, wrong_target
+from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
 from finetune.recipe.trainer_fields import optimizer_names, trainer_fields
 from finetune.recipe.unknown import closest
 from finetune.recipe.yaml12 import Path
@@ -124,7 +124,7 @@ def _balance(source: Source) -> None:
     names = _target_names(source)
     if not names:
         return
-    parts = stacked(names)
+    parts = only_in_mixtures(names)
     if parts and source.get(("router",)) is None and not source.is_broken(("router",)):
         what = f"section is missing, and lora.targets names {' and '.join(parts)}"
         do = "add router.router_aux_loss_coef: a number of at least 0 (0 trains without the balance term)"

@@ -8,7 +8,7 @@ from finetune.recipe.unknown import closest
 FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp", "shared_experts")
 
 # What only Mixture-of-Experts models have.
-STACKED_TARGETS = ("experts", "router")
+MOE_TARGETS = ("experts", "router", "shared_experts")
 
 _EXPERTS = "it lies inside the stacked experts; write experts"
 _ALL = (
@@ -54,6 +54,6 @@ def reaches_a_router(targets: Iterable[str]) -> bool:
     return any(name.rpartition(".")[2] not in _DOWNSTREAM_OF_ALL_ROUTERS for name in targets)
 
 
-def stacked(targets: Sequence[str]) -> list[str]:
-    """Those of `targets` that are stacked parameters."""
-    return [name for name in targets if name in STACKED_TARGETS]
+def only_in_mixtures(targets: Sequence[str]) -> list[str]:
+    """Those of `targets` that only Mixture-of-Experts models have."""
+    return [name for name in targets if name in MOE_TARGETS]
