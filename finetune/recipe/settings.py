@@ -49,8 +49,8 @@ class LoraSettings(Section):
 
     targets: list[Text] = Field(
         description="What is adapted: attention, experts, router, mlp (the feed-forward of layers without experts), "
-        "shared_experts (those that see every token), or explicit module names such as q_proj. `finetune families` lists what "
-        "each architecture has."
+        "shared_experts (those that see every token), or explicit module names such as q_proj. `finetune families` "
+        "lists what each architecture has."
     )
     r: int = Field(ge=1, le=MAX_RANK, description="Rank of the adapter matrices.")
     lora_alpha: float = Field(
