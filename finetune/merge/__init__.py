@@ -155,6 +155,7 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
         tensors=tensors,
         targeted=len(job.deltas) + len(moved),
         changed=changed,
+        moved_biases=len(moved),
         parts=_part_figures(job.deltas, ledger),
         logits=figures,
         stream_seconds=round(streamed - started, 3),

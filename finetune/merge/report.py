@@ -31,6 +31,7 @@ class MergeReport:
     tensors: int
     targeted: int
     changed: int
+    moved_biases: int  # correction biases of routers, which training had moved
     parts: Mapping[str, PartFigures]
     logits: LogitFigures
     stream_seconds: float
@@ -52,6 +53,10 @@ class MergeReport:
                 f"{self.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), as in the base",
             ),
             ("tensors changed", f"{self.changed} of {self.targeted} targeted, no others"),
+            *(
+                [("  correction biases", f"{self.moved_biases} tensors, as training left them")]
+                * bool(self.moved_biases)
+            ),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             ("logits", f"{logits.tokens} tokens, fp32"),
             ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
