@@ -53,10 +53,7 @@ class MergeReport:
                 f"{self.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), as in the base",
             ),
             ("tensors changed", f"{self.changed} of {self.targeted} targeted, no others"),
-            *(
-                [("  correction biases", f"{self.moved_biases} tensors, as training left them")]
-                * bool(self.moved_biases)
-            ),
+            *_bias_lines(self.moved_biases),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             ("logits", f"{logits.tokens} tokens, fp32"),
             ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
@@ -71,6 +68,10 @@ class MergeReport:
 def _part_line(part: PartFigures) -> str:
     line = f"{part.tensors} tensors, delta {part.relative_delta:.2%} of the base's norm"
     return line if part.relative_rounding is None else f"{line}, {part.relative_rounding:.2%} of it rounded off"
+
+
+def _bias_lines(count: int) -> list[tuple[str, str]]:
+    return [("  correction biases", f"{count} tensors, as training left them")] if count else []
 
 
 def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:
