@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finetune.moe.checkpointing import kept_values
-from finetune.moe.expert_rows import Chunk, Projection
+from finetune.moe.expert_rows import Chunk, Projection, Weights
 from finetune.moe.factors import ExpertFactors
 from finetune.moe.gates import Gate
 
@@ -73,20 +73,22 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
         grad_weight_R = torch.zeros_like(weight_R)
+        up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
         for number, chunk in enumerate(call.chunks):
             seed = call.seed + 2 * number
             g_nH = chunk.gather(g_TH)
             h_nI, gate_backward = call.gate.again(u_RO[chunk.rows])
-            dh_nI = chunk.project_back(g_nH, call.down)  # not yet times the row's router weight
+            dh_nI = chunk.project_back(g_nH, down)  # not yet times the row's router weight
             for gradients in of_down:
                 gradients.add(chunk, g_nH, h_nI, dh_nI, seed + 1, weight_R[chunk.rows, None])
             grad_weight_R[chunk.rows] = _weight_gradient(chunk, call.down, g_nH, h_nI, dh_nI)
+            del g_nH, h_nI
             du_nO = gate_backward(dh_nI.mul_(weight_R[chunk.rows, None]))
-            dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, call.up)
-            if of_up:
-                x_nH = chunk.gather(x_TH)
-                for gradients in of_up:
-                    gradients.add(chunk, du_nO, x_nH, dx_nH, seed)
+            del gate_backward, dh_nI
+            dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, up)
+            x_nH = chunk.gather(x_TH) if of_up else du_nO
+            for gradients in of_up:
+                gradients.add(chunk, du_nO, x_nH, dx_nH, seed)
             if grad_x_TH is not None and dx_nH is not None:
                 chunk.scatter_add(grad_x_TH, dx_nH)
         grad_x = None if grad_x_TH is None else grad_x_TH.to(x_TH.dtype)
@@ -102,12 +104,13 @@ def _forward(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> t
         for projection in (call.up, call.down)
     )
     out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+    up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
     for number, chunk in enumerate(call.chunks):
         x_nH = chunk.gather(x_TH)
-        u_nO = chunk.project(x_nH, call.up, u_RO[chunk.rows])
+        u_nO = chunk.project(x_nH, up, u_RO[chunk.rows])
         _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
         h_nI = call.gate.forward(u_nO)
-        y_nH = chunk.project(h_nI, call.down)
+        y_nH = chunk.project(h_nI, down)
         _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
         chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
     return out_TH.to(x_TH.dtype), [u_RO, *low_up, *low_down]
@@ -142,8 +145,8 @@ class _Gradients:
         if grad_A is None or grad_B is None:
             return
         scale = factors.scaling if weight_n1 is None else factors.scaling * weight_n1
-        chunk.outer_into(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
-        chunk.outer_into(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
+        chunk.add_outer(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
+        chunk.add_outer(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
 
 
 def _add_factors(

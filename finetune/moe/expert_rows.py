@@ -17,9 +17,11 @@ from torch.nn import functional
 from finetune.moe.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
-# Experts with few rows share a chunk, so that element-wise work is done for all of them at once; more rows would only
-# leave the cache and hold more memory.
-CHUNK_ROWS = 512
+# Experts with few rows share a chunk, so that element-wise work is done for all of them at once; the rows of a busy one
+# are cut, so that what is made for them stays in the cache. Counted in elements of the first projection's output.
+CHUNK_ELEMENTS = 2**18
+CHUNK_ROWS = (128, 512)  # least and most on a CPU: matrix products of fewer rows are slower
+CHUNK_ROWS_GPU = 2**14
 
 
 @dataclass(frozen=True)
@@ -41,28 +43,42 @@ class Projection:
         """I."""
         return self.stack.shape[1 if self.transposed else 2]
 
-    def expert_weights(self, experts: range, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+
+class Weights:
+    """A projection's weights in the dtype of one pass; a 4-bit expert is dequantised once for consecutive chunks."""
+
+    def __init__(self, projection: Projection, dtype: torch.dtype) -> None:
+        self.projection, self.dtype = projection, dtype
+        self.data = projection.stack.data
+        self._scratch: torch.Tensor | None = None
+        self._held: int | None = None  # the expert in `_scratch`
+
+    def of(self, experts: range) -> Iterator[torch.Tensor]:
         """Consecutive experts' weights `[I, O]`, each valid until the next: 4-bit ones share their memory."""
-        data = self.stack.data
+        transposed, data = self.projection.transposed, self.data
         if not isinstance(data, Nf4Stack):
-            dense_nOI = data[experts.start : experts.stop].to(dtype)
-            yield from (dense_nOI if self.transposed else dense_nOI.transpose(1, 2)).unbind(0)
+            dense_nOI = data[experts.start : experts.stop].to(self.dtype)
+            yield from (dense_nOI if transposed else dense_nOI.transpose(1, 2)).unbind(0)
             return
-        scratch = torch.empty(self.stack.shape[1:], dtype=dtype, device=self.stack.device)
-        weight_IO = scratch if self.transposed else scratch.T
+        if self._scratch is None:
+            self._scratch = torch.empty(data.shape[1:], dtype=self.dtype, device=data.device)
+        weight_IO = self._scratch if transposed else self._scratch.T
+        if self._held == experts.start == experts.stop - 1:
+            yield weight_IO
+            return
         for expert, maxima_Q in zip(experts, data.maxima(slice(experts.start, experts.stop)).unbind(0), strict=True):
-            data.expert(expert, scratch, maxima_Q)
+            data.expert(expert, self._scratch, maxima_Q)
+            self._held = expert
             yield weight_IO
 
-    def all_weights(self, dtype: torch.dtype) -> torch.Tensor:
+    def all(self) -> torch.Tensor:
         """All experts' weights as `[E, I, O]`."""
-        data = self.stack.data
-        dense = data.dequantize() if isinstance(data, Nf4Stack) else data
-        return dense.to(dtype) if self.transposed else dense.to(dtype).transpose(1, 2)
+        dense = self.data.dequantize() if isinstance(self.data, Nf4Stack) else self.data
+        return dense.to(self.dtype) if self.projection.transposed else dense.to(self.dtype).transpose(1, 2)
 
 
 class Chunk(Protocol):
-    """Consecutive rows, all rows of the experts it holds."""
+    """Consecutive rows: of several experts, or some rows of one."""
 
     rows: slice
 
@@ -78,11 +94,11 @@ class Chunk(Protocol):
         """Each row's bias, `[n, O]`."""
         ...
 
-    def project(self, x_nI: torch.Tensor, projection: Projection, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
         """`x W + bias`, without factors."""
         ...
 
-    def project_back(self, g_nO: torch.Tensor, projection: Projection) -> torch.Tensor:
+    def project_back(self, g_nO: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`g W^T`, the gradient with respect to the rows."""
         ...
 
@@ -98,10 +114,8 @@ class Chunk(Protocol):
         """`y += scale x M`, in place."""
         ...
 
-    def outer_into(
-        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
-    ) -> None:
-        """`grad = p^T q` for each expert that the chunk holds, in place."""
+    def add_outer(self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors) -> None:
+        """`grad += p^T q` for each expert that the chunk holds, in place."""
         ...
 
 
@@ -130,23 +144,26 @@ class LoopChunk:
         biases = bias_EO[self.experts.start : self.experts.stop].unbind(0)
         return torch.cat([bias.expand(size, -1) for bias, size in zip(biases, self.sizes, strict=True)])
 
-    def project(self, x_nI: torch.Tensor, projection: Projection, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
         """`x W + bias`."""
+        projection = weights.projection
         y_nO = x_nI.new_empty(x_nI.shape[0], projection.out_features) if out_nO is None else out_nO
-        weights = projection.expert_weights(self.experts, x_nI.dtype)
-        for x, y, weight_IO in zip(torch.split(x_nI, self.sizes), torch.split(y_nO, self.sizes), weights, strict=True):
+        for x, y, weight_IO in self._with_weights(x_nI, y_nO, weights):
             torch.mm(x, weight_IO, out=y)
         if projection.bias is not None:
             y_nO += self.row_bias(projection.bias).to(y_nO.dtype)
         return y_nO
 
-    def project_back(self, g_nO: torch.Tensor, projection: Projection) -> torch.Tensor:
+    def project_back(self, g_nO: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`g W^T`."""
-        x_nI = g_nO.new_empty(g_nO.shape[0], projection.in_features)
-        weights = projection.expert_weights(self.experts, g_nO.dtype)
-        for g, x, weight_IO in zip(torch.split(g_nO, self.sizes), torch.split(x_nI, self.sizes), weights, strict=True):
+        x_nI = g_nO.new_empty(g_nO.shape[0], weights.projection.in_features)
+        for g, x, weight_IO in self._with_weights(g_nO, x_nI, weights):
             torch.mm(g, weight_IO.T, out=x)
         return x_nI
+
+    def _with_weights(self, a: torch.Tensor, b: torch.Tensor, weights: Weights) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Each expert's rows of `a` and `b`, and its weight."""
+        return zip(torch.split(a, self.sizes), torch.split(b, self.sizes), weights.of(self.experts), strict=True)
 
     def _rows(self, factors: ExpertFactors, *rows: torch.Tensor, matrices: torch.Tensor) -> Iterator[tuple[Any, ...]]:
         """For each expert that has factors: its part of each of `rows`, and its matrix."""
@@ -176,12 +193,10 @@ class LoopChunk:
         for (x, y), M_rO in self._rows(factors, x_nr, y_nO, matrices=M_SrO):
             y.addmm_(x, M_rO, alpha=scale)
 
-    def outer_into(
-        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
-    ) -> None:
-        """`grad[e] = p_e^T q_e`."""
+    def add_outer(self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors) -> None:
+        """`grad[e] += p_e^T q_e`."""
         for (p, q), grad_rI in self._rows(factors, p_nr, q_nI, matrices=grad_SrI):
-            torch.mm(p.T, q, out=grad_rI)
+            grad_rI.addmm_(p.T, q)
 
 
 class GroupedChunk:
@@ -213,16 +228,16 @@ class GroupedChunk:
         row_R = torch.arange(self.rows.stop, device=bias_EO.device)
         return bias_EO[torch.searchsorted(self.offsets_E, row_R, right=True)]
 
-    def project(self, x_nI: torch.Tensor, projection: Projection, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
         """`x W + bias`."""
-        y_nO = functional.grouped_mm(x_nI, projection.all_weights(x_nI.dtype), offs=self.offsets_E)
-        if projection.bias is not None:
-            y_nO += self.row_bias(projection.bias.to(y_nO.dtype))
+        y_nO = functional.grouped_mm(x_nI, weights.all(), offs=self.offsets_E)
+        if weights.projection.bias is not None:
+            y_nO += self.row_bias(weights.projection.bias.to(y_nO.dtype))
         return y_nO if out_nO is None else out_nO.copy_(y_nO)
 
-    def project_back(self, g_nO: torch.Tensor, projection: Projection) -> torch.Tensor:
+    def project_back(self, g_nO: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`g W^T`."""
-        return functional.grouped_mm(g_nO, projection.all_weights(g_nO.dtype).transpose(1, 2), offs=self.offsets_E)
+        return functional.grouped_mm(g_nO, weights.all().transpose(1, 2), offs=self.offsets_E)
 
     def factor_down(
         self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors, out_nr: torch.Tensor | None = None
@@ -237,21 +252,37 @@ class GroupedChunk:
         """`y += scale x M`."""
         y_nO.add_(functional.grouped_mm(x_nr, M_SrO, offs=self.offsets_E), alpha=scale)
 
-    def outer_into(
-        self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors
-    ) -> None:
-        """`grad = p^T q` by expert."""
-        grad_SrI.copy_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
+    def add_outer(self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors) -> None:
+        """`grad += p^T q` by expert."""
+        grad_SrI.add_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
 
 
-def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor) -> list[Chunk]:
-    """Chunks of up to `CHUNK_ROWS` rows (or one expert); expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
+def rows_of_a_chunk(columns: int, on_gpu: bool) -> int:
+    """Most rows of a chunk whose first projection has `columns` outputs."""
+    least, most = CHUNK_ROWS
+    return CHUNK_ROWS_GPU if on_gpu else min(max(CHUNK_ELEMENTS // columns, least), most)
+
+
+def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, most_rows: int) -> list[Chunk]:
+    """Chunks of up to `most_rows` rows; expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
     chunks: list[Chunk] = []
-    first = 0
+    first = 0  # expert
     for expert in range(1, len(bounds)):
-        last = expert == len(bounds) - 1
-        if last or bounds[expert + 1] - bounds[first] > CHUNK_ROWS:
-            if bounds[expert] > bounds[first]:
-                chunks.append(LoopChunk(first, bounds[first : expert + 1], token_R))
+        is_last = expert == len(bounds) - 1
+        if is_last or bounds[expert + 1] - bounds[first] > most_rows:
+            chunks += _chunks_of(first, bounds[first : expert + 1], token_R, most_rows)
             first = expert
     return chunks
+
+
+def _chunks_of(first: int, bounds: Sequence[int], token_R: torch.Tensor, most_rows: int) -> Iterator[LoopChunk]:
+    """One chunk of a few experts; equal ones of an expert that has too many rows."""
+    rows = bounds[-1] - bounds[0]
+    if not rows:
+        return
+    pieces = -(-rows // most_rows)
+    if pieces == 1 or len(bounds) > 2:
+        yield LoopChunk(first, bounds, token_R)
+        return
+    cuts = [bounds[0] + rows * piece // pieces for piece in range(pieces + 1)]
+    yield from (LoopChunk(first, cut, token_R) for cut in pairwise(cuts))
