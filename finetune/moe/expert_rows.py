@@ -17,11 +17,24 @@ from torch.nn import functional
 from finetune.moe.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
-# Experts with few rows share a chunk, so that element-wise work is done for all of them at once; the rows of a busy one
-# are cut, so that what is made for them stays in the cache. Counted in elements of the first projection's output.
-CHUNK_ELEMENTS = 2**18
-CHUNK_ROWS = (128, 512)  # least and most on a CPU: matrix products of fewer rows are slower
-CHUNK_ROWS_GPU = 2**14
+
+@dataclass(frozen=True)
+class Cut:
+    """How the rows are cut into chunks.
+
+    Experts with few rows share a chunk, so that element-wise work is done for all of them at once. The rows of a busy
+    expert are cut, so that what is made for them is small; each piece costs a pass of the product over the weight.
+    """
+
+    together: int  # most rows of a chunk of several experts
+    of_one: int  # most rows of a piece of one expert
+
+    @classmethod
+    def for_columns(cls, columns: int, on_gpu: bool) -> "Cut":
+        """For a first projection with `columns` outputs; measured (benchmarks/LOG.md)."""
+        if on_gpu:
+            return cls(together=1, of_one=2**14)
+        return cls(together=min(3 * 2**16 // columns, 512), of_one=columns // 8 + 64)
 
 
 @dataclass(frozen=True)
@@ -257,32 +270,24 @@ class GroupedChunk:
         grad_SrI.add_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
 
 
-def rows_of_a_chunk(columns: int, on_gpu: bool) -> int:
-    """Most rows of a chunk whose first projection has `columns` outputs."""
-    least, most = CHUNK_ROWS
-    return CHUNK_ROWS_GPU if on_gpu else min(max(CHUNK_ELEMENTS // columns, least), most)
-
-
-def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, most_rows: int) -> list[Chunk]:
-    """Chunks of up to `most_rows` rows; expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
+def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, cut: Cut) -> list[Chunk]:
+    """The chunks of all rows; expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
     chunks: list[Chunk] = []
     first = 0  # expert
     for expert in range(1, len(bounds)):
         is_last = expert == len(bounds) - 1
-        if is_last or bounds[expert + 1] - bounds[first] > most_rows:
-            chunks += _chunks_of(first, bounds[first : expert + 1], token_R, most_rows)
+        if is_last or bounds[expert + 1] - bounds[first] > cut.together:
+            chunks += _chunks_of(first, bounds[first : expert + 1], token_R, cut)
             first = expert
     return chunks
 
 
-def _chunks_of(first: int, bounds: Sequence[int], token_R: torch.Tensor, most_rows: int) -> Iterator[LoopChunk]:
-    """One chunk of a few experts; equal ones of an expert that has too many rows."""
+def _chunks_of(first: int, bounds: Sequence[int], token_R: torch.Tensor, cut: Cut) -> Iterator[LoopChunk]:
+    """One chunk of a few experts; equal pieces of one that has too many rows."""
     rows = bounds[-1] - bounds[0]
-    if not rows:
-        return
-    pieces = -(-rows // most_rows)
-    if pieces == 1 or len(bounds) > 2:
+    pieces = -(-rows // cut.of_one)
+    if pieces > 1 and len(bounds) == 2:
+        edges = [bounds[0] + rows * piece // pieces for piece in range(pieces + 1)]
+        yield from (LoopChunk(first, piece, token_R) for piece in pairwise(edges))
+    elif rows:
         yield LoopChunk(first, bounds, token_R)
-        return
-    cuts = [bounds[0] + rows * piece // pieces for piece in range(pieces + 1)]
-    yield from (LoopChunk(first, cut, token_R) for cut in pairwise(cuts))

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.expert_function import ExpertsCall, run_experts
-from finetune.moe.expert_rows import Chunk, GroupedChunk, Projection, loop_chunks, rows_of_a_chunk
+from finetune.moe.expert_rows import Chunk, Cut, GroupedChunk, Projection, loop_chunks
 from finetune.moe.factors import ExpertFactors
 from finetune.moe.gates import gate_of
 
@@ -39,8 +39,8 @@ def experts_forward(
     down = _projection(module, "down_proj", x_TH.dtype, grouped)
 
     def sort_rows() -> tuple[torch.Tensor, Sequence[Chunk]]:
-        most_rows = rows_of_a_chunk(up.out_features, x_TH.is_cuda)
-        return _sort_rows(top_k_index, module.num_experts, None if grouped else most_rows)
+        cut = None if grouped else Cut.for_columns(up.out_features, x_TH.is_cuda)
+        return _sort_rows(top_k_index, module.num_experts, cut)
 
     order_R, chunks = sort_rows() if kept is None else kept.once(sort_rows)
     dropout = any(factors.dropout for factors in up.factors + down.factors)
@@ -65,17 +65,14 @@ def _compute_cast(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def _sort_rows(index_TK: torch.Tensor, num_experts: int, most_rows: int | None) -> tuple[torch.Tensor, Sequence[Chunk]]:
-    """The rows (token * K + choice) sorted by expert; one chunk for grouped products, several for a loop (a sync).
-
-    `most_rows` of a loop's chunk; None: grouped products.
-    """
+def _sort_rows(index_TK: torch.Tensor, num_experts: int, cut: Cut | None) -> tuple[torch.Tensor, Sequence[Chunk]]:
+    """The rows (token * K + choice) sorted by expert; cut for a loop (a sync), or one chunk for grouped products."""
     expert_R, order_R = index_TK.reshape(-1).sort(stable=True)
     past_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=expert_R.device), right=True)
     top_k = index_TK.shape[-1]
-    if most_rows is None:
+    if cut is None:
         return order_R, [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
-    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k, most_rows)
+    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k, cut)
 
 
 def _grouped_products(x: torch.Tensor) -> bool:
