@@ -29,13 +29,20 @@ def find_biases(model: torch.nn.Module, moe: MoeLayout) -> dict[str, torch.Tenso
 
     They are float32 afterwards: in 16 bits a step of 0.001 would be lost on a bias of 1.
     """
-    if moe.correction_bias is None:
-        return {}
     found = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if clean_name(name).endswith(f".{moe.correction_bias}"):
-            tensor.data = tensor.data.float()
-            found[clean_name(name)] = tensor
+    for name, (module, attribute) in _places(model, moe).items():
+        found[name] = getattr(module, attribute)
+        found[name].data = found[name].data.float()
+    return found
+
+
+def _places(model: torch.nn.Module, moe: MoeLayout) -> dict[str, tuple[torch.nn.Module, str]]:
+    """Module and attribute of each bias by its name. A buffer is another tensor after `model.to(...)`."""
+    found = {}
+    for name in [name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named]:
+        if moe.correction_bias is not None and clean_name(name).endswith(f".{moe.correction_bias}"):
+            path, _, attribute = name.rpartition(".")
+            found[clean_name(name)] = (model.get_submodule(path), attribute)
     return found
 
 
@@ -44,8 +51,8 @@ class BiasBalance:
 
     def __init__(self, model: torch.nn.Module, moe: MoeLayout, rate: float, model_type: str) -> None:
         self.rate = rate
-        self.biases = find_biases(model, moe)
-        if not self.biases:
+        self._places = _places(model, moe)
+        if not self._places:
             raise RecipeError(
                 Problem(
                     "router.bias_update_rate",
@@ -54,7 +61,12 @@ class BiasBalance:
                     got=str(rate),
                 )
             )
-        self.base = [bias.detach().clone() for bias in self.biases.values()]
+        self.base = [bias.detach().clone() for bias in find_biases(model, moe).values()]
+
+    @property
+    def biases(self) -> dict[str, torch.Tensor]:
+        """The biases as the model has them now, by name."""
+        return {name: getattr(module, attribute) for name, (module, attribute) in self._places.items()}
 
     def end_step(self, count_LE: torch.Tensor) -> None:
         """Move each bias by the rate towards the mean load; `count_LE` from all ranks and micro-batches of the step."""
@@ -67,7 +79,7 @@ class BiasBalance:
     def as_base(self, position: int) -> Iterator[None]:
         """The bias of the router at this position is the base model's own within the block."""
         bias = list(self.biases.values())[position]
-        ours, bias.data = bias.data, self.base[position]
+        ours, bias.data = bias.data, self.base[position].to(bias.device)
         try:
             yield
         finally:

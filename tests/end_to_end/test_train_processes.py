@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from finetune.run import read_metrics
-from tests.support import save_tiny_mixtral
+from tests.families import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -25,9 +26,12 @@ TWO_PROCESSES = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Mixtral, 34 rows (not a multiple of any batch), and a recipe of four steps."""
+    """A tiny DeepSeek-V3, 34 rows (not a multiple of any batch), and a recipe of four steps.
+
+    Routers are adapted and balanced in all three ways at once: by the loss, the z-loss and their correction biases.
+    """
     folder = tmp_path_factory.mktemp("workspace")
-    save_tiny_mixtral(folder / "model")
+    save_tiny("deepseek_v3", folder / "model")
     rows = [{"prompt": "light " * (1 + i % 7), "completion": "on " * (1 + i % 3)} for i in range(34)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"path": "rows.jsonl", "format": "prompt_completion"}
@@ -35,7 +39,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "output_dir": "run",
         "model": {"name_or_path": "model", "load_in_4bit": True, "dtype": "float32"},
         "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8},
-        "router": {"router_aux_loss_coef": 0.1},
+        "router": {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "bias_update_rate": 0.02},
         "method": {"kind": "sft"},
         "data": {"train": dict(source), "eval": dict(source), "max_length": 128},
         "training": {
@@ -68,8 +72,8 @@ def one(workspace: Path) -> list[dict[str, Any]]:
 def assert_same(
     workspace: Path, lines: list[dict[str, Any]], wanted: list[dict[str, Any]], run: str, steps: int = 4
 ) -> None:
-    """The same losses, gradient norms and evaluation, and the same adapter."""
-    keys = ("loss", "ce_loss", "balance_loss", "grad_norm", "router/max_load", "eval_loss")
+    """The same losses, gradient norms, evaluation and load by layer and expert; the same adapter and biases."""
+    keys = ("loss", "ce_loss", "balance_loss", "router/z_loss", "grad_norm", "router/max_load", "eval_loss")
     for line, other in zip(lines, wanted, strict=True):
         for key in keys:
             assert (key in line) == (key in other)
@@ -79,12 +83,28 @@ def assert_same(
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert (tensor - adapters[1][name]).abs().max() < 1e-4, name
+    biases = [load_file(workspace / name / "adapter" / "router_bias.safetensors") for name in (run, "one")]
+    assert biases[0].keys() == biases[1].keys()
+    assert all(torch.equal(bias, biases[1][name]) for name, bias in biases[0].items())
+    assert json.loads((workspace / run / "adapter" / "finetune.json").read_text())["router_bias"] == (
+        "router_bias.safetensors"
+    )
+    loads = [read_metrics(workspace / name / "router_load.jsonl") for name in (run, "one")]
+    assert [line["step"] for line in loads[0]] == [1, 2, 3, 4]
+    assert [line["layers"] for line in loads[0]] == [[1, 2]] * 4, "the first layer of the model is dense"
+    assert [line["tokens"] for line in loads[0]] == [line["tokens"] for line in loads[1]]
+    assert (workspace / run / "router_load.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(workspace: Path, one: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4]
     assert_same(workspace, train(workspace, TWO_PROCESSES, "two"), one, "two")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file that a checkpoint ends with is written to its end."""
+    return path.exists() and path.read_text().rstrip().endswith("}")
 
 
 @pytest.mark.slow
@@ -95,11 +115,11 @@ def test_a_killed_run_continues_as_if_it_had_not_been(workspace: Path, one: list
     )
     state = workspace / "killed" / "checkpoint-2" / "trainer_state.json"
     deadline = time.monotonic() + 120
-    while not state.exists() and time.monotonic() < deadline and process.poll() is None:
+    while not is_whole(state) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert state.exists()
+    assert is_whole(state)
     assert not (workspace / "killed" / "adapter").exists()
     lines = train(workspace, ONE_PROCESS, "killed", "training.resume_from_checkpoint=true")
     wanted = [line for line in one if "train_runtime" not in line]

@@ -63,6 +63,17 @@ def test_a_small_step_on_a_large_bias_is_not_lost_in_a_16_bit_model() -> None:
         assert model(torch.arange(4, 44)[None], use_cache=False).logits.isfinite().all()
 
 
+def test_biases_move_in_the_model_also_after_it_was_moved_itself() -> None:
+    """A launcher's `model.to(device)` leaves other tensors in the place of buffers."""
+    model = tiny_model("deepseek_v3")
+    bias = BiasBalance(model, layout("deepseek_v3"), 0.5, "deepseek_v3")
+    before = [buffer.clone() for buffer in bias.biases.values()]
+    model.to(torch.float64).to(torch.float32)
+    bias.end_step(torch.tensor([[1.0, 0.0]] * 2).repeat(1, 4))
+    for buffer, old in zip(find_biases(model, layout("deepseek_v3")).values(), before, strict=True):
+        assert (buffer - old).tolist() == pytest.approx([-0.5, 0.5] * 4)
+
+
 def test_biases_are_read_back_as_they_were_saved_also_under_an_adapter(tmp_path: Path) -> None:
     base = save_tiny("ernie4_5_moe", tmp_path / "base")
     adapter = moved_adapter("ernie4_5_moe", base, tmp_path / "adapter")
