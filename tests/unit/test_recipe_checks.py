@@ -34,6 +34,14 @@ CONFLICTS = {
         "recipe.yaml:11: router.router_aux_loss_coef: the balance term changes nothing: the router is frozen and "
         "nothing before a router is trained; got 0.02; write 0, or add router, attention or experts to lora.targets",
     ),
+    "a z-loss that nothing can follow": (
+        changed(
+            (TARGETS, "[lm_head]"),
+            ("  router_aux_loss_coef: 0.02", "  router_z_loss_coef: 0.01\n  router_aux_loss_coef: 0"),
+        ),
+        "recipe.yaml:11: router.router_z_loss_coef: the z-loss changes nothing: the router is frozen and "
+        "nothing before a router is trained; got 0.01; write 0, or add router, attention or experts to lora.targets",
+    ),
     "experts without the router section": (
         changed(("router:\n  router_aux_loss_coef: 0.02\n", "")),
         "recipe.yaml:1: router: section is missing, and lora.targets names experts; "

@@ -86,6 +86,20 @@ def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pyt
     ]
 
 
+def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, monkeypatch)
+    run = RunFolder(Path("runs/test"))
+    run.path.mkdir(parents=True)
+    cut = "training.per_device_train_batch_size=4"
+    run.recipe.write_text(dump_recipe(desk.load(SOUND)))
+    refuse_other_recipe(run, desk.load(SOUND, cut))
+    run.recipe.write_text(dump_recipe(desk.load(SOUND, "router.scope=micro_batch")))
+    with pytest.raises(RunError, match=r"training.per_device_train_batch_size: the run in runs/test was made with 1"):
+        refuse_other_recipe(run, desk.load(SOUND, "router.scope=micro_batch", cut))
+
+
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(RunError, match=r"files that are not a run's; got thesis.tex; choose another output_dir"):
