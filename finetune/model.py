@@ -23,7 +23,7 @@ from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter
 from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
 from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
-from finetune.moe.router_bias import BIAS_FILE, save_biases
+from finetune.moe.router_bias import BIAS_FILE, require_biases, save_biases
 from finetune.moe.targets import lora_config, refuse_absent
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
@@ -63,7 +63,13 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
     refuse_quantized(reader)
     problems: list[Problem] = []
-    for refuse in (_refuse_router_section, partial(_refuse_targets, reader), _refuse_attention, _refuse_packing):
+    for refuse in (
+        _refuse_router_section,
+        _refuse_bias_balance,
+        partial(_refuse_targets, reader),
+        _refuse_attention,
+        _refuse_packing,
+    ):
         try:
             refuse(family, recipe)
         except RecipeError as error:
@@ -88,6 +94,12 @@ def _refuse_router_section(family: Family, recipe: Recipe) -> None:
         raise RecipeError(
             Problem("router", f"{family.model_type} is a dense model without a router", "remove the router section")
         )
+
+
+def _refuse_bias_balance(family: Family, recipe: Recipe) -> None:
+    """Correction biases can be moved only where there are some."""
+    if family.moe is not None and recipe.router is not None and recipe.router.bias_update_rate:
+        require_biases(family, recipe.router.bias_update_rate)
 
 
 def _refuse_targets(reader: CheckpointReader, family: Family, recipe: Recipe) -> None:

@@ -38,7 +38,7 @@ class RouterTerm:
             settings.scope,
         )
         rate = settings.bias_update_rate
-        self.bias = BiasBalance(model, family.moe, rate, family.model_type) if rate else None
+        self.bias = BiasBalance(model, family, rate) if rate else None
         self._last: StepFigures | None = None
         self._window = torch.zeros(2, device=device)  # balance value and z, summed over the steps since the last line
         self._window_steps = 0

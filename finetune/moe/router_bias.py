@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.audit import clean_name
-from finetune.moe.families import MoeLayout
+from finetune.moe.families import Family, MoeLayout
 
 BIAS_FILE = "router_bias.safetensors"
 
@@ -46,21 +46,27 @@ def _places(model: torch.nn.Module, moe: MoeLayout) -> dict[str, tuple[torch.nn.
     return found
 
 
+def require_biases(family: Family, rate: float) -> MoeLayout:
+    """The layout of an architecture whose routers carry the bias; RecipeError for any other."""
+    if family.moe is None or family.moe.correction_bias is None:
+        raise RecipeError(
+            Problem(
+                "router.bias_update_rate",
+                f"the routers of {family.model_type} carry no correction bias that could be moved",
+                "write 0, and a router.router_aux_loss_coef to balance by a loss",
+                got=str(rate),
+            )
+        )
+    return family.moe
+
+
 class BiasBalance:
     """Moves the correction biases of one model after each optimizer step. Nothing here waits for the device."""
 
-    def __init__(self, model: torch.nn.Module, moe: MoeLayout, rate: float, model_type: str) -> None:
+    def __init__(self, model: torch.nn.Module, family: Family, rate: float) -> None:
+        moe = require_biases(family, rate)
         self.rate = rate
         self._places = _places(model, moe)
-        if not self._places:
-            raise RecipeError(
-                Problem(
-                    "router.bias_update_rate",
-                    f"the routers of {model_type} carry no correction bias that could be moved",
-                    "write 0, and a router.router_aux_loss_coef to balance by a loss",
-                    got=str(rate),
-                )
-            )
         self.base = [bias.detach().clone() for bias in find_biases(model, moe).values()]
 
     @property

@@ -15,10 +15,6 @@ from tests.support import save_tiny_mixtral
 
 KEYS = ("loss", "ce_loss", "balance_loss", "router/z_loss", "router/max_load", "router/changed")
 BOTH = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.05}
-CHOICES: dict[str, dict[str, Any]] = {
-    "per_layer": BOTH,
-    "pooled": {**BOTH, "balance": "pooled"},
-}
 
 
 def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any], **training: Any) -> Recipe:
@@ -36,31 +32,34 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
-@pytest.fixture(scope="module", params=CHOICES)
-def whole(
-    request: pytest.FixtureRequest, base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict[str, Any], Steps]:
-    """The router section, and three steps of one micro-batch of eight rows with it."""
-    router = CHOICES[request.param]
-    return router, run(recipe(base, rows, tmp_path_factory.mktemp("whole"), router))
+@pytest.fixture(scope="module")
+def whole(base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Steps:
+    """Three steps of one micro-batch of eight rows with balance term and z-loss."""
+    return run(recipe(base, rows, tmp_path_factory.mktemp("whole"), BOTH))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_accumulation_does_not_change_the_balance_of_a_step(
-    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps], size: int
+    base: Path, rows: Path, tmp_path: Path, whole: Steps, size: int
 ) -> None:
     """8 x 1 = 4 x 2 = 2 x 4 = 1 x 8, over three steps: every loss and every gradient."""
-    router, wanted = whole
-    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, per_device_train_batch_size=size)), KEYS)
+    assert_same_steps(whole, run(recipe(base, rows, tmp_path, BOTH, per_device_train_batch_size=size)), KEYS)
+
+
+def test_accumulation_does_not_change_the_pooled_balance_of_a_step(base: Path, rows: Path, tmp_path: Path) -> None:
+    router = {**BOTH, "balance": "pooled"}
+    whole, cut = (
+        run(recipe(base, rows, tmp_path / str(size), router, per_device_train_batch_size=size)) for size in (8, 2)
+    )
+    assert_same_steps(whole, cut, KEYS)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_does_not_change_the_balance_of_a_step(
-    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps], mode: str
+    base: Path, rows: Path, tmp_path: Path, whole: Steps, mode: str
 ) -> None:
     """Also not by the comparison with the base router, which runs within the checkpointed layers."""
-    router, wanted = whole
-    assert_same_steps(wanted, run(recipe(base, rows, tmp_path, router, gradient_checkpointing=mode)), KEYS)
+    assert_same_steps(whole, run(recipe(base, rows, tmp_path, BOTH, gradient_checkpointing=mode)), KEYS)
 
 
 @pytest.mark.parametrize("scope", ["step", "micro_batch"])
@@ -112,18 +111,17 @@ def test_the_z_loss_reaches_the_gradient(base: Path, rows: Path, tmp_path: Path)
 
 
 def test_a_step_whose_load_is_looked_at_is_the_step_that_is_not(
-    base: Path, rows: Path, tmp_path: Path, whole: tuple[dict[str, Any], Steps]
+    base: Path, rows: Path, tmp_path: Path, whole: Steps
 ) -> None:
     """The comparison with the base router runs on logging steps only, and changes nothing."""
-    router, wanted = whole
-    seldom = run(recipe(base, rows, tmp_path, router, logging_steps=3, gradient_checkpointing="full"))
-    for ours, theirs in zip(wanted.gradients, seldom.gradients, strict=True):
+    seldom = run(recipe(base, rows, tmp_path, BOTH, logging_steps=3, gradient_checkpointing="full"))
+    for ours, theirs in zip(whole.gradients, seldom.gradients, strict=True):
         for name, gradient in ours.items():
             torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
     assert seldom.logs[0]["balance_loss"] == pytest.approx(
-        sum(log["balance_loss"] for log in wanted.logs[:3]) / 3, abs=1e-5
+        sum(log["balance_loss"] for log in whole.logs[:3]) / 3, abs=1e-5
     )
-    assert seldom.logs[0]["router/changed"] == pytest.approx(wanted.logs[2]["router/changed"], abs=1e-6)
+    assert seldom.logs[0]["router/changed"] == pytest.approx(whole.logs[2]["router/changed"], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +145,14 @@ def biases_after(settings: Recipe) -> tuple[Steps, list[list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def balanced(deepseek: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Steps, list[list[float]]]:
+def balanced_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("balanced")
+
+
+@pytest.fixture(scope="module")
+def balanced(deepseek: Path, rows: Path, balanced_run: Path) -> tuple[Steps, list[list[float]]]:
     """Three steps of a DeepSeek-V3 whose correction biases move, with a checkpoint after the second."""
-    return biases_after(recipe(deepseek, rows, tmp_path_factory.mktemp("balanced"), BIAS, save_steps=2))
+    return biases_after(recipe(deepseek, rows, balanced_run, BIAS, save_steps=2))
 
 
 @pytest.mark.parametrize("cut", [{"per_device_train_batch_size": 1}, {"gradient_checkpointing": "selective"}], ids=str)
@@ -163,13 +166,11 @@ def test_accumulation_and_checkpointing_do_not_change_bias_balancing(
 
 
 def test_bias_balancing_resumes_as_if_it_had_not_been_interrupted(
-    deepseek: Path, rows: Path, balanced: tuple[Steps, list[list[float]]], tmp_path: Path
+    deepseek: Path, rows: Path, balanced: tuple[Steps, list[list[float]]], balanced_run: Path
 ) -> None:
     """The checkpoint holds the moved biases; PEFT's files could not."""
-    first = recipe(deepseek, rows, tmp_path, BIAS, save_steps=2)
-    trainer_for(first)[0].train()
-    trainer, steps = trainer_for(first)
-    trainer.run_from(tmp_path / "checkpoint-2")
+    trainer, steps = trainer_for(recipe(deepseek, rows, balanced_run, BIAS))
+    trainer.run_from(balanced_run / "checkpoint-2")
     assert biases(trainer) == balanced[1]
     for name, gradient in balanced[0].gradients[2].items():
         torch.testing.assert_close(steps.gradients[0][name], gradient, atol=1e-5, rtol=1e-4)

@@ -3,7 +3,7 @@
 T tokens, K experts a token, E experts, H hidden, I intermediate, r rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,13 @@ from benchmarks import arms
 from benchmarks.arms import DENSE, OURS, STACKS, Arm
 from benchmarks.decoder import DecoderArm, build_decoder, prepared
 from benchmarks.shapes import Routing, Shape, draw_routing
+from finetune.methods.router_term import RouterTerm
 from finetune.moe import experts
+from finetune.moe.families import FAMILIES
+from finetune.moe.lora import add_adapter
 from finetune.moe.nf4 import Nf4Stack
+from finetune.recipe import LoraSettings, RouterSettings
+from tests.families import tiny_model
 
 SHAPE = Shape(128, 192, 8, 2, 96, 16)
 UNALIGNED = Shape(128, 192, 8, 2, 96, 4)  # rank 4 in bfloat16: 8 bytes, where grouped products want 16
@@ -158,3 +163,29 @@ def decoder_gradients(arm: DecoderArm, mode: Any) -> dict[str, torch.Tensor]:
         arm.step()
         trained = [(name, value.grad) for name, value in arm.model.named_parameters() if value.requires_grad]
         return {name: grad.clone() for name, grad in trained if grad is not None}
+
+
+def check_router_step(device: str) -> Callable[[], None]:
+    """A step of the routers' terms, statistics and biases as a function, which must not wait for the device."""
+    family = FAMILIES["deepseek_v3"]
+    model = add_adapter(tiny_model("deepseek_v3").to(device), LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
+    settings = RouterSettings(router_aux_loss_coef=0.1, router_z_loss_coef=0.01, bias_update_rate=0.001)
+    term = RouterTerm(model, family, settings)
+    hidden_TH = torch.randn(40, model.config.hidden_size, device=device)
+    real_T = torch.ones(40, device=device)
+
+    def step() -> None:
+        term.begin_step(real_T.sum(), logged=True)
+        with term.capture() as record:
+            for router in term.routers:
+                router.called(hidden_TH)
+        torch.autograd.backward(term.add(hidden_TH.sum(), record, real_T, ranks=1))
+        term.end_step(lambda x: x)
+
+    step()
+    before = [bias.clone() for bias in term.bias.biases.values()] if term.bias is not None else []
+    step()
+    assert term.bias is not None
+    assert all(not torch.equal(old, bias) for old, bias in zip(before, term.bias.biases.values(), strict=True))
+    assert term.figures()[0]["router/max_load"] >= 1
+    return step

@@ -58,3 +58,8 @@ def test_random_linear_layers_hold_their_values() -> None:
 
 def test_recomputation_changes_no_gradient() -> None:
     checks.check_recomputation("cuda")
+
+
+def test_routers_never_make_the_host_wait() -> None:
+    """Balance term, z-loss, statistics, the comparison with the base router, and moving the correction biases."""
+    assert host_syncs(checks.check_router_step("cuda"), "cuda") == 0

@@ -32,3 +32,7 @@ def test_linear_layers() -> None:
 
 def test_recomputation_changes_no_gradient() -> None:
     checks.check_recomputation("cpu")
+
+
+def test_a_step_of_the_routers_terms() -> None:
+    checks.check_router_step("cpu")

@@ -55,7 +55,7 @@ def test_a_small_step_on_a_large_bias_is_not_lost_in_a_16_bit_model() -> None:
     model = tiny_model("minimax_m2").to(torch.bfloat16)
     for buffer in find_biases(model, layout("minimax_m2")).values():
         buffer.fill_(8.0)
-    bias = BiasBalance(model, layout("minimax_m2"), 0.001, "minimax_m2")
+    bias = BiasBalance(model, FAMILIES["minimax_m2"], 0.001)
     bias.end_step(torch.tensor([[3.0, 1.0, 0.0, 0.0]] * 2))
     for each in find_biases(model, layout("minimax_m2")).values():
         assert each.tolist() == pytest.approx([7.999, 8.0, 8.001, 8.001], abs=1e-6)
@@ -66,7 +66,7 @@ def test_a_small_step_on_a_large_bias_is_not_lost_in_a_16_bit_model() -> None:
 def test_biases_move_in_the_model_also_after_it_was_moved_itself() -> None:
     """A launcher's `model.to(device)` leaves other tensors in the place of buffers."""
     model = tiny_model("deepseek_v3")
-    bias = BiasBalance(model, layout("deepseek_v3"), 0.5, "deepseek_v3")
+    bias = BiasBalance(model, FAMILIES["deepseek_v3"], 0.5)
     before = [buffer.clone() for buffer in bias.biases.values()]
     model.to(torch.float64).to(torch.float32)
     bias.end_step(torch.tensor([[1.0, 0.0]] * 2).repeat(1, 4))
