@@ -12,13 +12,11 @@ from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 
 MODES: tuple[Recomputation, ...] = ("none", "selective", "full")
 MODEL, LAYERS = Shape(256, 512, 8, 2, 1024, 8), 4
-QUICK_MODEL, QUICK_LAYERS = Shape(64, 96, 4, 2, 64, 4), 2
 SEQUENCES = 4
 
 
-def measure_recompute(repeats: int, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
+def measure_recompute(repeats: int, shape: Shape = MODEL, layers: int = LAYERS) -> tuple[list[Bar], dict[str, Any]]:
     """Bar of selective / full, and the raw figures of all three."""
-    shape, layers = (QUICK_MODEL, QUICK_LAYERS) if quick else (MODEL, LAYERS)
     config = mixtral_config(shape, layers, vocabulary=512)
     model = adapt_mixtral(random_mixtral(config, torch.float32, "cpu"), shape.rank)
     generator = torch.Generator().manual_seed(0)

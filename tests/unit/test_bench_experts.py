@@ -55,7 +55,7 @@ def test_routing_is_uneven_and_the_same_each_time() -> None:
 
 def test_arms_on_equal_weights_compute_the_same() -> None:
     """Otherwise the race is not fair; the benchmark itself refuses to go on."""
-    group = experts.build_arms(FEW_ROWS, (arms.OURS, arms.DENSE, arms.PEFT_GROUPED))
+    group = experts.build_arms(experts.QUICK_SHAPES[0], (arms.OURS, arms.DENSE, arms.PEFT_GROUPED))
     assert arms.disagreement(group[arms.DENSE], group[arms.PEFT_GROUPED]) < 1e-5
     assert arms.disagreement(group[arms.OURS], group[arms.PEFT_GROUPED]) > 1e-2  # 4-bit weights are other weights
 
