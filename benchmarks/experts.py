@@ -16,6 +16,7 @@ import torch
 from benchmarks import arms
 from benchmarks.arms import Arm
 from benchmarks.harness import REPEATS, Bar, Timings, interleaved, provenance, table, write_result
+from benchmarks.loading import measure_loading
 from benchmarks.memory import transient_bytes
 from benchmarks.recompute import measure_recompute
 from benchmarks.shapes import CPU_SHAPES, SKEW, Shape, draw_routing
@@ -132,6 +133,8 @@ def main() -> None:
     bars += found
     if args.quick:
         bars = [replace(bar, limit=None) for bar in bars]
+    elif Path("/proc/self/status").exists():
+        bars += measure_loading().bars
     print(f"\n{table(bars)}")
     write_result(
         args.output,

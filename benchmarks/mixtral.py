@@ -63,6 +63,7 @@ def random_mixtral(
     model.model.rotary_emb = MixtralRotaryEmbedding(config).to(device)  # its buffer has no checkpoint either
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
+    model.is_loaded_in_4bit = quantised  # PEFT asks for it, and takes its own layer for 4-bit linears
     fit_older_transformers(model)
     return model.train()
 

@@ -7,7 +7,11 @@ from benchmarks.shapes import MIXTRAL, Shape
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. `layers`: of the arms that are compared; `whole`: of the whole model, most first."""
+    """Sizes of a run.
+
+    Layers: `layers` of the arms that are compared, `whole` of the whole model (most first), `loaded` of the checkpoint
+    that is written and loaded.
+    """
 
     device: str
     hidden: int
@@ -16,6 +20,7 @@ class Plan:
     vocabulary: int
     layers: int
     whole: tuple[int, ...]
+    loaded: int
     tokens: tuple[int, ...]
     sequence: int
     matmul: int
@@ -25,5 +30,5 @@ class Plan:
         return replace(MIXTRAL, hidden=self.hidden, intermediate=self.intermediate, rank=self.rank, tokens=tokens)
 
 
-H200 = Plan("cuda", 4096, 14336, 16, 32000, 2, (32, 4), (4096, 16384), 4096, 8192)
-DRY = Plan("cpu", 64, 96, 4, 512, 1, (2, 1), (16, 32), 8, 64)
+H200 = Plan("cuda", 4096, 14336, 16, 32000, 2, (32, 4), 2, (4096, 16384), 4096, 8192)
+DRY = Plan("cpu", 64, 96, 4, 512, 1, (2, 1), 2, (16, 32), 8, 64)

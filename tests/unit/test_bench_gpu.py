@@ -12,7 +12,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.budget import Budget, NotMeasuredError
 from benchmarks.decoder import build_decoder, prepared
-from benchmarks.gpu_sections import flops_per_token
+from benchmarks.gpu_whole import flops_per_token
 from benchmarks.harness import REPEATS, interleaved
 from benchmarks.mixtral import mixtral_config, random_mixtral
 from benchmarks.plan import DRY, H200

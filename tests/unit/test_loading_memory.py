@@ -1,13 +1,5 @@
-"""What 4-bit loading holds in memory: while it loads, and for good.
+"""What 4-bit loading holds in memory: while it loads, and for good."""
 
-Measured on anonymous memory. The checkpoint's own pages, which the loader maps, count into a process's resident size
-but can be dropped by the system at any time, and belong to whoever reads the file.
-"""
-
-import json
-import select
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,82 +7,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
 
+from benchmarks.loading import measure_loading
 from finetune.model import load_base
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import ModelSettings
-from tests.families import save_tiny, tiny_config
-
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 3, 8, 512, 1792
-LAYER_STACKS = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 2  # bfloat16 bytes of one layer's experts: 44 MB
-
-# Run in a process of its own, which first loads a tiny model of the same kind: all code and buffers are then there.
-LOAD = """
-import gc, sys
-from pathlib import Path
-import torch
-from finetune.moe.audit import storage_of
-from tests.unit.engine import base_model
-
-torch.set_num_threads(1)
-base_model(Path(sys.argv[1]), dtype="bfloat16")
-gc.collect()
-print("ready", flush=True)
-sys.stdin.readline()
-model = base_model(Path(sys.argv[2]), dtype="bfloat16")
-print(sum(storage_of(parameter)[2] for parameter in model.parameters()), flush=True)
-"""
-
-
-def save_large(folder: Path) -> int:
-    """Three layers of eight experts in shards, 139 MB; returns the bytes. The values do not matter."""
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(tiny_config("mixtral", **sizes, num_local_experts=EXPERTS))
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data.fill_(0.01).view(-1)[::3] = -0.02
-    model.save_pretrained(folder, max_shard_size="60MB")
-    return sum(parameter.numel() * 2 for parameter in model.parameters())
-
-
-def anonymous_bytes(process_id: int) -> int:
-    status = Path(f"/proc/{process_id}/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+from tests.families import save_tiny
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_the_peak_while_loading_is_what_stays_and_less_than_one_layers_stacks(tmp_path: Path) -> None:
-    bf16_bytes = save_large(tmp_path / "large")
-    save_tiny("mixtral", tmp_path / "tiny", "bfloat16")
-    with subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(tmp_path / "tiny"), str(tmp_path / "large")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        while (line := child.stdout.readline()).strip() != "ready":
-            assert line, child.stderr and child.stderr.read()
-        before = anonymous_bytes(child.pid)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        peak = _peak_until_it_speaks(child)
-        stored = int(child.stdout.readline())
-    assert stored / bf16_bytes <= 0.27
-    assert peak - before <= stored + LAYER_STACKS, json.dumps({"growth": peak - before, "stored": stored})
-
-
-def _peak_until_it_speaks(child: subprocess.Popen[str]) -> int:
-    """The largest anonymous memory seen, one look a millisecond."""
-    assert child.stdout is not None
-    peak = 0
-    while not select.select([child.stdout], [], [], 0.001)[0]:
-        peak = max(peak, anonymous_bytes(child.pid))
-    return peak
+def test_the_peak_while_loading_is_what_stays_and_less_than_one_layers_stacks() -> None:
+    """Three layers of eight experts, 139 MB in bf16; `make bench` tells the same figures."""
+    loading = measure_loading()
+    assert loading.layer_stacks == 8 * 3 * 512 * 1792 * 2  # 44 MB
+    assert loading.stored <= 0.27 * loading.bf16
+    assert loading.peak <= loading.stored + loading.layer_stacks
+    assert all(bar.holds() for bar in loading.bars)
 
 
 class _Largest(TorchDispatchMode):
