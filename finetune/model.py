@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
-from finetune.moe.choice import ExpertChoice
-from finetune.moe.chosen import keep_chosen
+from finetune.moe.esft.adapter import keep_chosen
+from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter

@@ -19,7 +19,7 @@ from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
     from finetune.methods.router_term import RouterTerm
-    from finetune.moe.choice import ExpertChoice
+    from finetune.moe.esft.choice import ExpertChoice
     from finetune.moe.families import Family
     from finetune.run import RunFolder
 
@@ -114,8 +114,8 @@ def _load(
     from accelerate import PartialState
 
     from finetune.model import adapt, load_base
-    from finetune.moe.choice import read_choice
-    from finetune.moe.measure import choose_experts
+    from finetune.moe.esft.choice import read_choice
+    from finetune.moe.esft.measure import choose_experts
 
     auto = recipe.lora.experts == "auto"
     choice = read_choice(run.experts) if auto and recipe.training.resume_from_checkpoint else None

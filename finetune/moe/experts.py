@@ -13,10 +13,10 @@ from torch.nn.functional import pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune.moe.checkpointing import kept_values
-from finetune.moe.expert_function import ExpertsCall, run_experts
-from finetune.moe.expert_rows import Chunk, Cut, GroupedChunk, Projection, loop_chunks
-from finetune.moe.factors import ExpertFactors
-from finetune.moe.gates import gate_of
+from finetune.moe.engine.factors import ExpertFactors
+from finetune.moe.engine.function import ExpertsCall, run_experts
+from finetune.moe.engine.gates import gate_of
+from finetune.moe.engine.rows import Chunk, Cut, GroupedChunk, Projection, loop_chunks
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
@@ -29,8 +29,8 @@ def experts_forward(
 
     `module` holds the frozen stacks `gate_up_proj [E, 2I, H]` (or `up_proj [E, I, H]` without a gate) and
     `down_proj [E, H, I]`, 4-bit or dense, transposed where it says so, and their biases; `hidden_states [T, H]`,
-    `top_k_index` and `top_k_weights [T, K]`. An index of E means "no expert". One host sync, none where grouped
-    products exist.
+    `top_k_index` and `top_k_weights [T, K]`. An index of E means "no expert" (expert parallelism). One host sync, none
+    where grouped products exist.
     """
     x_TH = _compute_cast(hidden_states)
     grouped = _grouped_products(x_TH) and not module._is_expert_parallel
@@ -77,12 +77,12 @@ def _sort_rows(index_TK: torch.Tensor, num_experts: int, cut: Cut | None) -> tup
 
 def _grouped_products(x: torch.Tensor) -> bool:
     """Whether `grouped_mm` has a kernel for this dtype and device; elsewhere it is a loop with host syncs."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and _is_hopper(x.device.index)
+    return x.is_cuda and x.dtype == torch.bfloat16 and _has_grouped_kernel(x.device.index)
 
 
 @cache
-def _is_hopper(device_index: int) -> bool:
-    return torch.cuda.get_device_capability(device_index) >= (9, 0)
+def _has_grouped_kernel(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] in (9, 10)
 
 
 def _projection(module: Any, name: str, dtype: torch.dtype, grouped: bool) -> Projection:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from finetune.errors import Problem, WeightsError
-from finetune.moe.factors import ExpertFactors
+from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.families import family_of
 from finetune.moe.targets import attach, lora_config, refuse_absent
 from finetune.recipe import LoraSettings
@@ -26,7 +26,7 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
     Layout of PEFT's two matrices: `lora_A [E*r, in]` is expert-major, `lora_B [out, E*r]` is rank-major
     (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`).
 
-    `chosen`: adapters that hold the factors of some experts only (`finetune.moe.chosen`), and of which.
+    `chosen`: adapters that hold the factors of some experts only (`finetune.moe.esft.adapter`), and of which.
     """
 
     chosen: Mapping[str, tuple[int, ...]] = MappingProxyType({})

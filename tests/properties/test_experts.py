@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import silu
 
 from finetune.moe import experts as engine
-from finetune.moe.expert_rows import Cut
+from finetune.moe.engine.factors import ExpertFactors
+from finetune.moe.engine.rows import Cut
 from finetune.moe.experts import experts_forward
-from finetune.moe.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
 QUICK = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

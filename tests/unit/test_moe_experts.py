@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.experts import experts_forward
-from finetune.moe.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
 T, H, INTERMEDIATE, RANK, SCALE = 12, 64, 96, 3, 2.0

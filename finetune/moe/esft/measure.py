@@ -16,7 +16,7 @@ from accelerate.utils import reduce
 from tqdm import tqdm
 
 from finetune.errors import Problem, RunError, WeightsError
-from finetune.moe.choice import ExpertChoice, LayerChoice, smallest_set
+from finetune.moe.esft.choice import ExpertChoice, LayerChoice, smallest_set
 from finetune.moe.families import MoeLayout
 from finetune.recipe import Recipe
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from finetune.moe.checkpointing import kept_values
-from finetune.moe.expert_rows import Chunk, Projection, Weights
-from finetune.moe.factors import ExpertFactors
-from finetune.moe.gates import Gate
+from finetune.moe.engine.factors import ExpertFactors
+from finetune.moe.engine.gates import Gate
+from finetune.moe.engine.rows import Chunk, Projection, Weights
 
 
 @dataclass(frozen=True)

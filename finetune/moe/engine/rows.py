@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from finetune.moe.factors import ExpertFactors
+from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.nf4 import Nf4Stack
 
 
