@@ -44,7 +44,7 @@ quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real mod
 	$(BIN)/python benchmarks/quickstart.py
 
 # The profiler, which counts allocations here, has lines of its own to print; level 9 keeps them back.
-bench: install ## experts side by side on this CPU: the bars, about two minutes on a quiet machine
+bench: install ## experts side by side on this CPU: the bars, three to five minutes
 	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.experts
 
 # BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.

@@ -19,7 +19,7 @@ from benchmarks.harness import REPEATS, Bar, Timings, interleaved, provenance, t
 from benchmarks.loading import measure_loading
 from benchmarks.memory import transient_bytes
 from benchmarks.recompute import measure_recompute
-from benchmarks.shapes import CPU_SHAPES, SKEW, Shape, draw_routing
+from benchmarks.shapes import CPU_SHAPES, QUARTER_OLMOE, SKEW, Shape, draw_routing
 from finetune.moe.nf4 import Nf4Stack
 
 RESULT = Path("benchmarks/results/experts-cpu.json")
@@ -122,7 +122,7 @@ def main() -> None:
     told = provenance(SEED)
     bars: list[Bar] = []
     shapes = []
-    for shape in QUICK_SHAPES if args.quick else CPU_SHAPES:
+    for shape in QUICK_SHAPES if args.quick else (*CPU_SHAPES, QUARTER_OLMOE):
         print(f"\n=== {shape.label}", flush=True)
         found, raw = measure_shape(shape, args.repeats)
         show(raw)
