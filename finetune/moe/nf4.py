@@ -167,8 +167,8 @@ class Nf4Stack(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         """The dense stack `[E, O, I]`."""
         dense_EOI = torch.empty(self.shape, dtype=self.dtype, device=self.packed_EN.device)
-        for index, dense_OI in enumerate(dense_EOI):
-            self.expert(index, dense_OI)
+        for index, (dense_OI, maxima_Q) in enumerate(zip(dense_EOI, self.maxima(slice(None)), strict=True)):
+            self.expert(index, dense_OI, maxima_Q)
         return dense_EOI
 
     def __repr__(self) -> str:  # type: ignore[override]
