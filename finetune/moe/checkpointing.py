@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Recomputation = Literal["none", "selective", "full"]
@@ -51,12 +52,25 @@ class Kept:
         self.replaying, self._position = replaying, 0
 
     def once(self, make: Callable[[], Any]) -> Any:
-        """The value of `make`, which is called in the forward only."""
+        """The value of `make`, which is called in the forward only.
+
+        Its tensors are kept without a copy, so a later change in place is an error.
+        """
         if not self.replaying:
-            self._values.append(make())
-            return self._values[-1]
+            value = make()
+            self._values.append((_detached(value), _versions(value)))
+            return value
+        value, versions = self._values[self._position]
         self._position += 1
-        return self._values[self._position - 1]
+        if _versions(value) != versions:
+            raise RuntimeError("what checkpointing keeps of a layer was changed in place; use gradient_checkpointing none")
+        return _detached(value)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is the value that was last kept, or taken from what is kept."""
+        position = self._position if self.replaying else len(self._values)
+        last = self._values[position - 1][0] if position else None
+        return isinstance(last, torch.Tensor) and last.untyped_storage()._cdata == tensor.untyped_storage()._cdata
 
     @contextmanager
     def apart(self) -> Iterator[None]:
@@ -102,7 +116,9 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return run()
         if func is _aten.topk.default:
             return self._topk(run, *args, **(kwargs or {}))
-        return _unchanged(self.kept.once(lambda: _watched(run()))) if func in self.dear else run()
+        # What a linear layer returns is its product seen in another shape, with versions of its own.
+        is_dear = func in self.dear or (func is _aten._unsafe_view.default and self.kept.holds(args[0]))
+        return self.kept.once(run) if is_dear else run()
 
     def _topk(self, run: Callable[[], Any], scores: torch.Tensor, k: int, dim: int = -1, *_: Any) -> Any:
         """The forward's choice; its values anew, as callers may change them in place."""
@@ -113,21 +129,19 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return values, self.kept.once(lambda: index)
 
 
-def _watched(result: Any) -> tuple[Any, list[int]]:
-    """A result with the versions of its tensors; they are kept without a copy."""
-    return result, [tensor._version for tensor in _tensors(result)]
+def _versions(value: Any) -> list[int]:
+    return [leaf._version for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _unchanged(watched: tuple[Any, list[int]]) -> Any:
-    result, versions = watched
-    if [tensor._version for tensor in _tensors(result)] != versions:
-        raise RuntimeError("a matrix product was changed in place after it was kept; use full checkpointing")
-    return result
+def _detached(value: Any) -> Any:
+    """The same memory and versions without the graph.
 
-
-def _tensors(result: Any) -> list[torch.Tensor]:
-    items = result if isinstance(result, tuple | list) else [result]
-    return [item for item in items if isinstance(item, torch.Tensor)]
+    Autograd gives what is returned a history; kept with it, a layer would hold itself by way of its graph, and a
+    forward that no backward follows would never be freed.
+    """
+    # Below autograd a view has its own version, unless this key does its work (as in torch's own checkpointing).
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+        return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
 def kept_routing(keep_dear: bool = False) -> tuple[_Checkpointed, _Checkpointed]:

@@ -1,5 +1,6 @@
 """Checkpointing changes no value and no gradient, the balance term's included, and keeps the routing."""
 
+import gc
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -10,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import transient_bytes
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import Kept, Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.recipe import RouterSettings
 from tests.support import save_tiny_mixtral
@@ -120,3 +121,33 @@ def test_memory_falls_from_none_to_selective_to_full(tmp_path: Path) -> None:
 
     peak = {mode: transient_bytes(partial(step, mode)) for mode in get_args(Recomputation)}
     assert peak["full"] < peak["selective"] < peak["none"]
+
+
+@pytest.mark.parametrize("mode", get_args(Recomputation))
+def test_a_forward_that_no_backward_follows_is_freed(base: Path, mode: Recomputation) -> None:
+    model = trained_model(base).train()
+    enable_checkpointing(model, mode)
+
+    def kept() -> int:
+        gc.collect()
+        return sum(type(each) is Kept for each in gc.get_objects())
+
+    before = kept()
+    logits = model(IDS, use_cache=False).logits
+    assert kept() == before + (0 if mode == "none" else 2)
+    del logits
+    assert kept() == before
+
+
+@pytest.mark.parametrize("part", ["mlp.experts", "self_attn.o_proj"])
+def test_a_kept_value_that_is_changed_in_place_is_an_error(base: Path, part: str) -> None:
+    """Computed from the changed value, gradients would be wrong."""
+    model = trained_model(base, load_in_4bit=False, targets=["experts"]).train()
+    enable_checkpointing(model, "selective")
+    module = model.base_model.model.model.layers[0].get_submodule(part)
+    handle = module.register_forward_hook(lambda _module, _args, output: output.mul_(2))
+    module.register_forward_hook(lambda _module, _args, output: output.sin())  # needs the values in the recompute
+    with pytest.raises(RuntimeError, match="was changed in place; use gradient_checkpointing none"):
+        model(IDS, use_cache=False).logits.sum().backward()
+    handle.remove()
+    model(IDS, use_cache=False).logits.sum().backward()
