@@ -63,7 +63,7 @@ class Kept:
         value, versions = self._values[self._position]
         self._position += 1
         if _versions(value) != versions:
-            raise RuntimeError("what checkpointing keeps of a layer was changed in place; use gradient_checkpointing none")
+            raise RuntimeError("what checkpointing keeps was changed in place; use gradient_checkpointing: none")
         return _detached(value)
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -140,7 +140,7 @@ def _detached(value: Any) -> Any:
     forward that no backward follows would never be freed.
     """
     # Below autograd a view has its own version, unless this key does its work (as in torch's own checkpointing).
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 

@@ -54,11 +54,20 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         dropout: Any = self.lora_dropout[adapter]
         return dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
 
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """The experts without their factors, when PEFT takes the adapter off."""
+        experts: torch.nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)
+        del experts.__dict__["lora_sources"]
+        return experts
+
     def merge(self, *_: Any, **__: Any) -> None:
         """Refused: a 4-bit stack cannot take a delta."""
         raise WeightsError(
             Problem("adapter", "a loaded expert stack cannot be merged in memory", "use `finetune merge ADAPTER`")
         )
+
+
+FactoredStackLora.__name__ = ParamWrapper.__name__  # PEFT looks for this name when it adds a second adapter
 
 
 def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:

@@ -7,6 +7,7 @@ E experts, O output features, I input features, Q quantisation blocks of one exp
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from ctypes import c_longlong, c_void_p
 from functools import cache
 from typing import Any
@@ -170,6 +171,9 @@ class Nf4Stack(torch.Tensor):
         for index, (dense_OI, maxima_Q) in enumerate(zip(dense_EOI, self.maxima(slice(None)), strict=True)):
             self.expert(index, dense_OI, maxima_Q)
         return dense_EOI
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Nf4Stack":
+        return Nf4Stack(tuple(deepcopy(tensor, memo) for tensor in self.stored), self.shape, self.dtype)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Nf4Stack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -147,7 +147,7 @@ def test_a_kept_value_that_is_changed_in_place_is_an_error(base: Path, part: str
     module = model.base_model.model.model.layers[0].get_submodule(part)
     handle = module.register_forward_hook(lambda _module, _args, output: output.mul_(2))
     module.register_forward_hook(lambda _module, _args, output: output.sin())  # needs the values in the recompute
-    with pytest.raises(RuntimeError, match="was changed in place; use gradient_checkpointing none"):
+    with pytest.raises(RuntimeError, match="was changed in place; use gradient_checkpointing: none"):
         model(IDS, use_cache=False).logits.sum().backward()
     handle.remove()
     model(IDS, use_cache=False).logits.sum().backward()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import linear, silu
 
+from benchmarks.memory import transient_bytes
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.experts import experts_forward
 from finetune.moe.nf4 import Nf4Stack
@@ -98,3 +99,41 @@ def test_no_dequantised_weight_is_saved_for_the_backward() -> None:
     weights_shapes = {(2 * INTERMEDIATE, H), (H, 2 * INTERMEDIATE), (H, INTERMEDIATE), (INTERMEDIATE, H)}
     assert saved
     assert not weights_shapes & set(saved)
+
+
+@pytest.mark.parametrize("frozen", [0, 1], ids=["A", "B"])
+def test_the_gradient_of_one_factor_does_not_depend_on_whether_the_other_trains(frozen: int) -> None:
+    module, index = experts_module(num_experts=4, quantised=True), ROUTINGS["spread"](4)
+    x, weights = torch.randn(T, H), torch.rand(T, 2)
+
+    def gradients() -> list[torch.Tensor]:
+        trained = [source.leaves[1 - frozen] for source in module.lora_sources.values()]
+        return list(torch.autograd.grad(experts_forward(module, x, index, weights).square().sum(), trained))
+
+    both = gradients()
+    for source in module.lora_sources.values():
+        source.leaves[frozen].requires_grad_(False)
+    for alone, wanted in zip(gradients(), both, strict=True):
+        assert torch.equal(alone, wanted)
+        assert wanted.abs().max() > 0
+
+
+def test_second_derivatives_are_refused() -> None:
+    module, x = experts_module(num_experts=4, quantised=True), torch.randn(T, H, requires_grad=True)
+    output = experts_forward(module, x, ROUTINGS["spread"](4), torch.rand(T, 2))
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_forward_without_a_gradient_keeps_nothing_for_a_backward() -> None:
+    """`u [R, 2I]` of all rows is the largest thing that training keeps; here there is one of a chunk at a time."""
+    module, index = experts_module(num_experts=16, quantised=False), torch.arange(16).repeat(256, 1)
+    x, weights = torch.randn(256, H), torch.rand(256, 16)
+    wanted = experts_forward(module, x, index, weights)
+
+    def forward() -> None:
+        with torch.no_grad():
+            assert torch.equal(experts_forward(module, x, index, weights), wanted)
+
+    assert transient_bytes(forward) < index.numel() * 2 * INTERMEDIATE * 4

@@ -1,6 +1,7 @@
 """Adapters: fresh ones change nothing, trained ones are stock PEFT adapters, every target is met or refused."""
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,37 @@ def test_disabling_the_adapter_gives_the_base(base: Path) -> None:
     model = trained_model(base)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base_model(base)))
+
+
+def test_an_adapter_that_is_taken_off_leaves_the_base(base: Path) -> None:
+    assert torch.equal(logits(trained_model(base).unload()), logits(base_model(base)))
+
+
+def test_a_second_adapter_is_loaded_used_alone_and_beside_the_first(base: Path, tmp_path: Path) -> None:
+    first, second = trained_model(base, seed=1), trained_model(base, seed=2)
+    second.save_pretrained(str(tmp_path))
+    alone, other = logits(first), logits(second)
+    first.load_adapter(str(tmp_path), "second")
+    assert torch.equal(logits(first), alone)
+    first.set_adapter("second")
+    assert torch.equal(logits(first), other)
+    first.base_model.set_adapter(["default", "second"])
+    twin = dense_twin(first, base)
+    stock = PeftModel.from_pretrained(twin, tmp_path, "second")
+    first.save_pretrained(str(tmp_path / "first"), selected_adapters=["default"])
+    stock.load_adapter(str(tmp_path / "first"), "default")
+    stock.base_model.set_adapter(["default", "second"])
+    torch.testing.assert_close(logits(first), logits(stock), atol=1e-5, rtol=1e-5)
+
+
+def test_a_copy_is_a_model_of_its_own(base: Path) -> None:
+    model = trained_model(base)
+    before, copy = logits(model), deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.zeros_(parameter)
+    assert torch.equal(logits(copy), before)
+    assert not torch.equal(logits(model), before)
 
 
 def test_every_factor_gets_a_gradient_and_nothing_else_does(base: Path) -> None:

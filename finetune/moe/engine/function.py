@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.engine.factors import ExpertFactors
@@ -42,6 +43,8 @@ class ExpertsCall:
 def run_experts(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> torch.Tensor:
     """Output `[T, H]` of the chosen experts; `weight_R`: router weight of each row."""
     tensors = [tensor for factors in call.factors for tensor in (factors.A, factors.B)]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TH, weight_R, *tensors))):
+        return _forward(call, x_TH, weight_R, keep=False)[0]
     output: torch.Tensor = _Experts.apply(call, x_TH, weight_R, *tensors)  # type: ignore[no-untyped-call]
     return output
 
@@ -61,11 +64,12 @@ class _Experts(torch.autograd.Function):
         return out_TH
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TH,) = grad_outputs
         call: ExpertsCall = ctx.call
         x_TH, weight_R, u_RO, *low_Rr = ctx.saved_tensors
-        trained = ctx.needs_input_grad[3::2]
+        trained = zip(ctx.needs_input_grad[3::2], ctx.needs_input_grad[4::2], strict=True)
         of_up, of_down = _split(
             [_Gradients(*item) for item in zip(call.factors, low_Rr, trained, strict=True)], len(call.up.factors)
         )
@@ -95,33 +99,44 @@ class _Experts(torch.autograd.Function):
         return (None, grad_x, grad_weight_R, *(grad for gradients in of_up + of_down for grad in gradients.results))
 
 
-def _forward(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output, and what the backward needs besides the inputs: `u` and, for each pair of factors, `x A^T`."""
-    rows = weight_R.shape[0]
-    u_RO = x_TH.new_empty(rows, call.up.out_features)
+def _forward(
+    call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, keep: bool = True
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output, and what the backward needs besides the inputs: `u` and, for each pair of factors, `x A^T`.
+
+    Without `keep` that is made chunk by chunk and dropped.
+    """
+
+    def kept(columns: int) -> torch.Tensor | None:
+        return x_TH.new_empty(weight_R.shape[0], columns) if keep else None
+
+    u_RO = kept(call.up.out_features)
     low_up, low_down = (
-        [x_TH.new_empty(rows, factors.A.shape[1]) for factors in projection.factors]
-        for projection in (call.up, call.down)
+        [kept(factors.A.shape[1]) for factors in projection.factors] for projection in (call.up, call.down)
     )
     out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
     up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
     for number, chunk in enumerate(call.chunks):
         x_nH = chunk.gather(x_TH)
-        u_nO = chunk.project(x_nH, up, u_RO[chunk.rows])
+        u_nO = chunk.project(x_nH, up, None if u_RO is None else u_RO[chunk.rows])
         _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
         h_nI = call.gate.forward(u_nO)
         y_nH = chunk.project(h_nI, down)
         _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
         chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
-    return out_TH.to(x_TH.dtype), [u_RO, *low_up, *low_down]
+    return out_TH.to(x_TH.dtype), [tensor for tensor in (u_RO, *low_up, *low_down) if tensor is not None]
 
 
 class _Gradients:
     """The gradients of one pair of factors, chunk by chunk. `low_Rr`: `x A^T` of all rows, from the forward."""
 
-    def __init__(self, factors: ExpertFactors, low_Rr: torch.Tensor, trained: bool) -> None:
+    def __init__(self, factors: ExpertFactors, low_Rr: torch.Tensor, trained: tuple[bool, bool]) -> None:
+        """`trained`: whether `A` and `B` need a gradient."""
         self.factors, self.low_Rr = factors, low_Rr
-        self.results = (torch.zeros_like(factors.A), torch.zeros_like(factors.B)) if trained else (None, None)
+        self.results = tuple(
+            torch.zeros_like(factor) if needed else None
+            for factor, needed in zip((factors.A, factors.B), trained, strict=True)
+        )
 
     def add(
         self,
@@ -142,11 +157,11 @@ class _Gradients:
             part_nI = torch.zeros_like(dx_nI)
             chunk.add_factor_up(part_nI, g_nr, factors.A, factors, factors.scaling)
             dx_nI.addcmul_(part_nI, mask_nI)
-        if grad_A is None or grad_B is None:
-            return
         scale = factors.scaling if weight_n1 is None else factors.scaling * weight_n1
-        chunk.add_outer(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
-        chunk.add_outer(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
+        if grad_A is not None:
+            chunk.add_outer(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
+        if grad_B is not None:
+            chunk.add_outer(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
 
 
 def _add_factors(
@@ -154,14 +169,14 @@ def _add_factors(
     projection: Projection,
     y_nO: torch.Tensor,
     x_nI: torch.Tensor,
-    low_Rr: Sequence[torch.Tensor],
+    low_Rr: Sequence[torch.Tensor | None],
     seed: int,
 ) -> None:
-    """`y += s (dropout(x) A^T) B^T` for each pair of factors; `x A^T` is kept in `low_Rr`."""
+    """`y += s (dropout(x) A^T) B^T` for each pair of factors; `x A^T` is kept in `low_Rr` where that is not None."""
     for factors, low in zip(projection.factors, low_Rr, strict=True):
         mask_nI = _mask(x_nI, factors.dropout, seed)
-        low_nr = low[chunk.rows]
-        chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors, low_nr)
+        kept_nr = None if low is None else low[chunk.rows]
+        low_nr = chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors, kept_nr)
         chunk.add_factor_up(y_nO, low_nr, factors.B, factors, factors.scaling)
 
 
