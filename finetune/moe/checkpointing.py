@@ -4,8 +4,9 @@ Two router scores may be so close that the recompute, whose sums may run in anot
 expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again, in both modes:
 
 - `full`: everything else of a layer is computed again in the backward.
-- `selective`: the results of matrix products and of attention are kept as well, and of the experts what their backward
-  needs; norms, activations, rotations, dequantised weights and the like are computed again.
+- `selective`: the results of matrix products (4-bit linear layers included) and of attention are kept as well, and of
+  the experts what their backward needs; norms, activations, rotations, the second product of an adapter and the like
+  are computed again.
 
 torch's own selective checkpointing counts the calls of every operation, so that it cannot leave out a part of the
 recompute, as the experts do here. Reentrant checkpointing is never used: it leaves the balance term without a gradient
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
+import bitsandbytes  # noqa: F401  registers its operations
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,10 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 Recomputation = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
+_PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
+_CHEAP_TERMS = 64  # a product that sums up no more terms costs less than keeping it: that of an adapter's B
 DEAR_OPERATIONS = frozenset(
     {
-        _aten.mm.default,
-        _aten.addmm.default,
+        *_PRODUCTS,
+        torch.ops.bitsandbytes.gemm_4bit.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
@@ -117,8 +121,8 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.topk.default:
             return self._topk(run, *args, **(kwargs or {}))
         # What a linear layer returns is its product seen in another shape, with versions of its own.
-        is_dear = func in self.dear or (func is _aten._unsafe_view.default and self.kept.holds(args[0]))
-        return self.kept.once(run) if is_dear else run()
+        is_seen = func is _aten._unsafe_view.default and self.kept.holds(args[0])
+        return self.kept.once(run) if is_seen or (func in self.dear and not _is_cheap(func, args)) else run()
 
     def _topk(self, run: Callable[[], Any], scores: torch.Tensor, k: int, dim: int = -1, *_: Any) -> Any:
         """The forward's choice; its values anew, as callers may change them in place."""
@@ -127,6 +131,10 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return scores.gather(dim, index), index
         values, index = run()
         return values, self.kept.once(lambda: index)
+
+
+def _is_cheap(func: Any, args: Sequence[Any]) -> bool:
+    return func in _PRODUCTS and args[-2].shape[1] <= _CHEAP_TERMS
 
 
 def _versions(value: Any) -> list[int]:

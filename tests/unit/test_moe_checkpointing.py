@@ -111,6 +111,31 @@ def test_selective_recomputes_no_product_of_the_experts(base: Path) -> None:
     assert counts["none"] == counts["selective"] < counts["full"]
 
 
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts 4-bit linear layers, and products of r terms."""
+
+    linear = short = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.linear += func is torch.ops.bitsandbytes.gemm_4bit.default
+        self.short += func is torch.ops.aten.mm.default and args[0].shape[1] == 4
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_keeps_4bit_linear_layers_but_not_the_second_product_of_their_adapters(base: Path) -> None:
+    """That product is as large as the layer's own and costs next to nothing."""
+    calls = {}
+    for mode in get_args(Recomputation):
+        model = trained_model(base, targets=["attention"]).train()
+        enable_checkpointing(model, mode)
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        with _Calls() as calls[mode]:  # type: ignore[no-untyped-call]
+            loss.backward()
+    assert calls["none"].linear == calls["selective"].linear == 0
+    assert calls["full"].linear == 2 * 4
+    assert calls["full"].short == calls["selective"].short >= calls["none"].short + 2 * 4
+
+
 def test_memory_falls_from_none_to_selective_to_full(tmp_path: Path) -> None:
     model = trained_model(save_tiny_mixtral(tmp_path, num_hidden_layers=8)).train()
 
@@ -140,9 +165,9 @@ def test_a_forward_that_no_backward_follows_is_freed(base: Path, mode: Recomputa
 
 
 @pytest.mark.parametrize("part", ["mlp.experts", "self_attn.o_proj"])
-def test_a_kept_value_that_is_changed_in_place_is_an_error(base: Path, part: str) -> None:
+def test_a_kept_value_that_is_changed_in_place_is_an_error(tmp_path: Path, part: str) -> None:
     """Computed from the changed value, gradients would be wrong."""
-    model = trained_model(base, load_in_4bit=False, targets=["experts"]).train()
+    model = trained_model(save_tiny_mixtral(tmp_path, hidden_size=128), load_in_4bit=False, targets=["experts"]).train()
     enable_checkpointing(model, "selective")
     module = model.base_model.model.model.layers[0].get_submodule(part)
     handle = module.register_forward_hook(lambda _module, _args, output: output.mul_(2))
