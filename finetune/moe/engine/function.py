@@ -68,11 +68,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TH,) = grad_outputs
         call: ExpertsCall = ctx.call
-        x_TH, weight_R, u_RO, *low_Rr = ctx.saved_tensors
+        x_TH, weight_R, *saved = ctx.saved_tensors
         trained = zip(ctx.needs_input_grad[3::2], ctx.needs_input_grad[4::2], strict=True)
-        of_up, of_down = _split(
-            [_Gradients(*item) for item in zip(call.factors, low_Rr, trained, strict=True)], len(call.up.factors)
-        )
+        of_both = [_Gradients(factors, needed) for factors, needed in zip(call.factors, trained, strict=True)]
+        of_up, of_down = of_both[: len(call.up.factors)], of_both[len(call.up.factors) :]
         grad_x_TH = None
         if ctx.needs_input_grad[1]:
             grad_x_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
@@ -80,59 +79,51 @@ class _Experts(torch.autograd.Function):
         up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
         for number, chunk in enumerate(call.chunks):
             seed = call.seed + 2 * number
+            u_nO, *low_nr = saved[number * (1 + len(of_both)) : (number + 1) * (1 + len(of_both))]
             g_nH = chunk.gather(g_TH)
-            h_nI, gate_backward = call.gate.again(u_RO[chunk.rows])
+            h_nI, gate_backward = call.gate.again(u_nO)
             dh_nI = chunk.project_back(g_nH, down)  # not yet times the row's router weight
-            for gradients in of_down:
-                gradients.add(chunk, g_nH, h_nI, dh_nI, seed + 1, weight_R[chunk.rows, None])
+            for gradients, low in zip(of_down, low_nr[len(of_up) :], strict=True):
+                gradients.add(chunk, g_nH, h_nI, low, dh_nI, seed + 1, weight_R[chunk.rows, None])
             grad_weight_R[chunk.rows] = _weight_gradient(chunk, call.down, g_nH, h_nI, dh_nI)
             del g_nH, h_nI
             du_nO = gate_backward(dh_nI.mul_(weight_R[chunk.rows, None]))
             del gate_backward, dh_nI
             dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, up)
             x_nH = chunk.gather(x_TH) if of_up else du_nO
-            for gradients in of_up:
-                gradients.add(chunk, du_nO, x_nH, dx_nH, seed)
+            for gradients, low in zip(of_up, low_nr[: len(of_up)], strict=True):
+                gradients.add(chunk, du_nO, x_nH, low, dx_nH, seed)
             if grad_x_TH is not None and dx_nH is not None:
                 chunk.scatter_add(grad_x_TH, dx_nH)
         grad_x = None if grad_x_TH is None else grad_x_TH.to(x_TH.dtype)
-        return (None, grad_x, grad_weight_R, *(grad for gradients in of_up + of_down for grad in gradients.results))
+        return (None, grad_x, grad_weight_R, *(grad for gradients in of_both for grad in gradients.results))
 
 
 def _forward(
     call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, keep: bool = True
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The output, and what the backward needs besides the inputs: `u` and, for each pair of factors, `x A^T`.
-
-    Without `keep` that is made chunk by chunk and dropped.
-    """
-
-    def kept(columns: int) -> torch.Tensor | None:
-        return x_TH.new_empty(weight_R.shape[0], columns) if keep else None
-
-    u_RO = kept(call.up.out_features)
-    low_up, low_down = (
-        [kept(factors.A.shape[1]) for factors in projection.factors] for projection in (call.up, call.down)
-    )
+    """The output, and, with `keep`, what the backward needs of each chunk: `u`, and `x A^T` of each pair of factors."""
+    saved: list[torch.Tensor] = []
     out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
     up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
     for number, chunk in enumerate(call.chunks):
         x_nH = chunk.gather(x_TH)
-        u_nO = chunk.project(x_nH, up, None if u_RO is None else u_RO[chunk.rows])
-        _add_factors(chunk, call.up, u_nO, x_nH, low_up, call.seed + 2 * number)
+        u_nO = chunk.project(x_nH, up)
+        low_up = _add_factors(chunk, call.up, u_nO, x_nH, call.seed + 2 * number)
         h_nI = call.gate.forward(u_nO)
         y_nH = chunk.project(h_nI, down)
-        _add_factors(chunk, call.down, y_nH, h_nI, low_down, call.seed + 2 * number + 1)
+        low_down = _add_factors(chunk, call.down, y_nH, h_nI, call.seed + 2 * number + 1)
         chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
-    return out_TH.to(x_TH.dtype), [tensor for tensor in (u_RO, *low_up, *low_down) if tensor is not None]
+        saved += [u_nO, *low_up, *low_down] if keep else []
+    return out_TH.to(x_TH.dtype), saved
 
 
 class _Gradients:
-    """The gradients of one pair of factors, chunk by chunk. `low_Rr`: `x A^T` of all rows, from the forward."""
+    """The gradients of one pair of factors, chunk by chunk."""
 
-    def __init__(self, factors: ExpertFactors, low_Rr: torch.Tensor, trained: tuple[bool, bool]) -> None:
+    def __init__(self, factors: ExpertFactors, trained: tuple[bool, bool]) -> None:
         """`trained`: whether `A` and `B` need a gradient."""
-        self.factors, self.low_Rr = factors, low_Rr
+        self.factors = factors
         self.results = tuple(
             torch.zeros_like(factor) if needed else None
             for factor, needed in zip((factors.A, factors.B), trained, strict=True)
@@ -143,11 +134,15 @@ class _Gradients:
         chunk: Chunk,
         g_nO: torch.Tensor,
         x_nI: torch.Tensor,
+        low_nr: torch.Tensor,
         dx_nI: torch.Tensor | None,
         seed: int,
         weight_n1: torch.Tensor | None = None,
     ) -> None:
-        """Add a chunk's share to the factors' gradients and to `dx`; `weight_n1`: what `g` is still to be scaled by."""
+        """Add a chunk's share to the factors' gradients and to `dx`.
+
+        `low_nr`: `x A^T`, from the forward; `weight_n1`: what `g` is still to be scaled by.
+        """
         factors, (grad_A, grad_B) = self.factors, self.results
         mask_nI = _mask(x_nI, factors.dropout, seed)
         g_nr = chunk.factor_down(g_nO, factors.B, factors)
@@ -161,23 +156,19 @@ class _Gradients:
         if grad_A is not None:
             chunk.add_outer(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
         if grad_B is not None:
-            chunk.add_outer(grad_B, (self.low_Rr[chunk.rows] * scale).to(g_nO.dtype), g_nO, factors)
+            chunk.add_outer(grad_B, (low_nr * scale).to(g_nO.dtype), g_nO, factors)
 
 
 def _add_factors(
-    chunk: Chunk,
-    projection: Projection,
-    y_nO: torch.Tensor,
-    x_nI: torch.Tensor,
-    low_Rr: Sequence[torch.Tensor | None],
-    seed: int,
-) -> None:
-    """`y += s (dropout(x) A^T) B^T` for each pair of factors; `x A^T` is kept in `low_Rr` where that is not None."""
-    for factors, low in zip(projection.factors, low_Rr, strict=True):
+    chunk: Chunk, projection: Projection, y_nO: torch.Tensor, x_nI: torch.Tensor, seed: int
+) -> list[torch.Tensor]:
+    """`y += s (dropout(x) A^T) B^T` for each pair of factors, in place; returns each `dropout(x) A^T`."""
+    low_nr = []
+    for factors in projection.factors:
         mask_nI = _mask(x_nI, factors.dropout, seed)
-        kept_nr = None if low is None else low[chunk.rows]
-        low_nr = chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors, kept_nr)
-        chunk.add_factor_up(y_nO, low_nr, factors.B, factors, factors.scaling)
+        low_nr.append(chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors))
+        chunk.add_factor_up(y_nO, low_nr[-1], factors.B, factors, factors.scaling)
+    return low_nr
 
 
 def _weight_gradient(
@@ -202,7 +193,3 @@ def _mask(x_nI: torch.Tensor, probability: float, seed: int) -> torch.Tensor | N
 def _sum_dtype(x: torch.Tensor) -> torch.dtype:
     """Sums over experts and features are made in at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _split(items: list["_Gradients"], first: int) -> tuple[list["_Gradients"], list["_Gradients"]]:
-    return items[:first], items[first:]

@@ -107,7 +107,7 @@ class Chunk(Protocol):
         """Each row's bias, `[n, O]`."""
         ...
 
-    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`x W + bias`, without factors."""
         ...
 
@@ -115,9 +115,7 @@ class Chunk(Protocol):
         """`g W^T`, the gradient with respect to the rows."""
         ...
 
-    def factor_down(
-        self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors, out_nr: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def factor_down(self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors) -> torch.Tensor:
         """`x M^T`, `[n, r]`; zero for experts without factors."""
         ...
 
@@ -157,10 +155,10 @@ class LoopChunk:
         biases = bias_EO[self.experts.start : self.experts.stop].unbind(0)
         return torch.cat([bias.expand(size, -1) for bias, size in zip(biases, self.sizes, strict=True)])
 
-    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`x W + bias`."""
         projection = weights.projection
-        y_nO = x_nI.new_empty(x_nI.shape[0], projection.out_features) if out_nO is None else out_nO
+        y_nO = x_nI.new_empty(x_nI.shape[0], projection.out_features)
         for x, y, weight_IO in self._with_weights(x_nI, y_nO, weights):
             torch.mm(x, weight_IO, out=y)
         if projection.bias is not None:
@@ -188,13 +186,10 @@ class LoopChunk:
             if expert in factors.row:
                 yield part, matrices[factors.row[expert]]
 
-    def factor_down(
-        self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors, out_nr: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def factor_down(self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors) -> torch.Tensor:
         """`x M^T`."""
-        y_nr = x_nI.new_empty(x_nI.shape[0], M_SrI.shape[1]) if out_nr is None else out_nr
-        if factors.experts is not None:
-            y_nr.zero_()
+        new = x_nI.new_empty if factors.experts is None else x_nI.new_zeros
+        y_nr = new(x_nI.shape[0], M_SrI.shape[1])
         for (x, y), M_Ir in self._rows(factors, x_nI, y_nr, matrices=M_SrI.transpose(1, 2)):
             torch.mm(x, M_Ir, out=y)
         return y_nr
@@ -241,23 +236,20 @@ class GroupedChunk:
         row_R = torch.arange(self.rows.stop, device=bias_EO.device)
         return bias_EO[torch.searchsorted(self.offsets_E, row_R, right=True)]
 
-    def project(self, x_nI: torch.Tensor, weights: Weights, out_nO: torch.Tensor | None = None) -> torch.Tensor:
+    def project(self, x_nI: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`x W + bias`."""
         y_nO = functional.grouped_mm(x_nI, weights.all(), offs=self.offsets_E)
         if weights.projection.bias is not None:
             y_nO += self.row_bias(weights.projection.bias.to(y_nO.dtype))
-        return y_nO if out_nO is None else out_nO.copy_(y_nO)
+        return y_nO
 
     def project_back(self, g_nO: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`g W^T`."""
         return functional.grouped_mm(g_nO, weights.all().transpose(1, 2), offs=self.offsets_E)
 
-    def factor_down(
-        self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors, out_nr: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def factor_down(self, x_nI: torch.Tensor, M_SrI: torch.Tensor, factors: ExpertFactors) -> torch.Tensor:
         """`x M^T`."""
-        y_nr = functional.grouped_mm(x_nI, M_SrI.transpose(1, 2), offs=self.offsets_E)
-        return y_nr if out_nr is None else out_nr.copy_(y_nr)
+        return functional.grouped_mm(x_nI, M_SrI.transpose(1, 2), offs=self.offsets_E)
 
     def add_factor_up(
         self, y_nO: torch.Tensor, x_nr: torch.Tensor, M_SrO: torch.Tensor, factors: ExpertFactors, scale: float
