@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from finetune.errors import Problem, WeightsError
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.engine.function import ExpertsCall, run_experts
@@ -87,8 +88,12 @@ def _has_grouped_kernel(device_index: int) -> bool:
 
 def _projection(module: Any, name: str, dtype: torch.dtype, grouped: bool) -> Projection:
     factors = [_fitted(factors, module.num_experts, dtype, grouped) for factors in module_factors(module, name)]
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
-    return Projection(getattr(module, name), bias, module.is_transposed, tuple(factors))
+    stack, bias = getattr(module, name), getattr(module, f"{name}_bias") if module.has_bias else None
+    if torch.is_grad_enabled() and (stack.requires_grad or (bias is not None and bias.requires_grad)):
+        what = "would get no gradient: it is not frozen, or has an adapter that `factor_stacks` has not seen"
+        do = "freeze it; after PEFT's load_adapter or add_adapter call finetune.moe.lora.factor_stacks(model)"
+        raise WeightsError(Problem(f"experts: {name}", what, do))
+    return Projection(stack, bias, module.is_transposed, tuple(factors))
 
 
 def _fitted(factors: ExpertFactors, num_experts: int, dtype: torch.dtype, grouped: bool) -> ExpertFactors:

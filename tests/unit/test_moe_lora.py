@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from finetune.errors import RecipeError
-from finetune.moe.lora import add_adapter
+from finetune.errors import RecipeError, WeightsError
+from finetune.moe.lora import add_adapter, factor_stacks
 from tests.support import save_tiny_mistral, save_tiny_mixtral
-from tests.unit.engine import base_model, dense_twin, logits, lora_settings, trained_model
+from tests.unit.engine import IDS, base_model, dense_twin, logits, lora_settings, trained_model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,21 @@ def test_a_second_adapter_is_loaded_used_alone_and_beside_the_first(base: Path, 
     stock.load_adapter(str(tmp_path / "first"), "default")
     stock.base_model.set_adapter(["default", "second"])
     torch.testing.assert_close(logits(first), logits(stock), atol=1e-5, rtol=1e-5)
+
+
+def test_experts_that_would_get_no_gradient_are_refused(base: Path, tmp_path: Path) -> None:
+    """An adapter whose wrappers are still PEFT's own: right in a forward, and never trained."""
+    trained_model(base, targets=["experts"]).save_pretrained(str(tmp_path))
+    model = trained_model(base, targets=["attention"])
+    model.load_adapter(str(tmp_path), "second", is_trainable=True)
+    model.base_model.set_adapter(["default", "second"])
+    untrained = logits(model)
+    with pytest.raises(WeightsError, match=r"^experts: gate_up_proj: would get no gradient: .*factor_stacks\(model\)"):
+        model(IDS)
+    factor_stacks(model)
+    torch.testing.assert_close(logits(model), untrained, atol=1e-4, rtol=1e-4)
+    model(IDS).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_a_copy_is_a_model_of_its_own(base: Path) -> None:
