@@ -103,7 +103,7 @@ def factor_stacks(model: torch.nn.Module) -> None:
     """Swap PEFT's materialising wrappers of 3-D parameters for the factored one and connect it to the experts."""
     wrappers: list[Any] = [module for module in model.modules() if type(module) is ParamWrapper]
     for wrapper in wrappers:
-        if wrapper.num_experts == 1:
+        if wrapper.get_param().dim() == 2:
             continue  # a router: a matrix of a few rows, which PEFT's own forward serves well
         wrapper.__class__ = FactoredStackLora
         experts = wrapper.get_base_layer()

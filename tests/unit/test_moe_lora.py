@@ -109,6 +109,13 @@ def test_every_factor_gets_a_gradient_and_nothing_else_does(base: Path) -> None:
     assert len(with_gradient) == 2 * 2 * (4 + 2 + 1)
 
 
+def test_a_layer_of_one_expert_trains_like_any_other(tmp_path: Path) -> None:
+    model = trained_model(save_tiny_mixtral(tmp_path, num_local_experts=1, num_experts_per_tok=1), targets=["experts"])
+    model(IDS).logits.square().mean().backward()
+    with_gradient = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(with_gradient) == 2 * 2 * 2
+
+
 def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
     model = base_model(save_tiny_mistral(tmp_path))
     adapted = add_adapter(model, lora_settings(targets=["attention", "mlp"]))
