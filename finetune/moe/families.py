@@ -114,7 +114,6 @@ _ALL = (
         _QKVO,
         (),
         _qwen(tuple(f"mlp.shared_mlp.{name}" for name in _GATED), router_weight="wg.weight"),
-        limits=("every layer must have the same number of experts and the same top-k",),
     ),
     Family("olmoe", _QKVO, (), _qwen()),
     Family("flex_olmo", _QKVO, (), _qwen()),
