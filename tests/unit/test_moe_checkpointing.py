@@ -1,6 +1,7 @@
 """Checkpointing changes no value and no gradient, the balance term's included, and keeps the routing."""
 
 import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,7 @@ from benchmarks.memory import transient_bytes
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Kept, Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
+from finetune.moe.lora import FactoredStackLora
 from finetune.recipe import RouterSettings
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, trained_model
@@ -176,3 +178,37 @@ def test_a_kept_value_that_is_changed_in_place_is_an_error(tmp_path: Path, part:
         model(IDS, use_cache=False).logits.sum().backward()
     handle.remove()
     model(IDS, use_cache=False).logits.sum().backward()
+
+
+@pytest.mark.parametrize("mode", get_args(Recomputation))
+def test_checkpointing_holds_no_copy_of_the_factors(
+    base: Path, mode: Recomputation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`B` is transposed for the products; only without checkpointing these copies wait for the backward."""
+    copies: list[weakref.ref[torch.Tensor]] = []
+    factors_of = FactoredStackLora._factors
+
+    def watched(wrapper: FactoredStackLora, adapter: str) -> Any:
+        factors = factors_of(wrapper, adapter)
+        copies.append(weakref.ref(factors.B))
+        return factors
+
+    monkeypatch.setattr(FactoredStackLora, "_factors", watched)
+    model = trained_model(base).train()
+    enable_checkpointing(model, mode)
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    assert len(copies) == 4
+    alive = [copy for copy in copies if copy() is not None]
+    assert alive == (copies if mode == "none" else [])
+    loss.backward()
+
+
+def test_factors_that_change_between_forward_and_backward_are_an_error(base: Path) -> None:
+    model = trained_model(base).train()
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name and "lora_A" in name:
+                parameter.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -11,7 +11,7 @@ T tokens, H hidden, R routed rows sorted by expert, n rows of a chunk, E experts
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,15 @@ class ExpertsCall:
         """Of both projections, in the order of the function's tensor arguments."""
         return self.up.factors + self.down.factors
 
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "ExpertsCall":
+        """The same call with these factors, `A` and `B` in turn."""
+        factors = tuple(
+            replace(each, A=A, B=B) for each, A, B in zip(self.factors, tensors[::2], tensors[1::2], strict=True)
+        )
+        count = len(self.up.factors)
+        up, down = replace(self.up, factors=factors[:count]), replace(self.down, factors=factors[count:])
+        return replace(self, up=up, down=down)
+
 
 def run_experts(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -> torch.Tensor:
     """Output `[T, H]` of the chosen experts; `weight_R`: router weight of each row."""
@@ -51,7 +60,9 @@ def run_experts(call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor) -
 
 class _Experts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, *_: Any) -> torch.Tensor:
+    def forward(
+        ctx: Any, call: ExpertsCall, x_TH: torch.Tensor, weight_R: torch.Tensor, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         kept = kept_values()
         if kept is None:
             out_TH, saved = _forward(call, x_TH, weight_R)
@@ -59,16 +70,20 @@ class _Experts(torch.autograd.Function):
             with kept.apart():
                 run = partial(_forward, call, x_TH, weight_R)
                 out_TH, saved = kept.once(run) if kept.keeps_experts else run()
-        ctx.call = call
-        ctx.save_for_backward(x_TH, weight_R, *saved)
+        # The factors are saved as tensors, not with the call: they are copies, which checkpointing makes again, and a
+        # change of theirs before the backward is an error.
+        ctx.call = call.with_tensors([x_TH.new_empty(0)] * len(tensors))
+        ctx.save_for_backward(x_TH, weight_R, *tensors, *saved)
         return out_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g_TH,) = grad_outputs
-        call: ExpertsCall = ctx.call
-        x_TH, weight_R, *saved = ctx.saved_tensors
+        x_TH, weight_R, *others = ctx.saved_tensors
+        count = 2 * len(ctx.call.factors)
+        call: ExpertsCall = ctx.call.with_tensors(others[:count])
+        saved = others[count:]
         trained = zip(ctx.needs_input_grad[3::2], ctx.needs_input_grad[4::2], strict=True)
         of_both = [_Gradients(factors, needed) for factors, needed in zip(call.factors, trained, strict=True)]
         of_up, of_down = of_both[: len(call.up.factors)], of_both[len(call.up.factors) :]
