@@ -11,7 +11,6 @@ from finetune.recipe import Recipe
 from tests.equivalence import sft_runs
 from tests.equivalence.sft_runs import Steps, assert_same_steps, run, trainer_for, write_rows
 from tests.families import save_tiny
-from tests.support import save_tiny_mixtral
 
 KEYS = ("loss", "ce_loss", "balance_loss", "router/z_loss", "router/max_load", "router/changed")
 BOTH = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.05}
@@ -20,16 +19,6 @@ BOTH = {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.05}
 def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any], **training: Any) -> Recipe:
     """Plain SGD: Adam would divide the rounding of a gradient near 0 by its own size."""
     return sft_runs.recipe(base, rows, out, router, **{"optim": "sgd", "learning_rate": 0.3, **training})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,7 @@ import pytest
 import torch
 
 from finetune.errors import RunError
-from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for, write_rows
-from tests.support import save_tiny_mixtral
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
+from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for
 
 
 @pytest.fixture(scope="module")

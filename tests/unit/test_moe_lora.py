@@ -139,3 +139,10 @@ def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, mess
 def test_experts_on_a_dense_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="mistral has no experts; got experts; use attention or mlp"):
         add_adapter(base_model(save_tiny_mistral(tmp_path)), lora_settings(targets=["experts"]))
+
+
+def test_dropout_is_for_training_only(base: Path) -> None:
+    """A model in evaluation answers as one without dropout; in training it does not."""
+    dropping, plain = (trained_model(base, targets=["experts"], lora_dropout=p) for p in (0.5, 0.0))
+    assert torch.equal(logits(dropping.eval()), logits(plain.eval()))
+    assert not torch.equal(logits(dropping.train()), logits(plain.train()))
