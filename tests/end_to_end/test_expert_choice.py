@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from finetune.checkpoint import CheckpointReader
@@ -19,6 +18,7 @@ from finetune.merge import merge
 from finetune.recipe import load_recipe
 from finetune.run import read_metrics
 from finetune.train import train
+from tests.end_to_end.workspaces import write_workspace
 from tests.support import save_tiny_mixtral
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +29,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Mixtral, rows of several lengths, and a recipe that adapts half of the router's weight."""
     folder = tmp_path_factory.mktemp("workspace")
     save_tiny_mixtral(folder / "model")
-    rows = [{"prompt": "light " * (1 + i % 7), "completion": "on " * (1 + i % 3)} for i in range(34)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "output_dir": str(folder / "one"),
         "model": {"name_or_path": str(folder / "model"), "load_in_4bit": True, "dtype": "float32"},
         "lora": {
@@ -43,18 +41,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "experts_tokens": 600,
         },
         "router": {"router_aux_loss_coef": 0.1},
-        "method": {"kind": "sft"},
         "data": {"train": {"path": str(folder / "rows.jsonl"), "format": "prompt_completion"}, "max_length": 128},
-        "training": {
-            "max_steps": 4,
-            "learning_rate": 0.01,
-            "global_batch_size": 8,
-            "per_device_train_batch_size": 4,
-            "save_steps": 2,
-        },
-        "logging": {"report_to": "none"},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_workspace(folder, **sections)
     return folder
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from finetune.run import read_metrics
+from tests.end_to_end.workspaces import write_workspace
 from tests.families import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,26 +32,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("workspace")
     save_tiny("deepseek_v3", folder / "model")
-    rows = [{"prompt": "light " * (1 + i % 7), "completion": "on " * (1 + i % 3)} for i in range(34)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = {"path": "rows.jsonl", "format": "prompt_completion"}
-    recipe: dict[str, Any] = {
+    sections: dict[str, Any] = {
         "output_dir": "run",
         "model": {"name_or_path": "model", "load_in_4bit": True, "dtype": "float32"},
         "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8},
         "router": {"router_aux_loss_coef": 0.1, "router_z_loss_coef": 0.01, "bias_update_rate": 0.02},
-        "method": {"kind": "sft"},
         "data": {"train": dict(source), "eval": dict(source), "max_length": 128},
-        "training": {
-            "max_steps": 4,
-            "learning_rate": 0.01,
-            "global_batch_size": 8,
-            "per_device_train_batch_size": 4,
-            "save_steps": 2,
-        },
-        "logging": {"report_to": "none"},
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_workspace(folder, **sections)
     return folder
 
 

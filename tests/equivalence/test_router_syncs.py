@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 import finetune
 from tests.equivalence.sft_runs import recipe, trainer_for, write_rows
-from tests.support import save_tiny_mixtral
 
 PACKAGE = Path(finetune.__file__).parent
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__", "equal"}
@@ -55,11 +54,6 @@ def reads_of(settings: Any) -> dict[str, int]:
     with Reads() as reads:
         trainer.train()
     return {where: count for where, count in reads.by_function.items() if not where.startswith("moe/expert")}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("logging_steps", [3, 1])
