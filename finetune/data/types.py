@@ -1,0 +1,70 @@
+"""What a row becomes before any tokenizer: a conversation, a document, a pair of answers, or a judged answer."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NotRequired, TypedDict
+
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+
+
+class Function(TypedDict):
+    """What a tool call names: `arguments` is the parsed object, never its JSON text."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+class ToolCall(TypedDict):
+    """One call of an assistant message, as OpenAI writes it."""
+
+    type: Literal["function"]
+    function: Function
+    id: NotRequired[str]
+
+
+class Message(TypedDict):
+    """One turn. `content` is text, empty only beside `tool_calls`; `train: False` takes it out of the loss."""
+
+    role: Role
+    content: str
+    tool_calls: NotRequired[list[ToolCall]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
+    train: NotRequired[bool]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order and the tools (JSON schemas, as OpenAI writes them) that the assistant may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text: no turns, no chat template."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two ways to go on after `prompt`, each a list of turns that begins with the assistant; `chosen` is the better."""
+
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One answer with a thumb up or down (KTO); two of them on one prompt can make a `Preference`."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    desirable: bool
+
+
+Example = Conversation | Document | Preference | Judged
