@@ -70,7 +70,7 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     model = family.transformers_class().from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
-    references = [conversation[-1]["content"] for _, _, conversation in rows]
+    references = [conversation.messages[-1]["content"] for _, _, conversation in rows]
     longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
     prompts = [prompt_text(tokenizer, conversation) for _, _, conversation in rows]
     answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
@@ -84,7 +84,7 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
 
 def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
     """What the model is given: all turns before the last answer, with the generation prompt."""
-    text: str = tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(conversation.messages[:-1], tokenize=False, add_generation_prompt=True)
     return text
 
 

@@ -2,9 +2,9 @@
 
 from finetune.data.collate import Collator
 from finetune.data.conversations import read_conversations
-from finetune.data.formats import Conversation, Message
 from finetune.data.prepare import DataStats, Prepared, prepare
 from finetune.data.tokenizer import load_tokenizer
+from finetune.data.types import Conversation, Message
 
 __all__ = [
     "Collator",

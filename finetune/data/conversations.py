@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from finetune.data.formats import FORMATS, Conversation
+from finetune.data.formats import FORMATS
 from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
+from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
 
 

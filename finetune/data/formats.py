@@ -6,22 +6,12 @@ are not, because what they usually say (`tool_calls`, `weight`) would change wha
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 from finetune.data.rows import RowError, shown
+from finetune.data.types import Conversation, Message
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
-
-
-Conversation = list[Message]
+ROLES = ("system", "user", "assistant")
 Format = Callable[[Mapping[str, Any]], Conversation]
 
 
@@ -32,15 +22,17 @@ def from_messages(row: Mapping[str, Any]) -> Conversation:
         raise RowError("messages", "must be a list of messages", "write [{role, content}, ...]", shown(entries))
     conversation = [_message(entry, f"messages[{i}]") for i, entry in enumerate(entries)]
     _check_order(conversation)
-    return conversation
+    return Conversation(conversation)
 
 
 def from_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """`{"prompt": str, "completion": str}`: prompt -> user, completion -> assistant."""
-    return [
-        Message(role="user", content=_text(_required(row, "prompt"), "prompt")),
-        Message(role="assistant", content=_text(_required(row, "completion"), "completion")),
-    ]
+    return Conversation(
+        [
+            Message(role="user", content=_text(_required(row, "prompt"), "prompt")),
+            Message(role="assistant", content=_text(_required(row, "completion"), "completion")),
+        ]
+    )
 
 
 def from_alpaca(row: Mapping[str, Any]) -> Conversation:
@@ -52,10 +44,12 @@ def from_alpaca(row: Mapping[str, Any]) -> Conversation:
     given = row.get("input")
     if given is not None and given != "":
         prompt += "\n\n" + _text(given, "input")
-    return [
-        Message(role="user", content=prompt),
-        Message(role="assistant", content=_text(_required(row, "output"), "output")),
-    ]
+    return Conversation(
+        [
+            Message(role="user", content=prompt),
+            Message(role="assistant", content=_text(_required(row, "output"), "output")),
+        ]
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -110,7 +104,7 @@ def _message(entry: object, field: str) -> Message:
     return Message(role=role, content=_text(entry["content"], f"{field}.content"))
 
 
-def _check_order(conversation: Conversation) -> None:
+def _check_order(conversation: list[Message]) -> None:
     roles = [message["role"] for message in conversation]
     if "system" in roles[1:]:
         index = roles.index("system", 1)

@@ -12,8 +12,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from finetune.data.formats import Conversation, Message
 from finetune.data.rows import RowError, shown
+from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
 
 IGNORED = -100
@@ -46,14 +46,15 @@ class Renderer:
 
     def __call__(self, conversation: Conversation) -> Rendered:
         """Render one row; `RowError` if the template refuses it or the supervised tokens cannot be told for sure."""
-        self._check_contents(conversation)
-        text = self._text(conversation)
-        for index, message in enumerate(conversation):
+        messages = conversation.messages
+        self._check_contents(messages)
+        text = self._text(messages)
+        for index, message in enumerate(messages):
             if message["content"].strip() not in text:
                 what = f"{self._name} drops or changes what the {message['role']} says"
                 raise RowError(f"messages[{index}]", what, ANOTHER_TEMPLATE, shown(message["content"]))
-        answers = [index for index, message in enumerate(conversation) if message["role"] == "assistant"]
-        prompts = [self._prompt(conversation, index, text) for index in answers]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [self._prompt(messages, index, text) for index in answers]
         ids, *prompts_ids = self._ids([text, *prompts])
         labels = [IGNORED] * len(ids)
         for index, prompt_ids in zip(answers, prompts_ids, strict=True):
@@ -75,12 +76,12 @@ class Renderer:
         """Refuse a template that cannot work for any row, once and by its name."""
         probe = [Message(role="user", content="question?"), Message(role="assistant", content="answer!")]
         try:
-            self(probe)
+            self(Conversation(probe))
         except RowError as error:
             where = "data.chat_template"
             raise DataError(Problem(where=where, what=error.what, do=error.do, got=error.got)) from error
 
-    def _check_contents(self, conversation: Conversation) -> None:
+    def _check_contents(self, conversation: list[Message]) -> None:
         for index, message in enumerate(conversation):
             for token in self._control:
                 if token in message["content"]:
@@ -104,7 +105,7 @@ class Renderer:
         ids: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def _prompt(self, conversation: Conversation, index: int, text: str) -> str:
+    def _prompt(self, conversation: list[Message], index: int, text: str) -> str:
         """What generation would be given before answer `index`; checks that `text` goes on with answer and EOS."""
         field = f"messages[{index}]"
         prompt = self._text(conversation[:index], add_generation_prompt=True)

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.chat_templates import read_template
-from finetune.data.formats import Conversation, Message
 from finetune.data.render import IGNORED, Renderer
 from finetune.data.rows import RowError
+from finetune.data.types import Conversation, Message
 from tests.support import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -36,14 +36,14 @@ def conversations(draw: st.DrawFn) -> Conversation:
     first = [Message(role="system", content=draw(contents))] if draw(st.booleans()) else []
     for _ in range(turns):
         first += [Message(role="user", content=draw(contents)), Message(role="assistant", content=draw(contents))]
-    return first
+    return Conversation(first)
 
 
 def supervised_text(render: Renderer, conversation: Conversation) -> tuple[str, str]:
     """The decoded supervised tokens, and what they should be."""
     rendered = render(conversation)
     text = TOKENIZER.decode([label for label in rendered.labels if label != IGNORED])
-    answers = [message["content"] for message in conversation if message["role"] == "assistant"]
+    answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
     return text, "".join(answer + TOKENIZER.eos_token for answer in answers)
 
 
@@ -56,7 +56,9 @@ def test_supervised_is_every_answer_with_its_eos_and_nothing_else(render: Render
     except RowError as error:
         # The one way out: white space at an answer's beginning that the tokenizer merges with the prompt's end.
         assert "straddles" in error.what  # noqa: PT017
-        assert any(message["content"][0].isspace() for message in conversation if message["role"] == "assistant")
+        assert any(
+            message["content"][0].isspace() for message in conversation.messages if message["role"] == "assistant"
+        )
         return
     assert text == expected
 
@@ -78,7 +80,7 @@ def test_the_ids_say_the_text_and_generation_sees_the_same_prefix(conversation: 
     except RowError:
         return
     assert TOKENIZER.decode(rendered.input_ids) == rendered.text
-    prompt = TOKENIZER.apply_chat_template(conversation[:-1], add_generation_prompt=True)["input_ids"]
+    prompt = TOKENIZER.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)["input_ids"]
     assert rendered.input_ids[: len(prompt)] == prompt
     assert rendered.labels[len(prompt) - 1] == IGNORED
     assert rendered.labels[len(prompt)] != IGNORED

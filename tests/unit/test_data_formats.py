@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from finetune.data.formats import FORMATS, Conversation, own_field
+from finetune.data.formats import FORMATS, own_field
 from finetune.data.rows import RowError
+from finetune.data.types import Message
 
 EXAMPLES = Path(__file__).parents[2] / "data" / "examples"
 USER = {"role": "user", "content": "hi"}
@@ -15,8 +16,8 @@ ASSISTANT = {"role": "assistant", "content": "hello"}
 SYSTEM = {"role": "system", "content": "be brief"}
 
 
-def convert(row_format: str, row: dict[str, Any]) -> Conversation:
-    return FORMATS[row_format](row)
+def convert(row_format: str, row: dict[str, Any]) -> list[Message]:
+    return FORMATS[row_format](row).messages
 
 
 def refusal(row_format: str, row: dict[str, Any]) -> str:

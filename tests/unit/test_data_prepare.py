@@ -150,7 +150,7 @@ def test_conversations_can_be_read_without_a_tokenizer_and_keep_the_rows_own_key
     path.write_text("\n" + json.dumps({**SHORT, "split": "values"}) + "\n", encoding="utf-8")
     [(line, row, conversation)] = read_conversations(str(path), "prompt_completion")
     assert (line, row["split"]) == (2, "values")
-    assert conversation[-1] == {"role": "assistant", "content": "done"}
+    assert conversation.messages[-1] == {"role": "assistant", "content": "done"}
 
 
 @pytest.mark.parametrize(

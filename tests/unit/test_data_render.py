@@ -6,9 +6,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.chat_templates import read_template
-from finetune.data.formats import Conversation, Message
 from finetune.data.render import IGNORED, Rendered, Renderer
 from finetune.data.rows import RowError
+from finetune.data.types import Conversation, Message
 from finetune.errors import DataError
 from tests.support import tiny_tokenizer
 
@@ -17,7 +17,7 @@ def chat(*contents: str, system: str | None = None) -> Conversation:
     """User and assistant in turn."""
     first = [] if system is None else [Message(role="system", content=system)]
     turns = [Message(role="assistant" if i % 2 else "user", content=text) for i, text in enumerate(contents)]
-    return first + turns
+    return Conversation(first + turns)
 
 
 def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
@@ -72,7 +72,7 @@ def test_what_stands_before_the_answer_is_what_generation_will_see() -> None:
     tokenizer = tiny_tokenizer()
     conversation = chat("a", "first", "b", "second")
     rendered = Renderer(tokenizer, "own")(conversation)
-    prompt = tokenizer.apply_chat_template(conversation[:3], add_generation_prompt=True)["input_ids"]
+    prompt = tokenizer.apply_chat_template(conversation.messages[:3], add_generation_prompt=True)["input_ids"]
     assert rendered.input_ids[: len(prompt)] == prompt
     assert rendered.labels[len(prompt)] != IGNORED
 
