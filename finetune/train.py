@@ -58,8 +58,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 3. Rows -> token ids and the supervised mask
     tokenizer = load_tokenizer(str(checkpoint), None, recipe.data.chat_template)
-    train_rows = prepare(recipe.data.train, tokenizer, recipe.data)
-    eval_rows = None if recipe.data.eval is None else prepare(recipe.data.eval, tokenizer, recipe.data)
+    train_rows = prepare(recipe.data.sources("train"), tokenizer, recipe.data)
+    eval_rows = None if recipe.data.eval is None else prepare(recipe.data.sources("eval"), tokenizer, recipe.data)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
     model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer))

@@ -1,6 +1,6 @@
 """A data file -> a data set of token rows and what was counted on the way. All bad rows are reported together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from finetune.data.chat_templates import read_template
 from finetune.data.conversations import no_rows, to_conversation
-from finetune.data.formats import own_field
+from finetune.data.formats import FORMATS, own_field
 from finetune.data.render import IGNORED, Rendered, Renderer
 from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
 from finetune.data.table import TokenRows
@@ -93,25 +93,42 @@ class _Pass:
         )
 
 
-def prepare(source: DataSource, tokenizer: Any, settings: DataSettings) -> Prepared:
+def prepare(sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings) -> Prepared:
     """Read, render, tokenise, mark what is supervised, cut or drop what is too long, pack if asked.
 
     `tokenizer` comes from `load_tokenizer` with `settings.chat_template`. Raises `DataError` with every bad row, each
     as `file:line: field: what; got; do`.
     """
+    path, row_format = _one_file(sources, settings)
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings))
-    reading, problems = _Pass(settings), Problems(source.path)
-    for line in _with_progress(source.path):
+    reading, problems = _Pass(settings), Problems(path)
+    for line in _with_progress(path):
         try:
-            reading.take(renderer(to_conversation(line, source.format)), line.number)
+            reading.take(renderer(to_conversation(line, row_format)), line.number)
         except RowError as error:
-            error.field = own_field(source.format, error.field)
+            error.field = own_field(row_format, error.field)
             problems.add(line.number, error)
     problems.raise_if_any()
-    _check_not_empty(reading, source.path)
+    _check_not_empty(reading, path)
     kept = reading.kept
     dataset = kept.packed_dataset(settings.max_length) if settings.packing else kept.dataset()
     return Prepared(dataset, reading.stats(len(dataset)))
+
+
+def _one_file(sources: Sequence[DataSource], settings: DataSettings) -> tuple[str, str]:
+    """Path and format of the one file that is read here; `DataError` for settings that would be ignored."""
+    source = sources[0]
+    path, plain = source.path, DataSettings(train=source, max_length=settings.max_length)
+    ignored = [name for name in ("loss_on", "system", "on_bad_row") if getattr(settings, name) != getattr(plain, name)]
+    if settings.overlong == "split":
+        ignored.append("overlong")
+    if path is None or len(sources) > 1 or source != DataSource(path=path, format=source.format):
+        ignored.append("train")
+    if ignored or path is None or source.format not in FORMATS:
+        where = f"data.{ignored[0] if ignored else 'train'}"
+        do = f"write one JSONL file in one of the formats {', '.join(FORMATS)}, and leave the newer settings out"
+        raise DataError(Problem(where=where, what="not read by the data pipeline of this version", do=do))
+    return path, source.format
 
 
 def _template_name(tokenizer: Any, settings: DataSettings) -> str:

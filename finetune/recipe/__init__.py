@@ -1,11 +1,10 @@
 """Floor 1: YAML -> frozen, validated settings, before torch is imported."""
 
+from finetune.recipe.data_settings import DataSettings, DataSource
 from finetune.recipe.fields import json_schema
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.reference import reference
 from finetune.recipe.settings import (
-    DataSettings,
-    DataSource,
     LoggingSettings,
     LoraSettings,
     ModelSettings,

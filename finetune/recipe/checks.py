@@ -1,20 +1,17 @@
 """What must hold between settings. Each check reads the raw values and skips what was already reported."""
 
 from collections.abc import Iterable
-from typing import TypeVar
 
+from finetune.recipe.data_checks import check_data
 from finetune.recipe.fields import settings
 from finetune.recipe.foreign import FOREIGN
 from finetune.recipe.reserved import RESERVED
 from finetune.recipe.source import Source, show
 from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
 from finetune.recipe.trainer_fields import optimizer_names, trainer_fields
+from finetune.recipe.typed import key_path, read, real
 from finetune.recipe.unknown import closest
 from finetune.recipe.yaml12 import Path
-
-T = TypeVar("T")
-
-SHIPPED_TEMPLATES = ("chatml", "mistral", "alpaca")
 
 
 def check_all(source: Source) -> None:
@@ -30,37 +27,16 @@ def check_all(source: Source) -> None:
         _warmup,
         _evaluation,
         _optimizer,
-        _chat_template,
+        check_data,
         _dashboards,
         _trainer_args,
     ):
         check(source)
 
 
-def _path(key: str) -> Path:
-    return tuple(key.split("."))
-
-
-def _read(source: Source, key: str, kind: type[T]) -> T | None:
-    """The sound value of `key`, its default where the recipe does not say it; None where null or reported."""
-    path = _path(key)
-    if source.is_broken(path):
-        return None
-    value: object = source.get(path)
-    if value is None:
-        value = settings()[key].default
-    return value if isinstance(value, kind) else None
-
-
-def _real(source: Source, key: str) -> float | None:
-    """Like `_read` for a setting that takes integers and floats."""
-    whole = _read(source, key, int)
-    return _read(source, key, float) if whole is None else whole
-
-
 def _target_names(source: Source) -> list[str] | None:
     """The targets as typed, also where one of them was reported: the other checks still hold."""
-    names = source.get(_path("lora.targets"))
+    names = source.get(key_path("lora.targets"))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return [str(name) for name in names]
@@ -72,9 +48,9 @@ def _targets(source: Source) -> None:
         return
     if not names:
         do = "write what to adapt, such as [attention, experts]"
-        source.report(_path("lora.targets"), "nothing to train", do, got="[]")
+        source.report(key_path("lora.targets"), "nothing to train", do, got="[]")
     for index, name in enumerate(names):
-        where = (*_path("lora.targets"), index)
+        where = (*key_path("lora.targets"), index)
         instead = wrong_target(name)
         if instead is not None:
             source.report(where, "not a name to adapt", instead, got=show(name))
@@ -87,37 +63,37 @@ def _experts_settings(source: Source) -> None:
     if not names or "experts" in names:
         return
     for key in ("lora.expert_r", "lora.expert_lora_alpha"):
-        value = source.get(_path(key))
+        value = source.get(key_path(key))
         if value is not None:
             do = "add experts to lora.targets or remove this key"
-            source.report(_path(key), "no experts are adapted", do, got=show(value))
+            source.report(key_path(key), "no experts are adapted", do, got=show(value))
 
 
 def _experts_choice(source: Source) -> None:
-    if source.is_broken(_path("lora.experts")):
+    if source.is_broken(key_path("lora.experts")):
         return
-    names, share = _target_names(source), source.get(_path("lora.experts_share"))
-    if _read(source, "lora.experts", str) == "auto":
+    names, share = _target_names(source), source.get(key_path("lora.experts_share"))
+    if read(source, "lora.experts", str) == "auto":
         if names and "experts" not in names:
             do = "add experts to lora.targets or remove this key"
-            source.report(_path("lora.experts"), "no experts are adapted", do, got="auto")
+            source.report(key_path("lora.experts"), "no experts are adapted", do, got="auto")
         elif share is None:
             do = "add lora.experts_share: the part of each layer's score that the adapted experts hold (0 to 1)"
-            source.report(_path("lora.experts_share"), "missing, and lora.experts is auto", do)
+            source.report(key_path("lora.experts_share"), "missing, and lora.experts is auto", do)
         return
     for key in ("lora.experts_share", "lora.experts_score", "lora.experts_tokens"):
-        value = source.get(_path(key))
+        value = source.get(key_path(key))
         if value is not None and value != settings()[key].default:
             what = "changes nothing: every expert is adapted"
-            source.report(_path(key), what, "write lora.experts: auto or remove this key", got=show(value))
+            source.report(key_path(key), what, "write lora.experts: auto or remove this key", got=show(value))
 
 
 def _dropout(source: Source) -> None:
-    dropout = _real(source, "lora.lora_dropout")
+    dropout = real(source, "lora.lora_dropout")
     if dropout and "router" in (_target_names(source) or []):
         what = "the router's adapter has no dropout: it is added to the weight, not to the output"
         do = "write 0, or take router out of lora.targets"
-        source.report(_path("lora.lora_dropout"), what, do, got=show(dropout))
+        source.report(key_path("lora.lora_dropout"), what, do, got=show(dropout))
 
 
 def _balance(source: Source) -> None:
@@ -131,24 +107,24 @@ def _balance(source: Source) -> None:
         do += f"; for a dense model remove {' and '.join(parts)} from lora.targets"
         source.report(("router",), what, do)
     for key, term in (("router_aux_loss_coef", "balance term"), ("router_z_loss_coef", "z-loss")):
-        coefficient = _real(source, f"router.{key}")
+        coefficient = real(source, f"router.{key}")
         if coefficient and not reaches_a_router(names):
             what = f"the {term} changes nothing: the router is frozen and nothing before a router is trained"
             do = "write 0, or add router, attention or experts to lora.targets"
-            source.report(_path(f"router.{key}"), what, do, got=show(coefficient))
+            source.report(key_path(f"router.{key}"), what, do, got=show(coefficient))
 
 
 def _length(source: Source) -> None:
     keys = ("training.max_steps", "training.num_train_epochs")
-    if not isinstance(source.get(("training",)), dict) or any(source.is_broken(_path(key)) for key in keys):
+    if not isinstance(source.get(("training",)), dict) or any(source.is_broken(key_path(key)) for key in keys):
         return
-    steps, epochs = (source.get(_path(key)) for key in keys)
+    steps, epochs = (source.get(key_path(key)) for key in keys)
     if steps is None and epochs is None:
         do = "write exactly one of max_steps and num_train_epochs"
         source.report(("training",), "the length of the run is missing", do)
     if steps is not None and epochs is not None:
         got = f"max_steps: {show(steps)} and num_train_epochs: {show(epochs)}"
-        where = _later(source, _path(keys[0]), _path(keys[1]))
+        where = _later(source, key_path(keys[0]), key_path(keys[1]))
         source.report(where, "two lengths of the run", "keep one of the two; null takes the other away", got=got)
 
 
@@ -158,60 +134,55 @@ def _later(source: Source, first: Path, second: Path) -> Path:
 
 
 def _batch(source: Source) -> None:
-    rows = _read(source, "training.global_batch_size", int)
-    micro = _read(source, "training.per_device_train_batch_size", int)
+    rows = read(source, "training.global_batch_size", int)
+    micro = read(source, "training.per_device_train_batch_size", int)
     if rows and micro and rows % micro:
         what = f"does not divide global_batch_size {rows}"
         divisors = [size for size in range(1, min(rows, 4096) + 1) if rows % size == 0]
         near = min(divisors, key=lambda size: abs(size - micro))
         do = f"write a divisor, such as {near}"
-        source.report(_path("training.per_device_train_batch_size"), what, do, got=show(micro))
+        source.report(key_path("training.per_device_train_batch_size"), what, do, got=show(micro))
 
 
 def _warmup(source: Source) -> None:
-    warmup = _read(source, "training.warmup_steps", int)
-    if warmup and _read(source, "training.lr_scheduler_type", str) == "constant":
+    warmup = read(source, "training.warmup_steps", int)
+    if warmup and read(source, "training.lr_scheduler_type", str) == "constant":
         do = "write lr_scheduler_type: constant_with_warmup, or remove warmup_steps"
-        source.report(_path("training.warmup_steps"), "the scheduler `constant` ignores it", do, got=show(warmup))
+        source.report(key_path("training.warmup_steps"), "the scheduler `constant` ignores it", do, got=show(warmup))
 
 
 def _evaluation(source: Source) -> None:
-    steps = _read(source, "training.eval_steps", int)
-    if steps and source.get(_path("data.eval")) is None and not source.is_broken(_path("data.eval")):
-        do = "add data.eval with path and format, or remove eval_steps"
-        source.report(_path("training.eval_steps"), "there is nothing to evaluate on", do, got=show(steps))
+    steps = read(source, "training.eval_steps", int)
+    if steps and source.get(key_path("data.eval")) is None and not source.is_broken(key_path("data.eval")):
+        do = "add data.eval with path (or id) and format, or remove eval_steps"
+        source.report(key_path("training.eval_steps"), "there is nothing to evaluate on", do, got=show(steps))
 
 
 def _optimizer(source: Source) -> None:
-    name = _read(source, "training.optim", str)
+    name = read(source, "training.optim", str)
     # The default is not looked up: most recipes need no reading of the trainer's source.
     if name and name != settings()["training.optim"].default and name not in optimizer_names():
         close = closest(name, sorted(optimizer_names()))
         do = f"did you mean {close}?" if close else "write one of " + ", ".join(sorted(optimizer_names()))
-        source.report(_path("training.optim"), "transformers has no such optimizer", do, got=show(name))
-
-
-def _chat_template(source: Source) -> None:
-    name = _read(source, "data.chat_template", str)
-    if name and name not in SHIPPED_TEMPLATES and not name.endswith(".jinja"):
-        do = f"write one of {', '.join(SHIPPED_TEMPLATES)}, or the path of a .jinja file"
-        source.report(_path("data.chat_template"), "neither a shipped template nor a .jinja file", do, got=show(name))
+        source.report(key_path("training.optim"), "transformers has no such optimizer", do, got=show(name))
 
 
 def _dashboards(source: Source) -> None:
-    names = source.get(_path("logging.report_to"))
+    names = source.get(key_path("logging.report_to"))
     if not isinstance(names, list):
         return
     if not names:
-        source.report(_path("logging.report_to"), "empty list", "write none, auto, or a list such as [wandb]", got="[]")
+        source.report(
+            key_path("logging.report_to"), "empty list", "write none, auto, or a list such as [wandb]", got="[]"
+        )
     for index, name in enumerate(names):
         if name in names[:index]:
-            where = (*_path("logging.report_to"), index)
+            where = (*key_path("logging.report_to"), index)
             source.report(where, "named twice", "keep one of the two", got=show(name))
 
 
 def _trainer_args(source: Source) -> None:
-    section = _path("training.trainer_args")
+    section = key_path("training.trainer_args")
     arguments = source.get(section)
     if not isinstance(arguments, dict) or not arguments:
         return

@@ -1,5 +1,6 @@
 """The settings as one flat table, key path -> what may be written there; read off the models' JSON Schema."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -8,16 +9,23 @@ from finetune.recipe.settings import Recipe
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
+PATH_OR_ID = "path (or id)"
+"""What a data set needs besides the required keys: exactly one of the two, which no single key can say."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One key path. `expects` says in words what may be written; `section` marks a mapping of further settings."""
+    """One key path. `expects` says in words what may be written; `section` marks a mapping of further settings.
+
+    `many`: a list of such mappings may be written too. The keys of its items stand here without their index.
+    """
 
     path: str
     expects: str
     required: bool
     nullable: bool
     section: bool
+    many: bool
     default: object
     description: str
 
@@ -39,13 +47,16 @@ def json_schema() -> dict[str, Any]:
 def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: dict[str, Setting]) -> None:
     for name, fragment in schema["properties"].items():
         path = f"{prefix}{name}"
-        section = _section(fragment, defs)
+        options = list(_options(fragment))
+        section = _section(options, defs)
+        many = section is not None and any(option.get("type") == "array" for option in options)
         found[path] = Setting(
             path=path,
-            expects=_expects(fragment) if section is None else "a section with " + ", ".join(section["properties"]),
+            expects=_expects(fragment) if section is None else _expects_section(section, many),
             required=name in schema.get("required", ()),
-            nullable=any(option.get("type") == "null" for option in fragment.get("anyOf", ())),
+            nullable=any(option.get("type") == "null" for option in options),
             section=section is not None,
+            many=many,
             default=fragment.get("default"),
             description=fragment.get("description", ""),
         )
@@ -53,13 +64,26 @@ def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: d
             _collect(section, defs, f"{path}.", found)
 
 
-def _section(fragment: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any] | None:
-    """The model that a fragment refers to, directly or beside null; None for a plain value."""
-    for option in (fragment, *fragment.get("anyOf", ())):
+def _options(fragment: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What may be written, each alternative by itself."""
+    alternatives = [*fragment.get("anyOf", ()), *fragment.get("oneOf", ())]
+    if not alternatives:
+        yield fragment
+    for alternative in alternatives:
+        yield from _options(alternative)
+
+
+def _section(options: list[dict[str, Any]], defs: dict[str, Any]) -> dict[str, Any] | None:
+    """The model that one of the options refers to; None for a plain value."""
+    for option in options:
         if "$ref" in option:
             section: dict[str, Any] = defs[option["$ref"].removeprefix("#/$defs/")]
             return section
     return None
+
+
+def _expects_section(section: dict[str, Any], many: bool) -> str:
+    return "a section with " + ", ".join(section["properties"]) + (", or a list of such sections" if many else "")
 
 
 def _expects(fragment: dict[str, Any]) -> str:
@@ -78,8 +102,13 @@ def _expects(fragment: dict[str, Any]) -> str:
         "boolean": "true or false",
         "string": "text",
         "null": "null",
-        "object": "a mapping of names to text, numbers, true, false or null",
+        "object": _mapping(fragment),
     }[fragment["type"]]
+
+
+def _mapping(fragment: dict[str, Any]) -> str:
+    texts = fragment.get("additionalProperties", {}).get("type") == "string"
+    return "a mapping of names to " + ("names" if texts else "text, numbers, true, false or null")
 
 
 def _number(fragment: dict[str, Any]) -> str:

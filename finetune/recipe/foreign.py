@@ -35,9 +35,19 @@ _RENAMED = {
     "router.router_z_loss_coef": "z_loss_coef moe_z_loss_coeff moe_z_loss_coef router_z_loss z_loss_weight",
     "router.bias_update_rate": "moe_router_bias_update_rate router_bias_update_rate bias_update_speed "
     "moe_router_bias_update_speed load_balance_coeff",
-    "data.train.path": "train_file train_data instruct_data dataset_path dataset_name dataset_id",
+    "data.train.path": "train_file train_data instruct_data dataset_path dataset_dir data_files data_dir data_path",
+    "data.train.id": "dataset_name dataset_id hf_hub_url ms_hub_url repo_id",
+    "data.train.config": "dataset_config dataset_config_name dataset_subset config_name subset",
+    "data.train.split": "dataset_train_split dataset_split train_split",
+    "data.train.streaming": "dataset_streaming",
     "data.train.format": "dataset_type dataset_format formatting",
-    "data.eval.path": "eval_file validation_file eval_instruct_data test_file eval_dataset eval_data",
+    "data.train.max_rows": "max_samples max_train_samples num_samples max_examples",
+    "data.eval": "eval_dataset test_datasets eval_datasets",
+    "data.eval.path": "eval_file validation_file eval_instruct_data test_file eval_data",
+    "data.eval.max_rows": "max_eval_samples",
+    "data.on_bad_row": "skip_bad_rows ignore_errors skip_invalid",
+    "data.system": "system_policy",
+    "data.overlong": "excess_length_strategy truncation_mode truncation_strategy truncation",
     "data.max_length": "max_seq_length max_seq_len sequence_len seq_len cutoff_len model_max_length "
     "block_size context_length",
     "data.chat_template": "template chat_template_path chat_template_jinja prompt_template",
@@ -72,10 +82,29 @@ _NF4 = Foreign("not a choice here: 4-bit storage is NF4 with double quantisation
 _HARDWARE = Foreign(
     "hardware is not part of a recipe", "remove it and choose a file of accelerate_configs/ for accelerate launch"
 )
-_ASSISTANT_ONLY = Foreign("not a choice here: the loss is on the assistant's tokens only", "remove it")
 _SOURCES = Foreign(
-    "another tool's list of datasets", "write data.train with path and format (one JSONL file), and data.eval likewise"
+    "another tool's list of data sets",
+    "write data.train: one data set with path (or id) and format, or a list of them; and data.eval likewise",
 )
+_COLUMN = Foreign(
+    "columns are renamed by the fields of the format",
+    "write data.train.columns: {field of the format: column of the file}",
+)
+_PROPORTIONS = Foreign(
+    "how often a data set is drawn stands with the data set", "write a list in data.train, each with its weight"
+)
+_HELD_OUT = Foreign("no rows are split off here", "write data.eval with path (or id) and format of a held-out set")
+_CACHE = Foreign(
+    "token rows are cached by what they were made from: files, tokenizer, template, settings",
+    "remove it: nothing stale is ever read",
+)
+_PROCESSES = Foreign("tokenising uses all cores by itself", "remove it")
+_SHUFFLED = Foreign("training rows are always shuffled, by `seed`", "remove it")
+_LOSS_ON = "another tool's name for what is supervised"
+_END_TOKENS = Foreign("the end token of every supervised answer is supervised", "remove it")
+_PADS = Foreign("padding is never in the loss", "remove it")
+_TURN_MARKS = Foreign("where answers begin and end is found from the chat template", "remove it")
+_SYSTEM = Foreign("no words are added to the rows here", "remove it and put a system message into the rows")
 
 # Another meaning, or none here.
 _SPECIAL = {
@@ -87,20 +116,59 @@ _SPECIAL = {
         ("deepspeed", "fsdp", "fsdp_config", "ddp", "num_gpus", "num_processes", "accelerator_config"), _HARDWARE
     ),
     **dict.fromkeys(
-        ("assistant_only_loss", "train_on_inputs", "completion_only_loss", "train_on_prompt"), _ASSISTANT_ONLY
+        ("assistant_only_loss", "train_on_responses_only", "roles_to_train", "train_on_completions_only"),
+        Foreign(_LOSS_ON, "write data.loss_on: assistant, which is the default"),
+    ),
+    **dict.fromkeys(
+        ("train_on_inputs", "train_on_input", "train_on_prompt", "train_on_source"),
+        Foreign(_LOSS_ON, "write data.loss_on: all where the prompt is learnt too; else remove it"),
+    ),
+    "completion_only_loss": Foreign(_LOSS_ON, "write data.loss_on: completion"),
+    **dict.fromkeys(
+        ("mask_history", "train_on_last_turn_only", "train_last_message_only"),
+        Foreign(_LOSS_ON, "write data.loss_on: last_assistant"),
+    ),
+    **dict.fromkeys(("train_on_eos", "train_on_eot", "add_eos_token", "append_eos"), _END_TOKENS),
+    "ignore_pad_token_for_loss": _PADS,
+    **dict.fromkeys(("instruction_part", "response_part", "response_template", "instruction_template"), _TURN_MARKS),
+    **dict.fromkeys(("default_system", "default_system_message", "system_prompt"), _SYSTEM),
+    **dict.fromkeys(("dataset_mixer", "dataset_mixture", "datasets", "dataset", "dataset_splits"), _SOURCES),
+    **dict.fromkeys(("interleave_probs", "dataset_probs", "dataset_weights", "probabilities"), _PROPORTIONS),
+    "mix_strategy": Foreign(
+        "data sets are mixed by their weights",
+        "write a weight for each data set of data.train, and data.stopping_strategy; without them all rows are taken",
     ),
     **dict.fromkeys(
         (
-            "dataset_mixer",
-            "dataset_mixture",
-            "datasets",
-            "dataset",
-            "dataset_config",
-            "dataset_splits",
-            "test_datasets",
+            "dataset_text_field",
+            "text_column",
+            "text_field",
+            "field",
+            "field_instruction",
+            "field_input",
+            "field_output",
+            "field_system",
+            "field_messages",
+            "message_property_mappings",
+            "message_field_role",
+            "message_field_content",
+            "column_map",
+            "input_key",
+            "output_key",
         ),
-        _SOURCES,
+        _COLUMN,
     ),
+    **dict.fromkeys(
+        (
+            "dataset_prepared_path",
+            "tokenized_path",
+            "overwrite_cache",
+            "dataset_cache_dir",
+        ),
+        _CACHE,
+    ),
+    **dict.fromkeys(("dataset_num_proc", "preprocessing_num_workers", "dataset_processes", "num_proc"), _PROCESSES),
+    **dict.fromkeys(("shuffle_merged_datasets", "shuffle_dataset", "shuffle_before_merging_datasets"), _SHUFFLED),
     "gradient_accumulation_steps": Foreign(
         "derived from global_batch_size, the processes and per_device_train_batch_size",
         "remove it and write training.global_batch_size: the rows of a whole optimizer step",
@@ -110,9 +178,9 @@ _SPECIAL = {
     "saves_per_epoch": Foreign("checkpoints are counted in steps here", "write training.save_steps"),
     "modules_to_save": Foreign("no module is trained in full here", "name what to adapt in lora.targets"),
     "lora_bias": Foreign("biases are not trained here", "remove it"),
-    "val_set_size": Foreign("no rows are split off here", "write data.eval with path and format of a held-out file"),
+    **dict.fromkeys(("val_set_size", "val_size", "eval_split_ratio", "test_size"), _HELD_OUT),
     "dataset_test_split": Foreign(
-        "no rows are split off here", "write data.eval with path and format of a held-out file"
+        "the split is a setting of the data set", "write data.eval with id, split and format"
     ),
     "load_in_8bit": Foreign("8-bit storage is not offered", "write model.load_in_4bit: true or false"),
     "adapter": Foreign("always LoRA here, QLoRA with model.load_in_4bit: true", "remove it"),
@@ -133,4 +201,23 @@ FOREIGN: dict[str, Foreign] = {
         for name in names.split()
     },
     **_SPECIAL,
+}
+
+# Keys of one data set in other tools: they would mean something else in another section.
+FOREIGN_IN_SOURCE: dict[str, Foreign] = {
+    name: Foreign("another tool's name for a setting", f"write {ours}")
+    for ours, names in {
+        "format": "type style",
+        "path": "file file_name files dataset_path",
+        "id": "dataset hub_id name_or_path",
+        "config": "name subset_name",
+        "weight": "proportion probability ratio sampling_ratio fraction share",
+        "max_rows": "num_rows rows limit shards",
+    }.items()
+    for name in names.split()
+} | {
+    "ranking": Foreign("pairs of answers are a format", "write format: preference"),
+    "ds_type": Foreign("the kind of a file is told by its ending", "remove it"),
+    "chat_template": Foreign("all data sets of a recipe share one template", "write data.chat_template"),
+    "tags": _COLUMN,
 }

@@ -2,7 +2,7 @@
 
 import re
 
-from finetune.recipe.fields import Setting, settings
+from finetune.recipe.fields import PATH_OR_ID, Setting, settings
 from finetune.recipe.source import Source, show
 from finetune.recipe.unknown import closest, unknown_key
 from finetune.recipe.yaml12 import Path, Value
@@ -24,11 +24,22 @@ _VALUES_OF_HABIT = {
     "half": "float16",
     "full": "float32",
     "fa2": "flash_attention_2",
-    "chat": "messages",
-    "sharegpt": "messages",
-    "chatml": "messages",
-    "prompt-completion": "prompt_completion",
+    **dict.fromkeys(("chat", "chatml", "openai", "chat_template", "conversational", "ultrachat"), "messages"),
+    **dict.fromkeys(("conversation", "conversations", "vicuna"), "sharegpt"),
+    **dict.fromkeys(("prompt-completion", "instruct", "instruction_tuning"), "prompt_completion"),
     "instruction": "alpaca",
+    **dict.fromkeys(("completion", "pretrain", "pretraining", "plain", "raw", "pt"), "text"),
+    **dict.fromkeys(("dpo", "pairs", "ranking", "orpo", "preferences"), "preference"),
+    **dict.fromkeys(("databricks-dolly", "dolly-15k"), "dolly"),
+    **dict.fromkeys(("oasst1", "oasst2", "openassistant"), "oasst"),
+    **dict.fromkeys(("hh-rlhf", "hh_rlhf"), "hh"),
+    **dict.fromkeys(("orca", "intel"), "orca_dpo"),
+    **dict.fromkeys(("skip", "ignore"), "drop"),
+    **dict.fromkeys(("raise", "fail", "strict"), "error"),
+    **dict.fromkeys(("merge", "user"), "merge_into_first_user"),
+    **dict.fromkeys(("answers", "response", "responses", "assistant_only"), "assistant"),
+    **dict.fromkeys(("last", "last_turn", "last_message"), "last_assistant"),
+    **dict.fromkeys(("everything", "input", "inputs"), "all"),
     "tb": "tensorboard",
 }
 
@@ -36,10 +47,13 @@ _VALUES_OF_HABIT = {
 def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -> None:
     """Word one of pydantic's errors; `location` may end in names of union branches, which nobody typed."""
     if kind == "extra_forbidden":
-        what, do = unknown_key(".".join(map(str, location[:-1])), str(location[-1]))
-        source.report(location, what, do, got=show(source.get(location)))
+        section, around = _place(source, location[:-1])
+        what, do = unknown_key(section, str(location[-1]))
+        path = (*around, location[-1])
+        source.report(path, what, do, got=show(source.get(path)))
         return
-    setting, path = _setting_at(source, location)
+    key, path = _place(source, location)
+    setting = settings()[key]
     if kind == "missing":
         source.report(path, f"required {'section' if setting.section else 'key'} is missing", _add(setting))
         return
@@ -48,39 +62,55 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
     value = source.get(path)
     if kind in _OUT_OF_RANGE:
         what = "out of range"
+    elif kind == "too_short":
+        what = "empty list"
     elif kind == "literal_error" and not isinstance(value, dict | list):
         what = "not one of the known values"
     else:
         what = "wrong type"
-    source.report(path, what, _write(setting, value, inside=".".join(map(str, path)) != setting.path), got=show(value))
+    source.report(path, what, _write(setting, value, inside=_inside(setting, path)), got=show(value))
 
 
-def _setting_at(source: Source, location: tuple[int | str, ...]) -> tuple[Setting, Path]:
-    """The setting that a location of pydantic's lies in, and the path of the value as far as it was typed."""
+def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
+    """The key of the setting that a location of pydantic's lies in, and the path of the value as far as it was typed.
+
+    A key has no indices: that of `data.train[1].path` is `data.train.path`.
+    """
     known = settings()
-    length = len(location)
-    while ".".join(map(str, location[:length])) not in known:
-        length -= 1
-    setting, path = known[".".join(map(str, location[:length]))], location[:length]
-    for part in location[length:]:
-        around = source.get(path)
-        if (isinstance(around, list) and isinstance(part, int)) or (isinstance(around, dict) and part in around):
+    for length in range(1, len(location)):
+        setting = known.get(".".join(map(str, location[:length])))
+        if setting is not None and setting.many:
+            location = (*location[:length], *location[length + 1 :])  # without the name of the union's branch
+            break
+    key = ""
+    path: Path = ()
+    for part in location:
+        below, around = f"{key}.{part}" if key else str(part), source.get(path)
+        if isinstance(part, str) and below in known:
+            key, path = below, (*path, part)
+        elif (isinstance(around, list) and isinstance(part, int)) or (isinstance(around, dict) and part in around):
             path = (*path, part)
-    return setting, path
+    return key, path
+
+
+def _inside(setting: Setting, path: Path) -> bool:
+    """True where `path` lies in the setting's value, such as an item of a list of names."""
+    return [part for part in path if isinstance(part, str)] != setting.path.split(".") or isinstance(path[-1], int)
 
 
 def _add(setting: Setting) -> str:
     if setting.section:
         inner = [path for path, below in settings().items() if path.startswith(f"{setting.path}.") and below.required]
         direct = [path.removeprefix(f"{setting.path}.") for path in inner]
-        return "add it with " + ", ".join(name for name in direct if "." not in name)
+        names = [name for name in direct if "." not in name]
+        return "add it with " + ", ".join([PATH_OR_ID, *names] if setting.many else names)
     return f"add it: {setting.expects}"
 
 
 def _write(setting: Setting, value: Value, *, inside: bool) -> str:
     """What to write instead of `value`, with the likely slip where there is one; `inside`: an item of a list."""
     if isinstance(value, str):
-        slip = _misspelt(setting, value) if inside else _slip_in_text(setting, value)
+        slip = _misspelt(setting, value) if inside and not setting.many else _slip_in_text(setting, value)
     else:
         slip = None if inside else _slip(setting, value)
     return f"write {setting.expects}" + (f"; {slip}" if slip else "")
@@ -97,7 +127,7 @@ def _slip(setting: Setting, value: Value) -> str | None:
 def _slip_in_text(setting: Setting, value: str) -> str | None:
     expects = setting.expects
     if setting.section:
-        return f"for example {setting.path}: {{kind: {value}}}" if setting.path == "method" else None
+        return _as_section(setting, value)
     ours = _VALUES_OF_HABIT.get(value.lower())
     if ours in _words(expects):
         return f"here it is called {ours}"
@@ -108,6 +138,12 @@ def _slip_in_text(setting: Setting, value: str) -> str | None:
     if expects.startswith("a list of"):
         return f"a single one is written [{value}]"
     return _misspelt(setting, value)
+
+
+def _as_section(setting: Setting, value: str) -> str | None:
+    if setting.many:
+        return f"for example {{path: {value}, format: auto}}"
+    return f"for example {setting.path}: {{kind: {value}}}" if setting.path == "method" else None
 
 
 def _misspelt(setting: Setting, value: str) -> str | None:

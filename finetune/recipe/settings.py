@@ -5,26 +5,21 @@ the result.
 What concerns several fields at once is in `checks.py`.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Text = Annotated[str, Field(min_length=1)]
+from finetune.recipe.data_settings import DataSettings
+from finetune.recipe.section import Section, Text
+
 Scalar = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
-RowFormat = Literal["messages", "prompt_completion", "alpaca"]
 Dashboard = Literal["wandb", "trackio", "tensorboard"]
 Recomputation = Literal["none", "selective", "full"]
 Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup"]
 
 MAX_RANK = 1024
 MAX_SEED = 2**32 - 1
-
-
-class Section(BaseModel):
-    """What all sections share: strict, frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -139,35 +134,6 @@ class SftSettings(Section):
     """Supervised fine-tuning: cross entropy on the assistant's tokens."""
 
     kind: Literal["sft"] = Field(description="The training method.")
-
-
-class DataSource(Section):
-    """One file of rows."""
-
-    path: Text = Field(description="A JSONL file, one row a line; relative to the working directory.")
-    format: RowFormat = Field(
-        description="Keys of a row. messages: a list of {role, content}; prompt_completion: prompt, completion; "
-        "alpaca: instruction, input, output."
-    )
-
-
-class DataSettings(Section):
-    """The rows, and how they become token rows."""
-
-    train: DataSource = Field(description="Rows to train on.")
-    eval: DataSource | None = Field(default=None, description="Held-out rows; null: no evaluation.")
-    max_length: int = Field(ge=2, description="Greatest length of a row, in tokens.")
-    overlong: Literal["error", "truncate", "drop"] = Field(
-        default="error", description="What happens to a row of more than max_length tokens."
-    )
-    chat_template: Text | None = Field(
-        default=None,
-        description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, alpaca; null: the "
-        "tokenizer's own.",
-    )
-    packing: bool = Field(
-        default=False, description="Put several rows into one of at most max_length tokens; rows do not see each other."
-    )
 
 
 class TrainingSettings(Section):

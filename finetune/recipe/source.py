@@ -12,7 +12,9 @@ from finetune.recipe.yaml12 import MAX_BYTES, Path, Reading, Value, read_yaml
 COMMAND_LINE = "command line"
 MAX_SHOWN_CHARS = 80
 
-_OVERRIDE = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)=(.*)", re.DOTALL)
+_NAME = r"[A-Za-z_]\w*(?:\[[0-9]{1,6}\])*"
+_OVERRIDE = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.DOTALL)
+_PART = re.compile(r"([A-Za-z_]\w*)|([0-9]+)")
 _SHAPE = "write key.path=value, for example lora.r=32"
 
 
@@ -74,7 +76,7 @@ class Source:
             self._override_problem("", "not an override", do, text)
             return
         key, written = match.groups()
-        path = tuple(key.split("."))
+        path = tuple(int(index) if index else name for name, index in _PART.findall(key))
         reading = read_yaml(written)
         if path in self._overridden:
             self._override_problem(key, "given twice", "keep one of the two", text)
@@ -88,23 +90,28 @@ class Source:
         else:
             self._lay(path, reading)
 
-    def _lay(self, path: tuple[str, ...], reading: Reading) -> None:
-        section = self.values
-        for depth, part in enumerate(path[:-1], start=1):
-            inner = section.get(part)
-            if inner is None:
-                inner = section[part] = {}
-                self._overridden.add(path[:depth])
-            if not isinstance(inner, dict):
-                what = f"{'.'.join(path[:depth])} is a value, not a section"
-                self._override_problem(".".join(path), what, "name a key that exists", inner)
+    def _lay(self, path: Path, reading: Reading) -> None:
+        around: Value = self.values
+        for depth, part in enumerate(path):
+            if isinstance(part, str) and around is None:
+                around = self._make_section(path[:depth])
+            problem = _cannot_enter(path[:depth], around, part)
+            if problem is not None:
+                self._override_problem(spell(path), *problem, around)
                 return
-            section = inner
-        section[path[-1]] = reading.values
+            if depth < len(path) - 1:
+                around = self.get(path[: depth + 1])
+        _put(around, path[-1], reading.values)
         self._overridden.add(path)
         self._overridden.update((*path, *below) for below in reading.lines)
         # What the file said here no longer stands, its mistakes included: they were reported with the file's line.
         self._lines = {at: line for at, line in self._lines.items() if at[: len(path)] != path}
+
+    def _make_section(self, path: Path) -> Value:
+        section: dict[str, Value] = {}
+        _put(self.get(path[:-1]), path[-1], section)
+        self._overridden.add(path)
+        return section
 
     def _override_problem(self, key: str, what: str, do: str, got: Value) -> None:
         where = f"{COMMAND_LINE}: {key}" if key else COMMAND_LINE
@@ -127,6 +134,31 @@ class Source:
 
 
 _LAST = 10**9
+
+
+def _put(around: Value, part: str | int, value: Value) -> None:
+    if isinstance(around, dict):
+        around[str(part)] = value
+    elif isinstance(around, list):
+        around[int(part)] = value
+
+
+def _cannot_enter(path: Path, around: Value, part: str | int) -> tuple[str, str] | None:
+    """Why the value `around` at `path` has no place for `part`, and what to do; None where it has."""
+    name = spell(path)
+    if isinstance(part, str):
+        if isinstance(around, dict):
+            return None
+        if isinstance(around, list) and around:
+            return f"{name} is a list, not a section", f"name one of its items, such as {name}[0].{part}"
+        return f"{name} is a value, not a section", "name a key that exists"
+    whole = f"write the whole list, {name}=[...]"
+    if not isinstance(around, list):
+        kind = "a section" if isinstance(around, dict) else "nothing" if around is None else "a value"
+        return f"{name} is {kind}, not a list", f"leave [{part}] out, or {whole}"
+    if part >= len(around):
+        return f"{name} has {len(around)} items, counted from 0", f"write a smaller index, or {whole}"
+    return None
 
 
 def read_source(path: FilePath, overrides: Sequence[str]) -> Source:

@@ -4,11 +4,14 @@ import difflib
 from collections.abc import Iterable
 
 from finetune.recipe.fields import settings
-from finetune.recipe.foreign import FOREIGN
+from finetune.recipe.foreign import FOREIGN, FOREIGN_IN_SOURCE
 
 
 def unknown_key(section: str, key: str) -> tuple[str, str]:
     """(what is wrong, what to do) for `key` in `section` (a key path, empty for the top level)."""
+    known = settings()
+    if section in known and known[section].many and key in FOREIGN_IN_SOURCE:
+        return f"unknown key: {FOREIGN_IN_SOURCE[key].what}", FOREIGN_IN_SOURCE[key].do
     elsewhere = _paths_of(key)
     if elsewhere:
         place = f"in {section}" if section else "at the top level"
@@ -16,7 +19,7 @@ def unknown_key(section: str, key: str) -> tuple[str, str]:
     if key in FOREIGN:
         return f"unknown key: {FOREIGN[key].what}", FOREIGN[key].do
     prefix = f"{section}." if section else ""
-    names = [path.removeprefix(prefix) for path in settings() if path.startswith(prefix)]
+    names = [path.removeprefix(prefix) for path in known if path.startswith(prefix)]
     siblings = [name for name in names if "." not in name]
     if here := closest(key, siblings):
         return "unknown key", f"did you mean {prefix}{here}?"

@@ -93,8 +93,8 @@ def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
         args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),
-        train_dataset=prepare(recipe.data.train, tokenizer, recipe.data).dataset,
-        eval_dataset=recipe.data.eval and prepare(recipe.data.eval, tokenizer, recipe.data).dataset,
+        train_dataset=prepare(recipe.data.sources("train"), tokenizer, recipe.data).dataset,
+        eval_dataset=recipe.data.eval and prepare(recipe.data.sources("eval"), tokenizer, recipe.data).dataset,
         callbacks=[steps],
     )
     return trainer, steps

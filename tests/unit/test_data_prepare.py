@@ -26,7 +26,7 @@ def run(tmp_path: Path, rows: list[Any], **others: Any) -> Prepared:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" if row else "\n" for row in rows), encoding="utf-8")
     chosen = settings(path, **others)
-    return prepare(chosen.train, tiny_tokenizer(), chosen)
+    return prepare(chosen.sources("train"), tiny_tokenizer(), chosen)
 
 
 def refusal(tmp_path: Path, rows: list[Any], **others: Any) -> list[str]:
@@ -170,4 +170,4 @@ def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: st
 def test_the_example_of_each_format_prepares(row_format: str) -> None:
     path = Path(__file__).parents[2] / "data" / "examples" / f"{row_format}.jsonl"
     chosen = settings(path, row_format)
-    assert prepare(chosen.train, tiny_tokenizer(), chosen).stats.kept == 5
+    assert prepare(chosen.sources("train"), tiny_tokenizer(), chosen).stats.kept == 5

@@ -108,7 +108,7 @@ CONFLICTS = {
     "evaluation of nothing": (
         training("eval_steps: 5"),
         "recipe.yaml:21: training.eval_steps: there is nothing to evaluate on; got 5; "
-        "add data.eval with path and format, or remove eval_steps",
+        "add data.eval with path (or id) and format, or remove eval_steps",
     ),
     "optimizer": (
         training("optim: adamw_troch"),
@@ -118,7 +118,7 @@ CONFLICTS = {
     "chat template": (
         changed(("max_length: 256", "max_length: 256\n  chat_template: llama-3")),
         'recipe.yaml:17: data.chat_template: neither a shipped template nor a .jinja file; got "llama-3"; '
-        "write one of chatml, mistral, alpaca, or the path of a .jinja file",
+        "write one of chatml, mistral, mistral-v3, mistral-v3-tekken, alpaca, or the path of a .jinja file",
     ),
     "empty list of dashboards": (
         changed(after="logging: {report_to: []}\n"),

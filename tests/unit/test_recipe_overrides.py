@@ -35,8 +35,7 @@ def test_an_override_may_name_a_key_or_section_that_the_file_lacks(desk: Desk) -
         "logging.run_name=a=b",
         "training.trainer_args={adam_beta2: 0.99}",
     )
-    assert recipe.data.eval is not None
-    assert recipe.data.eval.path == "held-out.jsonl"
+    assert [each.path for each in recipe.data.sources("eval")] == ["held-out.jsonl"]
     assert recipe.logging.run_name == "a=b"
     assert recipe.training.trainer_args == {"adam_beta2": 0.99}
 
@@ -65,7 +64,8 @@ def test_an_override_can_supply_what_the_file_leaves_out(desk: Desk) -> None:
         (
             ["data.eval.path=x"],
             "command line: data.eval.format: required key is missing; "
-            "add it: one of messages, prompt_completion, alpaca",
+            "add it: one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
+            "preference, ultrafeedback, hh, orca_dpo, kto",
         ),
         (["lora"], 'command line: not an override; got "lora"; write key.path=value, for example lora.r=32'),
         (["lora..r=1"], 'command line: not an override; got "lora..r=1"; write key.path=value, for example lora.r=32'),

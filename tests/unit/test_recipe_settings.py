@@ -25,7 +25,12 @@ lora lora.targets lora.r lora.lora_alpha lora.expert_r lora.expert_lora_alpha
 lora.experts lora.experts_share lora.experts_score lora.experts_tokens lora.lora_dropout lora.use_rslora
 router router.router_aux_loss_coef router.balance router.scope router.router_z_loss_coef router.bias_update_rate
 method method.kind
-data data.train data.train.path data.train.format data.eval data.eval.path data.eval.format
+data
+data.train data.train.path data.train.id data.train.config data.train.split data.train.revision data.train.streaming
+data.train.format data.train.columns data.train.weight data.train.max_rows
+data.eval data.eval.path data.eval.id data.eval.config data.eval.split data.eval.revision data.eval.streaming
+data.eval.format data.eval.columns data.eval.weight data.eval.max_rows
+data.on_bad_row data.max_bad_share data.stopping_strategy data.loss_on data.system
 data.max_length data.overlong data.chat_template data.packing
 training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size
 training.per_device_train_batch_size training.lr_scheduler_type training.warmup_steps training.weight_decay
@@ -50,7 +55,8 @@ def test_every_setting_is_described() -> None:
 
 def test_nothing_that_decides_the_result_has_a_default() -> None:
     decisive = (
-        "model.name_or_path data.train.path lora.r lora.targets lora.lora_alpha training.learning_rate data.max_length"
+        "model.name_or_path data.train.format lora.r lora.targets lora.lora_alpha training.learning_rate "
+        "data.max_length"
     )
     assert all(settings()[path].required for path in decisive.split())
 

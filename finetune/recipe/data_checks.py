@@ -1,0 +1,163 @@
+"""What must hold between the settings of the rows."""
+
+import json
+from typing import Any, TypeAlias
+
+from finetune.recipe.data_settings import DataSource
+from finetune.recipe.fields import settings
+from finetune.recipe.names import hub_id_in_url, is_hub_id, is_url, looks_like_path
+from finetune.recipe.source import Source, show, spell
+from finetune.recipe.typed import key_path, read
+from finetune.recipe.yaml12 import Path
+
+SHIPPED_TEMPLATES = ("chatml", "mistral", "mistral-v3", "mistral-v3-tekken", "alpaca")
+PAIRS = ("preference", "ultrafeedback", "hh", "orca_dpo", "kto")
+ONLY_WITH_ID = ("config", "split", "revision", "streaming")
+
+_DEFAULTS = DataSource(format="auto").model_dump()
+
+Entry: TypeAlias = tuple[Path, dict[str, Any]]
+
+
+def check_data(source: Source) -> None:
+    """Run every check of `data`; all problems end in `source`."""
+    for which in ("train", "eval"):
+        entries = _entries(source, which)
+        for path, entry in entries:
+            _origin(source, path, entry)
+            _format(source, path, entry)
+        _named_twice(source, entries)
+    _weights(source, _entries(source, "train"))
+    _weights_of_evaluation(source, _entries(source, "eval"))
+    _changes_nothing(source)
+    _chat_template(source)
+
+
+def _entries(source: Source, which: str) -> list[Entry]:
+    """Path and values, as typed, of each data set; entries that are no sections were reported and are left out."""
+    path = key_path(f"data.{which}")
+    given = source.get(path)
+    entries: list[Entry] = [(path, given)] if isinstance(given, dict) else []
+    if isinstance(given, list):
+        entries = [((*path, index), entry) for index, entry in enumerate(given) if isinstance(entry, dict)]
+    return entries
+
+
+def _origin(source: Source, path: Path, entry: dict[str, Any]) -> None:
+    files, hub = entry.get("path"), entry.get("id")
+    if files is None and hub is None:
+        do = "add path: a file, a glob or a folder; or id: owner/name of a data set of the hub"
+        source.report(path, "no data set is named", do)
+    elif files is not None and hub is not None:
+        got = f"path: {show(files)} and id: {show(hub)}"
+        source.report((*path, "id"), "two data sets in one", "keep one of the two, or write a list of both", got=got)
+    elif isinstance(hub, str):
+        _hub_id(source, (*path, "id"), hub)
+    elif isinstance(files, str):
+        _local(source, path, entry, files)
+
+
+def _hub_id(source: Source, where: Path, name: str) -> None:
+    in_url = hub_id_in_url(name)
+    if is_url(name) and in_url:
+        source.report(where, "an address, not a name", f"write id: {in_url}", got=show(name))
+    elif looks_like_path(name):
+        source.report(where, "looks like a path of files", f"write path: {name}", got=show(name))
+    elif not is_hub_id(name):
+        do = "write owner/name, as on the page of the set; files are given with path"
+        source.report(where, "not the name of a data set of the hub", do, got=show(name))
+
+
+def _local(source: Source, path: Path, entry: dict[str, Any], name: str) -> None:
+    if is_url(name):
+        in_url = hub_id_in_url(name)
+        do = f"write id: {in_url}" if in_url else "download it first, and write the path of the file"
+        source.report((*path, "path"), "an address, not a path", do, got=show(name))
+    for key in ONLY_WITH_ID:
+        value = entry.get(key)
+        if value is not None and value != _DEFAULTS[key]:
+            do = "remove it, or write id in place of path"
+            source.report((*path, key), "is for data sets of the hub only", do, got=show(value))
+
+
+def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
+    name, columns = entry.get("format"), entry.get("columns")
+    where = (*path, "format")
+    if source.is_broken(where):
+        return
+    if name in PAIRS and read(source, "method.kind", str) == "sft":
+        what = "pairs of answers are for preference tuning; method.kind: sft takes one answer a row"
+        source.report(where, what, "give rows with one answer each, for example as messages", got=show(name))
+    if name == "text" and read(source, "data.loss_on", str) not in ("all", None):
+        got = f"text, and data.loss_on: {read(source, 'data.loss_on', str)}"
+        what = "plain text has no answers that could be told apart"
+        source.report(where, what, "write data.loss_on: all, for all data sets of the recipe", got=got)
+    if name == "auto" and isinstance(columns, dict) and columns:
+        what = "renames the fields of a format, and format: auto names none"
+        source.report((*path, "columns"), what, "write the format", got=show(columns))
+
+
+def _named_twice(source: Source, entries: list[Entry]) -> None:
+    """The same rows read in the same way; the same file read by other columns is a second data set."""
+    seen: dict[str, Path] = {}
+    for path, entry in entries:
+        kept = {key: value for key, value in entry.items() if key not in ("weight", "max_rows")}
+        same = json.dumps({**_DEFAULTS, **kept}, sort_keys=True)
+        if same in seen:
+            do = "keep one of the two; a weight lets a data set be drawn more often"
+            source.report(path, f"the same data set as {spell(seen[same])}", do, got=show(_name(entry)))
+        seen.setdefault(same, path)
+
+
+def _name(entry: dict[str, Any]) -> object:
+    return entry.get("path") if entry.get("id") is None else entry.get("id")
+
+
+def _weights(source: Source, entries: list[Entry]) -> None:
+    weighted = [entry.get("weight") is not None for _, entry in entries]
+    if not any(weighted):
+        return
+    given = source.get(key_path("data.train"))
+    if not isinstance(given, list) or len(given) == 1:
+        path, entry = entries[0]
+        what = "changes nothing: it is a share among several data sets"
+        source.report((*path, "weight"), what, "remove it, or write a list of data sets", got=show(entry["weight"]))
+        return
+    first = spell(entries[weighted.index(True)][0])
+    for (path, _), has_one in zip(entries, weighted, strict=True):
+        if not has_one:
+            do = "add a weight to every data set of the list, or to none"
+            source.report((*path, "weight"), f"missing, and {first} has one", do)
+
+
+def _weights_of_evaluation(source: Source, entries: list[Entry]) -> None:
+    for path, entry in entries:
+        if entry.get("weight") is not None:
+            what = "changes nothing: an evaluation takes every row once"
+            source.report((*path, "weight"), what, "remove it", got=show(entry["weight"]))
+
+
+def _changes_nothing(source: Source) -> None:
+    """Settings that were written and would be ignored."""
+    where = key_path("data.stopping_strategy")
+    strategy = source.get(where)
+    weighted = any(entry.get("weight") is not None for _, entry in _entries(source, "train"))
+    if strategy not in (None, settings()["data.stopping_strategy"].default) and not weighted:
+        what = "changes nothing: no data set has a weight, so each row of each set is taken once an epoch"
+        do = "add a weight to every data set of data.train, or remove this key"
+        source.report(where, what, do, got=show(strategy))
+    where = key_path("data.max_bad_share")
+    share = source.get(where)
+    kept = read(source, "data.on_bad_row", str) == "error"
+    if share not in (None, settings()["data.max_bad_share"].default) and kept:
+        what, do = "changes nothing: any bad row is an error", "write data.on_bad_row: drop, or remove this key"
+        source.report(where, what, do, got=show(share))
+
+
+def _chat_template(source: Source) -> None:
+    name = read(source, "data.chat_template", str)
+    if name and name not in SHIPPED_TEMPLATES and not name.endswith(".jinja"):
+        do = f"write one of {', '.join(SHIPPED_TEMPLATES)}, or the path of a .jinja file"
+        source.report(
+            key_path("data.chat_template"), "neither a shipped template nor a .jinja file", do, got=show(name)
+        )

@@ -1,0 +1,285 @@
+"""The settings of the rows: one data set or a list of them, files or the hub, and what must hold between them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe import dump_recipe, json_schema, load_recipe
+from finetune.recipe.foreign import FOREIGN_IN_SOURCE
+from finetune.recipe.names import hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
+from tests.unit.recipe_writing import SOUND, Desk, changed
+
+ONE = "{path: rows.jsonl, format: messages}"
+FORMATS = (
+    "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
+    "preference, ultrafeedback, hh, orca_dpo, kto"
+)
+TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
+WEIGHTED = "[{path: a, format: text, weight: 1}, {id: b/c, format: text, weight: 2}]"
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(tmp_path, monkeypatch)
+
+
+def train(written: str, *others: str) -> str:
+    """The sound recipe with other data sets to train on, and further lines of the section `data`."""
+    lines = "".join(f"\n  {line}" for line in others)
+    return changed((ONE, written), ("max_length: 256", f"max_length: 256{lines}"))
+
+
+def test_one_data_set_is_a_list_of_one_to_the_code(desk: Desk) -> None:
+    recipe = desk.load(SOUND)
+    (source,) = recipe.data.sources("train")
+    assert (source.path, source.format, source.split, source.columns) == ("rows.jsonl", "messages", "train", {})
+    assert recipe.data.sources("eval") == ()
+
+
+def test_a_list_of_data_sets_keeps_its_order(desk: Desk) -> None:
+    recipe = desk.load(train(TWO, f"eval: {TWO}"))
+    for which in ("train", "eval"):
+        assert [(each.path, each.format) for each in recipe.data.sources(which)] == [
+            ("a.jsonl", "messages"),
+            ("b.jsonl", "alpaca"),
+        ]
+
+
+def test_a_data_set_of_the_hub_and_renamed_columns(desk: Desk) -> None:
+    hub = "{id: some-owner/a_set, config: main, split: test, revision: abc, streaming: true, format: text"
+    (source,) = desk.load(train(f"{hub}, columns: {{text: body}}, max_rows: 5}}", "loss_on: all")).data.sources("train")
+    assert (source.id, source.config, source.split, source.revision) == ("some-owner/a_set", "main", "test", "abc")
+    assert (source.streaming, source.columns, source.max_rows) == (True, {"text": "body"}, 5)
+
+
+@pytest.mark.parametrize(
+    "written", [ONE, TWO, "[{path: a, format: text, weight: 1}, {path: b, format: text, weight: 2}]"]
+)
+def test_a_dumped_recipe_with_data_sets_reads_back_the_same(desk: Desk, written: str) -> None:
+    before = desk.load(train(written, "loss_on: all"))
+    assert desk.load(dump_recipe(before)) == before
+
+
+MISTAKES = {
+    "misspelt key of the only data set": (
+        train("{pat: rows.jsonl, path: a, format: messages}"),
+        'recipe.yaml:15: data.train.pat: unknown key; got "rows.jsonl"; did you mean data.train.path?',
+    ),
+    "misspelt key in a list": (
+        train("\n    - {path: a, format: messages}\n    - {path: b, formt: messages, format: alpaca}"),
+        'recipe.yaml:17: data.train[1].formt: unknown key; got "messages"; did you mean data.train.format?',
+    ),
+    "missing key in a list": (
+        train("\n    - path: a\n      format: messages\n    - path: b"),
+        f"recipe.yaml:18: data.train[1].format: required key is missing; add it: one of {FORMATS}",
+    ),
+    "wrong type in a list": (
+        train("[{path: a, format: messages}, {path: 3, format: alpaca}]"),
+        "recipe.yaml:15: data.train[1].path: wrong type; got 3; write text or null; put quotes around it",
+    ),
+    "out of range in a list": (
+        train("[{path: a, format: messages, max_rows: 0}, {path: b, format: alpaca}]"),
+        "recipe.yaml:15: data.train[0].max_rows: out of range; got 0; write an integer of at least 1 or null",
+    ),
+    "unknown choice in a list": (
+        train("[{path: a, format: sharegtp}]"),
+        'recipe.yaml:15: data.train[0].format: not one of the known values; got "sharegtp"; '
+        f"write one of {FORMATS}; did you mean sharegpt?",
+    ),
+    "another tool's value": (
+        changed(("max_length: 256", "max_length: 256\n  overlong: skip")),
+        'recipe.yaml:17: data.overlong: not one of the known values; got "skip"; '
+        "write one of error, truncate, drop, split; here it is called drop",
+    ),
+    "columns that are no names": (
+        train("[{path: a, format: alpaca, columns: {output: 3}}]"),
+        "recipe.yaml:15: data.train[0].columns.output: wrong type; got 3; write a mapping of names to names",
+    ),
+    "neither path nor id": (
+        train("{format: messages}"),
+        "recipe.yaml:15: data.train: no data set is named; "
+        "add path: a file, a glob or a folder; or id: owner/name of a data set of the hub",
+    ),
+    "path and id": (
+        train("{path: a, id: b/c, format: messages}"),
+        'recipe.yaml:15: data.train.id: two data sets in one; got path: "a" and id: "b/c"; '
+        "keep one of the two, or write a list of both",
+    ),
+    "a path as id": (
+        train("{id: data/rows.jsonl, format: messages}"),
+        'recipe.yaml:15: data.train.id: looks like a path of files; got "data/rows.jsonl"; write path: data/rows.jsonl',
+    ),
+    "an id without owner": (
+        train("{id: gsm8k, format: messages}"),
+        'recipe.yaml:15: data.train.id: not the name of a data set of the hub; got "gsm8k"; '
+        "write owner/name, as on the page of the set; files are given with path",
+    ),
+    "an address as id": (
+        train('{id: "https://hub.example/datasets/owner/name/tree", format: messages}'),
+        'recipe.yaml:15: data.train.id: an address, not a name; got "https://hub.example/datasets/owner/name/tree"; '
+        "write id: owner/name",
+    ),
+    "a hub address as path": (
+        train('{path: "hf://datasets/owner/name", format: messages}'),
+        'recipe.yaml:15: data.train.path: an address, not a path; got "hf://datasets/owner/name"; write id: owner/name',
+    ),
+    "another address as path": (
+        train('{path: "s3://bucket/rows.jsonl", format: messages}'),
+        'recipe.yaml:15: data.train.path: an address, not a path; got "s3://bucket/rows.jsonl"; '
+        "download it first, and write the path of the file",
+    ),
+    "columns of an unknown format": (
+        train("{path: a, format: auto, columns: {output: answer}}"),
+        "recipe.yaml:15: data.train.columns: renames the fields of a format, and format: auto names none; "
+        'got {"output": "answer"}; write the format',
+    ),
+    "the same data set twice": (
+        train("[{path: a, format: messages}, {path: a, format: messages, split: train, max_rows: 3}]"),
+        'recipe.yaml:15: data.train[1]: the same data set as data.train[0]; got "a"; '
+        "keep one of the two; a weight lets a data set be drawn more often",
+    ),
+    "a weight that one lacks": (
+        train("[{path: a, format: messages}, {path: b, format: messages, weight: 2}]"),
+        "recipe.yaml:15: data.train[0].weight: missing, and data.train[1] has one; "
+        "add a weight to every data set of the list, or to none",
+    ),
+    "a weight of the only data set": (
+        train("{path: a, format: messages, weight: 2}"),
+        "recipe.yaml:15: data.train.weight: changes nothing: it is a share among several data sets; got 2; "
+        "remove it, or write a list of data sets",
+    ),
+    "a weight in a list of one": (
+        train("[{path: a, format: messages, weight: 2}]"),
+        "recipe.yaml:15: data.train[0].weight: changes nothing: it is a share among several data sets; got 2; "
+        "remove it, or write a list of data sets",
+    ),
+    "a weight of evaluation": (
+        train(ONE, "eval: {path: b, format: messages, weight: 1}"),
+        "recipe.yaml:17: data.eval.weight: changes nothing: an evaluation takes every row once; got 1; remove it",
+    ),
+    "a strategy without weights": (
+        train(TWO, "stopping_strategy: all_exhausted"),
+        "recipe.yaml:17: data.stopping_strategy: changes nothing: no data set has a weight, so each row of each set is "
+        'taken once an epoch; got "all_exhausted"; add a weight to every data set of data.train, or remove this key',
+    ),
+    "a ceiling that nothing reaches": (
+        train(ONE, "max_bad_share: 0.1"),
+        "recipe.yaml:17: data.max_bad_share: changes nothing: any bad row is an error; got 0.1; "
+        "write data.on_bad_row: drop, or remove this key",
+    ),
+    "plain text and a loss on answers": (
+        train("[{path: a, format: messages}, {path: b, format: text}]"),
+        "recipe.yaml:15: data.train[1].format: plain text has no answers that could be told apart; "
+        "got text, and data.loss_on: assistant; write data.loss_on: all, for all data sets of the recipe",
+    ),
+    "pairs of answers in SFT": (
+        train("{path: a, format: orca_dpo}"),
+        "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; method.kind: sft takes one "
+        'answer a row; got "orca_dpo"; give rows with one answer each, for example as messages',
+    ),
+    "an empty list": (
+        train("[]"),
+        "recipe.yaml:15: data.train: empty list; got []; write a section with path, id, config, split, revision, "
+        "streaming, format, columns, weight, max_rows, or a list of such sections",
+    ),
+    "a file name alone": (
+        train("rows.jsonl"),
+        'recipe.yaml:15: data.train: wrong type; got "rows.jsonl"; write a section with path, id, config, split, '
+        "revision, streaming, format, columns, weight, max_rows, or a list of such sections; "
+        "for example {path: rows.jsonl, format: auto}",
+    ),
+    "file names in a list": (
+        train("[{path: a, format: messages}, b.jsonl]"),
+        'recipe.yaml:15: data.train[1]: wrong type; got "b.jsonl"; write a section with path, id, config, split, '
+        "revision, streaming, format, columns, weight, max_rows, or a list of such sections; "
+        "for example {path: b.jsonl, format: auto}",
+    ),
+    "no data set at all": (
+        changed((f"  train: {ONE}\n", "")),
+        "recipe.yaml:14: data.train: required section is missing; add it with path (or id), format",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "complaint"), MISTAKES.values(), ids=MISTAKES)
+def test_one_mistake_in_the_data_settings_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
+    assert desk.complaints(text) == [complaint]
+
+
+@pytest.mark.parametrize("key", ["config: x", "split: test", "revision: x", "streaming: true"])
+def test_what_concerns_the_hub_is_refused_for_files(desk: Desk, key: str) -> None:
+    (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}}}, {{path: b, format: messages}}]"))
+    name, value = key.split(": ")
+    got = value if value == "true" else f'"{value}"'
+    assert line == (
+        f"recipe.yaml:15: data.train[0].{name}: is for data sets of the hub only; got {got}; "
+        "remove it, or write id in place of path"
+    )
+
+
+def test_the_same_file_read_by_other_columns_is_another_data_set(desk: Desk) -> None:
+    there = "{path: a, format: prompt_completion, columns: {prompt: english, completion: french}}"
+    back = "{path: a, format: prompt_completion, columns: {prompt: french, completion: english}}"
+    assert len(desk.load(train(f"[{there}, {back}]")).data.sources("train")) == 2
+
+
+def test_a_mixture_may_repeat_its_smaller_sets(desk: Desk) -> None:
+    weighted = "[{path: a, format: messages, weight: 0.5}, {path: b, format: messages, weight: 2}]"
+    recipe = desk.load(train(weighted, "stopping_strategy: all_exhausted"))
+    assert [each.weight for each in recipe.data.sources("train")] == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("key", sorted(FOREIGN_IN_SOURCE))
+def test_a_key_of_another_tools_data_set_is_answered(desk: Desk, key: str) -> None:
+    (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}: 1}}]"))
+    foreign = FOREIGN_IN_SOURCE[key]
+    assert line == f"recipe.yaml:15: data.train[0].{key}: unknown key: {foreign.what}; got 1; {foreign.do}"
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("dataset_name", "data.train.id"),
+        ("dataset_config", "data.train.config"),
+        ("dataset_mixture", "data.train"),
+        ("datasets", "data.train"),
+        ("dataset_text_field", "data.train.columns"),
+        ("field_instruction", "data.train.columns"),
+        ("max_samples", "data.train.max_rows"),
+        ("val_set_size", "data.eval"),
+        ("train_on_inputs", "data.loss_on: all"),
+        ("assistant_only_loss", "data.loss_on: assistant"),
+        ("completion_only_loss", "data.loss_on: completion"),
+        ("mask_history", "data.loss_on: last_assistant"),
+        ("cutoff_len", "data.max_length"),
+        ("template", "data.chat_template"),
+    ],
+)
+def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str, ours: str) -> None:
+    (line,) = desk.complaints(changed(("max_length: 256", f"max_length: 256\n  {key}: 1")))
+    assert f"write {ours}" in line
+
+
+def test_names_of_the_hub_and_paths_are_told_apart_by_their_looks() -> None:
+    assert is_hub_id("owner/a_set.v1")
+    assert not is_hub_id("a/b/c")
+    assert looks_like_hub_id("owner/name")
+    assert not looks_like_hub_id("data/rows.jsonl")
+    assert all(looks_like_path(name) for name in ("./a", "/a/b", "~/a", "a/b.csv", "a/*", "rows.json.gz"))
+    assert not looks_like_path("owner/name")
+    assert hub_id_in_url("ftp://somewhere/rows") is None
+
+
+def test_editors_are_told_of_both_shapes_and_of_path_or_id() -> None:
+    schema = json_schema()
+    one, many = schema["$defs"]["DataSettings"]["properties"]["train"]["oneOf"]
+    assert one == {"$ref": "#/$defs/DataSource"}
+    assert many == {"items": {"$ref": "#/$defs/DataSource"}, "minItems": 1, "type": "array"}
+    assert [each["required"] for each in schema["$defs"]["DataSource"]["oneOf"]] == [["path"], ["id"]]
+    assert json.loads(json.dumps(schema)) == schema
+
+
+def test_a_list_in_a_file_is_read_from_the_file(desk: Desk) -> None:
+    desk.path.write_text(train("\n    - {path: a, format: auto}\n    - {path: b, format: auto}"), encoding="utf-8")
+    assert len(load_recipe(desk.path).data.sources("train")) == 2

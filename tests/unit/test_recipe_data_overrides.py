@@ -1,0 +1,55 @@
+"""`data.train[1].path=x`: overrides that reach into one data set, or into a list of them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.recipe_writing import SOUND, Desk, changed
+
+ONE = "{path: rows.jsonl, format: messages}"
+TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
+OF_TWO = changed((ONE, TWO))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(tmp_path, monkeypatch)
+
+
+def test_overrides_reach_into_one_data_set_and_into_a_list(desk: Desk) -> None:
+    assert desk.load(SOUND, "data.train.path=x").data.sources("train")[0].path == "x"
+    recipe = desk.load(OF_TWO, "data.train[0].weight=1", "data.train[1].weight=2", "data.train[1].path=c.jsonl")
+    assert [(each.path, each.weight) for each in recipe.data.sources("train")] == [("a.jsonl", 1.0), ("c.jsonl", 2.0)]
+    assert len(desk.load(SOUND, f"data.train={TWO}").data.sources("train")) == 2
+    assert len(desk.load(OF_TWO, f"data.train={ONE}").data.sources("train")) == 1
+    assert desk.load(OF_TWO, f"data.train[1]={ONE}").data.sources("train")[1].path == "rows.jsonl"
+    assert desk.load(SOUND, "lora.targets[1]=router").lora.targets == ["attention", "router"]
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "complaint"),
+    [
+        (
+            OF_TWO,
+            "data.train.path=x",
+            "data.train.path: data.train is a list, not a section; got [{",
+        ),
+        (OF_TWO, "data.train[2].path=x", "data.train[2].path: data.train has 2 items, counted from 0; got [{"),
+        (SOUND, "data.train[0].path=x", "data.train[0].path: data.train is a section, not a list; got {"),
+        (SOUND, "data.eval[0].path=x", "data.eval[0].path: data.eval is nothing, not a list; got null"),
+        (SOUND, "lora.r[0]=1", "lora.r[0]: lora.r is a value, not a list; got 8"),
+        (OF_TWO, "data.train[1].weight=-1", "data.train[1].weight: out of range; got -1"),
+        (OF_TWO, "data.train[1].pth=x", "data.train[1].pth: unknown key"),
+        (SOUND, "data.train[x].path=x", 'not an override; got "data.train[x].path=x"'),
+    ],
+)
+def test_a_wrong_override_of_a_data_set_is_answered(desk: Desk, text: str, override: str, complaint: str) -> None:
+    lines = desk.complaints(text, override)
+    assert lines[-1].startswith(f"command line: {complaint}")
+
+
+def test_what_a_wrong_override_of_a_list_should_be(desk: Desk) -> None:
+    assert desk.complaints(OF_TWO, "data.train.path=x")[0].endswith("name one of its items, such as data.train[0].path")
+    assert desk.complaints(SOUND, "data.train[0].path=x")[0].endswith(
+        "leave [0] out, or write the whole list, data.train=[...]"
+    )
