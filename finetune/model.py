@@ -1,6 +1,7 @@
 """Floor 4: base model and adapter, loaded as the recipe says."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.checkpoint import CheckpointReader
+from finetune.data.tokenizer import added_ids
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft.adapter import keep_chosen
@@ -25,6 +27,7 @@ from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
 from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
 from finetune.moe.router_bias import BIAS_FILE, require_biases, save_biases
 from finetune.moe.targets import lora_config, refuse_absent
+from finetune.moe.vocabulary import grow_vocabulary, refuse_outside
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
 _CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
@@ -136,11 +139,19 @@ def _options(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def load_base(folder: Path, settings: ModelSettings) -> Any:
+def new_token_ids(folder: Path, settings: ModelSettings, tokenizer: Any) -> list[int]:
+    """The ids of the recipe's added tokens in the tokenizer; WeightsError where that does not fit the base."""
+    ids = added_ids(tokenizer, settings.added_tokens)
+    rows = int(CheckpointReader(folder).config["vocab_size"])
+    refuse_outside(rows, max(tokenizer.get_vocab().values()), len(ids), str(folder))
+    return ids
+
+
+def load_base(folder: Path, settings: ModelSettings, new_tokens: Sequence[int] = ()) -> Any:
     """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so.
 
-    Raises WeightsError for a checkpoint that lacks or holds anything else than the architecture asks for, and for
-    weights that are not finite.
+    `new_tokens`: ids from `new_token_ids`, which get rows of embedding and head. Raises WeightsError for a checkpoint
+    that lacks or holds anything else than the architecture asks for, and for weights that are not finite.
     """
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
@@ -157,18 +168,22 @@ def load_base(folder: Path, settings: ModelSettings) -> Any:
     if problems := differences(str(folder), report):
         raise WeightsError(problems)
     refuse_damaged(model, settings.load_in_4bit, str(folder))
+    grow_vocabulary(model, new_tokens)
     model.config.use_cache = False
     return model
 
 
-def load_model(folder: Path, recipe: Recipe) -> PeftModel:
+def load_model(folder: Path, recipe: Recipe, new_tokens: Sequence[int] = ()) -> PeftModel:
     """Base model with a fresh adapter, ready to train."""
-    return adapt(load_base(folder, recipe.model), recipe)
+    return adapt(load_base(folder, recipe.model, new_tokens), recipe, new_tokens=new_tokens)
 
 
-def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None) -> PeftModel:
-    """A loaded base model with a fresh adapter, of all experts or of the chosen ones, ready to train."""
-    model = add_adapter(base, recipe.lora)
+def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None, new_tokens: Sequence[int] = ()) -> PeftModel:
+    """A loaded base model with a fresh adapter, of all experts or of the chosen ones, ready to train.
+
+    The adapter has the rows of `new_tokens`, which `load_base` was given as well.
+    """
+    model = add_adapter(base, recipe.lora, new_tokens)
     if choice is not None:
         keep_chosen(model, choice.experts)
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 over what every rank has read itself; a 4-bit
@@ -191,6 +206,7 @@ def save_adapter(
         "base": base,
         "layout": {"expert_lora": "A:expert-major,B:rank-major"},
         "experts": None if choice is None else choice.as_dict(),
+        "added_tokens": dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
         "quantization": "nf4" if recipe.model.load_in_4bit else None,
         "dtype": recipe.model.dtype,
         **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe) else {}),
@@ -198,6 +214,12 @@ def save_adapter(
         "versions": {name: version(name) for name in ("peft", "torch", "transformers", "bitsandbytes")},
     }
     (folder / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def new_tokens_of(model: PeftModel) -> list[int]:
+    """The ids whose rows an adapter holds, ascending."""
+    indices: dict[str, list[int]] = model.peft_config["default"].trainable_token_indices or {}
+    return next(iter(indices.values()), [])
 
 
 def _save_router_bias(model: PeftModel, folder: Path, recipe: Recipe) -> bool:

@@ -33,7 +33,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     from finetune.data import Collator, load_tokenizer, prepare
     from finetune.methods.sft import MoeSftTrainer, sft_config
-    from finetune.model import checkpoint_family, resolve_checkpoint
+    from finetune.model import checkpoint_family, new_token_ids, resolve_checkpoint
     from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
@@ -57,12 +57,14 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     family = checkpoint_family(checkpoint, recipe)
 
     # 3. Rows -> token ids and the supervised mask
-    tokenizer = load_tokenizer(str(checkpoint), None, recipe.data.chat_template)
+    added_tokens, eos_token = recipe.model.added_tokens, recipe.model.eos_token
+    tokenizer = load_tokenizer(str(checkpoint), None, recipe.data.chat_template, added_tokens, eos_token)
+    new_tokens = new_token_ids(checkpoint, recipe.model, tokenizer)
     train_rows = prepare(recipe.data.sources("train"), tokenizer, recipe.data)
     eval_rows = None if recipe.data.eval is None else prepare(recipe.data.sources("eval"), tokenizer, recipe.data)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
-    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer))
+    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer), new_tokens)
     base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
     stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
     _audit(model, family, recipe, stats, run, state.is_main_process)
@@ -107,7 +109,13 @@ def _refuse_data_parallel(state: Any) -> None:
 
 
 def _load(
-    checkpoint: Path, recipe: Recipe, family: "Family", run: "RunFolder", rows: Any, collator: Any
+    checkpoint: Path,
+    recipe: Recipe,
+    family: "Family",
+    run: "RunFolder",
+    rows: Any,
+    collator: Any,
+    new_tokens: Sequence[int],
 ) -> "tuple[Any, ExpertChoice | None]":
     """Base and adapter. With `lora.experts: auto` of the experts that are measured on the rows; a resumed run never
     measures again, but takes the choice that it has written."""
@@ -119,13 +127,13 @@ def _load(
 
     auto = recipe.lora.experts == "auto"
     choice = read_choice(run.experts) if auto and recipe.training.resume_from_checkpoint else None
-    base = load_base(checkpoint, recipe.model)
+    base = load_base(checkpoint, recipe.model, new_tokens)
     if auto and choice is None and family.moe is not None:
         choice = choose_experts(base, family.moe, rows, collator, recipe)
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
-    return adapt(base, recipe, choice), choice
+    return adapt(base, recipe, choice, new_tokens), choice
 
 
 def _audit(
@@ -141,7 +149,8 @@ def _audit(
         print(audit_table(parts))
         for split, split_stats in stats.items():
             print(f"{split} rows: {_rows_line(split_stats)}")
-    problems = differences(parts, recipe.lora, recipe.model.load_in_4bit, recipe.model.dtype)
+    base = recipe.model
+    problems = differences(parts, recipe.lora, base.load_in_4bit, base.dtype, len(base.added_tokens))
     if problems:
         raise RunError(problems)
 

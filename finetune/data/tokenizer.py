@@ -1,20 +1,46 @@
-"""Load a tokenizer that training can rely on: fast, with a chat template and with a pad token that is not the EOS."""
+"""Load a tokenizer that training can rely on: fast, with a chat template whose marks are tokens, an EOS, and a pad
+token that is neither the EOS nor a mark. Tokens are added where the recipe names them, and never otherwise."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from finetune.data.chat_templates import read_template
-from finetune.errors import Problem, WeightsError
+from finetune.data.marks import marks_of, refuse_split_marks, refuse_unended_answers
+from finetune.errors import Problem, RecipeError, WeightsError
+
+_RARE_TEXT = "\u0378\ufdd0\U0010fffd"
+"""Characters that no vocabulary has, so that only one that falls back to bytes can spell them."""
 
 
-def load_tokenizer(name_or_path: str, revision: str | None, chat_template: str | None) -> Any:
+def load_tokenizer(
+    name_or_path: str,
+    revision: str | None,
+    chat_template: str | None,
+    added_tokens: Sequence[str] = (),
+    eos_token: str | None = None,
+) -> Any:
     """The tokenizer of a checkpoint, with `chat_template` (a shipped name or a file) in place of its own if given.
 
-    No token is ever added: the embedding would lack it. Raises `WeightsError` for a tokenizer that cannot be used and
-    `DataError` for a template that cannot be read.
+    `added_tokens` and `eos_token` are those of the recipe's model. Raises `WeightsError` for a tokenizer that cannot be
+    used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or whose marks
+    are no tokens.
     """
     template = None if chat_template is None else read_template(chat_template)
+    tokenizer = _load(name_or_path, revision)
+    _add(tokenizer, added_tokens)
+    _set_eos(tokenizer, eos_token, name_or_path)
+    if template is not None:
+        tokenizer.chat_template = template
+        refuse_split_marks(tokenizer, str(chat_template))
+    refuse_unended_answers(tokenizer)
+    _ensure_pad(tokenizer, name_or_path)
+    return tokenizer
+
+
+def _load(name_or_path: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
     except (OSError, ValueError) as error:
@@ -25,30 +51,68 @@ def load_tokenizer(name_or_path: str, revision: str | None, chat_template: str |
         do = "use a checkpoint with a tokenizer.json"
         got = type(tokenizer).__name__
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
-    _check_eos(tokenizer, name_or_path)
-    _ensure_pad(tokenizer, name_or_path)
-    if template is not None:
-        tokenizer.chat_template = template
     return tokenizer
 
 
-def _check_eos(tokenizer: Any, where: str) -> None:
+def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Add special tokens, each with an id that no token had, above all others."""
+    vocabulary = tokenizer.get_vocab()
+    problems = [
+        Problem(
+            f"model.added_tokens[{index}]",
+            f"the vocabulary has this token (id {vocabulary[token]}), with a row that the checkpoint trained",
+            "remove it from the list: nothing need be added",
+            got=token,
+        )
+        for index, token in enumerate(tokens)
+        if token in vocabulary
+    ]
+    if problems:
+        raise RecipeError(problems)
+    special = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(special, special_tokens=True)
+    for index, token in enumerate(tokens):
+        number = tokenizer.convert_tokens_to_ids(token)
+        alone = tokenizer.encode(token, add_special_tokens=False)
+        if number != max(vocabulary.values()) + 1 + index or alone != [number]:
+            what = "this tokenizer does not give it an id of its own above all others"
+            do = "write another name for the token, or use the tokenizer of another checkpoint"
+            raise RecipeError(Problem(f"model.added_tokens[{index}]", what, do, got=f"{token} (id {number})"))
+
+
+def added_ids(tokenizer: Any, added_tokens: Sequence[str]) -> list[int]:
+    """The ids of the recipe's added tokens, ascending as they were added."""
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in added_tokens]
+
+
+def _set_eos(tokenizer: Any, eos_token: str | None, where: str) -> None:
+    if eos_token is not None:
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        if eos_token not in special:
+            known = eos_token in tokenizer.get_vocab()
+            what = "an ordinary token, which any text may contain" if known else "not a token of the vocabulary"
+            do = "write a special token of the vocabulary" + ("" if known else ", or add it to model.added_tokens")
+            raise RecipeError(Problem("model.eos_token", what, do, got=eos_token))
+        tokenizer.eos_token = eos_token
     if tokenizer.eos_token_id is None:
-        do = "set eos_token in its tokenizer_config.json: without it no answer would ever end"
+        do = "write model.eos_token, or set eos_token in its tokenizer_config.json: without it no answer would ever end"
         raise WeightsError(Problem(where=where, what="the tokenizer has no EOS token", do=do))
 
 
 def _ensure_pad(tokenizer: Any, where: str) -> None:
-    """Pad = EOS would mask the EOS wherever pads are masked, and the model would never learn to stop."""
-    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+    """Pad = EOS would mask the EOS wherever pads are masked, and the model would never learn to stop; so with marks."""
+    taken = {tokenizer.eos_token, *marks_of(tokenizer)}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
         return
-    if tokenizer.unk_token_id in (None, tokenizer.eos_token_id):
+    unknown = tokenizer.unk_token
+    text = tokenizer.encode(_RARE_TEXT, add_special_tokens=False)
+    if unknown is None or unknown in {*taken, tokenizer.bos_token} or tokenizer.unk_token_id in text:
         raise WeightsError(
             Problem(
                 where=where,
-                what="the tokenizer has no pad token other than its EOS",
+                what="the tokenizer has no pad token other than its EOS and the marks of the chat template",
                 got=f"pad {tokenizer.pad_token!r}, unk {tokenizer.unk_token!r}, eos {tokenizer.eos_token!r}",
                 do="set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains",
             )
         )
-    tokenizer.pad_token = tokenizer.unk_token
+    tokenizer.pad_token = unknown

@@ -19,11 +19,12 @@ from finetune.merge import proof
 from finetune.merge.adapter import RECORD_FILE, Adapter, read_adapter
 from finetune.merge.biases import fixed_tensors
 from finetune.merge.deltas import Delta, plan
-from finetune.merge.files import copy_files, merged_config, side_files
+from finetune.merge.files import copy_files, end_generation_at, merged_config, side_files
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, PartFigures
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, output_specs, stream_merged
+from finetune.merge.vocabulary import TokenRows, refuse_other_tokenizer, token_rows, vocab_size
 from finetune.moe.families import Family, family_of
 from finetune.moe.rehearsal import rehearse
 
@@ -43,6 +44,9 @@ class _Job:
     fingerprint: str
     deltas: dict[str, Delta]
     fixed: dict[str, TensorInfo]  # tensors that are copied as they are, wherever they lie
+    rows: dict[str, TokenRows]  # matrices of which the adapter holds rows
+    config: dict[str, Any]  # of the merged model
+    eos: int | None  # of the tokenizer that the adapter was trained with; None where it brings none
     specs: list[TensorSpec]
     dtype: str | None  # "BF16"; None leaves every tensor in its own
     files: list[Path]
@@ -67,13 +71,14 @@ def merge(
     with new_folder(output) as folder:
         started = time.monotonic()
         with _bar(job, "merge", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
-            ledger = stream_merged(job.base, job.deltas, folder, job.specs, job.fixed, bar.update)
+            ledger = stream_merged(job.base, job.deltas, folder, job.specs, job.fixed, job.rows, bar.update)
         streamed = time.monotonic()
         copy_files(job.files, folder)
+        end_generation_at(folder, job.eos)
         report = _prove(job, ledger, folder, Path(output), started, streamed)
         write_json(folder / REPORT_FILE, report.as_dict())
         # Last of all: without it no reader takes the folder for a model.
-        write_json(folder / "config.json", merged_config(job.base.config, job.dtype))
+        write_json(folder / "config.json", job.config)
     return report
 
 
@@ -89,7 +94,10 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
         raise WeightsError(Problem(str(folder), "base fingerprint differs", do, got))
     rehearse(reader, family.transformers_class(), load_in_4bit=False)
     deltas = plan(reader, adapter, family)
+    rows = token_rows(reader, adapter, deltas)
     files = side_files(folder, adapter.folder)
+    tokenizer = _tokenizer(files[0].parent, vocab_size(reader, rows), adapter)
+    eos = tokenizer.eos_token_id if files[0].parent == adapter.folder else None
     fixed = fixed_tensors(reader, adapter.folder, family)
     output_dtype = None if dtype is None else DTYPES[dtype]
     return _Job(
@@ -99,12 +107,29 @@ def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_pr
         fingerprint=found,
         deltas=deltas,
         fixed=fixed,
-        specs=output_specs(reader, output_dtype, fixed),
+        rows=rows,
+        config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
+        eos=eos,
+        specs=output_specs(reader, output_dtype, fixed, rows),
         dtype=output_dtype,
         files=files,
-        prompts=proof.prompt_ids(files[0].parent, int(reader.config["vocab_size"])),
+        prompts=proof.prompt_ids(tokenizer, _tokens(rows)),
         show_progress=show_progress,
     )
+
+
+def _tokenizer(folder: Path, size: int, adapter: Adapter) -> Any:
+    """The merged model's tokenizer; refused unless it fits the model and the adapter."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    refuse_other_tokenizer(tokenizer, str(folder), size, adapter)
+    return tokenizer
+
+
+def _tokens(rows: Mapping[str, TokenRows]) -> list[int]:
+    """The tokens of which the adapter holds rows."""
+    return sorted({token for each in rows.values() for token in each.tokens})
 
 
 def _base_folder(adapter: Adapter, base: Path | None) -> Path:
@@ -133,14 +158,15 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
     used = proof.prove_usage(ledger, job.adapter, job.deltas)
     tensors = proof.prove_keys(merged, job.specs)
     moved = proof.prove_copies(job.base, merged, job.fixed)
+    proof.prove_rows(job.base, merged, job.rows)
     with _bar(job, "compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys)) as bar:
-        changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, bar.update)
-    base_config = job.base.config
+        changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, job.rows, bar.update)
+    base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
-    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing)
-    merged_model = LayerwiseModel(merged, merged_config(base_config, job.dtype), routing=routing)
+    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing, job.rows)
+    merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:
-        figures = proof.measure_logits(base_model, merged_model, job.prompts, bar.update)
+        figures = proof.measure_logits(base_model, merged_model, job.prompts, _tokens(job.rows), bar.update)
     dtypes = tuple(sorted({merged.info(key).dtype for key in merged.keys}))
     proof.judge_logits(figures, float32=dtypes == ("F32",), rounding=_rounding(ledger))
     return MergeReport(
@@ -151,11 +177,12 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
         output=str(output),
         dtypes=dtypes,
         nbytes=job.nbytes,
-        adapter_tensors=used,
+        adapter_tensors=used + len(job.adapter.rows),
         tensors=tensors,
-        targeted=len(job.deltas) + len(moved),
-        changed=changed,
+        targeted=len(job.deltas) + len(moved) + len(job.rows),
+        changed=changed + len(job.rows),
         moved_biases=len(moved),
+        added_tokens=len(_tokens(job.rows)),
         parts=_part_figures(job.deltas, ledger),
         logits=figures,
         stream_seconds=round(streamed - started, 3),

@@ -16,9 +16,13 @@ RECORD_FILE = "finetune.json"
 EXPERT_LAYOUT = "A:expert-major,B:rank-major"
 PREFIX = "base_model.model."
 FACTORS = ("lora_A", "lora_B")
+ROWS = ".token_adapter.trainable_tokens_delta"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FLOATS = ("F32", "BF16", "F16")
 
-# Settings that leave W + scale * B A as it is. Any other one that is switched on changes what the adapter computes.
+# Settings that leave W + scale * B A as it is, and `trainable_token_indices`, which is read apart. Any other one that
+# is switched on changes what the adapter computes.
 NEUTRAL_SETTINGS = frozenset(
     {
         "peft_type",
@@ -42,6 +46,7 @@ NEUTRAL_SETTINGS = frozenset(
         "init_lora_weights",
         "megatron_core",
         "qalora_group_size",
+        "trainable_token_indices",
     }
 )
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
@@ -58,11 +63,18 @@ class FactorPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter folder; `pairs` by the wrapped module's path in the loaded model (`base_layer` nesting included)."""
+    """One adapter folder; `pairs` by the wrapped module's path in the loaded model (`base_layer` nesting included).
+
+    `rows` are those of single tokens, [n, H], by the path of embedding or head; `tokens` says which, by PEFT's names of
+    the same modules (their last parts); `added_tokens` are the recipe's, with their ids.
+    """
 
     folder: Path
     settings: dict[str, Any]
     pairs: dict[str, FactorPair]
+    rows: dict[str, TensorInfo]
+    tokens: dict[str, tuple[int, ...]]
+    added_tokens: dict[str, int]
     base_location: str | None
     base_revision: str | None
     base_fingerprint: str | None
@@ -76,6 +88,14 @@ class Adapter:
         r = self.rank(name)
         alpha = float(self._by_pattern("alpha_pattern", name, "lora_alpha"))
         return alpha / math.sqrt(r) if self.settings.get("use_rslora") else alpha / r
+
+    def tokens_of(self, path: str) -> tuple[int, ...] | None:
+        """The tokens whose rows of the module at `path` the adapter holds; None where the settings do not say."""
+        return next((tokens for name, tokens in self.tokens.items() if f".{path}".endswith(f".{name}")), None)
+
+    def path_of(self, name: str) -> str | None:
+        """The path of the module that the settings call `name`, of whose rows the adapter holds some."""
+        return next((path for path in self.rows if f".{path}".endswith(f".{name}")), None)
 
     def _by_pattern(self, patterns: str, name: str, default: str) -> Any:
         from peft.utils.other import get_pattern_key
@@ -105,6 +125,9 @@ def read_adapter(folder: Path) -> Adapter:
         folder=folder,
         settings=settings,
         pairs=_pairs(folder / WEIGHTS_FILE),
+        rows=_rows(folder / WEIGHTS_FILE),
+        tokens=_tokens(folder / CONFIG_FILE, settings.get("trainable_token_indices")),
+        added_tokens={str(token): int(number) for token, number in (record.get("added_tokens") or {}).items()},
         base_location=base.get("name_or_path"),
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
@@ -151,6 +174,8 @@ def _pairs(file: Path) -> dict[str, FactorPair]:
     found: dict[str, dict[str, TensorInfo]] = {}
     problems: list[Problem] = []
     for key, info in read_header(file).items():
+        if key.endswith(ROWS):
+            continue
         path, _, factor = key.removesuffix(".weight").rpartition(".")
         if not key.startswith(PREFIX) or not key.endswith(".weight") or factor not in FACTORS:
             do = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight can be merged"
@@ -169,3 +194,28 @@ def _pairs(file: Path) -> dict[str, FactorPair]:
     if problems:
         raise WeightsError(problems)
     return {path: FactorPair(factors["lora_A"], factors["lora_B"]) for path, factors in found.items()}
+
+
+def _rows(file: Path) -> dict[str, TensorInfo]:
+    """Where the rows of single tokens lie, by the path of their module."""
+    found = {key: info for key, info in read_header(file).items() if key.endswith(ROWS)}
+    problems = [
+        Problem(f"{file}: {key}", "rows are not a floating-point matrix", "save it again", f"{i.dtype}{list(i.shape)}")
+        for key, i in found.items()
+        if i.dtype not in FLOATS or len(i.shape) != 2
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return {key.removeprefix(PREFIX).removesuffix(ROWS): info for key, info in found.items()}
+
+
+def _tokens(where: Path, setting: Any) -> dict[str, tuple[int, ...]]:
+    """`trainable_token_indices`: tokens by module, or a list of tokens, which are the embedding's."""
+    by_module = {EMBEDDING.removesuffix(".weight"): setting} if isinstance(setting, list) else setting or {}
+    for tokens in by_module.values():
+        sound = isinstance(tokens, list) and all(isinstance(token, int) and token >= 0 for token in tokens)
+        if not sound or len(set(tokens)) != len(tokens):
+            what = "must name each token once, by its number"
+            do = "save the adapter again"
+            raise WeightsError(Problem(f"{where}: trainable_token_indices", what, do, got=json.dumps(tokens)[:80]))
+    return {name: tuple(tokens) for name, tokens in by_module.items()}

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,15 +47,39 @@ def copy_files(files: list[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def merged_config(base: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+def end_generation_at(folder: Path, eos: int | None) -> None:
+    """Have the folder's generation settings stop at `eos`, the tokenizer's, as well as where they stopped before."""
+    path = folder / GENERATION_FILE
+    if eos is None or not path.is_file():
+        return
+    settings = read_json(path)
+    stops = _ids(settings.get("eos_token_id"))
+    if eos not in stops:
+        write_json(path, {**settings, "eos_token_id": [eos, *stops] if stops else eos})
+
+
+def _ids(value: Any) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def merged_config(
+    base: Mapping[str, Any], dtype: str | None, vocab_size: int | None = None, eos: int | None = None
+) -> dict[str, Any]:
     """The base's `config.json` for the merged model; `dtype` ("BF16") when the output has one of its own.
 
+    `vocab_size`: rows of the merged embedding; `eos`: what ended the answers in training, by its tokenizer.
     `output_router_logits` is off: left on, it breaks generation. Both spellings of the rotary base are written, so that
     readers from before and after transformers 5 see the same one.
     """
     config = dict(base)
     if "output_router_logits" in config:
         config["output_router_logits"] = False
+    if vocab_size is not None:
+        config["vocab_size"] = vocab_size
+    if eos is not None and eos not in _ids(config.get("eos_token_id")):
+        config["eos_token_id"] = eos
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(names, CONFIG_NAMES[dtype])

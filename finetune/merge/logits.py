@@ -8,7 +8,7 @@ compared with.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,19 @@ from torch import nn
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import WEIGHTS_FILE
+from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
 from finetune.merge.biases import bias_tensors, moved_biases
 from finetune.merge.routing import Routing
+from finetune.merge.vocabulary import TokenRows
 from finetune.moe.families import family_of
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 class LayerwiseModel:
     """A causal language model on disk, run layer by layer; `adapter` is a PEFT folder or None.
 
     `config` is the content of its `config.json`. With an adapter `routing` is recorded, without one it is replayed.
+    `token_rows`: of added tokens, which a base has not; it is shown with the adapter's, so that what is told apart is
+    the factors' effect.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class LayerwiseModel:
         config: dict[str, Any],
         adapter: Path | None = None,
         routing: Routing | None = None,
+        token_rows: Mapping[str, TokenRows] | None = None,
     ) -> None:
         self.reader, self.adapter, self.routing = reader, adapter, routing
+        self._token_rows = token_rows or {}
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
@@ -118,16 +120,18 @@ class LayerwiseModel:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         factors = [key for key in self._factors if self._belongs(key, index)]
-        return self._adapted(model.eval(), factors) if factors else model.eval()
+        return self._adapted(model.eval(), factors, self._needs_vocabulary(index)) if factors else model.eval()
 
     def _model_class(self, config: Any) -> Any:
         named = self._family.transformers_class()
         automatic = named is transformers.AutoModelForCausalLM
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if automatic else named
 
-    def _adapted(self, model: Any, keys: list[str]) -> Any:
+    def _adapted(self, model: Any, keys: list[str], with_rows: bool) -> Any:
         config = PeftConfig.from_pretrained(str(self.adapter))
         config.inference_mode = True
+        if not with_rows:
+            config.trainable_token_indices = None
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         factors = {key: read_tensor(self._factors[key]) for key in keys}
         unknown = set_peft_model_state_dict(adapted, factors, low_cpu_mem_usage=True).unexpected_keys
@@ -144,14 +148,17 @@ class LayerwiseModel:
             if key in (EMBEDDING, HEAD) and not self._needs_vocabulary(index):
                 tensors[key] = torch.zeros(1, config.hidden_size)
             elif key.startswith(f"model.layers.{index}.") or not key.startswith("model.layers."):
-                tensors[key] = self.reader.read(key)
+                tensor = self.reader.read(key)
+                tensors[key] = self._token_rows[key].onto(tensor) if key in self._token_rows else tensor
         return tensors
 
     def _needs_vocabulary(self, index: int) -> bool:
         return index in (0, self.num_layers - 1)
 
     def _belongs(self, key: str, index: int) -> bool:
-        """Whether an adapter's tensor is of layer `index`, or of what comes after the last layer."""
+        """Whether an adapter's tensor is of layer `index`, or of what comes before the first or after the last one."""
+        if key.endswith(ROWS):
+            return self._needs_vocabulary(index)
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
 
 

@@ -5,9 +5,9 @@ loaded again and their logits compared with the adapter's own, through stock tra
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +19,7 @@ from finetune.merge.adapter import Adapter
 from finetune.merge.deltas import Delta
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.stream import Ledger, blocks
+from finetune.merge.vocabulary import TokenRows
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -50,6 +51,9 @@ class LogitFigures:
     merged_error_max: float
     rerouted_error_mean: float | None  # the same with the adapter's choice of experts; None for a dense model
     other_experts: float | None  # share of the choices that merged alone would make otherwise
+    # Logits of the added tokens alone, of which few stand among many: how large, and how far off; None without any.
+    added_mean: float | None = None
+    added_error_mean: float | None = None
 
 
 def prove_usage(ledger: Ledger, adapter: Adapter, deltas: Mapping[str, Delta]) -> int:
@@ -78,7 +82,7 @@ def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:
 
 
 def prove_keys(merged: CheckpointReader, specs: list[TensorSpec]) -> int:
-    """The written checkpoint holds the base's keys with the base's shapes; returns their number."""
+    """The written checkpoint holds the base's keys with the announced shapes; returns their number."""
     expected = {spec.key: (spec.dtype, spec.shape) for spec in specs}
     found = {key: (merged.info(key).dtype, merged.info(key).shape) for key in merged.keys}
     wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
@@ -96,18 +100,33 @@ def prove_copies(base: CheckpointReader, merged: CheckpointReader, fixed: Mappin
     return {key for key in fixed if not torch.equal(merged.read(key), base.read(key).to(merged.read(key).dtype))}
 
 
+def prove_rows(base: CheckpointReader, merged: CheckpointReader, token_rows: Mapping[str, TokenRows]) -> None:
+    """Of matrices that take rows of added tokens, these are the adapter's and all others the base's, bit for bit."""
+    for key, rows in token_rows.items():
+        found, wanted = merged.read(key), read_tensor(rows.info)
+        tokens, others = list(rows.tokens), torch.ones(len(found), dtype=torch.bool)
+        others[tokens] = False
+        kept = base.read(key).to(found.dtype)[others[: rows.base_rows]]
+        if not torch.equal(found[tokens], wanted.to(found.dtype)) or not torch.equal(found[others], kept):
+            raise WeightsError(Problem(key, "rows of added tokens are not where they belong", "report this bug"))
+
+
 def prove_changes(
     base: CheckpointReader,
     merged: CheckpointReader,
     targeted: set[str],
+    proven: Collection[str] = (),
     advance: Callable[[int], object] = lambda _: None,
 ) -> int:
     """The tensors on disk that differ from the base's are those with a non-zero delta, no others; returns their number.
 
-    Both checkpoints are read again; where the output has another dtype the base is rounded to it first.
+    Both checkpoints are read again; where the output has another dtype the base is rounded to it first. `proven` keys
+    are left out: `prove_rows` has looked at them.
     """
     changed = set()
     for key in base.keys:
+        if key in proven:
+            continue
         dtype = TORCH_DTYPES[merged.info(key).dtype]
         for start, stop in blocks(base.info(key)):
             rows = base.read_rows(key, start, stop)
@@ -123,17 +142,13 @@ def prove_changes(
     return len(changed)
 
 
-def prompt_ids(tokenizer_folder: Path, vocab_size: int) -> list[torch.Tensor]:
-    """The fixed prompts as token ids [T]; WeightsError for a tokenizer with more tokens than the model."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+def prompt_ids(tokenizer: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
+    """The fixed prompts as token ids [T], and with added `tokens` one in which they stand between words."""
     prompts = [torch.tensor(tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS]) for text in PROMPTS]
-    highest = max(int(prompt.max()) for prompt in prompts)
-    if highest >= vocab_size:
-        do = "the tokenizer and the model do not belong together"
-        got = f"id {highest} for {vocab_size} entries"
-        raise WeightsError(Problem(str(tokenizer_folder), "a token is outside the model's vocabulary", do, got))
+    if tokens:
+        words = prompts[0][: MAX_PROMPT_TOKENS // 2]
+        added = torch.tensor([tokens[place % len(tokens)] for place in range(len(words))])
+        prompts.append(torch.stack([added, words], dim=1).reshape(-1))
     return prompts
 
 
@@ -141,13 +156,15 @@ def measure_logits(
     base: LayerwiseModel,
     merged: LayerwiseModel,
     prompts: list[torch.Tensor],
+    tokens: Sequence[int] = (),
     advance: Callable[[int], object] = lambda _: None,
 ) -> LogitFigures:
-    """Logits of base, base + adapter and merged in fp32, one after the other, compared."""
+    """Logits of base, base + adapter and merged in fp32, one after the other, compared; `tokens`: the added ones."""
     reference = {name: logits.double() for name, logits in base.logits(prompts, advance).items()}
     plain, adapted = reference["plain"], reference["adapted"]
     found = {name: logits.double() for name, logits in merged.logits(prompts, advance).items()}
     error, routing = (found["plain"] - adapted).abs(), merged.routing
+    added = list(tokens)
     return LogitFigures(
         tokens=len(adapted),
         adapter_effect_mean=float((plain - adapted).abs().mean()),
@@ -156,6 +173,8 @@ def measure_logits(
         merged_error_max=float(error.max()),
         rerouted_error_mean=None if routing is None else float((found["rerouted"] - adapted).abs().mean()),
         other_experts=None if routing is None else routing.differing / routing.decisions,
+        added_mean=float(adapted[:, added].abs().mean()) if added else None,
+        added_error_mean=float(error[:, added].mean()) if added else None,
     )
 
 
@@ -167,6 +186,7 @@ def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
     if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
         raise WeightsError(Problem("proof: logits", "not finite", "check the base and the adapter", str(figures)))
     share = MAX_RELATIVE_DISTANCE_FLOAT32 if float32 else MAX_RELATIVE_DISTANCE
+    _judge_added(figures, share)
     allowed = share * figures.adapter_effect_mean
     if figures.merged_error_mean <= allowed or (float32 and figures.merged_error_max <= MAX_FLOAT32_DIFFERENCE):
         return
@@ -187,3 +207,12 @@ def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
             f"{rounding:.0%} of the change): merge with --dtype float32"
         )
     raise WeightsError(Problem("proof: logits", what, do, got))
+
+
+def _judge_added(figures: LogitFigures, share: float) -> None:
+    """Raise WeightsError where the logits of added tokens are off: among all others they would not be seen."""
+    size, error = figures.added_mean, figures.added_error_mean
+    if size is not None and error is not None and error > share * size:
+        got = f"mean difference {error:.3g} where they are {size:.3g}"
+        what = "merged model gives the added tokens other logits than base + adapter"
+        raise WeightsError(Problem("proof: logits", what, "report this bug", got))

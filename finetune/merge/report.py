@@ -32,6 +32,7 @@ class MergeReport:
     targeted: int
     changed: int
     moved_biases: int  # correction biases of routers, which training had moved
+    added_tokens: int  # whose rows of embedding and head are the adapter's
     parts: Mapping[str, PartFigures]
     logits: LogitFigures
     stream_seconds: float
@@ -54,6 +55,7 @@ class MergeReport:
             ),
             ("tensors changed", f"{self.changed} of {self.targeted} targeted, no others"),
             *_bias_lines(self.moved_biases),
+            *_added_lines(self.added_tokens, logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             ("logits", f"{logits.tokens} tokens, fp32"),
             ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
@@ -72,6 +74,13 @@ def _part_line(part: PartFigures) -> str:
 
 def _bias_lines(count: int) -> list[tuple[str, str]]:
     return [("  correction biases", f"{count} tensors, as training left them")] if count else []
+
+
+def _added_lines(count: int, logits: LogitFigures) -> list[tuple[str, str]]:
+    if not count:
+        return []
+    off = f"their logits are off by {logits.added_error_mean:.3g} of {logits.added_mean:.3g}"
+    return [("  added tokens", f"{count}, with the rows that training left; {off}")]
 
 
 def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import FLOATS
 from finetune.merge.deltas import Delta
 from finetune.merge.factors import FactorReader
+from finetune.merge.vocabulary import TokenRows
 
 # Elements of a block: 4 MiB in fp32, of which a handful are in memory at a time.
 BLOCK_ELEMENTS = 2**20
@@ -37,11 +38,17 @@ class Ledger:
     norms: dict[str, PartNorms] = field(default_factory=dict)
 
 
-def output_specs(base: CheckpointReader, dtype: str | None, fixed: Mapping[str, TensorInfo]) -> list[TensorSpec]:
-    """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there."""
+def output_specs(
+    base: CheckpointReader, dtype: str | None, fixed: Mapping[str, TensorInfo], rows: Mapping[str, TokenRows]
+) -> list[TensorSpec]:
+    """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there.
+
+    `rows`: of added tokens, for which a matrix may be longer than the base's.
+    """
     infos = [base.info(key) for key in base.keys]
     specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
-    return [replace(spec, dtype=fixed[spec.key].dtype) if spec.key in fixed else spec for spec in specs]
+    specs = [replace(spec, dtype=fixed[spec.key].dtype) if spec.key in fixed else spec for spec in specs]
+    return [replace(spec, shape=rows[spec.key].shape) if spec.key in rows else spec for spec in specs]
 
 
 def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
@@ -59,12 +66,13 @@ def stream_merged(
     folder: Path,
     specs: Sequence[TensorSpec],
     fixed: Mapping[str, TensorInfo],
+    token_rows: Mapping[str, TokenRows],
     advance: Callable[[int], object] = lambda _: None,
 ) -> Ledger:
     """Write base + deltas to `folder` as `specs` says; arithmetic in fp32.
 
-    Tensors in `fixed` are copied from there. `advance` is told the bytes as they pass. Raises WeightsError for a result
-    that is not finite.
+    Tensors in `fixed` are copied from there, `token_rows` put in place of the base's or behind them. `advance` is told
+    the bytes as they pass. Raises WeightsError for a result that is not finite.
     """
     ledger, factors = Ledger(), FactorReader()
     with CheckpointWriter(folder, specs, shard_bytes(base, specs)) as writer:
@@ -78,9 +86,15 @@ def stream_merged(
                     merged = rows.to(out)
                 else:
                     merged = _merge_rows(rows, delta.rows(start, stop, factors), delta, start, out, ledger)
+                if spec.key in token_rows:
+                    merged = token_rows[spec.key].put(merged, start)
                 _require_finite(merged, spec.key)
                 writer.write_rows(spec.key, start, merged)
                 advance(rows.numel() * rows.itemsize)
+            if spec.key in token_rows:
+                beyond = token_rows[spec.key].beyond(out)
+                _require_finite(beyond, spec.key)
+                writer.write_rows(spec.key, token_rows[spec.key].base_rows, beyond)
     return ledger
 
 

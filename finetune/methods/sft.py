@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,20 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         if self.router_term is not None and self.is_world_process_zero():
             self.router_term.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As transformers', without the whole embedding, which PEFT would add where new tokens made it longer."""
+        model = self.model
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As transformers', without the rows of added tokens: they stand for tokens, and 0 is no neutral token."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if ".trainable_tokens_delta." not in name]
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         total: torch.Tensor = self.accelerator.reduce(tensor.clone(), reduction="sum")

@@ -32,6 +32,7 @@ class PartAudit:
     adaptable: set[str] = field(default_factory=set)  # the weights that `lora.targets` can name
     unknown: list[str] = field(default_factory=list)  # linear modules of which the table says nothing
     ranks: dict[str, int] = field(default_factory=dict)  # adapted weight -> LoRA rank
+    rows: int = 0  # of the embedding or the head that are trained: those of added tokens
     trained: int = 0
     base_trained: int = 0  # parameters of the base itself that would be trained: must stay 0
 
@@ -50,6 +51,7 @@ class PartAudit:
             "adapted": len(self.ranks),
             "adaptable": len(self.adaptable),
             "ranks": sorted(set(self.ranks.values())),
+            "rows": self.rows,
             "trained": self.trained,
         }
 
@@ -60,8 +62,9 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
     for name, parameter in model.named_parameters():
         clean = clean_name(name)
         part = parts[part_of(clean, family)]
-        if _is_lora(name):
+        if _is_lora(name) or _are_rows(name):
             part.trained += parameter.numel() if parameter.requires_grad else 0
+            part.rows += len(parameter) if parameter.requires_grad and _are_rows(name) else 0
             continue
         stored_as, count, stored_bytes = storage_of(parameter)
         if _is_weight(clean, parameter, family):
@@ -96,13 +99,16 @@ def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
     return len(_logical_shape(parameter)) > 1
 
 
-def differences(parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: bool, dtype: str) -> list[Problem]:
+def differences(
+    parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: bool, dtype: str, added_tokens: int = 0
+) -> list[Problem]:
     """Every point in which the loaded model is not what the recipe says; empty when it is."""
     problems = []
     for part in parts.values():
         weight_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
         problems += _format_problems(part, weight_format, dtype)
         problems += _adapter_problems(part, lora)
+        problems += _row_problems(part, added_tokens)
         if part.unknown:
             what = "the table of architectures says nothing of a linear module, which would stay in 16 bits"
             problems.append(Problem(f"audit: {part.part}", what, "report this model", got=part.unknown[0]))
@@ -163,6 +169,15 @@ def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
     return problems
 
 
+def _row_problems(part: PartAudit, added_tokens: int) -> list[Problem]:
+    """Rows are trained in the embedding, and in a head with a weight of its own, one for each added token."""
+    wanted = added_tokens if part.part in ("embeddings", "head") and part.parameters else 0
+    if part.rows == wanted:
+        return []
+    what = f"the recipe adds {added_tokens} tokens, so {wanted} rows are to be trained"
+    return [Problem(f"audit: {part.part}", what, "report this", got=f"{part.rows} rows")]
+
+
 def _wanted_weights(part: PartAudit, lora: LoraSettings) -> set[str]:
     """The weights of one class that `lora.targets` names."""
     if part.part in lora.targets:
@@ -191,11 +206,16 @@ def _logical_shape(parameter: torch.Tensor) -> torch.Size:
 
 def clean_name(name: str) -> str:
     """A parameter's name without PEFT's and the launcher's wrapping."""
-    return re.sub(r"(^|\.)(base_model\.model|base_layer|module)(?=\.)", "", name).lstrip(".")
+    return re.sub(r"(^|\.)(base_model\.model|base_layer|token_adapter|module)(?=\.)", "", name).lstrip(".")
 
 
 def _is_lora(name: str) -> bool:
     return ".lora_" in name
+
+
+def _are_rows(name: str) -> bool:
+    """Whether a parameter is the rows of added tokens, which PEFT keeps apart."""
+    return ".trainable_tokens_delta." in name
 
 
 def part_of(name: str, family: Family) -> str:
@@ -216,6 +236,7 @@ def audit_table(parts: dict[str, PartAudit]) -> str:
             continue
         stored = ", ".join(sorted(part.stored_as))
         adapted = f"{len(part.ranks)} of {len(part.adaptable)}" if part.adaptable else "-"
+        adapted = f"{part.rows} rows" if part.rows else adapted
         rank = ",".join(map(str, sorted(set(part.ranks.values())))) or "-"
         lines.append(
             f"{part.part:<15}{stored:<22}{part.parameters:>16,}{part.bytes / 2**20:>11.1f}"

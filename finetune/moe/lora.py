@@ -5,7 +5,7 @@ expert on every forward; `FactoredStackLora` replaces that forward and hands the
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.families import family_of
 from finetune.moe.targets import attach, lora_config, refuse_absent
+from finetune.moe.vocabulary import complete_head, vocabulary_modules
 from finetune.recipe import LoraSettings
 
 
@@ -70,13 +71,16 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
 FactoredStackLora.__name__ = ParamWrapper.__name__  # PEFT looks for this name when it adds a second adapter
 
 
-def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:
+def add_adapter(model: Any, lora: LoraSettings, new_tokens: Sequence[int] = ()) -> PeftModel:
     """Wrap `model` with a fresh adapter (B = 0, so the output does not change) and its factored expert forward.
 
-    Trains exactly the adapter: everything else is frozen first, as PEFT leaves unrelated parameters as it finds them.
+    Trains exactly the adapter, to which the rows of `new_tokens` belong: everything else is frozen first, as PEFT
+    leaves unrelated parameters as it finds them.
     """
     family = family_of(model.config.model_type, "config.json: model_type")
     config = lora_config(lora, family)
+    if new_tokens:
+        config.trainable_token_indices = {name: list(new_tokens) for name in vocabulary_modules(model)}
     refuse_absent(lora.targets, family, [name for name, _ in model.named_modules()])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -86,6 +90,8 @@ def add_adapter(model: Any, lora: LoraSettings) -> PeftModel:
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         peft_model = attach(model, config)
     factor_stacks(peft_model)
+    if new_tokens:
+        complete_head(peft_model)
     if lora.lora_dropout:
         _set_dropout(peft_model, lora.lora_dropout)
     return peft_model

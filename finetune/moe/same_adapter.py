@@ -5,6 +5,7 @@ PEFT loads what fits and only warns of the rest, so that a part of the adapter w
 
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from finetune.checkpoint.reader import read_header
@@ -17,7 +18,7 @@ def refuse_other_adapter(model: PeftModel, folder: Path) -> None:
     """Raise WeightsError where the adapter in `folder` was made for another layout: no weight of it is read."""
     file = folder / WEIGHTS_FILE
     found = {key: info.shape for key, info in read_header(file).items()}
-    wanted = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    wanted = {key: tuple(value.shape) for key, value in _state_of(model).items()}
     do = "continue with the model, the recipe and the versions that made it, or start anew in another output_dir"
     problems = []
     for what, keys in (
@@ -33,3 +34,9 @@ def refuse_other_adapter(model: PeftModel, folder: Path) -> None:
             problems.append(Problem(f"{file}: {key}", what, do, got=str(list(found[key]))))
     if problems:
         raise WeightsError(problems[:5])
+
+
+def _state_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What is saved of the adapter: not the whole embedding, which PEFT would add where new tokens made it longer."""
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return state

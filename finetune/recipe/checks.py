@@ -17,6 +17,7 @@ from finetune.recipe.yaml12 import Path
 def check_all(source: Source) -> None:
     """Run every check; all problems end in `source`."""
     for check in (
+        _added_tokens,
         _targets,
         _experts_settings,
         _experts_choice,
@@ -32,6 +33,21 @@ def check_all(source: Source) -> None:
         _trainer_args,
     ):
         check(source)
+
+
+def _added_tokens(source: Source) -> None:
+    tokens = source.get(key_path("model.added_tokens"))
+    if not isinstance(tokens, list):
+        return
+    for index, token in enumerate(tokens):
+        where = (*key_path("model.added_tokens"), index)
+        if not isinstance(token, str) or source.is_broken(where):
+            continue
+        if any(character.isspace() for character in token):
+            do = "write it without: a tokenizer may strip or split white space"
+            source.report(where, "white space in a token", do, got=show(token))
+        elif token in tokens[:index]:
+            source.report(where, "named twice", "keep one of the two", got=show(token))
 
 
 def _target_names(source: Source) -> list[str] | None:

@@ -37,6 +37,17 @@ class ModelSettings(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = Field(
         default="sdpa", description="Attention code of transformers; flash_attention_2 needs its own package and a GPU."
     )
+    added_tokens: list[Text] = Field(
+        default=[],
+        description="Special tokens that the template needs and the checkpoint's vocabulary lacks. Each gets a row of "
+        "the embedding, and of the head where that has its own weight; these rows start as the mean of the others and "
+        "are trained without weight decay. All other rows stay as they are; with an empty list all do.",
+    )
+    eos_token: Text | None = Field(
+        default=None,
+        description="Special token that ends an answer, one of the vocabulary or of `added_tokens`; null: the "
+        "checkpoint's own.",
+    )
 
 
 class LoraSettings(Section):

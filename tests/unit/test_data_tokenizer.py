@@ -36,14 +36,17 @@ def test_where_nothing_can_pad_the_tokenizer_is_refused(tmp_path: Path, unk: str
     with pytest.raises(WeightsError) as caught:
         load_tokenizer(saved(tmp_path, pad_token="<|im_end|>", unk_token=unk), None, None)
     assert str(caught.value) == (
-        f"{tmp_path}: the tokenizer has no pad token other than its EOS; got pad '<|im_end|>', unk {unk!r}, "
-        "eos '<|im_end|>'; set pad_token in its tokenizer_config.json to a token of the vocabulary that no text "
-        "contains"
+        f"{tmp_path}: the tokenizer has no pad token other than its EOS and the marks of the chat template; "
+        f"got pad '<|im_end|>', unk {unk!r}, eos '<|im_end|>'; "
+        "set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains"
     )
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"the tokenizer has no EOS token; set eos_token in its tokenizer_config"):
+    with pytest.raises(
+        WeightsError,
+        match=r"the tokenizer has no EOS token; write model.eos_token, or set eos_token in its tokenizer_config",
+    ):
         load_tokenizer(saved(tmp_path, eos_token=None), None, None)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from finetune.merge import merge
 from finetune.merge.proof import prompt_ids
@@ -23,7 +24,7 @@ def test_merged_equals_base_plus_adapter(model_type: str, tmp_path: Path) -> Non
     base = save_tiny(model_type, tmp_path / "base")
     adapter = adapter_on_all(base, tmp_path / "adapter")
     report = merge(adapter, tmp_path / "merged", show_progress=False)
-    whole, prompts = load(base, adapter), prompt_ids(base, 512)
+    whole, prompts = load(base, adapter), prompt_ids(AutoTokenizer.from_pretrained(base), ())
     adapted = logits(whole, prompts)
     with whole.disable_adapter():
         effect = (adapted - logits(whole, prompts)).abs()

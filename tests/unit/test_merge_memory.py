@@ -38,7 +38,7 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS")
 reader = CheckpointReader(Path(base))
 deltas = plan(reader, read_adapter(Path(adapter)), family_of(reader.config["model_type"], "test"))
-ledger = stream_merged(reader, deltas, Path(output), output_specs(reader, dtype or None, {}), {})
+ledger = stream_merged(reader, deltas, Path(output), output_specs(reader, dtype or None, {}, {}), {}, {})
 growth = resident("VmHWM") - before
 print(json.dumps({"growth": growth, "targeted": len(ledger.targeted)}))
 """

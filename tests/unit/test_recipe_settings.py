@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SURFACE = """
 output_dir seed
 model model.name_or_path model.revision model.load_in_4bit model.dtype model.attn_implementation
+model.added_tokens model.eos_token
 lora lora.targets lora.r lora.lora_alpha lora.expert_r lora.expert_lora_alpha
 lora.experts lora.experts_share lora.experts_score lora.experts_tokens lora.lora_dropout lora.use_rslora
 router router.router_aux_loss_coef router.balance router.scope router.router_z_loss_coef router.bias_update_rate
