@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
 from finetune.checkpoint import CheckpointReader
-from finetune.data.tokenizer import added_ids
+from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft.adapter import keep_chosen
@@ -139,19 +139,24 @@ def _options(settings: ModelSettings) -> dict[str, Any]:
     }
 
 
-def new_token_ids(folder: Path, settings: ModelSettings, tokenizer: Any) -> list[int]:
-    """The ids of the recipe's added tokens in the tokenizer; WeightsError where that does not fit the base."""
-    ids = added_ids(tokenizer, settings.added_tokens)
+def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
+    """The checkpoint's tokenizer as the recipe has it, and the ids of the tokens that the recipe adds.
+
+    Raises what `load_tokenizer` raises, and WeightsError for one with tokens that the checkpoint has no rows for.
+    """
+    settings = recipe.model
+    tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template, settings.added_tokens, settings.eos_token)
+    new_tokens = added_ids(tokenizer, settings.added_tokens)
     rows = int(CheckpointReader(folder).config["vocab_size"])
-    refuse_outside(rows, max(tokenizer.get_vocab().values()), len(ids), str(folder))
-    return ids
+    refuse_outside(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
+    return tokenizer, new_tokens
 
 
 def load_base(folder: Path, settings: ModelSettings, new_tokens: Sequence[int] = ()) -> Any:
     """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so.
 
-    `new_tokens`: ids from `new_token_ids`, which get rows of embedding and head. Raises WeightsError for a checkpoint
-    that lacks or holds anything else than the architecture asks for, and for weights that are not finite.
+    `new_tokens`: ids from `recipe_tokenizer`, which get rows of embedding and head. Raises WeightsError for a
+    checkpoint that lacks or holds anything else than the architecture asks for, and for weights that are not finite.
     """
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))

@@ -31,9 +31,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from torch.accelerator import is_available
     from transformers import set_seed
 
-    from finetune.data import Collator, load_tokenizer, prepare
+    from finetune.data import Collator, prepare
     from finetune.methods.sft import MoeSftTrainer, sft_config
-    from finetune.model import checkpoint_family, new_token_ids, resolve_checkpoint
+    from finetune.model import checkpoint_family, recipe_tokenizer, resolve_checkpoint
     from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
@@ -57,9 +57,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     family = checkpoint_family(checkpoint, recipe)
 
     # 3. Rows -> token ids and the supervised mask
-    added_tokens, eos_token = recipe.model.added_tokens, recipe.model.eos_token
-    tokenizer = load_tokenizer(str(checkpoint), None, recipe.data.chat_template, added_tokens, eos_token)
-    new_tokens = new_token_ids(checkpoint, recipe.model, tokenizer)
+    tokenizer, new_tokens = recipe_tokenizer(checkpoint, recipe)
     train_rows = prepare(recipe.data.sources("train"), tokenizer, recipe.data)
     eval_rows = None if recipe.data.eval is None else prepare(recipe.data.sources("eval"), tokenizer, recipe.data)
 
