@@ -3,28 +3,28 @@
 from typing import Any
 
 from finetune.data.formats import FORMATS
-from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
+from finetune.data.rows import Problems, Row, RowError
+from finetune.data.sources import open_files
 from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
 
 
-def to_conversation(line: Line, row_format: str) -> Conversation:
-    """The conversation of one line; `RowError` if the line or its fields are wrong."""
-    if isinstance(line.value, RowError):
-        raise line.value
-    return FORMATS[row_format](line.value)
+def to_conversation(row: Row, row_format: str) -> Conversation:
+    """The conversation of one row; `RowError` if the row or its fields are wrong."""
+    if isinstance(row.value, RowError):
+        raise row.value
+    return FORMATS[row_format](row.value)
 
 
 def read_conversations(path: str, row_format: str) -> list[tuple[int, dict[str, Any], Conversation]]:
     """(1-based line number, the row with all its keys, its conversation) a row; `DataError` names the bad ones."""
-    check_file(path)
-    problems = Problems(path)
+    problems = Problems()
     rows: list[tuple[int, dict[str, Any], Conversation]] = []
-    for line in read_lines(path):
+    for line in open_files(path):
         try:
             conversation = to_conversation(line, row_format)
         except RowError as error:
-            problems.add(line.number, error)
+            problems.add(line.path, line.number, error)
         else:
             assert isinstance(line.value, dict)
             rows.append((line.number, line.value, conversation))

@@ -11,7 +11,8 @@ from finetune.data.chat_templates import read_template
 from finetune.data.conversations import no_rows, to_conversation
 from finetune.data.formats import FORMATS, own_field
 from finetune.data.render import IGNORED, Rendered, Renderer
-from finetune.data.rows import Line, Problems, RowError, check_file, read_lines
+from finetune.data.rows import Problems, Row, RowError
+from finetune.data.sources import open_source
 from finetune.data.table import TokenRows
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
@@ -101,13 +102,13 @@ def prepare(sources: Sequence[DataSource], tokenizer: Any, settings: DataSetting
     """
     path, row_format = _one_file(sources, settings)
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings))
-    reading, problems = _Pass(settings), Problems(path)
-    for line in _with_progress(path):
+    reading, problems = _Pass(settings), Problems()
+    for line in _with_progress(sources[0]):
         try:
             reading.take(renderer(to_conversation(line, row_format)), line.number)
         except RowError as error:
             error.field = own_field(row_format, error.field)
-            problems.add(line.number, error)
+            problems.add(line.path, line.number, error)
     problems.raise_if_any()
     _check_not_empty(reading, path)
     kept = reading.kept
@@ -126,7 +127,7 @@ def _one_file(sources: Sequence[DataSource], settings: DataSettings) -> tuple[st
         ignored.append("train")
     if ignored or path is None or source.format not in FORMATS:
         where = f"data.{ignored[0] if ignored else 'train'}"
-        do = f"write one JSONL file in one of the formats {', '.join(FORMATS)}, and leave the newer settings out"
+        do = f"write one file in one of the formats {', '.join(FORMATS)}, and leave the newer settings out"
         raise DataError(Problem(where=where, what="not read by the data pipeline of this version", do=do))
     return path, source.format
 
@@ -142,13 +143,13 @@ def _template_name(tokenizer: Any, settings: DataSettings) -> str:
     return f"the chat template {settings.chat_template}"
 
 
-def _with_progress(path: str) -> Iterator[Line]:
-    size = check_file(path)
-    with tqdm(total=size, desc=f"Tokenising {path}", unit="B", unit_scale=True) as bar:
-        for line in read_lines(path):
-            yield line
-            bar.update(line.nbytes)
-        bar.update(size - bar.n)  # blank lines
+def _with_progress(settings: DataSource) -> Iterator[Row]:
+    source = open_source(settings)
+    with tqdm(total=source.total, desc=f"Tokenising {source.name}", unit=source.unit, unit_scale=True) as bar:
+        for row in source:
+            yield row
+            bar.update(row.progress)
+        bar.update((source.total or bar.n) - bar.n)  # blank lines
 
 
 def _check_not_empty(reading: _Pass, path: str) -> None:

@@ -1,111 +1,90 @@
-"""Read a JSONL file: one JSON object a line, every bad line found in one pass."""
+"""A row as it comes out of a source, what can be wrong with it, and how all of it is reported at once."""
 
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.errors import DataError, Problem
 
 MAX_PROBLEMS = 20
 """More than these are counted, not printed: the same mistake usually stands in every row."""
 
-WRITE_JSONL = "write one JSON object a line (JSONL), UTF-8"
-_BOM = b"\xef\xbb\xbf"
-
 
 class RowError(Exception):
-    """One row is wrong: `field` names the place inside it. Becomes a `Problem` where file and line are known."""
+    """One row is wrong: `field` names the place inside it. Becomes a `Problem` where file and number are known."""
 
     def __init__(self, field: str | None, what: str, do: str, got: str | None = None) -> None:
         super().__init__(what)
         self.field, self.what, self.do, self.got = field, what, do, got
 
-    def problem(self, path: str, line: int) -> Problem:
+    def problem(self, path: str, number: int) -> Problem:
         """The message a user reads: `file:line: field: what; got; do`."""
-        where = f"{path}:{line}" if self.field is None else f"{path}:{line}: {self.field}"
+        where = f"{path}:{number}" if number else path
+        where = where if self.field is None else f"{where}: {self.field}"
         return Problem(where=where, what=self.what, do=self.do, got=self.got)
 
 
-class Problems:
-    """Collects every problem of a file; `raise_if_any` reports the first `MAX_PROBLEMS` and counts the rest."""
+class FileError(RowError):
+    """The file itself is broken at this place, and what follows in it was not read: `on_bad_row` never drops this."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self._first: list[Problem] = []
-        self._count = 0
-
-    def add(self, line: int, error: RowError) -> None:
-        """Remember what is wrong in this line (1-based)."""
-        self._count += 1
-        if self._count <= MAX_PROBLEMS:
-            self._first.append(error.problem(self.path, line))
-
-    def raise_if_any(self) -> None:
-        """Raise `DataError` with everything found."""
-        rest = self._count - len(self._first)
-        if rest:
-            do = "mend those above first"
-            self._first.append(Problem(where=self.path, what=f"{rest} more rows are wrong", do=do))
-        if self._first:
-            raise DataError(self._first)
+    def __init__(self, what: str, do: str, got: str | None = None) -> None:
+        super().__init__(None, what, do, got)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line that is not blank: its 1-based number, its length in bytes, and the object, or what is wrong with it."""
+class Row(NamedTuple):
+    """One row of a source: the object, or what is wrong with it.
 
+    `path` is how messages name the file. `number` is 1-based: the line at which the row begins in JSONL, JSON and CSV
+    files, the row itself in Parquet, Arrow and hub sets; 0 with a `FileError` of the file as a whole. `progress` is
+    how many units of `Source.total` were used up since the row before.
+    """
+
+    path: str
     number: int
-    nbytes: int
+    progress: int
     value: dict[str, Any] | RowError
 
 
-def check_file(path: str) -> int:
-    """The size in bytes of a data file that can be read; `DataError` otherwise."""
-    do = "give the path of a JSONL file, relative to the folder the command is run in"
-    if not Path(path).exists():
-        raise DataError(Problem(where=path, what="no such data file", got=f"working directory {os.getcwd()}", do=do))
-    if not Path(path).is_file():
-        raise DataError(Problem(where=path, what="is not a file", do=do))
-    return Path(path).stat().st_size
+class Problems:
+    """Collects every problem of all files, in order; the first `limit` are kept to be printed."""
 
+    def __init__(self, limit: int = MAX_PROBLEMS) -> None:
+        self.limit = limit
+        self.first: list[Problem] = []
+        self.count = 0
+        self._paths: dict[str, None] = {}
 
-def read_lines(path: str) -> Iterator[Line]:
-    """Stream the lines of a JSONL file. A byte order mark and blank lines are skipped; numbers stay the file's own."""
-    # Bytes, cut at \n only: U+2028 and the like may stand inside a JSON string and end no line.
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            content = line.removeprefix(_BOM) if number == 1 else line
-            if content.strip():
-                yield Line(number, len(line), _parse(content))
+    def add(self, path: str, number: int, error: RowError) -> None:
+        """Remember what is wrong with this row."""
+        self.count += 1
+        if self.count <= self.limit:
+            self.first.append(error.problem(path, number))
+        else:
+            self._paths[path] = None
 
+    def report(self) -> list[Problem]:
+        """What is printed: the first problems, and how many more there are in which files."""
+        rest = self.count - len(self.first)
+        if not rest:
+            return self.first
+        path, *others = self._paths
+        where = path if not others else f"{path} and {len(others)} more file{'s' * (len(others) > 1)}"
+        what = "1 more row is wrong" if rest == 1 else f"{rest} more rows are wrong"
+        return [*self.first, Problem(where=where, what=what, do="mend those above first")]
 
-def _parse(content: bytes) -> dict[str, Any] | RowError:
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        return RowError(None, "not UTF-8", "save the file as UTF-8", f"byte 0x{content[error.start]:02x}")
-    except RowError as error:
-        return error
-    except (ValueError, RecursionError) as error:
-        return RowError(None, f"not valid JSON ({error})", WRITE_JSONL, shown(content.decode("utf-8").strip()))
-    if not isinstance(value, dict):
-        return RowError(None, "a row must be a JSON object", WRITE_JSONL, shown(value))
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(twice, "the key stands twice in one object", "keep one of them")
-    return row
+    def raise_if_any(self) -> None:
+        """Raise `DataError` with everything found."""
+        if self.count:
+            raise DataError(self.report())
 
 
 def shown(value: object, limit: int = 60) -> str:
     """A value as it is quoted in messages: its JSON, cut at `limit` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    if isinstance(value, str):
+        value = value[: limit + 1]
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (ValueError, TypeError, RecursionError):  # a cycle, keys that are no strings, too deep
+        text = f"a {type(value).__name__}"
+    # Half surrogate pairs cannot be printed.
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return text if len(text) <= limit else text[:limit] + "..."

@@ -113,7 +113,7 @@ def test_dropping_every_row_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    assert refusal(tmp_path, [None]) == ["rows.jsonl: there is no row in the file; write one JSON object a line"]
+    assert refusal(tmp_path, [None]) == ["rows.jsonl: there is no row in the file; fill it or leave it out"]
 
 
 def test_every_bad_row_is_named_in_one_go_by_the_rows_own_field(tmp_path: Path) -> None:
@@ -156,14 +156,14 @@ def test_conversations_can_be_read_without_a_tokenizer_and_keep_the_rows_own_key
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]\n{}\n", r"f:1: a row must be a JSON object; got \[\]; .*\n.*f:2: prompt: is missing"),
-        ("\n", "there is no row in the file; write one JSON object a line"),
+        ("1\n{}\n", r"f.jsonl:1: a row must be a JSON object; got 1; .*\n.*f.jsonl:2: prompt: is missing"),
+        ("\n", "there is no row in the file; fill it or leave it out"),
     ],
 )
 def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "f").write_text(content, encoding="utf-8")
+    (tmp_path / "f.jsonl").write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        read_conversations(str(tmp_path / "f"), "prompt_completion")
+        read_conversations(str(tmp_path / "f.jsonl"), "prompt_completion")
 
 
 @pytest.mark.parametrize("row_format", ["messages", "prompt_completion", "alpaca"])

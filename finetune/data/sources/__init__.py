@@ -1,0 +1,50 @@
+"""Settings of one data set -> its rows, one after another, from files or from the hub."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from finetune.data.rows import Row
+from finetune.data.sources.local import LocalSource
+from finetune.data.sources.paths import find_files
+from finetune.recipe import DataSource
+
+
+class Source(Protocol):
+    """Rows in their order; may be read again and again. Only a few rows are held at a time."""
+
+    @property
+    def name(self) -> str:
+        """What messages call the whole: the path or the id of the recipe."""
+        ...
+
+    @property
+    def total(self) -> int | None:
+        """What the rows' `progress` adds up to, in `unit`; None: not known before the end."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """`B` (bytes on disk) or ` rows`."""
+        ...
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, bad ones included. What breaks a file is its last row; those of the next file follow."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The same for the same rows in the same order; of the content, not of names and times."""
+        ...
+
+
+def open_source(settings: DataSource) -> Source:
+    """The source; `DataError` with all paths that are missing or cannot be read."""
+    assert settings.path is not None
+    return open_files(settings.path)
+
+
+def open_files(path: str) -> Source:
+    """A file, a glob, or a folder of `datasets.save_to_disk`."""
+    return LocalSource(path, tuple(find_files(path)))
+
+
+__all__ = ["Source", "open_files", "open_source"]

@@ -1,0 +1,75 @@
+"""Local files as one source of rows."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.data.rows import FileError, Row, RowError
+from finetune.data.sources.csv_files import read_csv
+from finetune.data.sources.json_files import read_json, read_json_lines
+from finetune.data.sources.paths import SAVED, DataFile
+from finetune.data.sources.streams import Place
+from finetune.data.sources.tables import read_arrow, read_parquet
+
+Reader = Callable[[DataFile, Place], Iterator[dict[str, Any] | RowError]]
+"""Yields rows, or what is wrong with them, and moves the place along; raises `FileError` where it cannot go on."""
+
+READERS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    SAVED: read_arrow,
+}
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """Files, read one after another; `name` is the recipe's path. Progress is in bytes on disk."""
+
+    name: str
+    files: tuple[DataFile, ...]
+    unit: str = "B"
+
+    @property
+    def total(self) -> int:
+        """Bytes on disk."""
+        return sum(file.size for file in self.files)
+
+    def __iter__(self) -> Iterator[Row]:
+        before = reported = 0
+        for file in self.files:
+            place, rows = Place(), 0
+            try:
+                for value in READERS[file.kind](file, place):
+                    done = before + place.done
+                    yield Row(file.path, place.number, done - reported, value)
+                    reported, rows = done, rows + 1
+                if not rows:
+                    place.number = 0
+                    raise FileError("there is no row in the file", "fill it or leave it out")
+            except FileError as error:
+                yield Row(file.path, place.number, before + file.size - reported, error)
+                reported = before + file.size
+            except OSError as error:
+                broken = FileError(f"cannot be read ({error.strerror or error})", "check the disk it lies on")
+                yield Row(file.path, place.number, before + file.size - reported, broken)
+                reported = before + file.size
+            before += file.size
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what is in the files and how it is read, in their order; not of their names.
+
+        It was the fastest of hashlib's here (1.8 GB/s, blake2b 0.65): processors have instructions for it.
+        """
+        whole = hashlib.sha256()
+        for file in self.files:
+            whole.update(f"{file.kind}{file.packed}{len(file.parts)}\n".encode())
+            for part in file.parts:
+                with open(part, "rb") as content:
+                    whole.update(hashlib.file_digest(content, "sha256").digest())
+        return whole.hexdigest()

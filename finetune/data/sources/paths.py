@@ -1,0 +1,138 @@
+"""Which files a `path` of the recipe means: a file, a glob, or a folder of `datasets.save_to_disk`."""
+
+import glob
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import DataError, Problem
+from finetune.recipe.names import looks_like_hub_id
+
+TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+TABLES = (".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+SAVED = "save_to_disk"
+WHAT_IS_READ = f"{', '.join(TEXT)} (each also with {' or '.join(PACKED)}), {', '.join(TABLES)}"
+_NAME_ONE = "give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file, or a `save_to_disk` folder: `kind` is the suffix that decides the reader (or `SAVED`), `packed` .gz,
+    .zst or None. `parts`: each file whose bytes are read, in order, with its size."""
+
+    path: str
+    kind: str
+    packed: str | None
+    parts: dict[str, int] = field(hash=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(self.parts.values())
+
+
+def find_files(path: str) -> list[DataFile]:
+    """The files in the order they are read (a glob's: sorted by name); `DataError` names all that cannot be."""
+    is_glob = any(character in path for character in "*?[") and not os.path.lexists(path)
+    paths = _matches(path) if is_glob else [path]
+    files: list[DataFile] = []
+    problems: list[Problem] = []
+    for each in paths:
+        try:
+            files.append(_data_file(each))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return files
+
+
+def _matches(pattern: str) -> list[str]:
+    paths = sorted(glob.glob(pattern, recursive=True))
+    saved = [path for path in paths if _is_saved(path)]
+    inside = tuple(os.path.join(folder, "") for folder in saved)
+    found = [path for path in paths if not path.startswith(inside) and (not os.path.isdir(path) or path in saved)]
+    if not found:
+        raise _refusal(pattern, "no file matches", _NAME_ONE, _here())
+    return found
+
+
+def _here() -> str:
+    return f"working directory {os.getcwd()}"
+
+
+def _is_saved(path: str) -> bool:
+    return os.path.isfile(os.path.join(path, "state.json"))
+
+
+def _refusal(path: str, what: str, do: str, got: str | None = None) -> DataError:
+    return DataError(Problem(where=path, what=what, do=do, got=got))
+
+
+def _data_file(path: str) -> DataFile:
+    if not os.path.exists(path):
+        if os.path.islink(path):
+            raise _refusal(path, "a link to a file that does not exist", "mend the link", os.readlink(path))
+        do = "give the path of a data file, relative to the folder the command is run in"
+        if looks_like_hub_id(path):
+            do += "; a data set on the Hugging Face hub is named by id instead of path"
+        raise _refusal(path, "no such data file", do, _here())
+    if os.path.isdir(path):
+        return _saved_folder(path)
+    if not os.path.isfile(path):
+        raise _refusal(path, "is not a file", _NAME_ONE)
+    kind, packed = _kind(path)
+    _check_readable(path)
+    return DataFile(path, kind, packed, {path: os.path.getsize(path)})
+
+
+def _kind(path: str) -> tuple[str, str | None]:
+    stem, suffix = os.path.splitext(path)
+    packed = suffix.lower() if suffix.lower() in PACKED else None
+    kind = (os.path.splitext(stem)[1] if packed else suffix).lower()
+    if kind in TEXT or (kind in TABLES and not packed):
+        return kind, packed
+    if kind in TABLES:
+        raise _refusal(path, f"{kind} files are read as they are, not packed", "unpack it", _suffix(path))
+    raise _refusal(path, "what is in the file must be told by its name", f"read are {WHAT_IS_READ}", _suffix(path))
+
+
+def _suffix(path: str) -> str:
+    suffix = "".join(Path(path).suffixes[-2:])
+    return f"suffix {suffix}" if suffix else "no suffix"
+
+
+def _check_readable(path: str) -> None:
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise _refusal(path, f"cannot be read ({error.strerror})", "check that it is there and may be read") from error
+
+
+def _saved_folder(path: str) -> DataFile:
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        names = _load(path, "dataset_dict.json", "splits")
+        do = f"give the folder of one: {' or '.join(os.path.join(path, name) for name in names)}"
+        raise _refusal(path, "is a folder of several splits", do, ", ".join(names))
+    if not _is_saved(path):
+        raise _refusal(path, "is a folder", f"write a glob, such as {os.path.join(path, '*.jsonl')}")
+    if _load(path, "state.json", "_indices_data_files"):
+        raise _refusal(path, "is a save_to_disk folder of an old version, with an index", "save it again")
+    parts = [os.path.join(path, entry["filename"]) for entry in _load(path, "state.json", "_data_files")]
+    if not parts:
+        raise _refusal(path, "is a save_to_disk folder whose state.json names no file", "save or copy it again")
+    for part in parts:
+        _check_readable(part)
+    return DataFile(path, SAVED, None, {part: os.path.getsize(part) for part in parts})
+
+
+def _load(folder: str, name: str, key: str) -> list[Any]:
+    try:
+        found = json.loads(Path(folder, name).read_text(encoding="utf-8")).get(key) or []
+    except (ValueError, AttributeError) as error:
+        raise _refusal(os.path.join(folder, name), "is damaged", "save or copy the folder again") from error
+    return list(found)
