@@ -3,13 +3,15 @@
 import argparse
 from pathlib import Path
 
+from finetune.recipe.row_formats import CONVERSATION_FORMATS
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
     parser = subparsers.add_parser("evaluate", help="held-out exact match by greedy generation, and the routers' load")
     parser.add_argument("model", type=Path, help="folder of a full checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of held-out rows")
-    parser.add_argument("--format", default="messages", choices=("messages", "prompt_completion", "alpaca"))
+    parser.add_argument("--format", default="messages", choices=CONVERSATION_FORMATS)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")

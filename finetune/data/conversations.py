@@ -2,27 +2,41 @@
 
 from typing import Any
 
-from finetune.data.formats import FORMATS
+from finetune.data.formats import Reader, reader
 from finetune.data.rows import Problems, Row, RowError
 from finetune.data.sources import open_files
 from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
+from finetune.recipe.row_formats import CONVERSATION_FORMATS
 
 
-def to_conversation(row: Row, row_format: str) -> Conversation:
+def conversation_reader(row_format: str) -> Reader:
+    """The reader of a format that gives conversations; `DataError` for any other."""
+    found = reader(row_format)
+    if found.format.gives != "conversation":
+        do = f"use one of {', '.join(CONVERSATION_FORMATS)}"
+        what = f"{row_format} gives a {found.format.gives}, no conversation"
+        raise DataError(Problem(where="format", what=what, do=do))
+    return found
+
+
+def to_conversation(row: Row, read: Reader) -> Conversation:
     """The conversation of one row; `RowError` if the row or its fields are wrong."""
     if isinstance(row.value, RowError):
         raise row.value
-    return FORMATS[row_format](row.value)
+    example = read(row.value)
+    assert isinstance(example, Conversation)
+    return example
 
 
 def read_conversations(path: str, row_format: str) -> list[tuple[int, dict[str, Any], Conversation]]:
     """(1-based line number, the row with all its keys, its conversation) a row; `DataError` names the bad ones."""
+    read = conversation_reader(row_format)
     problems = Problems()
     rows: list[tuple[int, dict[str, Any], Conversation]] = []
     for line in open_files(path):
         try:
-            conversation = to_conversation(line, row_format)
+            conversation = to_conversation(line, read)
         except RowError as error:
             problems.add(line.path, line.number, error)
         else:

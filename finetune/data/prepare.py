@@ -8,12 +8,13 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.chat_templates import read_template
-from finetune.data.conversations import no_rows, to_conversation
-from finetune.data.formats import FORMATS, own_field
+from finetune.data.conversations import conversation_reader, no_rows, to_conversation
+from finetune.data.formats import FORMATS, Reader
 from finetune.data.render import IGNORED, Rendered, Renderer
-from finetune.data.rows import Problems, Row, RowError
+from finetune.data.rows import Problems, Row, RowError, shown
 from finetune.data.sources import open_source
 from finetune.data.table import TokenRows
+from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -102,12 +103,12 @@ def prepare(sources: Sequence[DataSource], tokenizer: Any, settings: DataSetting
     """
     path, row_format = _one_file(sources, settings)
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings))
-    reading, problems = _Pass(settings), Problems()
+    reading, problems, read = _Pass(settings), Problems(), conversation_reader(row_format)
     for line in _with_progress(sources[0]):
         try:
-            reading.take(renderer(to_conversation(line, row_format)), line.number)
+            conversation = to_conversation(line, read)
+            reading.take(_rendered(renderer, conversation, line, read), line.number)
         except RowError as error:
-            error.field = own_field(row_format, error.field)
             problems.add(line.path, line.number, error)
     problems.raise_if_any()
     _check_not_empty(reading, path)
@@ -130,6 +131,19 @@ def _one_file(sources: Sequence[DataSource], settings: DataSettings) -> tuple[st
         do = f"write one file in one of the formats {', '.join(FORMATS)}, and leave the newer settings out"
         raise DataError(Problem(where=where, what="not read by the data pipeline of this version", do=do))
     return path, source.format
+
+
+def _rendered(renderer: Renderer, conversation: Conversation, line: Row, read: Reader) -> Rendered:
+    further = {key for message in conversation.messages for key in message.keys() - {"role", "content"}}
+    if further or conversation.tools:
+        got = shown(sorted(further) + ["tools"] * bool(conversation.tools))
+        raise RowError(None, "is not rendered by the data pipeline of this version", "leave such rows out", got)
+    try:
+        return renderer(conversation)
+    except RowError as error:
+        assert isinstance(line.value, dict)
+        error.field = read.locate(line.value, error.field)
+        raise
 
 
 def _template_name(tokenizer: Any, settings: DataSettings) -> str:

@@ -5,23 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
+from finetune.recipe.row_formats import RowFormat
 from finetune.recipe.section import Section, Text
 
-RowFormat = Literal[
-    "auto",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "dolly",
-    "oasst",
-    "text",
-    "preference",
-    "ultrafeedback",
-    "hh",
-    "orca_dpo",
-    "kto",
-]
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
@@ -56,7 +42,7 @@ class DataSource(Section):
         description="What a row looks like; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason, an error where two formats fit. Conversations: messages (OpenAI chat, with tools), "
         "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for preference "
-        "tuning: preference, ultrafeedback, hh, orca_dpo, kto."
+        "tuning: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, kto."
     )
     columns: dict[str, Text] = Field(
         default_factory=dict,

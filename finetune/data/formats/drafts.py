@@ -1,0 +1,122 @@
+"""What a format found in a row: turns that know their places. `example` checks them and lets the places go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from finetune.data.formats.order import check_order
+from finetune.data.formats.turns import Turn, roles_of
+from finetune.data.rows import RowError
+from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
+
+Tools = list[dict[str, Any]] | None
+
+
+class Draft(Protocol):
+    """One kind of example before its checks."""
+
+    def example(self) -> Example:
+        """The example; `RowError` at the file's own place."""
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[Turn]]:
+        """The turns by the field of the example that they become."""
+
+
+@dataclass(frozen=True)
+class Talk:
+    """-> `Conversation`."""
+
+    turns: list[Turn]
+    tools: Tools = None
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[Turn]]:
+        """See `Draft`."""
+        return {"messages": self.turns}
+
+    def example(self) -> Conversation:
+        """See `Draft`."""
+        check_order(self.turns)
+        answers = [turn for turn in self.turns if turn.message["role"] == "assistant"]
+        if all(turn.message.get("train") is False for turn in answers):
+            do = "let at least one count, or remove the row"
+            raise RowError(answers[-1].place, "no assistant message is learned (train: false or weight 0)", do)
+        return Conversation(_messages(self.turns), self.tools)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """-> `Document`."""
+
+    text: str
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[Turn]]:
+        """See `Draft`."""
+        return {}
+
+    def example(self) -> Document:
+        """See `Draft`."""
+        return Document(self.text)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """-> `Preference`. `places`: the columns of the two answers."""
+
+    prompt: list[Turn]
+    chosen: list[Turn]
+    rejected: list[Turn]
+    places: tuple[str, str]
+    tools: Tools = None
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[Turn]]:
+        """See `Draft`."""
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+
+    def example(self) -> Preference:
+        """See `Draft`."""
+        if _messages(self.chosen) == _messages(self.rejected):
+            do = "remove the row: it says nothing about what is better"
+            raise RowError(self.places[1], f"is the same answer as {self.places[0]}", do)
+        for answer, place in zip((self.chosen, self.rejected), self.places, strict=True):
+            check_answer(self.prompt, answer, place)
+        return Preference(_messages(self.prompt), _messages(self.chosen), _messages(self.rejected), self.tools)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """-> `Judged`. `place`: the column of the answer."""
+
+    prompt: list[Turn]
+    completion: list[Turn]
+    desirable: bool
+    place: str
+
+    @property
+    def parts(self) -> Mapping[str, Sequence[Turn]]:
+        """See `Draft`."""
+        return {"prompt": self.prompt, "completion": self.completion}
+
+    def example(self) -> Judged:
+        """See `Draft`."""
+        check_answer(self.prompt, self.completion, self.place)
+        return Judged(_messages(self.prompt), _messages(self.completion), self.desirable)
+
+
+def check_answer(prompt: Sequence[Turn], answer: Sequence[Turn], place: str) -> None:
+    """An answer begins with the assistant's turn, and follows its prompt in the order of roles."""
+    if not answer or answer[0].message["role"] != "assistant":
+        where, got = (answer[0].role_place, roles_of(answer)) if answer else (place, None)
+        raise RowError(where, "an answer must begin with the assistant", "move what precedes it to the prompt", got)
+    check_order([*prompt, *answer])
+    for turn in answer:
+        if turn.message.get("train") is False:
+            what = "a message of a judged answer cannot be left out (train: false or weight 0)"
+            raise RowError(turn.place, what, "remove train and weight")
+
+
+def _messages(turns: Sequence[Turn]) -> list[Message]:
+    return [turn.message for turn in turns]

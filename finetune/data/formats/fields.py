@@ -1,0 +1,76 @@
+"""One row, read by the names of its format; what is wrong is named by the file's own columns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune.data.rows import RowError, shown
+
+ADD = "add it, map it with `columns`, or name the data's true format"
+
+
+class Fields:
+    """A row and the recipe's `columns` ({field of the format: column of the file}); null is the same as absent.
+
+    Arrow and CSV have a column in every row or in none, so a value that is not there arrives as null or as "".
+    """
+
+    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], aliases: Mapping[str, str]) -> None:
+        self.row = row
+        self._columns = columns
+        self._aliases = aliases
+
+    def name(self, field: str) -> str:
+        """The file's own name of a field."""
+        if field in self._columns:
+            return self._columns[field]
+        alias = self._aliases.get(field)
+        return alias if alias is not None and alias in self.row and field not in self.row else field
+
+    def optional(self, field: str) -> Any:
+        """The value, or None."""
+        return self.row.get(self.name(field))
+
+    def required(self, field: str) -> Any:
+        """The value; `RowError` if the column is missing or null."""
+        name = self.name(field)
+        if name not in self.row:
+            raise RowError(name, "is missing", ADD, f"keys {sorted(self.row)}")
+        value = self.row[name]
+        if value is None:
+            raise RowError(name, "is null", "fill it in or remove the row", "null")
+        return value
+
+    def text(self, field: str) -> str:
+        """The text of a required field, exactly as it stands; `RowError` if it is no text or empty."""
+        return checked_text(self.required(field), self.name(field))
+
+    def optional_text(self, field: str) -> str | None:
+        """The text of a field that may be missing, null or blank; None then."""
+        value = self.optional(field)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            return None
+        return checked_text(value, self.name(field))
+
+
+def checked_text(value: object, place: str) -> str:
+    """`value` if it is text with something in it that UTF-8 can write; `RowError` otherwise."""
+    if not isinstance(value, str):
+        raise RowError(place, "must be text", "write a string", shown(value))
+    if not value.strip():
+        raise RowError(place, "is empty", "remove the row or fill it in", shown(value))
+    check_utf8(value, place)
+    return value
+
+
+def check_utf8(text: str, place: str) -> None:
+    """Half of a surrogate pair comes from a cut `\\u` escape; no tokenizer can read it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        got = shown(ascii(text[max(0, error.start - 20) : error.start + 20]))
+        raise RowError(place, "half of a surrogate pair", "mend the \\u escapes", got) from error
+
+
+def below(place: str, key: str) -> str:
+    """The place of a key inside an object; odd keys are written with escapes."""
+    return f"{place}.{key}" if key.isprintable() and key else f"{place}[{key!a}]"

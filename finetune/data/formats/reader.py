@@ -1,0 +1,91 @@
+"""Reading rows of a named format, and naming the file's own places for what is found wrong later."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finetune.data.formats.fields import Fields
+from finetune.data.formats.table import FORMATS, Format
+from finetune.data.rows import RowError
+from finetune.data.types import Example
+from finetune.errors import DataError, Problem
+
+_PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
+
+
+class Reader:
+    """Rows of one format -> examples; `columns` is {field of the format: column of the file}."""
+
+    def __init__(self, row_format: Format, columns: Mapping[str, str]) -> None:
+        self.format = row_format
+        self._columns = dict(columns)
+        _check_columns(row_format, columns)
+
+    def __call__(self, row: Mapping[str, Any]) -> Example:
+        """The example of a row; `RowError` (and nothing else) names what is wrong by the file's own columns."""
+        for field, column in self._columns.items():
+            if column not in row:
+                do = f"columns.{field} names it: correct that, or add the column"
+                raise RowError(column, "is missing", do, f"keys {sorted(row)}")
+        try:
+            return self.format.read(self.fields(row)).example()
+        except RecursionError as error:
+            raise RowError(None, "is nested too deeply", "flatten what is nested") from error
+
+    def locate(self, row: Mapping[str, Any], place: str | None) -> str | None:
+        """The file's own name of a place in the example: `messages[1].content` is `output` in an alpaca row.
+
+        The first part of `place` is a field of the example (`messages`, `tools`, `prompt`, `chosen`, ...). None: the
+        row as a whole. The row must be one that this reader reads.
+        """
+        if place is None:
+            return None
+        fields = self.fields(row)
+        parts = self.format.read(fields).parts
+        if place in parts:
+            return _common_head(row, (turn.place for turn in parts[place]))
+        match = _PLACE.fullmatch(place)
+        if match is None or match[1] not in parts:
+            return fields.name(place)
+        turn, rest = parts[match[1]][int(match[2])], match[3]
+        own = {"": turn.place, ".content": turn.content_place, ".role": turn.role_place}
+        return own.get(rest, turn.place + rest)
+
+    def fields(self, row: Mapping[str, Any]) -> Fields:
+        """The row, seen by the names of the format."""
+        return Fields(row, self._columns, self.format.aliases)
+
+
+def reader(row_format: str, columns: Mapping[str, str] | None = None) -> Reader:
+    """The reader of a format by its name; `DataError` for unknown names."""
+    if row_format not in FORMATS:
+        do = f"use one of {', '.join(FORMATS)}"
+        raise DataError(Problem(where="format", what="unknown format", got=repr(row_format), do=do))
+    return Reader(FORMATS[row_format], columns or {})
+
+
+def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:
+    problems = [
+        Problem(
+            where=f"columns.{field}",
+            what=f"the format {row_format.name} has no such field",
+            got=repr(column),
+            do=f"its fields are {', '.join(row_format.fields)}; write {{field: column of the file}}",
+        )
+        for field, column in columns.items()
+        if field not in row_format.fields
+    ]
+    taken: dict[str, str] = {}
+    for field, column in columns.items():
+        if column in taken:
+            what = f"the column already stands for {taken[column]}"
+            problems.append(Problem(where=f"columns.{field}", what=what, got=repr(column), do="name another column"))
+        taken[column] = field
+    if problems:
+        raise DataError(problems)
+
+
+def _common_head(row: Mapping[str, Any], places: Iterable[str]) -> str | None:
+    """`conversations` for `conversations[0]`, `conversations[1]`; None where the turns stand in several columns."""
+    heads = {place if place in row else re.split(r"\[|\.", place, maxsplit=1)[0] for place in places}
+    return heads.pop() if len(heads) == 1 else None

@@ -1,0 +1,126 @@
+"""Tools that a row offers and the calls its assistant makes, in OpenAI's shape whatever the file's."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from finetune.data.formats.fields import below, check_utf8, checked_text
+from finetune.data.rows import RowError, shown
+from finetune.data.types import Function, ToolCall
+
+TOOL = "write {type: function, function: {name, description, parameters}}"
+CALL = "write {type: function, function: {name, arguments}}"
+
+
+def read_tools(value: object, place: str) -> list[dict[str, Any]] | None:
+    """The tools of a row: a list, or its JSON text; bare functions (`{name, ...}`) are wrapped. None: no tool."""
+    if isinstance(value, str):
+        value = parse_json(value, place) if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise RowError(
+            place, "must be a list of tools", f"{TOOL} for each, in a list or as its JSON text", shown(value)
+        )
+    return [_tool(entry, f"{place}[{i}]") for i, entry in enumerate(value)] or None
+
+
+def _tool(entry: object, place: str) -> dict[str, Any]:
+    if not isinstance(entry, Mapping):
+        raise RowError(place, "must be an object", TOOL, shown(entry))
+    if entry.get("function") is None:
+        function, inner = entry, place
+    else:
+        function, inner = entry["function"], f"{place}.function"
+        if entry.get("type", "function") != "function":
+            raise RowError(f"{place}.type", "only functions can be called", TOOL, shown(entry["type"]))
+        if not isinstance(function, Mapping):
+            raise RowError(inner, "must be an object", TOOL, shown(function))
+    if function.get("name") is None:
+        raise RowError(f"{inner}.name", "is missing", TOOL, shown(sorted(function)))
+    checked_text(function["name"], f"{inner}.name")
+    _check_json(function, inner)
+    return {"type": "function", "function": dict(function)}
+
+
+def read_calls(value: object, place: str) -> list[ToolCall]:
+    """The `tool_calls` of an assistant message; an empty list is the same as none."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise RowError(place, "must be a list of calls", f"{CALL} for each", shown(value))
+    return [_call(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+
+
+def _call(entry: object, place: str) -> ToolCall:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), Mapping):
+        raise RowError(place, "must be an object with function", CALL, shown(entry))
+    refuse_unknown(entry, place, ("id", "type", "function", "index"), CALL)
+    if entry.get("type") not in (None, "function"):
+        raise RowError(f"{place}.type", "only functions can be called", CALL, shown(entry["type"]))
+    call = ToolCall(type="function", function=read_function(entry["function"], f"{place}.function"))
+    if entry.get("id") is not None:
+        call["id"] = checked_text(entry["id"], f"{place}.id")
+    return call
+
+
+def read_function(entry: Mapping[str, Any], place: str) -> Function:
+    """`{name, arguments}`, the arguments as an object or as its JSON text."""
+    refuse_unknown(entry, place, ("name", "arguments"), CALL)
+    for key in ("name", "arguments"):
+        if entry.get(key) is None:
+            raise RowError(
+                f"{place}.{key}", "is missing", "a call has a name and arguments ({} for none)", shown(entry)
+            )
+    name, arguments, inner = entry["name"], entry["arguments"], f"{place}.arguments"
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, inner)
+    if not isinstance(arguments, Mapping):
+        raise RowError(inner, "must be an object", "write {argument: value, ...} or its JSON text", shown(arguments))
+    _check_json(arguments, inner)
+    return Function(name=checked_text(name, f"{place}.name"), arguments=dict(arguments))
+
+
+def read_call_text(text: str, place: str) -> list[ToolCall]:
+    """Calls written as JSON text: one `{name, arguments}`, or a list of them."""
+    value = parse_json(text, place)
+    entries = value if isinstance(value, list) else [value]
+    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
+        raise RowError(place, "is no call", "write {name, arguments} as JSON text, or a list of them", shown(text))
+    return [ToolCall(type="function", function=read_function(entry, place)) for entry in entries]
+
+
+def parse_json(text: str, place: str) -> Any:
+    """The value of a JSON text inside a row; `RowError` where it is none, or has a key twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RowError(place, f"not valid JSON ({error})", "mend the JSON text", shown(text)) from error
+
+
+def refuse_unknown(entry: Mapping[str, Any], place: str, known: Iterable[str], do: str) -> None:
+    """Keys of messages and calls change what is trained, so none is ignored; null says nothing and is."""
+    for key in sorted(entry.keys() - set(known)):
+        if entry[key] is not None:
+            raise RowError(
+                below(place, key), "is not supported and must not be ignored", f"remove it: {do}", shown(entry[key])
+            )
+
+
+def _check_json(value: Mapping[str, Any], place: str) -> None:
+    """What comes from Arrow may hold dates or bytes; no template can write those."""
+    try:
+        check_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False), place)
+    except (TypeError, ValueError) as error:
+        raise RowError(place, f"cannot be written as JSON ({error})", "use what JSON has", shown(value)) from error
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

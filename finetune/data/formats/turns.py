@@ -1,0 +1,178 @@
+"""One message of a file -> one turn that knows where it came from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finetune.data.formats.fields import Fields, checked_text
+from finetune.data.formats.tools import read_calls, refuse_unknown
+from finetune.data.rows import RowError, shown
+from finetune.data.types import Message, Role, ToolCall
+
+
+class Spelling(NamedTuple):
+    """What a file calls role and content."""
+
+    role: str
+    content: str
+
+
+OPENAI = Spelling("role", "content")
+OPENAI_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "train", "weight")
+
+
+class Turn(NamedTuple):
+    """A message and its place in the file: a path to the object that holds it, or the column of its text."""
+
+    message: Message
+    place: str
+    spelling: Spelling | None = None
+
+    @property
+    def role_place(self) -> str:
+        """Where the file says who speaks."""
+        return f"{self.place}.{self.spelling.role}" if self.spelling else self.place
+
+    @property
+    def content_place(self) -> str:
+        """Where the file says what is said."""
+        return f"{self.place}.{self.spelling.content}" if self.spelling else self.place
+
+
+def column_turn(row: Fields, field: str, role: Role) -> Turn:
+    """The turn of a column that holds one text."""
+    return Turn(Message(role=role, content=row.text(field)), row.name(field))
+
+
+def read_turns(value: object, place: str, read: Callable[[object, str], Turn] | None = None) -> list[Turn]:
+    """A list of messages, each through `read` (default: OpenAI's spelling)."""
+    if not isinstance(value, list) or not value:
+        raise RowError(place, "must be a list of messages", "write [{role, content}, ...]", shown(value))
+    read = read or read_message
+    return [read(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+
+
+def text_or_turns(row: Fields, field: str, role: Role) -> list[Turn]:
+    """A column that holds a text, spoken by `role`, or a list of messages."""
+    value = row.required(field)
+    if isinstance(value, str):
+        return [column_turn(row, field, role)]
+    if not isinstance(value, list):
+        name = row.name(field)
+        raise RowError(name, "must be text or a list of messages", "write one of the two", shown(value))
+    return read_turns(value, row.name(field))
+
+
+def read_message(
+    entry: object, place: str, spelling: Spelling = OPENAI, roles: Mapping[str, Role] = OPENAI_ROLES
+) -> Turn:
+    """One message as OpenAI writes it, with the role and the content under the names of `spelling`."""
+    checked = checked_object(entry, place, spelling)
+    role = read_role(checked, place, spelling, roles)
+    calls = _calls(checked, role, place)
+    content = _content(checked, f"{place}.{spelling.content}", may_be_empty=bool(calls))
+    message = Message(role=role, content=content)
+    if calls:
+        message["tool_calls"] = calls
+    _take_tool_names(checked, message, place)
+    take_train(checked, message, place)
+    return Turn(message, place, spelling)
+
+
+def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str, Any]:
+    """The entry, if it is an object with the keys of a message and no others."""
+    if not isinstance(entry, Mapping):
+        do = f"write {{{spelling.role}, {spelling.content}}}"
+        raise RowError(place, f"must be an object with {spelling.role} and {spelling.content}", do, shown(entry))
+    known = (*spelling, *FURTHER_KEYS)
+    refuse_unknown(entry, place, known, f"a message has {', '.join(known)}")
+    if entry.get(spelling.role) is None:
+        do = f"a message has {spelling.role} and {spelling.content}"
+        raise RowError(f"{place}.{spelling.role}", "is missing", do, f"keys {sorted(entry)}")
+    return entry
+
+
+def read_role(entry: Mapping[str, Any], place: str, spelling: Spelling, roles: Mapping[str, Role]) -> Role:
+    """The role that the file's word for it means."""
+    word = entry[spelling.role]
+    if not isinstance(word, str) or word not in roles:
+        raise RowError(f"{place}.{spelling.role}", "unknown role", f"use one of {', '.join(roles)}", shown(word))
+    return roles[word]
+
+
+def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:
+    """`train: bool` or `weight: 0|1` -> `train`; only an answer can be learned."""
+    train, weight = entry.get("train"), entry.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise RowError(f"{place}.train", "must be true or false", "write true or false", shown(train))
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(f"{place}.weight", "must be 0 or 1", "a message counts or does not", shown(weight))
+    if train is not None and weight is not None and train != bool(weight):
+        raise RowError(f"{place}.weight", f"contradicts train: {str(train).lower()}", "keep one of them", shown(weight))
+    if train is None and weight is None:
+        return
+    learned = bool(weight) if train is None else train
+    if message["role"] == "assistant":
+        message["train"] = learned
+    elif train:
+        do = "remove it, or set data.loss_on: all"
+        raise RowError(f"{place}.train", "only the assistant's messages can be learned", do, shown(train))
+
+
+def _content(entry: Mapping[str, Any], place: str, may_be_empty: bool) -> str:
+    key = place.rpartition(".")[2]
+    value = entry.get(key)
+    if may_be_empty and (value is None or value == "" or value == []):
+        return ""
+    if key not in entry:
+        raise RowError(place, "is missing", "a message without tool_calls says something", f"keys {sorted(entry)}")
+    if isinstance(value, list):
+        value = "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(value))
+    if may_be_empty and isinstance(value, str) and not value.strip():
+        return value
+    return checked_text(value, place)
+
+
+def _part(part: object, place: str) -> str:
+    if not isinstance(part, Mapping):
+        raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
+    if part.get("type") != "text":
+        do = "only text can be trained on: remove the row or the part"
+        raise RowError(f"{place}.type", "is no text part", do, shown(part.get("type")))
+    refuse_unknown(part, place, ("type", "text"), "a text part has type and text")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RowError(f"{place}.text", "must be text", "write a string", shown(text))
+    return text
+
+
+def _calls(entry: Mapping[str, Any], role: Role, place: str) -> list[ToolCall]:
+    calls = read_calls(entry.get("tool_calls"), f"{place}.tool_calls")
+    if calls and role != "assistant":
+        raise RowError(f"{place}.tool_calls", "only the assistant calls tools", "move the calls", shown(role))
+    return calls
+
+
+def _take_tool_names(entry: Mapping[str, Any], message: Message, place: str) -> None:
+    if entry.get("name") is not None:
+        message["name"] = _of_a_tool(entry, "name", message["role"], place)
+    if entry.get("tool_call_id") is not None:
+        message["tool_call_id"] = _of_a_tool(entry, "tool_call_id", message["role"], place)
+
+
+def _of_a_tool(entry: Mapping[str, Any], key: str, role: Role, place: str) -> str:
+    if role != "tool":
+        do = "remove it, or write it into the content: chat templates leave it out"
+        raise RowError(f"{place}.{key}", f"only a tool's message has a {key}", do, shown(entry[key]))
+    return checked_text(entry[key], f"{place}.{key}")
+
+
+def roles_of(turns: Sequence[Turn]) -> str:
+    """The roles in order, as messages quote them."""
+    return shown([turn.message["role"] for turn in turns])
