@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
-from finetune.errors import Problem, WeightsError
+from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import MoeLayout, family_of
@@ -65,6 +65,13 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
     family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
     rows = read_conversations(str(data), row_format)
+    calls = [
+        Problem(f"{data}:{line}", "the last message calls a tool, and exact match compares texts", "leave the row out")
+        for line, _, conversation in rows
+        if "tool_calls" in conversation.messages[-1]
+    ]
+    if calls:
+        raise DataError(calls)
     tokenizer = load_tokenizer(str(model_path), None, None)
     tokenizer.padding_side = "left"
     model = family.transformers_class().from_pretrained(model_path, dtype=getattr(torch, dtype), use_safetensors=True)
@@ -84,7 +91,9 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
 
 def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
     """What the model is given: all turns before the last answer, with the generation prompt."""
-    text: str = tokenizer.apply_chat_template(conversation.messages[:-1], tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(
+        conversation.messages[:-1], tools=conversation.tools, tokenize=False, add_generation_prompt=True
+    )
     return text
 
 

@@ -4,6 +4,6 @@ from typing import Literal, get_args
 
 ConversationFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "dolly", "oasst"]
 PreferenceFormat = Literal["preference", "ultrafeedback", "hh", "orca_dpo", "sharegpt_dpo", "kto"]
-RowFormat = Literal["auto", ConversationFormat, Literal["text"], PreferenceFormat]
+RowFormat = Literal["auto", ConversationFormat, "text", PreferenceFormat]
 
 CONVERSATION_FORMATS: tuple[str, ...] = get_args(ConversationFormat)

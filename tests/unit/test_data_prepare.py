@@ -166,7 +166,7 @@ def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: st
         read_conversations(str(tmp_path / "f.jsonl"), "prompt_completion")
 
 
-@pytest.mark.parametrize("row_format", ["messages", "prompt_completion", "alpaca"])
+@pytest.mark.parametrize("row_format", ["dolly", "oasst", "alpaca"])
 def test_the_example_of_each_format_prepares(row_format: str) -> None:
     path = Path(__file__).parents[2] / "data" / "examples" / f"{row_format}.jsonl"
     chosen = settings(path, row_format)

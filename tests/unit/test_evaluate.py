@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.cli.main import main
-from finetune.errors import WeightsError
+from finetune.errors import DataError, WeightsError
 from finetune.evaluate import Row, evaluate, exact_match, load_table
 from tests.support import save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
@@ -67,6 +67,18 @@ def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path, held_out: P
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, held_out: Path) -> None:
     with pytest.raises(WeightsError, match=r"no checkpoint here; give a folder with config.json"):
         evaluate(tmp_path, held_out, "prompt_completion")
+
+
+def test_rows_that_end_with_a_tool_call_are_refused_by_their_line(tmp_path: Path) -> None:
+    examples = Path(__file__).parents[2] / "data" / "examples" / "messages.jsonl"
+    row = json.loads(examples.read_text(encoding="utf-8").splitlines()[-1])
+    row["messages"] = row["messages"][:2]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    model = save_tiny_mistral(tmp_path / "model")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: the last message calls a tool, and exact match compares texts"
+    ):
+        evaluate(model, tmp_path / "rows.jsonl", "messages")
 
 
 def test_the_load_table_has_a_line_a_layer() -> None:

@@ -13,7 +13,7 @@ from tests.unit.recipe_writing import SOUND, Desk, changed
 ONE = "{path: rows.jsonl, format: messages}"
 FORMATS = (
     "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
-    "preference, ultrafeedback, hh, orca_dpo, kto"
+    "preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, kto"
 )
 TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
 WEIGHTED = "[{path: a, format: text, weight: 1}, {id: b/c, format: text, weight: 2}]"

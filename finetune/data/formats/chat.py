@@ -45,7 +45,7 @@ def messages(row: Fields) -> Talk:
 
 
 def sharegpt(row: Fields) -> Talk:
-    """`conversations` or `conversation`: turns of from and value, or of role and content; `system` and `tools` beside."""
+    """`conversations` or `conversation`: turns of from and value, or of role and content; `system`, `tools`."""
     return Talk(sharegpt_turns(row), tools_of(row))
 
 
