@@ -1,17 +1,18 @@
 """What must hold between the settings of the rows."""
 
 import json
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from finetune.recipe.data_settings import DataSource
 from finetune.recipe.fields import settings
 from finetune.recipe.names import hub_id_in_url, is_hub_id, is_url, looks_like_path
+from finetune.recipe.row_formats import PreferenceFormat
 from finetune.recipe.source import Source, show, spell
 from finetune.recipe.typed import key_path, read
 from finetune.recipe.yaml12 import Path
 
 SHIPPED_TEMPLATES = ("chatml", "mistral", "mistral-v3", "mistral-v3-tekken", "alpaca")
-PAIRS = ("preference", "ultrafeedback", "hh", "orca_dpo", "kto")
+PAIRS: tuple[str, ...] = get_args(PreferenceFormat)
 ONLY_WITH_ID = ("config", "split", "revision", "streaming")
 
 _DEFAULTS = DataSource(format="auto").model_dump()

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from finetune.recipe import dump_recipe, json_schema, load_recipe
 from finetune.recipe.foreign import FOREIGN_IN_SOURCE
 from finetune.recipe.names import hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
+from finetune.recipe.row_formats import PreferenceFormat
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
 ONE = "{path: rows.jsonl, format: messages}"
@@ -205,6 +207,12 @@ MISTAKES = {
 @pytest.mark.parametrize(("text", "complaint"), MISTAKES.values(), ids=MISTAKES)
 def test_one_mistake_in_the_data_settings_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
     assert desk.complaints(text) == [complaint]
+
+
+@pytest.mark.parametrize("name", get_args(PreferenceFormat))
+def test_every_format_of_two_answers_is_refused_in_sft(desk: Desk, name: str) -> None:
+    (line,) = desk.complaints(train(f"{{path: a, format: {name}}}"))
+    assert "data.train.format: pairs of answers are for preference tuning" in line
 
 
 @pytest.mark.parametrize("key", ["config: x", "split: test", "revision: x", "streaming: true"])
