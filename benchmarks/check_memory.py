@@ -39,7 +39,30 @@ status = Path("/proc/self/status").read_text()
 Path(sys.argv[1]).write_text(json.dumps({"exit": code, "peak_KiB": int(status.partition("VmHWM:")[2].split()[0])}))
 """
 
-_WORDS = "the a light lamp kitchen door turn on off set timer to ten minutes please now and then open close what is".split()
+_WORDS = [
+    "the",
+    "a",
+    "light",
+    "lamp",
+    "kitchen",
+    "door",
+    "turn",
+    "on",
+    "off",
+    "set",
+    "timer",
+    "to",
+    "ten",
+    "minutes",
+    "please",
+    "now",
+    "and",
+    "then",
+    "open",
+    "close",
+    "what",
+    "is",
+]
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
