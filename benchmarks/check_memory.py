@@ -39,7 +39,8 @@ status = Path("/proc/self/status").read_text()
 Path(sys.argv[1]).write_text(json.dumps({"exit": code, "peak_KiB": int(status.partition("VmHWM:")[2].split()[0])}))
 """
 
-_WORDS = [
+_TEXT = "the a light lamp kitchen door turn on off set timer to ten minutes please now and then open close what is"
+_WORDS = _TEXT.split()
     "the",
     "a",
     "light",

@@ -15,8 +15,8 @@ from finetune.data.packing import best_fit_decreasing
 
 CAPACITY = 4096
 MEANS = (490, 899, 1762)
-# Standard deviation of the logarithm of a row's length. Instruction sets: Alpaca 1.0, a set of preference pairs 1.0, one
-# of tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is told without a bar.
+# Standard deviation of the logarithm of a row's length. Instruction sets: Alpaca 1.0, one of preference pairs 1.0, one of
+# tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is told without a bar.
 SIGMAS = (0.8, 1.0)
 NARROW = 0.6
 ROWS = 20_000
@@ -52,7 +52,7 @@ def our_sequences(lengths: Lengths, capacity: int = CAPACITY) -> int:
 
 
 def trl_sequences(lengths: Lengths, capacity: int = CAPACITY) -> int:
-    """The same of `trl.pack_dataset`, best-fit decreasing in `map`'s batches of 1,000 rows, as `SFTTrainer` calls it."""
+    """The same of `trl.pack_dataset`, as its trainer calls it: best-fit decreasing in batches of 1,000 rows."""
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(np.zeros(offsets[-1], np.int32)))
     rows = datasets.Dataset(pa.table({"input_ids": ids}))
