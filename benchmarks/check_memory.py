@@ -41,29 +41,6 @@ Path(sys.argv[1]).write_text(json.dumps({"exit": code, "peak_KiB": int(status.pa
 
 _TEXT = "the a light lamp kitchen door turn on off set timer to ten minutes please now and then open close what is"
 _WORDS = _TEXT.split()
-    "the",
-    "a",
-    "light",
-    "lamp",
-    "kitchen",
-    "door",
-    "turn",
-    "on",
-    "off",
-    "set",
-    "timer",
-    "to",
-    "ten",
-    "minutes",
-    "please",
-    "now",
-    "and",
-    "then",
-    "open",
-    "close",
-    "what",
-    "is",
-]
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:

@@ -15,8 +15,8 @@ from finetune.data.packing import best_fit_decreasing
 
 CAPACITY = 4096
 MEANS = (490, 899, 1762)
-# Standard deviation of the logarithm of a row's length. Instruction sets: Alpaca 1.0, one of preference pairs 1.0, one of
-# tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is told without a bar.
+# Standard deviation of the logarithm of a row's length. Instruction sets: Alpaca 1.0, a set of pairs of answers 1.0, a
+# set of tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is told without a bar.
 SIGMAS = (0.8, 1.0)
 NARROW = 0.6
 ROWS = 20_000
