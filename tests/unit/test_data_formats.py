@@ -124,7 +124,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([USER, {**ASSISTANT, "content": " \n"}], 'messages[1].content: is empty; got " \\n"; remove the row or fill'),
         ([USER, {**ASSISTANT, "content": []}], 'messages[1].content: is empty; got ""; remove the row or fill it in'),
         ([USER, {**ASSISTANT, "content": "\ud83d"}], "messages[1].content: half of a surrogate pair; got "),
-        ([{**USER, "content": [{"type": "image_url"}]}], 'messages[0].content[0].type: is no text part; got'),
+        ([{**USER, "content": [{"type": "image_url"}]}], "messages[0].content[0].type: is no text part; got"),
         ([{**USER, "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text: must be text; got 3"),
         ([{**USER, "content": ["hi"]}], 'messages[0].content[0]: must be an object with type and text; got "hi"'),
         (
@@ -149,7 +149,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([USER, ASSISTANT, USER], "messages[2].role: the last message is not the assistant's; got "),
         ([SYSTEM, USER], "messages[1].role: the last message is not the assistant's; got "),
     ],
-)  # fmt: skip
+)
 def test_wrong_messages_are_named(messages: object, message: str) -> None:
     assert refusal("messages", {"messages": messages}).startswith(message)
 
@@ -188,7 +188,7 @@ def test_wrong_messages_are_named(messages: object, message: str) -> None:
         ("oasst", {"prompt": {"text": "a"}}, "prompt.role: is missing; got keys ['text']; a message has text and role"),
         ("oasst", {"prompt": node("a", "user")}, 'prompt.role: unknown role; got "user"; use one of'),
         ("oasst", {"prompt": node("a", "prompter")}, "prompt.role: the last message is not the assistant's"),
-        ("oasst", {"prompt": node("a", "prompter", replies="b")}, 'prompt.replies: must be a list of messages'),
+        ("oasst", {"prompt": node("a", "prompter", replies="b")}, "prompt.replies: must be a list of messages"),
         (
             "oasst",
             {"prompt": node("a", "prompter", node("b", "assistant", rank="x"))},
@@ -200,7 +200,7 @@ def test_wrong_messages_are_named(messages: object, message: str) -> None:
             'prompt.replies[0].text: is empty; got " "; remove the row or fill it in',
         ),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields_are_named(row_format: str, row: dict[str, Any], message: str) -> None:
     assert refusal(row_format, row).startswith(message)
 

@@ -76,6 +76,9 @@ def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str
     """
     columns = columns or {}
     trials = [_Trial(each, Reader(each, columns)) for each in FORMATS.values() if columns.keys() <= set(each.fields)]
+    if not trials:
+        what, do = "no format has all the fields that columns names", "name fields of one format"
+        raise RowError(None, what, do, str(sorted(columns)))
     count, keys = 0, Counter[str]()
     for row in islice((row for row in rows if not isinstance(row, RowError)), SAMPLE):
         count += 1
@@ -163,7 +166,7 @@ def _ambiguous(best: Iterable[_Trial], count: int) -> RowError:
 def _nothing(trials: Iterable[_Trial], keys: Counter[str], count: int) -> RowError:
     near = sorted(trials, key=lambda trial: (-trial.read, -_share(trial, count)))
     said = [f"{trial.format.name} ({_lacks(trial)})" for trial in near if trial.present][:NEAREST]
-    nearest = f"nearest: {'; '.join(said)}. " if said else ""
+    nearest = f"nearest: {', '.join(said)}. " if said else ""
     do = f"{nearest}Write the format, and map its fields to your keys with columns: {{field: key}}"
     got = f"keys {sorted(keys)}"
     return RowError(None, "the rows fit no format", do, got)
