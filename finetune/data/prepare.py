@@ -7,10 +7,9 @@ from typing import Any
 from datasets import Dataset
 from tqdm import tqdm
 
-from finetune.data.chat_templates import read_template
 from finetune.data.conversations import conversation_reader, no_rows, to_conversation
 from finetune.data.formats import FORMATS, Reader
-from finetune.data.render import IGNORED, Rendered, Renderer
+from finetune.data.render import IGNORED, Rendered, Renderer, read_template
 from finetune.data.rows import Problems, Row, RowError, shown
 from finetune.data.sources import open_source
 from finetune.data.table import TokenRows
@@ -74,7 +73,7 @@ class _Pass:
             do = "raise data.max_length, shorten the row, or set data.overlong to truncate or drop"
             raise RowError(None, f"longer than data.max_length = {limit} tokens", do, f"{length} tokens")
         ids, labels = rendered.input_ids[:limit], rendered.labels[:limit]
-        if all(label == IGNORED for label in labels):
+        if (labels == IGNORED).all():
             # A whole row has at least the EOS of its last answer, so only a cut can get here.
             what = f"cut at data.max_length = {limit} tokens it has no supervised token left"
             raise RowError(None, what, "raise data.max_length, or set data.overlong to drop", f"{length} tokens")
@@ -139,7 +138,10 @@ def _rendered(renderer: Renderer, conversation: Conversation, line: Row, read: R
         got = shown(sorted(further) + ["tools"] * bool(conversation.tools))
         raise RowError(None, "is not rendered by the data pipeline of this version", "leave such rows out", got)
     try:
-        return renderer(conversation)
+        rendered = renderer.tokenise([renderer.render(conversation)])[0]
+        if isinstance(rendered, RowError):
+            raise rendered
+        return rendered
     except RowError as error:
         assert isinstance(line.value, dict)
         error.field = read.locate(line.value, error.field)

@@ -22,7 +22,7 @@ class TokenRows:
     labels: list[Ints] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
 
-    def append(self, input_ids: Sequence[int], labels: Sequence[int], line: int) -> None:
+    def append(self, input_ids: Sequence[int] | Ints, labels: Sequence[int] | Ints, line: int) -> None:
         """Add one row."""
         self.input_ids.append(np.asarray(input_ids, dtype=np.int32))
         self.labels.append(np.asarray(labels, dtype=np.int32))

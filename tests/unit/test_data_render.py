@@ -1,23 +1,13 @@
 """Rendering: what is supervised is exactly the answers and their EOS, and a template that prevents it is refused."""
 
-from typing import Any
-
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.chat_templates import read_template
-from finetune.data.render import IGNORED, Rendered, Renderer
+from finetune.data.render import IGNORED, Renderer, read_template
 from finetune.data.rows import RowError
-from finetune.data.types import Conversation, Message
 from finetune.errors import DataError
+from tests.rendering import chat, labelled, supervised
 from tests.support import tiny_tokenizer
-
-
-def chat(*contents: str, system: str | None = None) -> Conversation:
-    """User and assistant in turn."""
-    first = [] if system is None else [Message(role="system", content=system)]
-    turns = [Message(role="assistant" if i % 2 else "user", content=text) for i, text in enumerate(contents)]
-    return Conversation(first + turns)
 
 
 def tokenizer_with(template: str | None) -> PreTrainedTokenizerFast:
@@ -35,35 +25,26 @@ def mistral_like() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def supervised(tokenizer: Any, rendered: Rendered) -> list[str]:
-    """The texts of the runs of supervised tokens."""
-    runs: list[list[int]] = [[]]
-    for label in rendered.labels:
-        if label == IGNORED:
-            runs.append([])
-        else:
-            runs[-1].append(label)
-    return [tokenizer.decode(run) for run in runs if run]
-
-
 def test_the_answer_and_its_eos_are_supervised_and_the_newline_after_it_is_not() -> None:
     tokenizer = tiny_tokenizer()
-    rendered = Renderer(tokenizer, "own")(chat("turn on the light", "done"))
-    assert rendered.text == "<|im_start|>user\nturn on the light<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
+    renderer = Renderer(tokenizer, "own")
+    text = renderer.render(chat("turn on the light", "done")).text
+    rendered = labelled(renderer, chat("turn on the light", "done"))
+    assert text == "<|im_start|>user\nturn on the light<|im_end|>\n<|im_start|>assistant\ndone<|im_end|>\n"
     assert supervised(tokenizer, rendered) == ["done<|im_end|>"]
     assert rendered.labels[-1] == IGNORED
     assert rendered.labels[-2] == tokenizer.eos_token_id
-    assert tokenizer.decode(rendered.input_ids) == rendered.text
+    assert tokenizer.decode(rendered.input_ids) == text
 
 
 def test_every_answer_of_a_conversation_is_supervised_and_nothing_else() -> None:
     tokenizer = tiny_tokenizer()
-    rendered = Renderer(tokenizer, "own")(chat("a", "first", "b", "second", system="be brief"))
+    rendered = labelled(Renderer(tokenizer, "own"), chat("a", "first", "b", "second", system="be brief"))
     assert supervised(tokenizer, rendered) == ["first<|im_end|>", "second<|im_end|>"]
 
 
 def test_a_label_is_the_token_at_its_own_place_not_the_next_one() -> None:
-    rendered = Renderer(tiny_tokenizer(), "own")(chat("a", "first"))
+    rendered = labelled(Renderer(tiny_tokenizer(), "own"), chat("a", "first"))
     pairs = zip(rendered.input_ids, rendered.labels, strict=True)
     assert all(label in (IGNORED, token) for token, label in pairs)
 
@@ -71,42 +52,44 @@ def test_a_label_is_the_token_at_its_own_place_not_the_next_one() -> None:
 def test_what_stands_before_the_answer_is_what_generation_will_see() -> None:
     tokenizer = tiny_tokenizer()
     conversation = chat("a", "first", "b", "second")
-    rendered = Renderer(tokenizer, "own")(conversation)
+    rendered = labelled(Renderer(tokenizer, "own"), conversation)
     prompt = tokenizer.apply_chat_template(conversation.messages[:3], add_generation_prompt=True)["input_ids"]
-    assert rendered.input_ids[: len(prompt)] == prompt
+    assert rendered.input_ids[: len(prompt)].tolist() == prompt
     assert rendered.labels[len(prompt)] != IGNORED
 
 
 def test_the_template_alone_writes_the_bos_so_there_is_never_a_second_one() -> None:
     tokenizer = mistral_like()
-    rendered = Renderer(tokenizer, "mistral")(chat("hi", "hello", "more", "yes"))
-    assert rendered.text == "<|im_start|> [INST] hi [/INST] hello<|endoftext|> [INST] more [/INST] yes<|endoftext|>"
-    assert rendered.input_ids.count(tokenizer.bos_token_id) == 1
+    renderer = Renderer(tokenizer, "mistral")
+    rendering = renderer.render(chat("hi", "hello", "more", "yes"))
+    rendered = labelled(renderer, chat("hi", "hello", "more", "yes"))
+    assert rendering.text == "<|im_start|> [INST] hi [/INST] hello<|endoftext|> [INST] more [/INST] yes<|endoftext|>"
+    assert rendered.input_ids.tolist().count(tokenizer.bos_token_id) == 1
     assert supervised(tokenizer, rendered) == [" hello<|endoftext|>", " yes<|endoftext|>"]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_alpaca_supervises_the_response(system: str | None) -> None:
     tokenizer = tokenizer_with(read_template("alpaca"))
-    rendered = Renderer(tokenizer, "alpaca")(chat("Add 1 and 2", "3", "And 4", "7", system=system))
-    assert rendered.text.startswith(system or "Below is an instruction")
-    assert "### Instruction:\nAdd 1 and 2\n\n### Response:\n3<|im_end|>\n\n### Instruction:\nAnd 4" in rendered.text
+    renderer, conversation = Renderer(tokenizer, "alpaca"), chat("Add 1 and 2", "3", "And 4", "7", system=system)
+    text, rendered = renderer.render(conversation).text, labelled(renderer, conversation)
+    assert text.startswith(system or "Below is an instruction")
+    assert "### Instruction:\nAdd 1 and 2\n\n### Response:\n3<|im_end|>\n\n### Instruction:\nAnd 4" in text
     assert supervised(tokenizer, rendered) == ["3<|im_end|>", "7<|im_end|>"]
 
 
 def test_the_shipped_chatml_is_chatml() -> None:
     conversation = chat("a", "b", system="c")
-    own = Renderer(tiny_tokenizer(), "own")(conversation)
-    assert Renderer(tokenizer_with(read_template("chatml")), "chatml")(conversation) == own
+    own = Renderer(tiny_tokenizer(), "own").render(conversation)
+    assert Renderer(tokenizer_with(read_template("chatml")), "chatml").render(conversation) == own
 
 
 def test_mistral_has_no_system_role_and_says_so() -> None:
     with pytest.raises(RowError) as caught:
-        Renderer(mistral_like(), "the chat template mistral")(chat("hi", "hello", system="be brief"))
+        Renderer(mistral_like(), "the chat template mistral").render(chat("hi", "hello", system="be brief"))
     assert str(caught.value.problem("f", 3)) == (
-        "f:3: messages: the chat template mistral refuses the conversation; got roles must alternate "
-        "user/assistant/user/assistant/..., beginning with user; there is no system role; "
-        "change the row, or name another one in data.chat_template"
+        'f:3: messages[0].role: the chat template mistral has no system role; got "be brief"; set data.system to '
+        "merge_into_first_user, remove the message, or name another one in data.chat_template"
     )
 
 
@@ -129,9 +112,13 @@ def changed(old: str, new: str) -> str:
         (changed("<|im_end|>", "<|pad|>"), "X does not end an answer with the EOS token <|im_end|>; got"),
         (changed(END_OF_TURN, "'<|im_end|> thanks' -}}"), "X does not end an answer with the EOS token <|im_end|>"),
         (changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}"), "X renders what comes before an answer differently"),
-        (changed(CONTENT, CONTENT + " | upper"), "X drops or changes what the user says; got"),
+        (
+            changed(CONTENT, f"({CONTENT} if message.role != 'user' else '')"),
+            "X drops or changes what the user says; got",
+        ),
+        (changed(CONTENT, CONTENT + " | upper"), "X changes the answer or writes its own words into it; got"),
         (changed(CONTENT, CONTENT + " + '!'"), "X changes the answer or writes its own words into it; got"),
-        ("{{ messages[0]['content'] ", "X refuses the conversation; got unexpected end of template"),
+        ("{{ messages[0]['content'] ", "X cannot be read; got unexpected end of template"),
         ("{{ messages | length + eos_token }}", "X refuses the conversation; got unsupported operand type"),
     ],
 )
@@ -145,7 +132,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_for_a_row_that_has_
     thinking = "('<think>' if loop.last and message.role == 'assistant' else '')"
     template = changed("+ '\\n' + message", f"+ '\\n' + {thinking} + message")
     template = template.replace("assistant\\n", "assistant\\n<think>")
-    render = Renderer(tokenizer_with(template), "X")
+    render = Renderer(tokenizer_with(template), "X").render
     assert render(chat("a", "b")).text.endswith("<|im_start|>assistant\n<think>b<|im_end|>\n")
     with pytest.raises(RowError, match="X renders what comes before an answer differently once the answer is there"):
         render(chat("a", "b", "c", "d"))
@@ -153,14 +140,14 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_for_a_row_that_has_
 
 def test_a_template_that_drops_the_system_message_is_refused_for_a_row_that_has_one() -> None:
     template = changed("in messages -%}", "in messages if message.role != 'system' -%}")
-    with pytest.raises(RowError, match="X drops or changes what the system says"):
-        Renderer(tokenizer_with(template), "X")(chat("a", "b", system="be brief"))
+    with pytest.raises(RowError, match="X has no system role"):
+        Renderer(tokenizer_with(template), "X").render(chat("a", "b", system="be brief"))
 
 
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|pad|>"])
 def test_a_control_token_inside_a_content_would_forge_a_turn_and_is_refused(token: str) -> None:
     with pytest.raises(RowError) as caught:
-        Renderer(tiny_tokenizer(), "own")(chat(f"a {token} b", "c"))
+        Renderer(tiny_tokenizer(), "own").render(chat(f"a {token} b", "c"))
     assert str(caught.value.problem("f", 1)).startswith(
         f"f:1: messages[0].content: contains the control token {token}, which would be read as "
     )
@@ -168,9 +155,9 @@ def test_a_control_token_inside_a_content_would_forge_a_turn_and_is_refused(toke
 
 def test_a_token_that_straddles_the_border_to_the_answer_is_refused() -> None:
     template = changed("'\\n' + message", "('\\nth' if message.role == 'assistant' else '\\n') + message")
-    render = Renderer(tokenizer_with(template.replace("assistant\\n'", "assistant\\nth'")), "X")
+    renderer = Renderer(tokenizer_with(template.replace("assistant\\n'", "assistant\\nth'")), "X")
     with pytest.raises(RowError) as caught:
-        render(chat("a", "e light"))
+        labelled(renderer, chat("a", "e light"))
     assert str(caught.value.problem("f", 1)) == (
         "f:1: messages[1].content: a token straddles the border between prompt and answer, so generation would begin "
         'differently; got "he"; remove the white space at the answer\'s beginning, or name another one in '

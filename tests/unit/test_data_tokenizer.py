@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.chat_templates import SHIPPED, read_template
+from finetune.data.render import SHIPPED, read_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError, WeightsError
+from finetune.recipe.data_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
 
 
@@ -71,9 +72,10 @@ def test_a_template_that_is_neither_is_refused() -> None:
         read_template("chatlm")
     assert str(caught.value) == (
         "data.chat_template: no such template; got 'chatlm' (FileNotFoundError); "
-        "name a shipped template (alpaca, chatml, mistral) or the path of a .jinja file"
+        "name a shipped template (alpaca, chatml, mistral, mistral-v3, mistral-v3-tekken) or the path of a .jinja file"
     )
 
 
 def test_the_shipped_templates_are_these() -> None:
-    assert SHIPPED == ("alpaca", "chatml", "mistral")
+    assert SHIPPED == ("alpaca", "chatml", "mistral", "mistral-v3", "mistral-v3-tekken")
+    assert sorted(SHIPPED_TEMPLATES) == list(SHIPPED), "the recipe's own list"

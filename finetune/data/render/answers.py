@@ -1,0 +1,137 @@
+"""Where the answers stand in a rendered conversation, and whether the template says everything that was said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune.data.render.chat import ANOTHER_TEMPLATE, ChatTemplate
+from finetune.data.render.rendering import Answer, LossOn
+from finetune.data.render.tools import TOOL_TEMPLATES, find_content, missing_of_calls, missing_tool
+from finetune.data.rows import RowError, shown
+from finetune.data.types import Conversation, Message
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The whole text and the supervised turns in it."""
+
+    text: str
+    found: tuple[Answer, ...]
+
+
+def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> Answers:
+    """Render the conversation and find its supervised turns; `RowError` where that cannot be done for sure."""
+    messages = given.messages
+    text = chat.text(messages, given.tools)
+    found = {index: _answer(chat, given, index, text) for index in supervised(messages, loss_on)}
+    _check_said(chat, given, text, found)
+    return Answers(text, tuple(found.values()))
+
+
+def supervised(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
+    """The turns that `loss_on` supervises, those with `train: False` excepted; `RowError` if none is left."""
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if loss_on == "last_assistant":
+        answers = answers[-1:]
+    elif loss_on == "completion":
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        answers = [index for index in answers if not users or index > users[-1]]
+    answers = [index for index in answers if messages[index].get("train") is not False]
+    if not answers and (loss_on != "all" or all(message.get("train") is False for message in messages)):
+        what = f"nothing is supervised: data.loss_on is {loss_on}"
+        got = shown([message["role"] + (" (train: false)" * (message.get("train") is False)) for message in messages])
+        raise RowError("messages", what, "remove the row, or supervise one of its turns", got)
+    return answers
+
+
+def find_holes(chat: ChatTemplate, given: Conversation, text: str) -> tuple[tuple[int, int], ...]:
+    """The characters of the turns with `train: False`: what the template writes more with them than without."""
+    holes = []
+    for index, message in enumerate(given.messages):
+        if message.get("train") is False:
+            before = chat.text(given.messages[:index], given.tools) if index else ""
+            until = chat.text(given.messages[: index + 1], given.tools)
+            if not (text.startswith(until) and until.startswith(before)):
+                raise _differently(chat, index, until)
+            holes.append((len(before), len(until)))
+    return tuple(holes)
+
+
+def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str) -> Answer:
+    """The place of answer `index`: behind what generation would be given, through its EOS."""
+    message, field = given.messages[index], f"messages[{index}]"
+    prompt = chat.text(given.messages[:index], given.tools, generation=True)
+    if not text.startswith(prompt):
+        raise _differently(chat, index, prompt)
+    start = len(prompt)
+    end = text.find(chat.eos, start)
+    is_last = index == len(given.messages) - 1
+    if end < 0 or (is_last and text[end + len(chat.eos) :].strip()):
+        what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
+        do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
+        raise RowError(field, what, do, shown(text[start:][-60:]))
+    answer = text[start:end]
+    if "tool_calls" in message:
+        _check_calls(chat, message, answer, field)
+    elif answer.strip() != message["content"].strip():
+        what = f"{chat.name} changes the answer or writes its own words into it"
+        raise RowError(field, what, ANOTHER_TEMPLATE, shown(answer))
+    return Answer(index, start, end + len(chat.eos))
+
+
+def _differently(chat: ChatTemplate, index: int, prompt: str) -> RowError:
+    what = f"{chat.name} renders what comes before an answer differently once the answer is there"
+    do = f"{ANOTHER_TEMPLATE}, or set data.loss_on to last_assistant or completion"
+    return RowError(f"messages[{index}]", what, do, shown(prompt[-60:]))
+
+
+def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) -> None:
+    missing = missing_of_calls(message["tool_calls"], text)
+    if missing is None and message["content"].strip() not in text:
+        missing = message["content"]
+    if missing is not None:
+        what = f"{chat.name} drops or changes a tool call"
+        raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
+
+
+def _check_said(chat: ChatTemplate, given: Conversation, text: str, found: dict[int, Answer]) -> None:
+    """Every turn must stand in the text, one after the other (a system message anywhere), and so must the tools."""
+    end = 0
+    for index, message in enumerate(given.messages):
+        answer, field = found.get(index), f"messages[{index}]"
+        if answer is not None:
+            if end > answer.start:
+                raise _dropped(chat, given.messages[index - 1], index - 1)
+            end = answer.end
+        elif message["role"] == "system":
+            if message["content"].strip() not in text:
+                raise _dropped(chat, message, index)
+        else:
+            end = find_content(message, text, end)
+            if end < 0:
+                raise _dropped(chat, message, index)
+            if "tool_calls" in message:
+                _check_calls(chat, message, text, field)
+    if given.tools:
+        _check_tools(chat, given, text)
+
+
+def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:
+    assert given.tools is not None
+    missing = missing_tool(given.tools, text)
+    if missing is None and _same_without_tools(chat, given, text):
+        missing = "the same text with and without tools"
+    if missing is not None:
+        raise RowError("tools", f"{chat.name} drops the tools", TOOL_TEMPLATES, shown(missing))
+
+
+def _same_without_tools(chat: ChatTemplate, given: Conversation, text: str) -> bool:
+    try:
+        return chat.text(given.messages) == text
+    except RowError:
+        return False
+
+
+def _dropped(chat: ChatTemplate, message: Message, index: int) -> RowError:
+    what = f"{chat.name} drops or changes what the {message['role']} says"
+    do = TOOL_TEMPLATES if message["role"] == "tool" else ANOTHER_TEMPLATE
+    return RowError(f"messages[{index}]", what, do, shown(message["content"]))

@@ -1,0 +1,158 @@
+"""One tokenizer's chat template: conversation -> text, as generation would render it too.
+
+The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from finetune.data.rows import RowError, shown
+from finetune.data.types import Conversation, Message
+from finetune.errors import DataError, Problem
+
+System = Literal["error", "merge_into_first_user"]
+
+ANOTHER_TEMPLATE = "name another one in data.chat_template"
+PROBE = "What is 2+2?"
+_SYSTEM_PROBE = "Count in base seven."
+
+
+class ChatTemplate:
+    """Renders with the chat template of `tokenizer`; `name` is what messages call it.
+
+    `system` says what becomes of a system message where the template has no system role: an error, or the beginning
+    of the first user message. Raises `DataError` where there is no template.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, system: System = "error") -> None:
+        if not tokenizer.chat_template:
+            do = "name one in data.chat_template: a shipped template or a .jinja file"
+            raise DataError(Problem(where="data.chat_template", what="the tokenizer has no chat template", do=do))
+        self.name = name
+        self.eos: str = tokenizer.eos_token
+        self._system = system
+        sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
+        try:
+            self._compiled = [_compile_jinja_template(source) for source in sources]
+        except TemplateError as error:
+            what, got = f"{name} cannot be read", str(error)
+            raise DataError(Problem("data.chat_template", what, f"mend it, or {ANOTHER_TEMPLATE}", got)) from error
+        # Template.render copies the environment's globals a call, which costs more than a short template itself.
+        common = {**tokenizer.special_tokens_map, "documents": None}
+        self._variables = [{**template.globals, **common} for template in self._compiled]
+        self.control = control_tokens(tokenizer)
+        self._by_first = _by_first_character(self.control)
+        self._has_system: bool | None = None
+
+    def text(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
+    ) -> str:
+        """What the template writes; `generation` adds what makes the model answer. `RowError` if it refuses."""
+        with_tools = bool(tools)
+        template = self._compiled[with_tools]
+        variables = {
+            **self._variables[with_tools],
+            "messages": [_without_train(message) for message in messages],
+            "tools": tools or None,
+            "add_generation_prompt": generation,
+        }
+        try:
+            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
+        except Exception as error:  # whatever a template's own code runs into
+            do = f"change the row, or {ANOTHER_TEMPLATE}"
+            got = str(error) or type(error).__name__
+            raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
+
+    def conversation(self, given: Conversation) -> Conversation:
+        """The conversation as the template takes it: the system policy applied."""
+        first = given.messages[0]
+        if first["role"] != "system" or self.has_system:
+            return given
+        if self._system == "error":
+            what = f"{self.name} has no system role"
+            do = f"set data.system to merge_into_first_user, remove the message, or {ANOTHER_TEMPLATE}"
+            raise RowError("messages[0].role", what, do, shown(first["content"]))
+        if len(given.messages) < 2 or given.messages[1]["role"] != "user":
+            do = "let a user message follow, or remove it"
+            raise RowError("messages[0].role", "no user message follows to take the system message", do)
+        user = given.messages[1]
+        merged: Message = {**user, "content": first["content"] + "\n\n" + user["content"]}
+        if first.get("train") is False:
+            merged["train"] = False
+        return replace(given, messages=[merged, *given.messages[2:]])
+
+    def prompt(self, conversation: Conversation) -> str:
+        """What generation is given for the last message: all turns before it, with the generation prompt."""
+        given = self.conversation(conversation)
+        return self.text(given.messages[:-1], given.tools, generation=True)
+
+    @property
+    def has_system(self) -> bool:
+        """Whether a system message gets through; tried once."""
+        if self._has_system is None:
+            turns = [
+                Message(role="system", content=_SYSTEM_PROBE),
+                Message(role="user", content=PROBE),
+                Message(role="assistant", content="4"),
+            ]
+            try:
+                self._has_system = _SYSTEM_PROBE in self.text(turns)
+            except RowError:
+                self._has_system = False
+        return self._has_system
+
+    def forged(self, content: str) -> str | None:
+        """The control token inside a content, if any: it would be read as the conversation's frame."""
+        for first, tokens in self._by_first:
+            if first in content:
+                for token in tokens:
+                    if token in content:
+                        return token
+        return None
+
+
+def _without_train(message: Message) -> Message:
+    """The message as generation has it: a template that writes a whole message must not write our mark."""
+    if "train" not in message:
+        return message
+    plain = message.copy()
+    del plain["train"]
+    return plain
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens that frame a row: BOS, EOS, pad, and those that the chat template writes."""
+    framing = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    templates = tokenizer.chat_template or ""
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
+    return tuple(sorted(t for t in special if t in framing or any(t in text for text in texts)))
+
+
+def _by_first_character(tokens: Iterable[str]) -> list[tuple[str, list[str]]]:
+    groups: dict[str, list[str]] = {}
+    for token in tokens:
+        groups.setdefault(token[:1], []).append(token)
+    return list(groups.items())
+
+
+def strings(value: object) -> Iterator[str]:
+    """Every string inside a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings(inner)
+
+
+def prompt_text(tokenizer: Any, conversation: Conversation, system: System = "error") -> str:
+    """What generation is given for a conversation's last message, rendered as in training."""
+    return ChatTemplate(tokenizer, "the tokenizer's own chat template", system).prompt(conversation)

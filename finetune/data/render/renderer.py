@@ -1,0 +1,201 @@
+"""A row -> text -> token ids and labels, through the tokenizer's chat template.
+
+What is supervised is found by rendering prefixes, the way generation does it: the conversation up to an answer, with
+the generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the
+EOS are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
+for which this does not hold is refused.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, get_args
+
+import numpy as np
+
+from finetune.data.render.answers import find_answers, find_holes
+from finetune.data.render.chat import PROBE, ChatTemplate, System, control_tokens, strings
+from finetune.data.render.encoder import Encoder
+from finetune.data.render.rendering import IGNORED, Answer, Ints, LossOn, Rendered, Rendering
+from finetune.data.rows import RowError, shown
+from finetune.data.types import Conversation, Document, Message
+from finetune.errors import DataError, Problem
+
+_PLAIN = frozenset(("role", "content", "train"))
+LOSSES: tuple[LossOn, ...] = get_args(LossOn)
+
+
+class Renderer:
+    """Renders rows for one fast tokenizer; `name` is what messages call its chat template.
+
+    Text is tokenised without special tokens added, as `apply_chat_template` does at inference: the template alone
+    decides whether there is a BOS, so there is never a second one. A `Document` has no template; it gets the BOS that
+    the tokenizer itself would add, and an EOS. Not for several threads at once.
+
+    `loss_on`: every answer (`assistant`), only the last one, every answer after the last user message (`completion`:
+    tool calls and what follows them), or `all` tokens but a row's first. `train: False` takes a turn out of any.
+    Raises `DataError` for a template that cannot work for any row.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, loss_on: LossOn = "assistant", system: System = "error") -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        self._loss_on = loss_on
+        self._system = system
+        self._control = control_tokens(tokenizer)
+        self._encoder = Encoder(tokenizer, self._control)
+        self._eos_id: int = tokenizer.eos_token_id
+        self._bos = self._own_bos(tokenizer)
+        self._checked = False
+        if loss_on != "all":  # there may be no conversation otherwise, and no template
+            self._check_template()
+
+    def render(self, example: Conversation | Document) -> Rendering:
+        """One row as text with its supervised places; `RowError` if they cannot be told for sure."""
+        if isinstance(example, Document):
+            return self._document(example)
+        if not self._checked:
+            self._check_template()
+        given = self._chat.conversation(example)
+        merged = len(example.messages) - len(given.messages)
+        try:
+            rendering = self._conversation(given)
+        except RowError as error:
+            raise _as_given(error, merged) from error
+        self._encoder.alphabet.check(rendering.text)
+        if not merged:
+            return rendering
+        answers = tuple(answer._replace(message=answer.message + merged) for answer in rendering.answers)
+        return Rendering(rendering.text, answers, rendering.everything, rendering.holes)
+
+    def tokenise(self, renderings: Sequence[Rendering]) -> list[Rendered | RowError]:
+        """Ids and labels of each, or why not; one call of the Rust tokenizer, which lets other threads run."""
+        all_ids = self._encoder.ids([rendering.text for rendering in renderings])
+        rows = [np.fromiter(ids, np.int32, len(ids)) for ids in all_ids]
+        borders = [
+            self._encoder.borders(rendering.text, ids, [answer.start for answer in rendering.answers])
+            for rendering, ids in zip(renderings, rows, strict=True)
+        ]
+        self._try_prompts(renderings, rows, borders)
+        return [
+            self._labelled(rendering, ids, found)
+            for rendering, ids, found in zip(renderings, rows, borders, strict=True)
+        ]
+
+    @cached_property
+    def _chat(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, self._name, self._system)
+
+    @staticmethod
+    def _own_bos(tokenizer: Any) -> list[int]:
+        """The ids that the tokenizer itself puts before a text: its BOS, or nothing."""
+        framed, bare = (list(tokenizer(PROBE, add_special_tokens=add)["input_ids"]) for add in (True, False))
+        return framed[: framed.index(bare[0])]
+
+    def _check_template(self) -> None:
+        """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
+        chat, self._checked = self._chat, True
+        question, call = Message(role="user", content=PROBE), Message(role="assistant", content="It is four!")
+        try:
+            rendered = self.tokenise([self._conversation(Conversation([question, call]))])[0]
+            if isinstance(rendered, RowError):
+                raise rendered
+        except RowError as error:
+            where = "data.chat_template"
+            raise DataError(Problem(where=where, what=error.what, do=error.do, got=error.got)) from error
+        self._encoder.learn(chat.text([question], generation=True), PROBE)
+        result = Message(role="tool", content="probe-7351", tool_call_id="abcdefghi", name="probe")
+        calls: list[Any] = [{"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}]
+        called = Message(role="assistant", content="", tool_calls=calls)
+        try:
+            self._encoder.learn(chat.text([question, called, result], generation=True), "probe-7351")
+        except RowError:
+            return  # no tools, then
+
+    def _document(self, document: Document) -> Rendering:
+        if self._loss_on != "all":
+            do = "set data.loss_on to all, or name a format with turns in the source"
+            raise RowError("text", f"plain text has no answer, and data.loss_on is {self._loss_on}", do)
+        for token in self._control:
+            if token in document.text:
+                what = f"contains the control token {token}, which would be read as such"
+                raise RowError("text", what, "remove it or write it differently", shown(document.text))
+        self._encoder.alphabet.check(document.text)
+        return Rendering(document.text, everything=True, document=True)
+
+    def _conversation(self, given: Conversation) -> Rendering:
+        self._check_contents(given)
+        answers = find_answers(self._chat, given, self._loss_on)
+        text = answers.text
+        if self._loss_on != "all":
+            return Rendering(text, answers.found)
+        holes = find_holes(self._chat, given, text)
+        return Rendering(text, answers.found, True, holes)
+
+    def _check_contents(self, given: Conversation) -> None:
+        for index, message in enumerate(given.messages):
+            token = self._chat.forged(message["content"])
+            if token is None and not _PLAIN.issuperset(message):
+                token = next(filter(None, map(self._chat.forged, strings({**message}))), None)
+            if token is not None:
+                what = f"contains the control token {token}, which would be read as the conversation's frame"
+                got = shown(message["content"])
+                raise RowError(f"messages[{index}].content", what, "remove it or write it differently", got)
+        for text in strings(given.tools or []):
+            token = self._chat.forged(text)
+            if token is not None:
+                what = f"contain the control token {token}, which would be read as the conversation's frame"
+                raise RowError("tools", what, "remove it or write it differently", shown(text))
+
+    def _try_prompts(
+        self, renderings: Sequence[Rendering], rows: Sequence[Ints], borders: Sequence[list[int | None]]
+    ) -> None:
+        """Fill in the borders that were not proven: tokenise these prompts and compare."""
+        open_ones = [(row, place) for row, found in enumerate(borders) for place, b in enumerate(found) if b is None]
+        if not open_ones:
+            return
+        prompts = [renderings[row].text[: renderings[row].answers[place].start] for row, place in open_ones]
+        for (row, place), ids in zip(open_ones, self._encoder.ids(prompts), strict=True):
+            if rows[row][: len(ids)].tolist() == ids:
+                borders[row][place] = len(ids)
+
+    def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> Rendered | RowError:
+        if rendering.document:
+            ids = np.array([*self._bos, *ids.tolist(), self._eos_id], dtype=np.int32)
+        labels = ids.copy() if rendering.everything else np.full(len(ids), IGNORED, dtype=np.int32)
+        for answer, start in zip(rendering.answers, borders, strict=True):
+            if start is None:
+                return self._straddled(rendering, ids, answer)
+            if not rendering.everything:
+                # Contents cannot contain the EOS, so the next one is the answer's own end.
+                length = int(np.argmax(ids[start:] == self._eos_id)) + 1 if start < len(ids) else 0
+                if not length or ids[start + length - 1] != self._eos_id:
+                    what = f"the tokenizer does not read {self._tokenizer.eos_token} as one token"
+                    return RowError(f"messages[{answer.message}]", what, "mend its tokenizer.json")
+                labels[start : start + length] = ids[start : start + length]
+        if rendering.everything:
+            labels[:1] = IGNORED
+            self._ignore_holes(rendering, labels)
+        return Rendered(ids, labels)
+
+    def _ignore_holes(self, rendering: Rendering, labels: Ints) -> None:
+        if not rendering.holes:
+            return
+        spans = np.array(self._encoder.spans(rendering.text), dtype=np.int64).reshape(-1, 2)
+        for start, end in rendering.holes:
+            labels[(spans[:, 0] < end) & (spans[:, 1] > start)] = IGNORED
+
+    def _straddled(self, rendering: Rendering, ids: Ints, answer: Answer) -> RowError:
+        what = "a token straddles the border between prompt and answer, so generation would begin differently"
+        do = "remove the white space at the answer's beginning, or name another one in data.chat_template"
+        prompt = self._encoder.ids([rendering.text[: answer.start]])[0]
+        differ = next((i for i, token in enumerate(prompt) if i >= len(ids) or ids[i] != token), len(prompt))
+        got = self._tokenizer.decode(ids[differ : differ + 1])
+        return RowError(f"messages[{answer.message}].content", what, do, shown(got))
+
+
+def _as_given(error: RowError, merged: int) -> RowError:
+    """The error with the row's own message numbers, after `merged` messages were put into another one."""
+    if merged and error.field and error.field.startswith("messages["):
+        number, _, rest = error.field.removeprefix("messages[").partition("]")
+        error.field = f"messages[{int(number) + merged}]{rest}"
+    return error
