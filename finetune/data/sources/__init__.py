@@ -37,9 +37,12 @@ class Source(Protocol):
 
 
 def open_source(settings: DataSource) -> Source:
-    """The source; `DataError` with all paths that are missing or cannot be read."""
-    assert settings.path is not None
-    return open_files(settings.path)
+    """The source; `DataError` with all paths that are missing or cannot be read, or why a hub set cannot be had."""
+    if settings.path is not None:
+        return open_files(settings.path)
+    from finetune.data.sources.hub import open_hub  # the library behind it is slow to import
+
+    return open_hub(settings)
 
 
 def open_files(path: str) -> Source:

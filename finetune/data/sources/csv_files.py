@@ -62,6 +62,9 @@ class _Lines:
         line = self._stream.readline(MAX_ROW_BYTES)
         if not line:
             raise StopIteration
+        if len(line) == MAX_ROW_BYTES:
+            # The csv module would take the rest of it for another record.
+            raise FileError(f"a line of more than {MAX_ROW_BYTES >> 20} MiB", "write one record a line")
         if b"\0" in line:
             self.error = RowError(None, "a NUL byte: binary data, or UTF-16", SAVE_UTF8)
         try:
@@ -84,6 +87,8 @@ def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[
             return
         except csv.Error as error:
             record = _broken(str(error))
+            if isinstance(record, FileError):
+                raise record from error
         if record:
             yield lines.error or record
 
