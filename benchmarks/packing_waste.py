@@ -11,7 +11,7 @@ import pyarrow as pa
 from trl import pack_dataset
 
 from benchmarks.harness import Bar
-from finetune.data.packing import best_fit_decreasing
+from finetune.data.tokens.packing import best_fit_decreasing
 
 CAPACITY = 4096
 MEANS = (490, 899, 1762)

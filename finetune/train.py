@@ -18,6 +18,7 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
+    from finetune.data import Prepared
     from finetune.methods.router_term import RouterTerm
     from finetune.moe.esft.choice import ExpertChoice
     from finetune.moe.families import Family
@@ -31,7 +32,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from torch.accelerator import is_available
     from transformers import set_seed
 
-    from finetune.data import Collator, prepare
+    from finetune.data import Collator
     from finetune.methods.sft import MoeSftTrainer, sft_config
     from finetune.model import checkpoint_family, recipe_tokenizer, resolve_checkpoint
     from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
@@ -58,8 +59,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 3. Rows -> token ids and the supervised mask
     tokenizer, new_tokens = recipe_tokenizer(checkpoint, recipe)
-    train_rows = prepare(recipe.data.sources("train"), tokenizer, recipe.data)
-    eval_rows = None if recipe.data.eval is None else prepare(recipe.data.sources("eval"), tokenizer, recipe.data)
+    train_rows, eval_rows = _prepare(recipe, tokenizer, state)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
     model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer), new_tokens)
@@ -106,6 +106,17 @@ def _refuse_data_parallel(state: Any) -> None:
         )
 
 
+def _prepare(recipe: Recipe, tokenizer: Any, state: Any) -> "tuple[Prepared, Prepared | None]":
+    """Training and held-out rows. One process of a machine makes them, the others find them in the cache."""
+    from finetune.data import prepare
+
+    data = recipe.data
+    with state.local_main_process_first():
+        train_rows = prepare(data.sources("train"), tokenizer, data, recipe.seed)
+        eval_rows = prepare(data.sources("eval"), tokenizer, data, recipe.seed) if data.sources("eval") else None
+    return train_rows, eval_rows
+
+
 def _load(
     checkpoint: Path,
     recipe: Recipe,
@@ -146,19 +157,11 @@ def _audit(
         write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
         print(audit_table(parts))
         for split, split_stats in stats.items():
-            print(f"{split} rows: {_rows_line(split_stats)}")
+            print(f"{split} rows: " + "\n".join(split_stats.lines()))
     base = recipe.model
     problems = differences(parts, recipe.lora, base.load_in_4bit, base.dtype, len(base.added_tokens))
     if problems:
         raise RunError(problems)
-
-
-def _rows_line(stats: Any) -> str:
-    return (
-        f"{stats.rows:,} read, {100 * stats.truncated / stats.rows:.1f} % truncated, "
-        f"{100 * stats.dropped / stats.rows:.1f} % dropped; {stats.tokens:,} tokens in {stats.sequences:,} sequences, "
-        f"{stats.supervised_tokens:,} supervised ({100 * stats.supervised_tokens / stats.tokens:.1f} %)"
-    )
 
 
 def _router_term(model: Any, family: "Family", recipe: Recipe) -> "RouterTerm | None":

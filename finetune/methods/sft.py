@@ -116,7 +116,7 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
         for parameter, data in trained:
             parameter.data = data
         self.router_term, self.router_observers = router_term, router_observers
-        self._step_rows: list[list[int]] = []  # of each micro-batch of the running step
+        self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
         self._window_ce = torch.zeros((), device=self.args.device)  # this rank's, over the steps since the last line
         self._window_steps = 0
@@ -246,15 +246,14 @@ class MoeSftTrainer(SFTTrainer):  # type: ignore[misc]
             raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
         return norm
 
-    def _not_finite(self, what: str, value: float, rows: list[int]) -> RunError:
-        shown = ", ".join(map(str, rows[:32])) + (" ..." if len(rows) > 32 else "")
+    def _not_finite(self, what: str, value: float, rows: list[str]) -> RunError:
+        shown = ", ".join(rows[:32]) + (" ..." if len(rows) > 32 else "")
         router = None if self.router_term is None else self.router_term.first_not_finite()
         first = "" if router is None else f"; the first router with logits that are not finite: {router}"
         return RunError(
             Problem(
                 f"step {self.state.global_step + 1}",
-                f"the {what} is not finite; the optimizer step was not taken{first}; "
-                f"lines of the training file: {shown}",
+                f"the {what} is not finite; the optimizer step was not taken{first}; rows of the step: {shown}",
                 "look at these rows, lower training.learning_rate, or use model.dtype bfloat16 instead of float16",
                 got=str(value),
             )

@@ -51,10 +51,16 @@ def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any] | None = No
     data = {"path": str(rows), "format": "prompt_completion"}
     packing = training.pop("packing", False)
     with_eval = training.pop("with_eval", False)
+    attention = training.pop("attn_implementation", "sdpa")
     return Recipe.model_validate(
         {
             "output_dir": str(out),
-            "model": {"name_or_path": str(base), "load_in_4bit": True, "dtype": "float32"},
+            "model": {
+                "name_or_path": str(base),
+                "load_in_4bit": True,
+                "dtype": "float32",
+                "attn_implementation": attention,
+            },
             "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8.0},
             "router": router or {"router_aux_loss_coef": 0.1},
             "method": {"kind": "sft"},
@@ -93,8 +99,9 @@ def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
         args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),
-        train_dataset=prepare(recipe.data.sources("train"), tokenizer, recipe.data).dataset,
-        eval_dataset=recipe.data.eval and prepare(recipe.data.sources("eval"), tokenizer, recipe.data).dataset,
+        train_dataset=prepare(recipe.data.sources("train"), tokenizer, recipe.data, recipe.seed).dataset,
+        eval_dataset=recipe.data.eval
+        and prepare(recipe.data.sources("eval"), tokenizer, recipe.data, recipe.seed).dataset,
         callbacks=[steps],
     )
     return trainer, steps

@@ -51,22 +51,23 @@ def test_checkpointing_does_not_change_the_balance_of_a_step(
     assert_same_steps(whole, run(recipe(base, rows, tmp_path, BOTH, gradient_checkpointing=mode)), KEYS)
 
 
-@pytest.mark.parametrize("scope", ["step", "micro_batch"])
-def test_packing_does_not_change_the_balance_of_a_step(base: Path, tmp_path: Path, scope: str) -> None:
+@pytest.mark.parametrize(("scope", "attention"), [("step", "sdpa"), ("micro_batch", "sdpa"), ("step", "eager")])
+def test_packing_does_not_change_the_balance_of_a_step(base: Path, tmp_path: Path, scope: str, attention: str) -> None:
     """Eight rows in every step, padded to the longest or one after the other in a single row."""
     eight = write_rows(tmp_path / "eight.jsonl", 8)
     router = {**BOTH, "scope": scope}
-    padded = run(recipe(base, eight, tmp_path / "padded", router, max_length=512))
+    same: Any = {"max_length": 512, "attn_implementation": attention}
+    padded = run(recipe(base, eight, tmp_path / "padded", router, **same))
     packed = run(
         recipe(
             base,
             eight,
             tmp_path / "packed",
             router,
-            max_length=512,
             packing=True,
             global_batch_size=1,
             per_device_train_batch_size=1,
+            **same,
         )
     )
     assert_same_steps(padded, packed, KEYS)

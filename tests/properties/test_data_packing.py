@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.packing import best_fit_decreasing
+from finetune.data.tokens.packing import best_fit_decreasing
 
 CAPACITY = 64
 lengths_strategy = st.lists(st.integers(1, CAPACITY), max_size=200)

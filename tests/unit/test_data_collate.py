@@ -6,23 +6,32 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-from finetune.data.collate import Collator
 from finetune.data.render import IGNORED
-from finetune.data.table import TokenRows
+from finetune.data.tokens.collate import Collator
 from tests.support import tiny_mixtral_config, tiny_tokenizer
 
-ROWS = [([5, 6, 7, 8, 9], 11), ([10, 11, 12], 12), ([13, 14, 15, 16], 13)]
+ROWS = [([5, 6, 7, 8, 9], "f:11"), ([10, 11, 12], "f:12"), ([13, 14, 15, 16], "f:13")]
 
 
-def rows() -> TokenRows:
-    kept = TokenRows()
-    for ids, line in ROWS:
-        kept.append(ids, [IGNORED, *ids[1:]], line)
-    return kept
+def rows() -> list[dict[str, Any]]:
+    return [{"input_ids": ids, "labels": [IGNORED, *ids[1:]], "row": row} for ids, row in ROWS]
 
 
-def batch_of(dataset: Any) -> dict[str, Any]:
-    return Collator(tiny_tokenizer())(list(dataset))
+def packed_rows() -> list[dict[str, Any]]:
+    """The same rows in two sequences of at most 8 tokens."""
+    first, second, third = rows()
+    return [
+        {
+            **{key: first[key] + second[key] for key in ("input_ids", "labels")},
+            "position_ids": [0, 1, 2, 3, 4, 0, 1, 2],
+            "row": [first["row"], second["row"]],
+        },
+        {**third, "position_ids": [0, 1, 2, 3], "row": [third["row"]]},
+    ]
+
+
+def batch_of(dataset: list[dict[str, Any]]) -> dict[str, Any]:
+    return Collator(tiny_tokenizer())(dataset)
 
 
 def model(attn_implementation: str) -> MixtralForCausalLM:
@@ -38,26 +47,26 @@ def logits(network: Any, **batch: torch.Tensor) -> torch.Tensor:
 
 def test_rows_are_padded_on_the_right_with_pads_that_are_masked_and_carry_no_loss() -> None:
     pad = tiny_tokenizer().pad_token_id
-    batch = batch_of(rows().dataset())
+    batch = batch_of(rows())
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, pad, pad], [13, 14, 15, 16, pad]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert batch["labels"].tolist()[1] == [IGNORED, 11, 12, IGNORED, IGNORED]
-    assert batch["rows"] == [11, 12, 13]
+    assert batch["rows"] == ["f:11", "f:12", "f:13"]
     assert {tensor.dtype for key, tensor in batch.items() if key != "rows"} == {torch.int64}
 
 
 def test_packed_rows_become_one_flat_row_without_an_attention_mask() -> None:
-    batch = batch_of(rows().packed_dataset(max_length=8))
+    batch = batch_of(packed_rows())
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
-    assert batch["rows"] == [11, 12, 13]
+    assert batch["rows"] == ["f:11", "f:12", "f:13"]
     assert sorted(batch) == ["input_ids", "labels", "position_ids", "rows"]
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_packed_documents_get_the_logits_they_get_alone(attn_implementation: str) -> None:
     network = model(attn_implementation)
-    batch = batch_of(rows().packed_dataset(max_length=8))
+    batch = batch_of(packed_rows())
     packed = logits(network, input_ids=batch["input_ids"], position_ids=batch["position_ids"])[0]
     alone = torch.cat([logits(network, input_ids=torch.tensor([ids]))[0] for ids, _ in ROWS])
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
@@ -66,7 +75,7 @@ def test_packed_documents_get_the_logits_they_get_alone(attn_implementation: str
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_padded_rows_get_the_logits_they_get_alone(attn_implementation: str) -> None:
     network = model(attn_implementation)
-    batch = batch_of(rows().dataset())
+    batch = batch_of(rows())
     padded = logits(network, input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     for row, (ids, _) in zip(padded, ROWS, strict=True):
         alone = logits(network, input_ids=torch.tensor([ids]))[0]
@@ -76,7 +85,7 @@ def test_padded_rows_get_the_logits_they_get_alone(attn_implementation: str) -> 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_a_changed_document_changes_nothing_in_its_neighbours(attn_implementation: str) -> None:
     network = model(attn_implementation)
-    batch = batch_of(rows().packed_dataset(max_length=8))
+    batch = batch_of(packed_rows())
     before = logits(network, input_ids=batch["input_ids"], position_ids=batch["position_ids"])[0]
     changed = batch["input_ids"].clone()
     changed[0, :5] = torch.tensor([20, 21, 22, 23, 24])
@@ -88,7 +97,7 @@ def test_a_changed_document_changes_nothing_in_its_neighbours(attn_implementatio
 @pytest.mark.parametrize("wrong", ["an attention mask", "a cache"])
 def test_with_a_mask_or_a_cache_documents_would_leak_which_is_why_there_is_neither(wrong: str) -> None:
     network = model("sdpa")
-    batch = batch_of(rows().packed_dataset(max_length=8))
+    batch = batch_of(packed_rows())
     right = logits(network, input_ids=batch["input_ids"], position_ids=batch["position_ids"])
     mask = torch.ones_like(batch["input_ids"]) if wrong == "an attention mask" else None
     with torch.no_grad():

@@ -1,13 +1,17 @@
 """Preparing a file: what is kept, cut and dropped, what is counted, and that all bad rows are named at once."""
 
+import gzip
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.data import DataStats, Prepared, prepare, read_conversations
-from finetune.data.render import IGNORED
+from finetune.data import Prepared, prepare
+from finetune.data.render import IGNORED, read_template
+from finetune.data.tokens.cache import cache_folder
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
 from tests.support import tiny_tokenizer
@@ -17,16 +21,28 @@ FRAME = "which would be read as the conversation's frame"
 LONG = {"prompt": "set the timer", "completion": "turn on the kitchen light and set the timer to ten minutes"}
 
 
-def settings(path: Path, row_format: Any = "prompt_completion", **others: Any) -> DataSettings:
-    source = DataSource(path=str(path), format=row_format)
-    return DataSettings(**{"train": source, "max_length": 256, **others})
+def write(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" if row else "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(train: Any, **others: Any) -> DataSettings:
+    return DataSettings(**{"train": train, "max_length": 256, **others})
+
+
+def source(path: Path, row_format: Any = "prompt_completion", **others: Any) -> DataSource:
+    return DataSource(path=str(path), format=row_format, **others)
 
 
 def run(tmp_path: Path, rows: list[Any], **others: Any) -> Prepared:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" if row else "\n" for row in rows), encoding="utf-8")
-    chosen = settings(path, **others)
-    return prepare(chosen.sources("train"), tiny_tokenizer(), chosen)
+    chosen = settings(source(write(tmp_path / "rows.jsonl", rows)), **others)
+    return prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)
+
+
+def where(prepared: Prepared) -> list[Any]:
+    """Where the rows of the data set come from, without their folder."""
+    rows = prepared.dataset["row"][:]
+    return [Path(row).name if isinstance(row, str) else [Path(each).name for each in row] for row in rows]
 
 
 def refusal(tmp_path: Path, rows: list[Any], **others: Any) -> list[str]:
@@ -42,7 +58,7 @@ def lengths(tmp_path: Path) -> tuple[int, int]:
 
 
 def test_a_row_carries_its_line_number_past_blank_lines(tmp_path: Path) -> None:
-    assert run(tmp_path, [SHORT, None, LONG]).dataset["row"][:] == [1, 3]
+    assert where(run(tmp_path, [SHORT, None, LONG])) == ["rows.jsonl:1", "rows.jsonl:3"]
 
 
 def test_labels_stand_at_their_tokens_and_end_with_the_eos(tmp_path: Path) -> None:
@@ -57,23 +73,17 @@ def test_the_counts_are_the_data_sets_own(tmp_path: Path) -> None:
     prepared = run(tmp_path, [SHORT, LONG])
     labels = [label for row in prepared.dataset["labels"] for label in row]
     short, long = lengths(tmp_path)
-    assert prepared.stats == DataStats(
-        rows=2,
-        kept=2,
-        truncated=0,
-        dropped=0,
-        tokens=short + long,
-        supervised_tokens=sum(label != IGNORED for label in labels),
-        longest=long,
-        sequences=2,
-    )
+    stats = prepared.stats
+    assert (stats.rows, stats.used, stats.sequences, stats.longest) == (2, 2, 2, long)
+    assert (stats.bad, stats.dropped, stats.truncated, stats.split, stats.duplicates) == (0, 0, 0, 0, 0)
+    assert (stats.tokens, stats.supervised_tokens) == (short + long, sum(label != IGNORED for label in labels))
 
 
 def test_a_row_too_long_is_an_error_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
     short, long = lengths(tmp_path)
     assert refusal(tmp_path, [SHORT, LONG, SHORT, LONG], max_length=short) == [
         f"rows.jsonl:{line}: longer than data.max_length = {short} tokens; got {long} tokens; raise data.max_length, "
-        "shorten the row, or set data.overlong to truncate or drop"
+        "shorten the row, or set data.overlong to truncate, split or drop"
         for line in (2, 4)
     ]
 
@@ -85,7 +95,7 @@ def test_truncate_cuts_the_end_and_counts_it(tmp_path: Path) -> None:
     assert prepared.dataset[1]["input_ids"] == whole["input_ids"][:-5]
     assert prepared.dataset[1]["labels"] == whole["labels"][:-5]
     stats = prepared.stats
-    assert (stats.kept, stats.truncated, stats.longest, stats.tokens) == (2, 1, long, short + long - 5)
+    assert (stats.used, stats.truncated, stats.longest, stats.tokens) == (2, 1, long, short + long - 5)
 
 
 def test_truncating_away_every_supervised_token_is_an_error_with_its_line(tmp_path: Path) -> None:
@@ -99,9 +109,9 @@ def test_truncating_away_every_supervised_token_is_an_error_with_its_line(tmp_pa
 def test_drop_leaves_the_row_out_and_counts_it(tmp_path: Path) -> None:
     short, long = lengths(tmp_path)
     prepared = run(tmp_path, [LONG, SHORT], max_length=short, overlong="drop")
-    assert prepared.dataset["row"][:] == [2]
+    assert where(prepared) == ["rows.jsonl:2"]
     stats = prepared.stats
-    assert (stats.rows, stats.kept, stats.dropped, stats.longest, stats.tokens) == (2, 1, 1, long, short)
+    assert (stats.rows, stats.used, stats.dropped, stats.longest, stats.tokens) == (2, 1, 1, long, short)
 
 
 def test_dropping_every_row_is_an_error(tmp_path: Path) -> None:
@@ -131,11 +141,12 @@ def test_packing_joins_rows_as_documents_with_positions_of_their_own(tmp_path: P
     alone = run(tmp_path, [SHORT, LONG, SHORT])
     prepared = run(tmp_path, [SHORT, LONG, SHORT], packing=True, max_length=long + short)
     first, second = prepared.dataset[0], prepared.dataset[1]
-    assert (first["row"], second["row"]) == ([2, 1], [3])
+    assert where(prepared) == [["rows.jsonl:2", "rows.jsonl:1"], ["rows.jsonl:3"]]
     assert first["position_ids"] == [*range(long), *range(short)]
     for column in ("input_ids", "labels"):
         assert first[column] == alone.dataset[1][column] + alone.dataset[0][column]
-    assert prepared.stats == DataStats(**{**alone.stats.as_dict(), "sequences": 2})
+    assert second["input_ids"] == alone.dataset[2]["input_ids"]
+    assert prepared.stats == replace(alone.stats, sequences=2)
 
 
 def test_a_tokenizer_that_carries_another_template_than_the_recipe_names_is_refused(tmp_path: Path) -> None:
@@ -145,29 +156,187 @@ def test_a_tokenizer_that_carries_another_template_than_the_recipe_names_is_refu
     ]
 
 
-def test_conversations_can_be_read_without_a_tokenizer_and_keep_the_rows_own_keys(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n" + json.dumps({**SHORT, "split": "values"}) + "\n", encoding="utf-8")
-    [(line, row, conversation)] = read_conversations(str(path), "prompt_completion")
-    assert (line, row["split"]) == (2, "values")
-    assert conversation.messages[-1] == {"role": "assistant", "content": "done"}
+def test_a_row_whose_text_came_before_is_counted_and_named(tmp_path: Path) -> None:
+    stats = run(tmp_path, [SHORT, LONG, {**SHORT, "note": "another key"}]).stats
+    assert stats.duplicates == 1
+    [(row, first)] = stats.sets[0].source.duplicate_rows
+    assert (Path(row).name, Path(first).name) == ("rows.jsonl:3", "rows.jsonl:1")
+
+
+def test_an_id_that_came_before_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{**SHORT, "id": "a"}, {**LONG, "id": 7}, {**LONG, "id": "a"}, {**SHORT, "id": 7}]
+    do = "remove one of the two, or give it an id of its own"
+    assert refusal(tmp_path, rows) == [
+        f"rows.jsonl:3: id: the same id as in rows.jsonl:1; got 'a'; {do}",
+        f"rows.jsonl:4: id: the same id as in rows.jsonl:2; got 7; {do}",
+    ]
+
+
+def test_bad_rows_are_dropped_and_counted_where_the_recipe_says_so(tmp_path: Path) -> None:
+    rows = [SHORT] * 3 + [{"prompt": "a"}]
+    prepared = run(tmp_path, rows, on_bad_row="drop", max_bad_share=0.25)
+    assert (prepared.stats.rows, prepared.stats.bad, prepared.stats.used) == (4, 1, 3)
+    [message] = prepared.stats.sets[0].source.bad_rows
+    assert message.startswith(f"{tmp_path}/rows.jsonl:4: completion: is missing")
+    assert prepared.stats.lines()[0].startswith("4 read, 25.0 % bad, 0.0 % truncated, 0.0 % dropped; ")
+
+
+def test_more_bad_rows_than_the_ceiling_allows_are_an_error(tmp_path: Path) -> None:
+    first, second = refusal(tmp_path, [SHORT] * 3 + [{"prompt": "a"}], on_bad_row="drop", max_bad_share=0.2)
+    assert first.startswith("rows.jsonl:4: completion: is missing")
+    assert second == (
+        "rows.jsonl: 1 of 4 rows are bad, a share of 0.25: above data.max_bad_share = 0.2; "
+        "mend the rows above, or raise the ceiling"
+    )
+
+
+def test_a_row_that_is_too_long_is_no_bad_row_to_be_dropped(tmp_path: Path) -> None:
+    short = lengths(tmp_path)[0]
+    [message] = refusal(tmp_path, [SHORT, LONG], on_bad_row="drop", max_bad_share=1.0, max_length=short)
+    assert message.startswith(f"rows.jsonl:2: longer than data.max_length = {short} tokens")
+
+
+def test_a_file_that_breaks_off_is_no_bad_row_to_be_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    lines = "".join(json.dumps({**SHORT, "id": str(number)}) + "\n" for number in range(2000))
+    whole = gzip.compress(lines.encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    chosen = settings(source(path), on_bad_row="drop", max_bad_share=1.0)
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz"):
+        prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)
+
+
+def test_max_rows_takes_the_first_ones(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [SHORT, LONG, {"broken": "and never read"}])
+    chosen = settings(source(path, max_rows=2))
+    assert where(prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)) == ["rows.jsonl:1", "rows.jsonl:2"]
+
+
+def test_auto_says_what_it_recognised_and_why(tmp_path: Path) -> None:
+    chosen = settings(source(write(tmp_path / "rows.jsonl", [SHORT, LONG]), "auto"))
+    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats.sets[0].source
+    assert stats.format == "prompt_completion"
+    assert stats.why
+
+
+def two_sets(tmp_path: Path, **others: Any) -> DataSettings:
+    """30 short rows and 30 long ones, three to one."""
+    small = write(tmp_path / "small.jsonl", [{**SHORT, "id": str(i)} for i in range(30)])
+    long = [{"instruction": "say", "output": f"{LONG['completion']} {i}"} for i in range(30)]
+    large = write(tmp_path / "large.jsonl", long)
+    sets = [source(small, weight=3.0), source(large, "alpaca", weight=1.0)]
+    return settings(sets, **others)
+
+
+def test_sets_are_mixed_by_weight_and_the_proportions_are_said_in_rows_and_tokens(tmp_path: Path) -> None:
+    chosen = two_sets(tmp_path)
+    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats
+    assert [each.rows for each in stats.sets] == [30, 10]
+    first, second = (each.tokens for each in stats.sets)
+    share = 100 * first / (first + second)
+    assert [line.replace(f"{tmp_path}/", "") for line in stats.lines()[1:]] == [
+        f"  small.jsonl, weight 3: 30 rows (75.0 %), {first:,} tokens ({share:.1f} %)",
+        f"  large.jsonl, weight 1: 10 rows (25.0 %), {second:,} tokens ({100 - share:.1f} %)",
+    ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_mixture_is_the_same_for_the_same_seed_and_another_for_another(tmp_path: Path, packing: bool) -> None:
+    chosen = two_sets(tmp_path, packing=packing)
+    one, again, other = (
+        prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=seed).dataset["row"][:] for seed in (1, 1, 2)
+    )
+    assert one == again != other
+
+
+def test_a_weight_too_small_for_a_single_row_is_an_error(tmp_path: Path) -> None:
+    small = write(tmp_path / "small.jsonl", [SHORT])
+    chosen = settings([source(small, weight=1.0), source(small, weight=0.1)])
+    with pytest.raises(DataError, match=r"its weight is so small that none of its 1 rows is used; raise its weight"):
+        prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)
+
+
+def test_what_is_wrong_in_several_sets_is_said_at_once(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", [{"prompt": "a"}])
+    other = write(tmp_path / "other.jsonl", [{"completion": "a"}])
+    chosen = settings([source(one), source(other)])
+    with pytest.raises(DataError) as caught:
+        prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)
+    assert [Path(problem.where.partition(": ")[0]).name for problem in caught.value.problems] == [
+        "one.jsonl:1",
+        "other.jsonl:1",
+    ]
+
+
+def entries() -> set[str]:
+    return {path.name for path in cache_folder().iterdir()}
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+
+
+def test_prepared_rows_are_used_again(tmp_path: Path, fresh_cache: None) -> None:
+    one = run(tmp_path, [SHORT, LONG, LONG], packing=True)
+    before = {path: path.stat().st_mtime_ns for path in cache_folder().rglob("*")}
+    again = run(tmp_path, [SHORT, LONG, LONG], packing=True)
+    assert {path: path.stat().st_mtime_ns for path in cache_folder().rglob("*")} == before
+    assert again.stats == one.stats
+    assert again.dataset[:] == one.dataset[:]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "change",
     [
-        ("1\n{}\n", r"f.jsonl:1: a row must be a JSON object; got 1; .*\n.*f.jsonl:2: prompt: is missing"),
-        ("\n", "there is no row in the file; fill it or leave it out"),
+        {"max_length": 200},
+        {"overlong": "truncate"},
+        {"overlong": "split"},
+        {"loss_on": "all"},
+        {"system": "merge_into_first_user"},
+        {"on_bad_row": "drop"},
+        {"max_bad_share": 0.5, "on_bad_row": "drop"},
+        {"chat_template": "alpaca"},
+        {"train": {"columns": {"prompt": "question"}}},
+        {"train": {"max_rows": 2}},
+        {"train": {"format": "auto"}},
     ],
+    ids=str,
 )
-def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "f.jsonl").write_text(content, encoding="utf-8")
-    with pytest.raises(DataError, match=message):
-        read_conversations(str(tmp_path / "f.jsonl"), "prompt_completion")
+def test_rows_of_other_settings_are_never_used(tmp_path: Path, fresh_cache: None, change: dict[str, Any]) -> None:
+    rows = [{**SHORT, "question": "what else?"}, LONG | {"question": "and then?"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+
+    def prepared(**others: Any) -> None:
+        source_of = {"path": str(path), "format": "prompt_completion", **others.pop("train", {})}
+        chosen = settings(DataSource(**source_of), **others)
+        tokenizer = tiny_tokenizer()
+        if chosen.chat_template:
+            tokenizer.chat_template = read_template(chosen.chat_template)
+        prepare(chosen.sources("train"), tokenizer, chosen, seed=0)
+
+    prepared()
+    [first] = entries()
+    prepared(**change)
+    assert len(entries() - {first}) == 1
 
 
-@pytest.mark.parametrize("row_format", ["dolly", "oasst", "alpaca"])
-def test_the_example_of_each_format_prepares(row_format: str) -> None:
-    path = Path(__file__).parents[2] / "data" / "examples" / f"{row_format}.jsonl"
-    chosen = settings(path, row_format)
-    assert prepare(chosen.sources("train"), tiny_tokenizer(), chosen).stats.kept == 5
+def test_rows_of_another_content_tokenizer_or_template_are_never_used(tmp_path: Path, fresh_cache: None) -> None:
+    path = write(tmp_path / "rows.jsonl", [SHORT])
+    chosen = settings(source(path))
+    bare, other_template, other_vocabulary = tiny_tokenizer(), tiny_tokenizer(), tiny_tokenizer()
+    other_template.chat_template = bare.chat_template.replace("<|im_end|>\\n", "<|im_end|>")
+    other_vocabulary.add_tokens(["timer"])
+    for number, tokenizer in enumerate((bare, other_template, other_vocabulary), start=1):
+        prepare(chosen.sources("train"), tokenizer, chosen, seed=0)
+        assert len(entries()) == number
+    stamp = path.stat()
+    path.write_text(path.read_text().replace("done", "gone"))  # the same size, and the same time
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    prepare(chosen.sources("train"), bare, chosen, seed=0)
+    assert len(entries()) == 4
+
+
+def test_a_set_with_bad_rows_leaves_nothing_in_the_cache(tmp_path: Path, fresh_cache: None) -> None:
+    refusal(tmp_path, [SHORT, {"prompt": "a"}])
+    assert entries() == set()

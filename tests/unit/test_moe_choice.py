@@ -163,7 +163,7 @@ def test_a_weight_that_is_not_finite_names_layer_and_rows(model: Any, moe: MoeLa
         measure_experts(model, moe, [COLLATE(ROWS)], "gate")
     gate.data.copy_(kept)
     assert str(caught.value) == (
-        "model.layers.1: a router weight is not finite while experts are measured; lines of the training file: "
+        "model.layers.1: a router weight is not finite while experts are measured; rows: "
         "1, 2, 3, 4; look at these rows, or use model.dtype bfloat16 instead of float16"
     )
 

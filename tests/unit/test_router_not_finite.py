@@ -52,6 +52,6 @@ def test_a_run_that_stops_names_the_first_layer_whose_router_was_not_finite_and_
     what = (
         "step 1: the loss is not finite; the optimizer step was not taken; the first router with logits that are not "
     )
-    assert str(caught.value).startswith(f"{what}finite: model.layers.1.mlp.gate; lines of the training file: ")
-    assert len(str(caught.value).split("training file: ")[1].split(";")[0].split(", ")) == 4
+    assert str(caught.value).startswith(f"{what}finite: model.layers.1.mlp.gate; rows of the step: ")
+    assert len(str(caught.value).split("rows of the step: ")[1].split(";")[0].split(", ")) == 4
     assert steps.gradients == []

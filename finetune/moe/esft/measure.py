@@ -127,6 +127,6 @@ def _tally(total_E: torch.Tensor, index_TK: torch.Tensor, weight_TK: torch.Tenso
 
 
 def _not_finite(layer: str, batch: Batch) -> RunError:
-    lines = ", ".join(map(str, batch["rows"][:32]))
-    what = f"a router weight is not finite while experts are measured; lines of the training file: {lines}"
+    rows = ", ".join(map(str, batch["rows"][:32]))
+    what = f"a router weight is not finite while experts are measured; rows: {rows}"
     return RunError(Problem(layer, what, "look at these rows, or use model.dtype bfloat16 instead of float16"))

@@ -10,7 +10,8 @@ from finetune.data.render import IGNORED
 
 
 class Collator:
-    """Makes micro-batches; B rows, T tokens of the longest row. `rows` (list[int]) are line numbers, for messages.
+    """Makes micro-batches; B rows, T tokens of the longest row. `rows` (list[str]) says where they come from,
+    `file:line`, for messages.
 
     Unpacked: `input_ids`, `labels`, `attention_mask`, each [B, T], padded on the right.
     Packed: `input_ids`, `labels`, `position_ids`, each [1, T], the B packed rows one after the other without padding.
@@ -26,7 +27,7 @@ class Collator:
         if "position_ids" in features[0]:
             keys = ("input_ids", "labels", "position_ids")
             batch = {key: torch.tensor([[x for row in features for x in row[key]]]) for key in keys}
-            return {**batch, "rows": [line for row in features for line in row["row"]]}
+            return {**batch, "rows": [where for row in features for where in row["row"]]}
         ids = [torch.tensor(row["input_ids"]) for row in features]
         return {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),

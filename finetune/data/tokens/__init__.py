@@ -1,0 +1,18 @@
+"""Conversations -> token rows: tokenised in bulk, cut, cached, mixed, packed, made into batches."""
+
+from finetune.data.tokens.collate import Collator
+from finetune.data.tokens.prepare import Mixture, Prepared, prepare, prepare_mixture
+from finetune.data.tokens.rows import RowSet
+from finetune.data.tokens.stats import DataStats, RowStats, SetStats
+
+__all__ = [
+    "Collator",
+    "DataStats",
+    "Mixture",
+    "Prepared",
+    "RowSet",
+    "RowStats",
+    "SetStats",
+    "prepare",
+    "prepare_mixture",
+]

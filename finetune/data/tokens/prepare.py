@@ -1,0 +1,155 @@
+"""Sources -> the data set of a run: rows from the cache, mixed as the weights say, packed if asked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from finetune.data.render import Renderer, read_template
+from finetune.data.render.rendering import Ints
+from finetune.data.rows import MAX_PROBLEMS
+from finetune.data.tokens.cache import digest, entry
+from finetune.data.tokens.mixture import Indices, mix
+from finetune.data.tokens.packing import best_fit_decreasing
+from finetune.data.tokens.rows import RowSet, prepare_rows
+from finetune.data.tokens.stats import DataStats, SetStats
+from finetune.data.tokens.table import PACKED, Writer
+from finetune.errors import DataError, Problem
+from finetune.recipe import DataSettings, DataSource
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`dataset` columns: `input_ids`, `labels` (-100: not supervised; NOT shifted), `row` (`file:line`).
+
+    With packing also `position_ids`, which restart at each document, and `row` is the list of the packed rows.
+    """
+
+    dataset: Dataset
+    stats: DataStats
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Prepared sources and which of their rows make the data set."""
+
+    sets: list[RowSet]
+    sources: Sequence[DataSource]
+    chosen: list[Indices]
+
+    @property
+    def lengths(self) -> Ints:
+        """Tokens of each row of the data set."""
+        return np.concatenate([rows.lengths[each] for rows, each in zip(self.sets, self.chosen, strict=True)])
+
+    def stats(self, sequences: int) -> DataStats:
+        """The counts; `sequences` is the length of the data set that was made."""
+        return DataStats(
+            [
+                SetStats(
+                    name=rows.name,
+                    weight=source.weight,
+                    rows=len(each),
+                    tokens=int(rows.lengths[each].sum()),
+                    supervised_tokens=int(rows.supervised[each].sum()),
+                    source=rows.stats,
+                )
+                for rows, source, each in zip(self.sets, self.sources, self.chosen, strict=True)
+            ],
+            sequences,
+        )
+
+
+def prepare(sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings, seed: int) -> Prepared:
+    """Read, render, tokenise, mark what is supervised, cut, mix and pack, as the settings say.
+
+    `tokenizer` comes from `load_tokenizer` with `settings.chat_template`. The result is the same for the same files,
+    settings and `seed`, whatever the machine. Raises `DataError` with the bad rows of all sources, each as
+    `file:line: field: what; got; do`.
+    """
+    mixture = prepare_mixture(sources, tokenizer, settings, seed)
+    dataset = _packed(mixture, settings.max_length) if settings.packing else _joined(mixture)
+    return Prepared(dataset, mixture.stats(len(dataset)))
+
+
+def prepare_mixture(
+    sources: Sequence[DataSource],
+    tokenizer: Any,
+    settings: DataSettings,
+    seed: int,
+    max_problems: int = MAX_PROBLEMS,
+) -> Mixture:
+    """The first part of `prepare`: every row is read and judged, and those that are used are chosen."""
+    renderer = Renderer(tokenizer, _template_name(tokenizer, settings.chat_template), settings.loss_on, settings.system)
+    sets: list[RowSet] = []
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    weights = [source.weight for source in sources if source.weight is not None]
+    sizes = [len(rows.lengths) for rows in sets]
+    chosen = mix(sizes, weights or None, settings.stopping_strategy, seed)
+    _refuse_empty(sets, chosen)
+    return Mixture(sets, sources, chosen)
+
+
+def _template_name(tokenizer: Any, name: str | None) -> str:
+    """What messages call the template; `DataError` if the tokenizer carries another one than the recipe names."""
+    if name is None:
+        return "the tokenizer's own chat template"
+    if tokenizer.chat_template != read_template(name):
+        # What is saved beside the adapter must be what was trained.
+        do = "load the tokenizer with load_tokenizer(..., chat_template=data.chat_template)"
+        raise DataError(Problem("data.chat_template", f"the tokenizer carries another template than {name}", do))
+    return f"the chat template {name}"
+
+
+def _refuse_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
+    problems = [
+        Problem(
+            rows.name,
+            f"its weight is so small that none of its {len(rows.lengths):,} rows is used",
+            "raise its weight, give the other sets more rows, or set data.stopping_strategy: all_exhausted",
+        )
+        for rows, each in zip(sets, chosen, strict=True)
+        if not len(each)
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _joined(mixture: Mixture) -> Dataset:
+    parts = [
+        rows.dataset() if np.array_equal(each, np.arange(len(rows.lengths))) else rows.dataset().select(each)
+        for rows, each in zip(mixture.sets, mixture.chosen, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def _packed(mixture: Mixture, max_length: int) -> Dataset:
+    """Columns `input_ids`, `labels`, `position_ids`, `row`: written once, by bins, and memory-mapped."""
+    chosen = [each.tobytes() for each in mixture.chosen]
+    parts = {
+        "sets": [rows.folder.name for rows in mixture.sets],
+        "chosen": [digest({"indices": each.hex()}) for each in chosen],
+        "max_length": max_length,
+    }
+
+    def write(folder: Path) -> None:
+        tables = [rows.table() for rows in mixture.sets]
+        places = [(table, int(i)) for table, each in zip(tables, mixture.chosen, strict=True) for i in each]
+        with Writer(folder / "packed.arrow", PACKED) as writer:
+            for indices in best_fit_decreasing(mixture.lengths.tolist(), max_length):
+                rows = [places[i][0].row(places[i][1]) for i in indices]
+                ids, labels, where = zip(*rows, strict=True)
+                positions = np.concatenate([np.arange(len(each), dtype=np.int32) for each in ids])
+                writer.append(np.concatenate(ids), np.concatenate(labels), positions, list(where))
+
+    return Dataset.from_file(str(entry(f"packed-{digest(parts)}", write) / "packed.arrow"))

@@ -1,0 +1,188 @@
+"""One source -> its token rows in the cache, with everything that was counted on the way."""
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from tqdm import tqdm
+
+from finetune.data.formats import reader, recognise
+from finetune.data.render import Renderer
+from finetune.data.render.rendering import Ints
+from finetune.data.rows import FileError, Problems, Row, RowError
+from finetune.data.sources import Source, open_source
+from finetune.data.tokens.cache import digest, entry, rows_fingerprint
+from finetune.data.tokens.lengths import Piece, TooLongError, fit
+from finetune.data.tokens.seen import Seen
+from finetune.data.tokens.stats import NAMED, RowStats
+from finetune.data.tokens.stream import Tokenised, tokenised
+from finetune.data.tokens.table import ROWS, TokenTable, Writer
+from finetune.errors import DataError, Problem
+from finetune.recipe import DataSettings, DataSource
+
+RECOGNISED_ROWS = 100
+"""`format: auto` looks at so many rows."""
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Prepared rows of one source: `lengths` and `supervised` are tokens of each row that is kept, int32."""
+
+    name: str
+    folder: Path
+    stats: RowStats
+    lengths: Ints
+    supervised: Ints
+
+    def dataset(self) -> Dataset:
+        """Columns `input_ids`, `labels` (not shifted; -100: no loss), `row` (`file:line`), memory-mapped."""
+        return Dataset.from_file(str(self.folder / "rows.arrow"))
+
+    def table(self) -> TokenTable:
+        """The same rows for reading one by one."""
+        return TokenTable(self.folder / "rows.arrow")
+
+
+def prepare_rows(
+    source: DataSource, tokenizer: Any, settings: DataSettings, renderer: Renderer, max_problems: int
+) -> RowSet:
+    """The rows of one source, from the cache if nothing that they depend on has changed.
+
+    Raises `DataError` with the bad rows, the first `max_problems` of them named, where the settings do not drop them.
+    """
+    opened = open_source(source)
+    content = opened.fingerprint()
+    parts = rows_fingerprint(opened.name, content, source, settings, tokenizer)
+
+    def write(folder: Path) -> None:
+        _Pass(source, settings, renderer, Problems(max_problems)).write(opened, folder)
+        if opened.fingerprint() != content:
+            do = "start again when nothing writes to it any more"
+            raise DataError(Problem(opened.name, "changed while it was read", do))
+
+    folder = entry(f"rows-{digest(parts)}", write)
+    stats = RowStats.from_json(json.loads((folder / "stats.json").read_text(encoding="utf-8")))
+    return RowSet(opened.name, folder, stats, np.load(folder / "lengths.npy"), np.load(folder / "supervised.npy"))
+
+
+@dataclass
+class _Pass:
+    """One pass over a source: the settings it goes by and what it counted."""
+
+    source: DataSource
+    settings: DataSettings
+    renderer: Renderer
+    problems: Problems
+    stats: RowStats = field(default_factory=RowStats)
+    lengths: "array[int]" = field(default_factory=lambda: array("i"))
+    supervised: "array[int]" = field(default_factory=lambda: array("i"))
+    broken: bool = False  # something that no setting drops
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
+        rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
+        with Writer(folder / "rows.arrow", ROWS) as writer, Seen() as texts, Seen() as ids:
+            for each in tokenised(rows, reader(self.stats.format, self.source.columns), self.renderer):
+                self._take(each, writer, texts, ids)
+        self._refuse(source.name)
+        for name, values in (("lengths", self.lengths), ("supervised", self.supervised)):
+            np.save(folder / f"{name}.npy", np.asarray(values))
+        stats = json.dumps(self.stats.as_json(), ensure_ascii=False)
+        (folder / "stats.json").write_text(stats, encoding="utf-8")
+
+    def _recognised(self, rows: Iterator[Row], name: str) -> Iterator[Row]:
+        """The rows again, after `stats.format` is known."""
+        self.stats.format = self.source.format
+        if self.source.format != "auto":
+            return rows
+        first = list(islice(rows, RECOGNISED_ROWS))
+        try:
+            recognition = recognise((row.value for row in first), self.source.columns)
+        except RowError as error:
+            for row in first:
+                if isinstance(row.value, RowError):
+                    self.problems.add(row.path, row.number, row.value)
+            problem = error.problem(name, 0) if first else _no_row(name)
+            raise DataError([*self.problems.report(), problem]) from error
+        self.stats.format, self.stats.why = recognition.format, recognition.why
+        return chain(first, rows)
+
+    def _take(self, each: Tokenised, writer: Writer, texts: Seen, ids: Seen) -> None:
+        self.stats.rows += 1
+        where = f"{each.row.path}:{each.row.number}"
+        try:
+            for piece in self._pieces(each, where, ids):
+                writer.append(piece.input_ids, piece.labels, where)
+                self.lengths.append(len(piece.input_ids))
+                self.supervised.append(piece.supervised)
+                self.stats.pieces += 1
+                self.stats.tokens += len(piece.input_ids)
+                self.stats.supervised_tokens += piece.supervised
+        except RowError as error:
+            self._refuse_row(each.row, error)
+            return
+        if first := texts.first(each.text, where):
+            self.stats.saw_duplicate(where, first)
+
+    def _pieces(self, each: Tokenised, where: str, ids: Seen) -> list[Piece]:
+        """What is kept of a row, counted; `RowError` if it is a bad one."""
+        if isinstance(each.result, RowError):
+            raise each.result
+        assert isinstance(each.row.value, dict)
+        key = each.row.value.get("id")
+        if isinstance(key, str | int) and (first := ids.first(repr(key), where)):
+            do = "remove one of the two, or give it an id of its own"
+            raise RowError("id", f"the same id as in {first}", do, repr(key))
+        length = len(each.result.input_ids)
+        pieces = fit(each.result.input_ids, each.result.labels, self.settings)
+        self.stats.saw_length(length, where)
+        too_long = length > self.settings.max_length
+        self.stats.dropped += not pieces
+        self.stats.truncated += too_long and self.settings.overlong == "truncate"
+        self.stats.split += too_long and self.settings.overlong == "split"
+        return pieces
+
+    def _refuse_row(self, row: Row, error: RowError) -> None:
+        self.problems.add(row.path, row.number, error)
+        if self.settings.on_bad_row == "error" or isinstance(error, FileError | TooLongError):
+            self.broken = True
+            return
+        self.stats.bad += 1
+        if len(self.stats.bad_rows) < NAMED:
+            self.stats.bad_rows.append(str(error.problem(row.path, row.number)))
+
+    def _refuse(self, name: str) -> None:
+        """Raise everything that makes the source unusable."""
+        bad, rows, ceiling = self.stats.bad, self.stats.rows, self.settings.max_bad_share
+        problems = self.problems.report() if self.broken else []
+        if rows and bad > ceiling * rows:
+            share = f"a share of {bad / rows:.3g}: above data.max_bad_share = {ceiling:g}"
+            what = f"{bad:,} of {rows:,} rows are bad, {share}"
+            problems = [*self.problems.report(), Problem(name, what, "mend the rows above, or raise the ceiling")]
+        if not rows:
+            problems = [_no_row(name)]
+        elif not problems and not self.lengths:
+            what = f"every row is longer than data.max_length = {self.settings.max_length} tokens and was dropped"
+            do = f"raise data.max_length: the longest row has {self.stats.longest} tokens"
+            problems = [Problem(name, what, do)]
+        if problems:
+            raise DataError(problems)
+
+
+def _no_row(name: str) -> Problem:
+    return Problem(name, "there is no row in it", "write one JSON object a line, or name another file")
+
+
+def _with_progress(source: Source) -> Iterator[Row]:
+    with tqdm(total=source.total, desc=f"Tokenising {source.name}", unit=source.unit, unit_scale=True) as bar:
+        for row in source:
+            yield row
+            bar.update(row.progress)
+        if source.total:
+            bar.update(source.total - bar.n)  # blank lines

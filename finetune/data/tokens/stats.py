@@ -1,0 +1,171 @@
+"""What was counted while rows were prepared."""
+
+import heapq
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+NAMED = 20
+"""So many longest rows and duplicates are named; the rest is counted."""
+
+
+@dataclass
+class RowStats:
+    """What became of the rows of one source.
+
+    `rows` read = `bad` (left out by `on_bad_row: drop`) + `dropped` (too long) + those that are kept, as one piece each
+    or, if `split`, as several; `truncated` and `split` are among the kept. `tokens` and `supervised_tokens` count what
+    is kept. `lengths`: rows by their length in tokens before anything is cut. `duplicates`: rows whose text came
+    before.
+    """
+
+    rows: int = 0
+    bad: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    split: int = 0
+    pieces: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    duplicates: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    longest_rows: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line), longest first
+    duplicate_rows: list[tuple[str, str]] = field(default_factory=list)  # (file:line, file:line of the first)
+    bad_rows: list[str] = field(default_factory=list)  # messages
+    format: str = ""  # what was named, or recognised
+    why: str | None = None  # how it was recognised
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, before anything is cut; 0 without rows."""
+        return max(self.lengths, default=0)
+
+    def saw_length(self, tokens: int, where: str) -> None:
+        """Count a row that could be tokenised."""
+        self.lengths[tokens] += 1
+        entry = (tokens, where)
+        if len(self.longest_rows) < NAMED:
+            heapq.heappush(self.longest_rows, entry)
+        elif tokens > self.longest_rows[0][0]:
+            heapq.heapreplace(self.longest_rows, entry)
+
+    def saw_duplicate(self, where: str, first: str) -> None:
+        """Count a row whose text came before."""
+        self.duplicates += 1
+        if len(self.duplicate_rows) < NAMED:
+            self.duplicate_rows.append((where, first))
+
+    def as_json(self) -> dict[str, Any]:
+        """For the cache; `from_json` reads it back."""
+        longest = sorted(self.longest_rows, key=lambda each: -each[0])
+        return {**asdict(self), "lengths": sorted(self.lengths.items()), "longest_rows": longest}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RowStats":
+        """The stats that `as_json` wrote."""
+        pairs = {key: [tuple(each) for each in values[key]] for key in ("longest_rows", "duplicate_rows")}
+        return cls(**{**values, "lengths": Counter(dict(values["lengths"])), **pairs})
+
+
+@dataclass(frozen=True)
+class SetStats:
+    """One source's part in the data set: `rows` and `tokens` used, repeated ones as often as they are; its weight."""
+
+    name: str
+    weight: float | None
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    source: RowStats
+
+
+@dataclass(frozen=True)
+class DataStats:
+    """What stands in a prepared data set and where it came from. `sequences` is its length: packing joins rows."""
+
+    sets: list[SetStats]
+    sequences: int
+
+    @property
+    def rows(self) -> int:
+        """Rows read, of all sources."""
+        return self._sum("rows")
+
+    @property
+    def bad(self) -> int:
+        """Rows left out by `on_bad_row: drop`."""
+        return self._sum("bad")
+
+    @property
+    def dropped(self) -> int:
+        """Rows left out because they are too long."""
+        return self._sum("dropped")
+
+    @property
+    def truncated(self) -> int:
+        """Rows that were cut at the end."""
+        return self._sum("truncated")
+
+    @property
+    def split(self) -> int:
+        """Rows that were cut into pieces."""
+        return self._sum("split")
+
+    @property
+    def duplicates(self) -> int:
+        """Rows whose text came before in their source."""
+        return self._sum("duplicates")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row before anything is cut."""
+        return max(each.source.longest for each in self.sets)
+
+    @property
+    def used(self) -> int:
+        """Rows (or pieces) in the data set."""
+        return sum(each.rows for each in self.sets)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the data set."""
+        return sum(each.tokens for each in self.sets)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens in the data set that carry a loss."""
+        return sum(each.supervised_tokens for each in self.sets)
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(each.source, name) for each in self.sets)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the audit file."""
+        totals = ("rows", "bad", "dropped", "truncated", "split", "duplicates", "longest", "used", "tokens")
+        of_set = ("name", "rows", "tokens", "supervised_tokens", "weight")
+        return {
+            **{name: getattr(self, name) for name in (*totals, "supervised_tokens", "sequences")},
+            "sets": [{name: getattr(each, name) for name in of_set} for each in self.sets],
+        }
+
+    def lines(self) -> list[str]:
+        """As it is printed: what was read, what is used, and with several sets the proportions that came out."""
+        of = max(self.rows, 1)
+        counts = {"bad": self.bad, "truncated": self.truncated, "split": self.split, "dropped": self.dropped}
+        said = [f"{100 * count / of:.1f} % {name}" for name, count in counts.items() if count or name in _ALWAYS]
+        share = 100 * self.supervised_tokens / max(self.tokens, 1)
+        first = (
+            f"{self.rows:,} read, {', '.join(said)}; {self.tokens:,} tokens in {self.sequences:,} sequences, "
+            f"{self.supervised_tokens:,} supervised ({share:.1f} %)"
+        )
+        return [first, *(self._proportion(each) for each in self.sets if len(self.sets) > 1)]
+
+    def _proportion(self, each: SetStats) -> str:
+        weight = "" if each.weight is None else f", weight {each.weight:g}"
+        return (
+            f"  {each.name}{weight}: {each.rows:,} rows ({100 * each.rows / self.used:.1f} %), "
+            f"{each.tokens:,} tokens ({100 * each.tokens / self.tokens:.1f} %)"
+        )
+
+
+_ALWAYS = ("truncated", "dropped")
