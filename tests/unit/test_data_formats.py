@@ -1,5 +1,6 @@
 """Formats of conversations: what each row becomes, and every way in which one can be wrong."""
 
+import json
 from typing import Any
 
 import pytest
@@ -77,6 +78,16 @@ def test_sharegpt_in_both_spellings(column: str) -> None:
     from_value = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello", "weight": None}]
     assert talk("sharegpt", {column: from_value, "system": "be brief"}) == [SYSTEM, USER, ASSISTANT]
     assert talk("sharegpt", {column: [SYSTEM, USER, ASSISTANT]}) == [SYSTEM, USER, ASSISTANT]
+
+
+def test_columns_of_csv_and_arrow_are_read_as_what_they_hold() -> None:
+    turns = [
+        {"from": None, "value": None, "role": message["role"], "content": message["content"]}
+        for message in (USER, ASSISTANT)
+    ]
+    assert talk("sharegpt", {"conversations": None, "conversation": turns}) == [USER, ASSISTANT]
+    assert talk("messages", {"messages": json.dumps([USER, ASSISTANT])}) == [USER, ASSISTANT]
+    assert refusal("messages", {"messages": "[{"}).startswith("messages: not valid JSON (Expecting property name")
 
 
 def node(text: str, role: str, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -155,11 +155,24 @@ def test_wrong_calls_are_named(messages: list[dict[str, Any]], message: str) -> 
         ([{"type": "function", "function": "f"}], 'tools[0].function: must be an object; got "f"'),
         ([{"type": "web", "function": FUNCTION}], 'tools[0].type: only functions can be called; got "web"'),
         ([{"parameters": {}}], 'tools[0].name: is missing; got ["parameters"]; write '),
+        (
+            [{"name": "f", "parameters": {"properties": {"city": None}}}],
+            "tools[0].parameters.properties.city: is null, which is no schema; write tools as JSON text",
+        ),
         ([{"function": {"name": 3}}], "tools[0].function.name: must be text; got 3; write a string"),
     ],
 )
 def test_wrong_tools_are_named(given: object, message: str) -> None:
     assert refusal("messages", {"messages": [USER, ANSWER], "tools": given}).startswith(message)
+
+
+def test_a_null_argument_that_the_tool_lacks_comes_from_arrow_and_not_from_the_model() -> None:
+    row = {"messages": [USER, calling(call({"city": None}), call({"city": "Oslo", "x": None}))]}
+    assert talk("messages", row) == talk("messages", {**row, "tools": [{**FUNCTION, "name": "other"}]})
+    assert refusal("messages", {**row, "tools": [TOOL]}) == (
+        "messages[1].tool_calls[1].function.arguments.x: is null, and the tool has no such argument; write arguments as "
+        "JSON text: columns of objects give each call the keys of all"
+    )
 
 
 @pytest.mark.parametrize(

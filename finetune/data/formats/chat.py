@@ -1,6 +1,5 @@
 """Formats that hold a list of messages: OpenAI's and ShareGPT's."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from finetune.data.formats.drafts import Talk
@@ -62,8 +61,8 @@ def sharegpt_turns(row: Fields) -> list[Turn]:
 
 def sharegpt_turn(entry: object, place: str) -> Turn:
     """One turn in either spelling; the text of a function call is JSON: one `{name, arguments}` or a list of them."""
-    spelling = OPENAI if isinstance(entry, Mapping) and "from" not in entry and "role" in entry else SHAREGPT
-    if not isinstance(entry, Mapping) or entry.get(spelling.role) not in CALLS:
+    spelling = OPENAI if isinstance(entry, dict) and entry.get("from") is None and "role" in entry else SHAREGPT
+    if not isinstance(entry, dict) or entry.get(spelling.role) not in CALLS:
         return read_message(entry, place, spelling, SHAREGPT_ROLES)
     checked = checked_object(entry, place, spelling)
     text = checked_text(checked.get(spelling.content), f"{place}.{spelling.content}")

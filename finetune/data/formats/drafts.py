@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from finetune.data.formats.order import check_order
-from finetune.data.formats.turns import Turn, roles_of
+from finetune.data.formats.tools import check_arguments
+from finetune.data.formats.turns import OPENAI, Turn, roles_of
 from finetune.data.rows import RowError
 from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
 
@@ -42,6 +43,7 @@ class Talk:
         if all(turn.message.get("train") is False for turn in answers):
             do = "let at least one count, or remove the row"
             raise RowError(answers[-1].place, "no assistant message is learned (train: false or weight 0)", do)
+        _check_calls(self.turns, self.tools)
         return Conversation(_messages(self.turns), self.tools)
 
 
@@ -83,6 +85,7 @@ class Pair:
             raise RowError(self.places[1], f"is the same answer as {self.places[0]}", do)
         for answer, place in zip((self.chosen, self.rejected), self.places, strict=True):
             check_answer(self.prompt, answer, place)
+            _check_calls([*self.prompt, *answer], self.tools)
         return Preference(_messages(self.prompt), _messages(self.chosen), _messages(self.rejected), self.tools)
 
 
@@ -116,6 +119,14 @@ def check_answer(prompt: Sequence[Turn], answer: Sequence[Turn], place: str) -> 
         if turn.message.get("train") is False:
             what = "a message of a judged answer cannot be left out (train: false or weight 0)"
             raise RowError(turn.place, what, "remove train and weight")
+
+
+def _check_calls(turns: Sequence[Turn], tools: Tools) -> None:
+    for turn in turns if tools else ():
+        for i, call in enumerate(turn.message.get("tool_calls", ())):
+            written = turn.spelling == OPENAI  # otherwise the call is the JSON text of the turn
+            place = f"{turn.place}.tool_calls[{i}].function.arguments" if written else turn.content_place
+            check_arguments(call, tools or [], place)
 
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:

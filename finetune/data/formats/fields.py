@@ -24,7 +24,7 @@ class Fields:
         if field in self._columns:
             return self._columns[field]
         alias = self._aliases.get(field)
-        return alias if alias is not None and alias in self.row and field not in self.row else field
+        return alias if alias is not None and alias in self.row and self.row.get(field) is None else field
 
     def optional(self, field: str) -> Any:
         """The value, or None."""

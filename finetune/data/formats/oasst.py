@@ -1,6 +1,7 @@
 """OpenAssistant's trees: one row is a prompt with all replies to it, and to those, and so on."""
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from finetune.data.formats.drafts import Talk
@@ -58,9 +59,9 @@ def _until_last_answer(turns: list[Turn]) -> list[Turn]:
 
 
 def _node(value: object, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):
         raise RowError(place, "must be a message with its replies", "write {text, role, replies}", shown(value))
-    for key in NODE:
+    for key in (NODE.role, NODE.content):
         if value.get(key) is None:
             raise RowError(f"{place}.{key}", "is missing", "a message has text and role", f"keys {sorted(value)}")
     return value
@@ -73,8 +74,8 @@ def _turn(node: Mapping[str, Any], place: str) -> Turn:
 
 def _left_out(node: Mapping[str, Any]) -> bool:
     labels = node.get("labels")
-    spam = labels.get("spam") if isinstance(labels, Mapping) else None
-    value = spam.get("value") if isinstance(spam, Mapping) else None
+    spam = labels.get("spam") if isinstance(labels, dict) else None
+    value = spam.get("value") if isinstance(spam, dict) else None
     labelled_spam = isinstance(value, int | float) and value > SPAM
     return node.get("deleted") is True or node.get("review_result") is False or labelled_spam
 
@@ -83,6 +84,6 @@ def _rank(node: Mapping[str, Any], place: str) -> float:
     rank = node.get("rank")
     if rank is None:
         return float("inf")
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
+    if isinstance(rank, bool) or not isinstance(rank, int | float) or not isfinite(rank):
         raise RowError(f"{place}.rank", "must be a number", "write 0 for the best reply, or null", shown(rank))
     return rank

@@ -1,7 +1,7 @@
 """Tools that a row offers and the calls its assistant makes, in OpenAI's shape whatever the file's."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from finetune.data.formats.fields import below, check_utf8, checked_text
@@ -10,6 +10,7 @@ from finetune.data.types import Function, ToolCall
 
 TOOL = "write {type: function, function: {name, description, parameters}}"
 CALL = "write {type: function, function: {name, arguments}}"
+CALL_KEYS, FUNCTION_KEYS = frozenset({"id", "type", "function", "index"}), frozenset({"name", "arguments"})
 
 
 def read_tools(value: object, place: str) -> list[dict[str, Any]] | None:
@@ -26,7 +27,7 @@ def read_tools(value: object, place: str) -> list[dict[str, Any]] | None:
 
 
 def _tool(entry: object, place: str) -> dict[str, Any]:
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, dict):
         raise RowError(place, "must be an object", TOOL, shown(entry))
     if entry.get("function") is None:
         function, inner = entry, place
@@ -34,13 +35,34 @@ def _tool(entry: object, place: str) -> dict[str, Any]:
         function, inner = entry["function"], f"{place}.function"
         if entry.get("type", "function") != "function":
             raise RowError(f"{place}.type", "only functions can be called", TOOL, shown(entry["type"]))
-        if not isinstance(function, Mapping):
+        if not isinstance(function, dict):
             raise RowError(inner, "must be an object", TOOL, shown(function))
     if function.get("name") is None:
         raise RowError(f"{inner}.name", "is missing", TOOL, shown(sorted(function)))
     checked_text(function["name"], f"{inner}.name")
     _check_json(function, inner)
+    for name, schema in properties(function).items():
+        if schema is None:
+            do = "write tools as JSON text: columns of objects give each tool the keys of all"
+            raise RowError(below(f"{inner}.parameters.properties", name), "is null, which is no schema", do)
     return {"type": "function", "function": dict(function)}
+
+
+def properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
+    """{argument: its schema} of a function."""
+    parameters = function.get("parameters")
+    declared = parameters.get("properties") if isinstance(parameters, dict) else None
+    return declared if isinstance(declared, dict) else {}
+
+
+def check_arguments(call: ToolCall, tools: list[dict[str, Any]], place: str) -> None:
+    """An argument that is null and that the tool does not have comes from a column of objects, not from the model."""
+    function = call["function"]
+    declared = [properties(tool["function"]) for tool in tools if tool["function"]["name"] == function["name"]]
+    for name, value in function["arguments"].items():
+        if value is None and declared and name not in declared[0]:
+            do = "write arguments as JSON text: columns of objects give each call the keys of all"
+            raise RowError(below(place, name), "is null, and the tool has no such argument", do)
 
 
 def read_calls(value: object, place: str) -> list[ToolCall]:
@@ -53,9 +75,9 @@ def read_calls(value: object, place: str) -> list[ToolCall]:
 
 
 def _call(entry: object, place: str) -> ToolCall:
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("function"), Mapping):
+    if not isinstance(entry, dict) or not isinstance(entry.get("function"), dict):
         raise RowError(place, "must be an object with function", CALL, shown(entry))
-    refuse_unknown(entry, place, ("id", "type", "function", "index"), CALL)
+    refuse_unknown(entry, place, CALL_KEYS, CALL)
     if entry.get("type") not in (None, "function"):
         raise RowError(f"{place}.type", "only functions can be called", CALL, shown(entry["type"]))
     call = ToolCall(type="function", function=read_function(entry["function"], f"{place}.function"))
@@ -66,7 +88,7 @@ def _call(entry: object, place: str) -> ToolCall:
 
 def read_function(entry: Mapping[str, Any], place: str) -> Function:
     """`{name, arguments}`, the arguments as an object or as its JSON text."""
-    refuse_unknown(entry, place, ("name", "arguments"), CALL)
+    refuse_unknown(entry, place, FUNCTION_KEYS, CALL)
     for key in ("name", "arguments"):
         if entry.get(key) is None:
             raise RowError(
@@ -75,7 +97,7 @@ def read_function(entry: Mapping[str, Any], place: str) -> Function:
     name, arguments, inner = entry["name"], entry["arguments"], f"{place}.arguments"
     if isinstance(arguments, str):
         arguments = parse_json(arguments, inner)
-    if not isinstance(arguments, Mapping):
+    if not isinstance(arguments, dict):
         raise RowError(inner, "must be an object", "write {argument: value, ...} or its JSON text", shown(arguments))
     _check_json(arguments, inner)
     return Function(name=checked_text(name, f"{place}.name"), arguments=dict(arguments))
@@ -85,7 +107,7 @@ def read_call_text(text: str, place: str) -> list[ToolCall]:
     """Calls written as JSON text: one `{name, arguments}`, or a list of them."""
     value = parse_json(text, place)
     entries = value if isinstance(value, list) else [value]
-    if not entries or not all(isinstance(entry, Mapping) for entry in entries):
+    if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RowError(place, "is no call", "write {name, arguments} as JSON text, or a list of them", shown(text))
     return [ToolCall(type="function", function=read_function(entry, place)) for entry in entries]
 
@@ -93,14 +115,16 @@ def read_call_text(text: str, place: str) -> list[ToolCall]:
 def parse_json(text: str, place: str) -> Any:
     """The value of a JSON text inside a row; `RowError` where it is none, or has a key twice."""
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise RowError(place, f"not valid JSON ({error})", "mend the JSON text", shown(text)) from error
 
 
-def refuse_unknown(entry: Mapping[str, Any], place: str, known: Iterable[str], do: str) -> None:
+def refuse_unknown(entry: Mapping[str, Any], place: str, known: frozenset[str], do: str) -> None:
     """Keys of messages and calls change what is trained, so none is ignored; null says nothing and is."""
-    for key in sorted(entry.keys() - set(known)):
+    if entry.keys() <= known:
+        return
+    for key in sorted(entry.keys() - known):
         if entry[key] is not None:
             raise RowError(
                 below(place, key), "is not supported and must not be ignored", f"remove it: {do}", shown(entry[key])
@@ -110,7 +134,7 @@ def refuse_unknown(entry: Mapping[str, Any], place: str, known: Iterable[str], d
 def _check_json(value: Mapping[str, Any], place: str) -> None:
     """What comes from Arrow may hold dates or bytes; no template can write those."""
     try:
-        check_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False), place)
+        check_utf8(_ENCODER.encode(value), place)
     except (TypeError, ValueError) as error:
         raise RowError(place, f"cannot be written as JSON ({error})", "use what JSON has", shown(value)) from error
 
@@ -124,3 +148,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)

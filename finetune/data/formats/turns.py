@@ -1,19 +1,32 @@
 """One message of a file -> one turn that knows where it came from."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
-from finetune.data.formats.tools import read_calls, refuse_unknown
+from finetune.data.formats.tools import parse_json, read_calls, refuse_unknown
 from finetune.data.rows import RowError, shown
 from finetune.data.types import Message, Role, ToolCall
 
 
-class Spelling(NamedTuple):
+@dataclass(frozen=True)
+class Spelling:
     """What a file calls role and content."""
 
     role: str
     content: str
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that a message may have."""
+        return self.role, self.content, "tool_calls", "tool_call_id", "name", "train", "weight"
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The same, to look up."""
+        return frozenset(self.keys)
 
 
 OPENAI = Spelling("role", "content")
@@ -24,7 +37,7 @@ OPENAI_ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
-FURTHER_KEYS = ("tool_calls", "tool_call_id", "name", "train", "weight")
+PART_KEYS = frozenset({"type", "text"})
 
 
 class Turn(NamedTuple):
@@ -51,7 +64,9 @@ def column_turn(row: Fields, field: str, role: Role) -> Turn:
 
 
 def read_turns(value: object, place: str, read: Callable[[object, str], Turn] | None = None) -> list[Turn]:
-    """A list of messages, each through `read` (default: OpenAI's spelling)."""
+    """A list of messages, or its JSON text (CSV has nothing else), each through `read` (default: OpenAI's spelling)."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, place)
     if not isinstance(value, list) or not value:
         raise RowError(place, "must be a list of messages", "write [{role, content}, ...]", shown(value))
     read = read or read_message
@@ -76,7 +91,7 @@ def read_message(
     checked = checked_object(entry, place, spelling)
     role = read_role(checked, place, spelling, roles)
     calls = _calls(checked, role, place)
-    content = _content(checked, f"{place}.{spelling.content}", may_be_empty=bool(calls))
+    content = _content(checked, spelling.content, place, may_be_empty=bool(calls))
     message = Message(role=role, content=content)
     if calls:
         message["tool_calls"] = calls
@@ -87,11 +102,11 @@ def read_message(
 
 def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str, Any]:
     """The entry, if it is an object with the keys of a message and no others."""
-    if not isinstance(entry, Mapping):
+    if not isinstance(entry, dict):
         do = f"write {{{spelling.role}, {spelling.content}}}"
         raise RowError(place, f"must be an object with {spelling.role} and {spelling.content}", do, shown(entry))
-    known = (*spelling, *FURTHER_KEYS)
-    refuse_unknown(entry, place, known, f"a message has {', '.join(known)}")
+    if not entry.keys() <= spelling.known:
+        refuse_unknown(entry, place, spelling.known, f"a message has {', '.join(spelling.keys)}")
     if entry.get(spelling.role) is None:
         do = f"a message has {spelling.role} and {spelling.content}"
         raise RowError(f"{place}.{spelling.role}", "is missing", do, f"keys {sorted(entry)}")
@@ -125,9 +140,8 @@ def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:
         raise RowError(f"{place}.train", "only the assistant's messages can be learned", do, shown(train))
 
 
-def _content(entry: Mapping[str, Any], place: str, may_be_empty: bool) -> str:
-    key = place.rpartition(".")[2]
-    value = entry.get(key)
+def _content(entry: Mapping[str, Any], key: str, place: str, may_be_empty: bool) -> str:
+    place, value = f"{place}.{key}", entry.get(key)
     if may_be_empty and (value is None or value == "" or value == []):
         return ""
     if key not in entry:
@@ -140,12 +154,12 @@ def _content(entry: Mapping[str, Any], place: str, may_be_empty: bool) -> str:
 
 
 def _part(part: object, place: str) -> str:
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
     if part.get("type") != "text":
         do = "only text can be trained on: remove the row or the part"
         raise RowError(f"{place}.type", "is no text part", do, shown(part.get("type")))
-    refuse_unknown(part, place, ("type", "text"), "a text part has type and text")
+    refuse_unknown(part, place, PART_KEYS, "a text part has type and text")
     text = part.get("text")
     if not isinstance(text, str):
         raise RowError(f"{place}.text", "must be text", "write a string", shown(text))
