@@ -170,8 +170,8 @@ def test_a_null_argument_that_the_tool_lacks_comes_from_arrow_and_not_from_the_m
     row = {"messages": [USER, calling(call({"city": None}), call({"city": "Oslo", "x": None}))]}
     assert talk("messages", row) == talk("messages", {**row, "tools": [{**FUNCTION, "name": "other"}]})
     assert refusal("messages", {**row, "tools": [TOOL]}) == (
-        "messages[1].tool_calls[1].function.arguments.x: is null, and the tool has no such argument; write arguments as "
-        "JSON text: columns of objects give each call the keys of all"
+        "messages[1].tool_calls[1].function.arguments.x: is null, and the tool has no such argument; write "
+        "arguments as JSON text: columns of objects give each call the keys of all"
     )
 
 
