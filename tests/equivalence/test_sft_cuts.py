@@ -89,7 +89,7 @@ def test_a_value_that_is_not_finite_stops_before_the_step_and_names_it(
     assert ("the first router with logits that are not finite: model.layers.0.mlp.gate;" in message) == (
         where == "loss"
     )
-    lines = message.split("training file: ")[1].split(";")[0].split(", ")
+    lines = message.split("rows of the step: ")[1].split(";")[0].split(", ")
     assert len(lines) == 8
     assert {int(line) for line in lines} <= set(range(1, 33))
     assert steps.gradients == []

@@ -178,7 +178,9 @@ def test_bad_rows_are_dropped_and_counted_where_the_recipe_says_so(tmp_path: Pat
     assert (prepared.stats.rows, prepared.stats.bad, prepared.stats.used) == (4, 1, 3)
     [message] = prepared.stats.sets[0].source.bad_rows
     assert message.startswith(f"{tmp_path}/rows.jsonl:4: completion: is missing")
-    assert prepared.stats.lines()[0].startswith("4 read, 25.0 % bad, 0.0 % truncated, 0.0 % dropped; ")
+    first, second = prepared.stats.lines()
+    assert first.startswith("4 read, 25.0 % bad, 0.0 % truncated, 0.0 % dropped, 50.0 % duplicate; ")
+    assert second == f"  left out: {message}"
 
 
 def test_more_bad_rows_than_the_ceiling_allows_are_an_error(tmp_path: Path) -> None:
@@ -214,9 +216,12 @@ def test_max_rows_takes_the_first_ones(tmp_path: Path) -> None:
 
 def test_auto_says_what_it_recognised_and_why(tmp_path: Path) -> None:
     chosen = settings(source(write(tmp_path / "rows.jsonl", [SHORT, LONG]), "auto"))
-    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats.sets[0].source
-    assert stats.format == "prompt_completion"
-    assert stats.why
+    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats
+    assert stats.sets[0].source.format == "prompt_completion"
+    assert stats.lines()[1] == (
+        f"  {tmp_path}/rows.jsonl: recognised as prompt_completion (keys prompt (text), completion (text); "
+        "2 of 2 rows read)"
+    )
 
 
 def two_sets(tmp_path: Path, **others: Any) -> DataSettings:

@@ -149,16 +149,27 @@ class DataStats:
         }
 
     def lines(self) -> list[str]:
-        """As it is printed: what was read, what is used, and with several sets the proportions that came out."""
+        """As it is printed: what was read and is used; of each set its proportion, recognised format and bad rows."""
         of = max(self.rows, 1)
         counts = {"bad": self.bad, "truncated": self.truncated, "split": self.split, "dropped": self.dropped}
+        counts |= {"duplicate": self.duplicates}
         said = [f"{100 * count / of:.1f} % {name}" for name, count in counts.items() if count or name in _ALWAYS]
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
         first = (
             f"{self.rows:,} read, {', '.join(said)}; {self.tokens:,} tokens in {self.sequences:,} sequences, "
             f"{self.supervised_tokens:,} supervised ({share:.1f} %)"
         )
-        return [first, *(self._proportion(each) for each in self.sets if len(self.sets) > 1)]
+        return [first, *(line for each in self.sets for line in self._of_set(each))]
+
+    def _of_set(self, each: SetStats) -> list[str]:
+        """Its proportion among others, the format that was recognised, and the rows that were left out."""
+        bad = each.source.bad - len(each.source.bad_rows)
+        return [
+            *([self._proportion(each)] if len(self.sets) > 1 else []),
+            *([f"  {each.name}: recognised as {each.source.format} ({each.source.why})"] if each.source.why else []),
+            *(f"  left out: {row}" for row in each.source.bad_rows),
+            *([f"  left out: {bad:,} more rows of {each.name}"] if bad else []),
+        ]
 
     def _proportion(self, each: SetStats) -> str:
         weight = "" if each.weight is None else f", weight {each.weight:g}"
