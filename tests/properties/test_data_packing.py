@@ -28,6 +28,29 @@ def test_no_two_sequences_would_fit_into_one(lengths: list[int]) -> None:
     assert len(sizes) < 2 or sizes[0] + sizes[1] > CAPACITY
 
 
+@given(lengths_strategy)
+def test_rows_of_one_length_go_together_and_yet_to_where_each_by_itself_would_have_gone(lengths: list[int]) -> None:
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [each for each in range(len(bins)) if room[each] >= lengths[index]]
+        chosen = min(fitting, key=lambda each: room[each], default=None)
+        if chosen is None:
+            chosen = len(bins)
+            bins.append([])
+            room.append(CAPACITY)
+        bins[chosen].append(index)
+        room[chosen] -= lengths[index]
+    packed = list(best_fit_decreasing(lengths, CAPACITY))
+    assert sorted(sum(lengths[i] for i in each) for each in packed) == sorted(CAPACITY - each for each in room)
+
+
+def test_no_rows_make_no_sequences_and_a_row_without_tokens_is_an_error() -> None:
+    assert len(best_fit_decreasing([], CAPACITY)) == 0
+    with pytest.raises(ValueError, match="row 1 has 0 tokens, so there is no row"):
+        best_fit_decreasing([3, 0], CAPACITY)
+
+
 def test_a_row_longer_than_a_sequence_is_an_error() -> None:
     with pytest.raises(ValueError, match="row 1 has 65 tokens, more than a sequence of 64"):
         best_fit_decreasing([3, 65], CAPACITY)

@@ -1,38 +1,103 @@
 """Packing: which rows share a sequence of at most `max_length` tokens, each still a document of its own.
 
-Best-fit decreasing over the whole data set: it wastes 0.001-0.2 % at 4,096 tokens. (TRL's `pack_dataset` packs within
-map batches and takes token columns only; here the lengths are enough, and each row's line number must stay known.)
+Best-fit decreasing over the whole data set: it wastes 0.02-0.1 % at 4,096 tokens. (TRL's `pack_dataset` packs within
+map batches and takes token columns only; here the lengths are enough, and where each row came from must stay known.)
 """
 
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
 
 
-def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Bins of indices into `lengths` (tokens, each at most `capacity`), every index once; the same for the same input.
+@dataclass(frozen=True)
+class Bins:
+    """Which rows share a sequence: `rows` are all indices, bin after bin; `ends[b]` is where bin b ends in it."""
 
-    The longest row first, each into the fullest bin that still has room for it.
+    rows: Indices
+    ends: Indices
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        start = 0
+        for end in self.ends.tolist():
+            yield self.rows[start:end].tolist()
+            start = end
+
+
+def best_fit_decreasing(lengths: Sequence[int] | npt.NDArray[np.integer], capacity: int) -> Bins:
+    """Bins of indices into `lengths` (tokens, 1 to `capacity` each), every index once; the same for the same input.
+
+    The longest row first, each into the fullest bin that still has room for it. Rows of one length go together: where
+    the first of them goes, as many follow as fit, so the work grows with the number of different lengths.
     """
-    bins: list[list[int]] = []
-    rooms: list[int] = []  # the distinct free sizes of open bins, ascending
-    open_bins: defaultdict[int, deque[list[int]]] = defaultdict(deque)  # free size -> bins, oldest first
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"row {index} has {length} tokens, more than a sequence of {capacity}")
-        position = bisect_left(rooms, length)
-        if position < len(rooms):
-            room = rooms[position]
-            chosen = open_bins[room].popleft()
-            if not open_bins[room]:
-                del rooms[position]
+    tokens = np.asarray(lengths, dtype=np.int64)
+    _refuse_misfits(tokens, capacity)
+    order = np.argsort(-tokens, kind="stable")
+    sizes, firsts = np.unique(-tokens[order], return_index=True)
+    bin_of = np.empty(len(tokens), dtype=np.int64)  # by place in `order`
+    room = _Room(capacity)
+    ends = np.append(firsts[1:], len(tokens)) if len(firsts) else firsts
+    for size, first, end in zip((-sizes).tolist(), firsts.tolist(), ends.tolist(), strict=True):
+        while first < end:
+            bins, each = room.take(size, end - first)
+            fits = min(each * len(bins), end - first)
+            bin_of[first : first + fits] = np.repeat(bins, each)[:fits]
+            first += fits
+    by_bin = np.argsort(bin_of, kind="stable")
+    return Bins(order[by_bin], np.cumsum(np.bincount(bin_of, minlength=room.bins)))
+
+
+class _Room:
+    """The free places of all bins: bins with as much room stand in one queue, oldest first."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.bins = capacity, 0
+        self._sizes: list[int] = []  # ascending, each with a queue that is not empty
+        self._queues: defaultdict[int, deque[Indices]] = defaultdict(deque)
+
+    def take(self, size: int, rows: int) -> tuple[Indices, int]:
+        """Bins for up to `rows` rows of one `size`, and how many of them each takes; only the last may take fewer."""
+        position = bisect_left(self._sizes, size)
+        free = self._sizes[position] if position < len(self._sizes) else self.capacity
+        each = free // size
+        wanted = -(-rows // each)
+        if position < len(self._sizes):
+            bins = self._pop(free, wanted)
         else:
-            room, chosen = capacity, []
-            bins.append(chosen)
-        chosen.append(index)
-        if room - length > 0:
-            if not open_bins[room - length]:
-                insort(rooms, room - length)
-            open_bins[room - length].append(chosen)
-    return bins
+            bins = np.arange(self.bins, self.bins + wanted)
+            self.bins += wanted
+        last = min(rows - each * (len(bins) - 1), each)
+        self._push(free - each * size, bins[:-1] if last < each else bins)
+        if last < each:
+            self._push(free - last * size, bins[-1:])
+        return bins, each
+
+    def _pop(self, free: int, wanted: int) -> Indices:
+        queue = self._queues[free]
+        bins = queue.popleft()
+        if len(bins) > wanted:
+            queue.appendleft(bins[wanted:])
+        if not queue:
+            del self._sizes[bisect_left(self._sizes, free)]
+        return bins[:wanted]
+
+    def _push(self, free: int, bins: Indices) -> None:
+        if free and len(bins):
+            if not self._queues[free]:
+                insort(self._sizes, free)
+            self._queues[free].append(bins)
+
+
+def _refuse_misfits(tokens: Indices, capacity: int) -> None:
+    for wrong, what in ((tokens > capacity, f"more than a sequence of {capacity}"), (tokens < 1, "so there is no row")):
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            raise ValueError(f"row {index} has {tokens[index]} tokens, {what}")

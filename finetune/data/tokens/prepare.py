@@ -146,7 +146,7 @@ def _packed(mixture: Mixture, max_length: int) -> Dataset:
         tables = [rows.table() for rows in mixture.sets]
         places = [(table, int(i)) for table, each in zip(tables, mixture.chosen, strict=True) for i in each]
         with Writer(folder / "packed.arrow", PACKED) as writer:
-            for indices in best_fit_decreasing(mixture.lengths.tolist(), max_length):
+            for indices in best_fit_decreasing(mixture.lengths, max_length):
                 rows = [places[i][0].row(places[i][1]) for i in indices]
                 ids, labels, where = zip(*rows, strict=True)
                 positions = np.concatenate([np.arange(len(each), dtype=np.int32) for each in ids])
