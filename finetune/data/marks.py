@@ -5,6 +5,7 @@ meant, a user can write it, and an answer that ends with one does not end for an
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -36,17 +37,18 @@ def _probe(tokenizer: Any) -> str:
     return text
 
 
-def refuse_split_marks(tokenizer: Any, name: str) -> None:
+def refuse_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     """Raise DataError where the template that the recipe names writes marks which are not single tokens.
 
     A checkpoint's own template is left alone: some checkpoints were trained on marks in pieces (Zephyr).
+    `added`: tokens that the recipe has already added.
     """
     lengths = {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks_of(tokenizer)}
     split = [mark for mark, length in lengths.items() if length > 1]
     if not split:
         return
     end = _mark_after_answer(tokenizer)
-    lines = f"model.added_tokens: [{', '.join(map(_quoted, split))}]"
+    lines = f"model.added_tokens: [{', '.join(map(_quoted, [*added, *split]))}]"
     if end is not None and end != tokenizer.eos_token:
         lines += f" and model.eos_token: {_quoted(end)}"
     raise DataError(

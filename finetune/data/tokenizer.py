@@ -34,7 +34,7 @@ def load_tokenizer(
     _set_eos(tokenizer, eos_token, name_or_path)
     if template is not None:
         tokenizer.chat_template = template
-        refuse_split_marks(tokenizer, str(chat_template))
+        refuse_split_marks(tokenizer, str(chat_template), added_tokens)
     refuse_unended_answers(tokenizer)
     _ensure_pad(tokenizer, name_or_path)
     return tokenizer
