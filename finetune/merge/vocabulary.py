@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, RECORD_FILE, WEIGHTS_FILE, Adapter
+from finetune.merge.adapter import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, WEIGHTS_FILE, Adapter
 
 _OTHER_BASE = "merge into the base it was trained on"
 
@@ -53,19 +54,19 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
 
     `changed`: tensors that its factors change. Raises WeightsError unless the rows fit the base and each other.
     """
-    tied = bool(base.config.get("tie_word_embeddings", False))
+    tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
     found: dict[str, TokenRows] = {}
-    problems = []
+    problems = [_without_rows(adapter, name) for name in adapter.tokens if not adapter.path_of(name)]
     for path, info in adapter.rows.items():
         key, tokens = f"{path}.weight", adapter.tokens_of(path)
-        problem = _misfit(base, adapter, path, tied)
-        if problem is not None or tokens is None:
-            problems.append(problem or _unnamed(adapter, path))
-            continue
-        # A tied checkpoint may have written its one matrix twice.
-        for each in (key, HEAD) if tied and base.holds(HEAD) else (key,):
-            found[each] = TokenRows(each, info, tokens, base.info(each).shape[0])
-    problems += [_without_rows(adapter, name) for name in adapter.tokens if not adapter.path_of(name)]
+        if not tokens:
+            problems.append(_unnamed(adapter, path))
+        elif problem := _misfit(base, adapter, path, tokens, tied):
+            problems.append(problem)
+        else:
+            # A tied checkpoint may have written its one matrix twice.
+            for each in (key, HEAD) if tied and base.holds(HEAD) else (key,):
+                found[each] = TokenRows(each, info, tokens, base.info(each).shape[0])
     problems += _length_problems(base, adapter, found) if not problems else []
     problems += [
         Problem(str(adapter.folder), "has both factors and rows of one matrix", "save the adapter again", got=key)
@@ -76,17 +77,15 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
     return found
 
 
-def _misfit(base: CheckpointReader, adapter: Adapter, path: str, tied: bool) -> Problem | None:
+def _misfit(base: CheckpointReader, adapter: Adapter, path: str, tokens: tuple[int, ...], tied: bool) -> Problem | None:
     """What is wrong with the rows of one matrix, if anything."""
-    where, info = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{path}", adapter.rows[path]
-    key, tokens = f"{path}.weight", adapter.tokens_of(path) or ()
+    where, info, key = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{path}", adapter.rows[path], f"{path}.weight"
     if key not in ((EMBEDDING,) if tied else (EMBEDDING, HEAD)) or not base.holds(key):
         return Problem(where, "rows of a matrix that the base does not have", _OTHER_BASE)
-    if info.shape != (len(tokens), base.info(key).shape[1]) or not tokens:
+    if info.shape != (len(tokens), base.info(key).shape[1]):
         got = f"{list(info.shape)} for {len(tokens)} tokens and rows of {base.info(key).shape[1]}"
-        return Problem(
-            where, "the rows do not fit the base, or not the tokens that the settings name", _OTHER_BASE, got
-        )
+        what = "the rows do not fit the base, or not the tokens that the settings name"
+        return Problem(where, what, _OTHER_BASE, got)
     return None
 
 
@@ -138,9 +137,7 @@ def refuse_other_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adap
         if found != number or number not in trained:
             what = f"the adapter was trained with {token} as token {number}"
             do = "copy the whole adapter folder of the run, its tokenizer included"
-            got = (
-                f"token {found} in this tokenizer" if found != number else f"rows of {sorted(trained)} ({RECORD_FILE})"
-            )
+            got = "no such token here" if found is None else f"token {found} here, and rows of {sorted(trained)[:5]}"
             problems.append(Problem(folder, what, do, got))
     unknown = sorted(trained - set(tokenizer.get_vocab().values()))
     if unknown:
