@@ -1,10 +1,12 @@
 """Tokens that the recipe adds: what becomes of the tokenizer, and what is refused with the line to write."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from finetune.data import load_tokenizer
@@ -12,10 +14,14 @@ from finetune.data.render import IGNORED, Renderer
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, FinetuneError, RecipeError, WeightsError
 from finetune.model import recipe_tokenizer
+from finetune.recipe import load_recipe
+from tests.real_tokenizers import mistral_tokenizer
+from tests.rendering import labelled
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 from tests.unit.added_tokens import KNOWN, MARKS, NEW, TURNS, recipe_for
 from tests.unit.recipe_writing import Desk, changed
 
+ROOT = Path(__file__).resolve().parents[2]
 CONVERSATION = Conversation(
     [
         Message(role="user", content="turn on the light"),
@@ -75,11 +81,25 @@ def test_without_the_recipes_word_nothing_is_added(tmp_path: Path) -> None:
 
 def test_the_answers_and_their_new_end_are_supervised_and_nothing_else(tmp_path: Path, turns: str) -> None:
     tokenizer = load_tokenizer(saved(tmp_path), None, turns, MARKS, MARKS[1])
-    rendered = Renderer(tokenizer, "turns")(CONVERSATION)
+    rendered = labelled(Renderer(tokenizer, "this template"), CONVERSATION)
     supervised = [label for label in rendered.labels if label != IGNORED]
     assert tokenizer.decode(supervised) == "the kitchen light<|over|>set<|over|>"
     assert [token for token in supervised if token >= KNOWN] == [NEW[1]] * 2
     assert list(rendered.input_ids).count(NEW[0]) == 4
+
+
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_chatml_on_mistrals_own_tokenizers(version: str, tmp_path: Path) -> None:
+    mistral_tokenizer(version).save_pretrained(tmp_path)
+    assert 'write model.added_tokens: ["<|im_start|>", "<|im_end|>"] and model.eos_token: "<|im_end|>"' in complaint(
+        DataError, str(tmp_path), None, "chatml"
+    )
+    tokenizer = load_tokenizer(str(tmp_path), None, "chatml", ["<|im_start|>", "<|im_end|>"], "<|im_end|>")
+    rendered = labelled(Renderer(tokenizer, "this template"), CONVERSATION)
+    supervised = [int(label) for label in rendered.labels if label != IGNORED]
+    assert tokenizer.decode(supervised) == "the kitchen light<|im_end|>set<|im_end|>"
+    assert list(rendered.input_ids).count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 4
+    assert tokenizer.pad_token == "<unk>"
 
 
 def test_a_token_of_the_vocabulary_is_not_added_again(tmp_path: Path) -> None:
@@ -195,3 +215,13 @@ def test_a_list_that_is_none_of_tokens(tmp_path: Path, monkeypatch: pytest.Monke
     text = changed(("  dtype: float32", f"  dtype: float32\n  added_tokens: {line}"))
     (said,) = Desk(tmp_path, monkeypatch).complaints(text)
     assert said.removeprefix("recipe.yaml:6: ").startswith(found)
+
+
+def test_the_recipe_of_the_documentation_is_sound() -> None:
+    text = (ROOT / "docs" / "added-tokens.md").read_text(encoding="utf-8")
+    block = textwrap.dedent(text[text.index("    model:") : text.index("\nWhat then happens")])
+    sections = yaml.safe_load(block)
+    overrides = [f"{name}.{key}={json.dumps(value)}" for name, keys in sections.items() for key, value in keys.items()]
+    recipe = load_recipe(ROOT / "recipes" / "mixtral-8x7b" / "sft-qlora.yaml", overrides)
+    assert recipe.model.added_tokens == ["<|im_start|>", "<|im_end|>"]
+    assert (recipe.model.eos_token, recipe.data.chat_template) == ("<|im_end|>", "chatml")
