@@ -85,7 +85,7 @@ def test_what_fits_nothing_is_an_error_with_the_keys_and_the_nearest_formats() -
 
 
 def test_single_messages_of_an_openassistant_tree_are_not_taken_for_texts() -> None:
-    rows = [{"message_id": "b", "parent_id": None, "text": "hello", "role": "prompter"}]
+    rows = [{"text": "hello"}, {"message_id": "b", "parent_id": None, "text": "hello", "role": "prompter"}]
     assert refusal(rows).startswith("parent_id: the row is one message of an OpenAssistant tree; got null; use the")
 
 

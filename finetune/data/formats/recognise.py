@@ -44,7 +44,7 @@ class _Trial:
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
     refusal: RowError | None = None
-    unusable: int = 0
+    unusable: list[RowError] = field(default_factory=list)
     unlike: set[str] = field(default_factory=set)
     """Formats that made another example of a row than this one, or read one that this one did not."""
     elsewhere: set[str] = field(default_factory=set)
@@ -63,7 +63,7 @@ class _Trial:
             example = self.reader(row)
         except RowError as error:
             self.refusal = self.refusal or error
-            self.unusable += isinstance(error, UnusableRowError)
+            self.unusable += [error] if isinstance(error, UnusableRowError) else []
             return None
         self.read += 1
         return example
@@ -87,8 +87,8 @@ def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str
     if not count:
         raise RowError(None, "no sound row to recognise a format by", "name the format, and mend the rows")
     for trial in trials:
-        if trial.refusal is not None and 2 * trial.unusable >= count:
-            raise trial.refusal
+        if 2 * len(trial.unusable) >= count:
+            raise trial.unusable[0]
     fitting = [trial for trial in trials if 2 * trial.read >= count]
     best = [one for one in fitting if not any(_gives_way(one, other) for other in fitting)]
     if len(best) == 1:
