@@ -124,3 +124,13 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(workspace: Path) -> 
         "training.global_batch_size: not divisible by per_device_train_batch_size x processes = 4 x 2; got 12; "
         "use a multiple of 8, or fewer processes"
     ) in done.stderr
+
+
+@pytest.mark.slow
+def test_bad_rows_stop_every_process_and_are_said_once(workspace: Path) -> None:
+    (workspace / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    command = [*TWO_PROCESSES, "-m", "finetune.train", "recipe.yaml", "output_dir=bad", "data.train.path=bad.jsonl"]
+    done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("bad.jsonl:2: completion: is missing") == 1
+    assert not (workspace / "bad" / "adapter").exists()
