@@ -35,6 +35,12 @@ def test_an_entry_is_written_once_and_found_again(folder: Path) -> None:
     assert (entry("a", never) / "rows").read_text() == "one"
 
 
+def test_an_entry_appears_by_one_rename() -> None:
+    written: list[int] = []
+    found = entry("a", lambda folder: written.append(folder.stat().st_ino))
+    assert [found.stat().st_ino] == written
+
+
 def test_what_fails_leaves_nothing_behind(folder: Path) -> None:
     def fails(inside: Path) -> None:
         (inside / "rows").write_text("half")
