@@ -1,7 +1,7 @@
 """Floor 4: base model and adapter, loaded as the recipe says."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
-from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint import CheckpointReader, read_json
 from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
@@ -30,11 +30,14 @@ from finetune.moe.targets import lora_config, refuse_absent
 from finetune.moe.vocabulary import grow_vocabulary, refuse_outside
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
-_CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
 
 
-def resolve_checkpoint(settings: ModelSettings) -> Path:
-    """The local folder of the base checkpoint; a hub id is fetched (safetensors, never pickles)."""
+def resolve_checkpoint(settings: ModelSettings, weights: bool = True) -> Path:
+    """The local folder of the base checkpoint; a hub id is fetched (safetensors, never pickles).
+
+    Without `weights` only its config and its tokenizer are fetched; what lies in a local folder lies there.
+    """
     folder = Path(settings.name_or_path)
     if folder.is_dir():
         return folder
@@ -47,8 +50,9 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
                 got=str(folder),
             )
         )
+    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
     try:
-        return Path(snapshot_download(str(folder), revision=settings.revision, allow_patterns=_CHECKPOINT_FILES))
+        return Path(snapshot_download(str(folder), revision=settings.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise WeightsError(
             Problem(
@@ -63,23 +67,26 @@ def resolve_checkpoint(settings: ModelSettings) -> Path:
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """The checkpoint's architecture; refused where recipe and checkpoint do not fit it. Reads headers, no weights."""
     reader = CheckpointReader(folder)
-    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    family = config_family(folder, recipe, partial(_refuse_targets, reader))
     refuse_quantized(reader)
+    rehearse(reader, family.transformers_class(), recipe.model.load_in_4bit, **_options(recipe.model))
+    return family
+
+
+def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:
+    """The architecture by `config.json` alone, refused where the recipe does not fit it."""
+    config = read_json(folder / "config.json")
+    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    refusals: list[Callable[[Family, Recipe], None]] = [_refuse_router_section, _refuse_bias_balance, *further]
+    refusals += [_refuse_attention, _refuse_packing, partial(_refuse_length, config)]
     problems: list[Problem] = []
-    for refuse in (
-        _refuse_router_section,
-        _refuse_bias_balance,
-        partial(_refuse_targets, reader),
-        _refuse_attention,
-        _refuse_packing,
-    ):
+    for refuse in refusals:
         try:
             refuse(family, recipe)
         except RecipeError as error:
             problems += error.problems
     if problems:
         raise RecipeError(problems)
-    rehearse(reader, family.transformers_class(), recipe.model.load_in_4bit, **_options(recipe.model))
     return family
 
 
@@ -118,6 +125,20 @@ def _refuse_packing(family: Family, recipe: Recipe) -> None:
         raise RecipeError(Problem("data.packing", what, "write packing: false", got="true"))
 
 
+def _refuse_length(config: dict[str, Any], family: Family, recipe: Recipe) -> None:
+    """No row may be longer than what the model tells positions apart in; packed rows count from 0 each."""
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stretched = rope.get("original_max_position_embeddings", positions) * rope.get("factor", 1)
+    reach = max(positions, int(stretched))
+    if recipe.data.max_length > reach:
+        what = f"longer than the {reach} positions of this {family.model_type} (max_position_embeddings)"
+        do = f"write at most {reach}, or use a checkpoint whose config.json says how it is stretched further"
+        raise RecipeError(Problem("data.max_length", what, do, got=str(recipe.data.max_length)))
+
+
 def _refuse_attention(family: Family, recipe: Recipe) -> None:
     """The attention code must be one that the architecture has, and installed."""
     where, name = "model.attn_implementation", recipe.model.attn_implementation
@@ -147,7 +168,7 @@ def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
     settings = recipe.model
     tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template, settings.added_tokens, settings.eos_token)
     new_tokens = added_ids(tokenizer, settings.added_tokens)
-    rows = int(CheckpointReader(folder).config["vocab_size"])
+    rows = int(read_json(folder / "config.json")["vocab_size"])
     refuse_outside(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
     return tokenizer, new_tokens
 

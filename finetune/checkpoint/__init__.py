@@ -2,7 +2,7 @@
 
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.folder import new_folder, require_free_disk
-from finetune.checkpoint.reader import CheckpointReader, TensorInfo
+from finetune.checkpoint.reader import CheckpointReader, TensorInfo, read_json
 from finetune.checkpoint.writer import CheckpointWriter, TensorSpec
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "TensorSpec",
     "fingerprint",
     "new_folder",
+    "read_json",
     "require_free_disk",
 ]

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 
 import finetune
-from finetune.cli import evaluate, families, merge, schema, train, upcycle
+from finetune.cli import check, evaluate, families, merge, schema, train, upcycle
 from finetune.errors import FinetuneError, as_expected
 from finetune.quiet import hush
 from finetune.threads import wait_passively
 
-COMMANDS = (train, evaluate, merge, upcycle, families, schema)
+COMMANDS = (train, check, evaluate, merge, upcycle, families, schema)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,11 @@
+"""What `finetune check` does: every row of a recipe read, judged and tokenised as for the run, without a weight.
+
+`gather` makes a `Report` of a recipe; `terminal` and `page` write it.
+"""
+
+from finetune.check.gather import gather
+from finetune.check.page import write_page
+from finetune.check.report import Report
+from finetune.check.terminal import Style, lines
+
+__all__ = ["Report", "Style", "gather", "lines", "write_page"]

@@ -1,0 +1,107 @@
+"""Token rows as text again, piece by piece: what is supervised, what is a special token, which tokens made it."""
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from finetune.data.render import IGNORED
+from finetune.data.tokens import RowSet
+from finetune.data.tokens.mixture import Indices
+
+HEAD_TOKENS, TAIL_TOKENS = 1500, 500
+"""Of a longer row so much is kept from its beginning and its end."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one token, or of the tokens that together make a character; `ids` are theirs."""
+
+    text: str
+    ids: tuple[int, ...]
+    supervised: bool
+    special: bool = False
+    left_out: int = 0  # tokens that stand here and are not shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as the model sees it; `where` is its `file:line`."""
+
+    where: str
+    pieces: list[Piece]
+    tokens: int
+    supervised: int
+
+
+def draw(rows: RowSet, chosen: Indices, number: int, seed: int, tokenizer: Any) -> list[Sample]:
+    """`number` of the chosen rows, or all, drawn with `seed`, in file order."""
+    table = rows.table()
+    # random.sample draws from a range without making it a list.
+    drawn = random.Random(seed).sample(range(len(chosen)), min(number, len(chosen)))
+    samples = []
+    for index in sorted({int(chosen[position]) for position in drawn}):
+        ids, labels, where = table.row(index)
+        supervised = [label != IGNORED for label in labels.tolist()]
+        samples.append(Sample(where, pieces(ids.tolist(), supervised, tokenizer), len(ids), sum(supervised)))
+    return samples
+
+
+def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any) -> list[Piece]:
+    """A row, cut in the middle if it is long."""
+    left_out = len(ids) - HEAD_TOKENS - TAIL_TOKENS
+    if left_out <= 0:
+        return list(_decoded(ids, supervised, tokenizer))
+    head = list(_decoded(ids[:HEAD_TOKENS], supervised[:HEAD_TOKENS], tokenizer))
+    tail = list(_decoded(ids[-TAIL_TOKENS:], supervised[-TAIL_TOKENS:], tokenizer))
+    return [*head, Piece("", (), False, left_out=left_out), *tail]
+
+
+def _decoded(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # The library's own way to decode token by token: it holds bytes back until they make a character.
+    stream, start = DecodeStream(skip_special_tokens=False), 0
+    whole: Sequence[int] = ()  # the last that made characters: a new stream must not begin with half of one
+    for end, token_id in enumerate(ids, start=1):
+        if start < end - 1 and (token_id in special or supervised[end - 1] != supervised[start]):
+            # What it holds back is not the next token's: bytes without an end, or U+FFFD itself.
+            yield _piece(ids[start : end - 1], supervised[start], tokenizer)
+            stream, start = DecodeStream(ids=list(whole), skip_special_tokens=False), end - 1
+        text = stream.step(tokenizer.backend_tokenizer, token_id)
+        if text is not None:
+            yield Piece(text, tuple(ids[start:end]), supervised[start], token_id in special)
+            start, whole = end, ids[start:end]
+    if start < len(ids):
+        yield _piece(ids[start:], supervised[start], tokenizer)
+
+
+def _piece(ids: Sequence[int], supervised: bool, tokenizer: Any) -> Piece:
+    return Piece(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False), tuple(ids), supervised)
+
+
+def shown(pieces: Sequence[Piece]) -> list[str]:
+    """The texts of neighbouring pieces, as they can be shown: control characters and bidirectional marks do nothing
+    (no escape sequence, no change of direction) and are seen, line ends too, and spaces where one would miss them."""
+    texts = ["".join(map(_visible, piece.text)) for piece in pieces]
+    dotted = iter(_UNSEEN_SPACES.sub(lambda found: "·" * len(found[0]), "".join(texts)))
+    return ["".join(islice(dotted, len(text))).replace("\n", "⏎\n") for text in texts]
+
+
+_UNSEEN_SPACES = re.compile(r"^ +| +$|  +", re.MULTILINE)
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def _visible(character: str) -> str:
+    if character == "\n":
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)  # the pictures of control characters
+    if character in _BIDI or unicodedata.category(character) in ("Cc", "Cs", "Cn", "Zl", "Zp"):
+        return f"<U+{code:04X}>"
+    return character

@@ -1,0 +1,63 @@
+"""The rows of a source without a tokenizer: what they say, and what is wrong with them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from finetune.check.twins import words_of
+from finetune.data.formats import reader, recognise
+from finetune.data.rows import Problems, Row, RowError
+from finetune.data.sources import open_source
+from finetune.errors import DataError, Problem
+from finetune.recipe import DataSource
+
+
+def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
+    """What each sound row says, with its `file:line`."""
+    read = reader(row_format, source.columns)
+    for row in _rows(source):
+        if not isinstance(row.value, RowError):
+            try:
+                yield f"{row.path}:{row.number}", words_of(read(row.value))
+            except RowError:
+                continue  # one of the bad rows that the recipe says to drop; it is named among them
+
+
+def read_without_tokenizer(sources: Sequence[DataSource], max_problems: int) -> None:
+    """Read every row; `DataError` with all of those that the format refuses."""
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            problems += _refused(source, max_problems)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+
+
+def _refused(source: DataSource, max_problems: int) -> list[Problem]:
+    refused = Problems(max_problems)
+    unclear: list[Problem] = []
+    read: Callable[[Mapping[str, Any]], object] = dict  # where no format is known: what is no row at all is still found
+    try:
+        read = reader(_format(source), source.columns)
+    except RowError as error:
+        unclear = [error.problem(str(source.path or source.id), 0)]
+    for row in _rows(source):
+        try:
+            if isinstance(row.value, RowError):
+                raise row.value
+            read(row.value)
+        except RowError as error:
+            refused.add(row.path, row.number, error)
+    return [*refused.report(), *unclear]
+
+
+def _format(source: DataSource) -> str:
+    if source.format != "auto":
+        return source.format
+    return recognise((row.value for row in _rows(source)), source.columns).format
+
+
+def _rows(source: DataSource) -> Iterator[Row]:
+    return islice(iter(open_source(source)), source.max_rows)

@@ -1,0 +1,44 @@
+"""`finetune check RECIPE [key.path=value ...]`: the recipe and every row, before any weight is loaded."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser("check", help="see what a recipe makes of its rows, and every row that is wrong")
+    parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as one page that needs nothing else")
+    parser.add_argument("--samples", type=_whole, default=2, metavar="N", help="rows shown of each set (default: 2)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, print, write the page if asked; what would stop a run is raised last."""
+    from finetune.errors import DataError, RecipeError
+    from finetune.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported
+    from finetune.check import Style, gather, lines, write_page
+
+    if args.html is not None:
+        args.html.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    report = gather(recipe, str(args.recipe), args.samples)
+    for line in lines(report, Style.of(sys.stdout, os.environ)):
+        print(line)
+    if args.html is not None:
+        write_page(report, args.html)
+        print(f"written: {args.html}")
+    if report.problems:
+        sys.stdout.flush()
+        raise (RecipeError if report.exit_code == RecipeError.exit_code else DataError)(report.problems)
+    return 0
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number; got {text}")
+    return int(text)

@@ -1,0 +1,104 @@
+"""`finetune check` as a user starts it: what it prints and writes, its exit codes, and a kill in the middle."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.workspaces import write_workspace
+from tests.support import save_tiny_mixtral
+
+SECTIONS = {
+    "output_dir": "run",
+    "model": {"name_or_path": "base", "load_in_4bit": False, "dtype": "float32"},
+    "lora": {"targets": ["attention", "experts"], "r": 2, "lora_alpha": 4},
+    "router": {"router_aux_loss_coef": 0},
+    "data": {"train": {"path": "rows.jsonl", "format": "prompt_completion"}, "max_length": 64, "packing": True},
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    save_tiny_mixtral(tmp_path / "base")
+    write_workspace(tmp_path, **SECTIONS)
+    return tmp_path
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "finetune.cli.main", *arguments]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "FINETUNE_CACHE": str(folder / "cache"), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), cwd=folder, env=environment(folder), capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_good_recipe_is_reported_and_the_run_after_it_finds_its_rows(workspace: Path) -> None:
+    steps = ("training.max_steps=null", "training.num_train_epochs=1")
+    done = run(workspace, "check", "recipe.yaml", *steps, "--html", "out/check.html", "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    assert "rows       34 read, 34 (100.0 %) kept\n" in done.stdout
+    assert "[[on " in done.stdout
+    assert done.stdout.endswith(
+        "\nA run can start: every row that it uses can be trained on.\nwritten: out/check.html\n"
+    )
+    assert "34 read, 34 (100.0 %) kept" in (workspace / "out" / "check.html").read_text(encoding="utf-8")
+    told = next(line for line in done.stdout.splitlines() if "sequences; an epoch has" in line).split()
+    trained = run(workspace, "train", "recipe.yaml", *steps, "training.save_steps=null")
+    assert trained.returncode == 0, trained.stderr
+    assert "Tokenising" not in trained.stderr
+    steps_taken = [
+        json.loads(line).get("step") for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert max(filter(None, steps_taken)) == int(told[1])
+
+
+def test_bad_rows_are_the_list_and_exit_1(workspace: Path) -> None:
+    with (workspace / "rows.jsonl").open("a") as file:
+        file.write('{"prompt": "light", "completion": null}\n{"prompt": "light"\n')
+    done = run(workspace, "check", "recipe.yaml", "--html", "check.html")
+    assert done.returncode == 1
+    listed = [line for line in done.stderr.splitlines() if line.startswith("rows.jsonl:")]
+    assert [line.partition(": ")[0] for line in listed] == ["rows.jsonl:35", "rows.jsonl:36"]
+    assert listed[0].startswith("rows.jsonl:35: completion: ")
+    assert "Traceback" not in done.stderr
+    page = (workspace / "check.html").read_text(encoding="utf-8")
+    assert "A run would not start: 2 problems." in page
+    assert "rows.jsonl:35: completion: " in page
+
+
+def test_a_mistake_in_the_recipe_exits_2_before_anything_is_read(workspace: Path) -> None:
+    (workspace / "rows.jsonl").unlink()
+    done = run(workspace, "check", "recipe.yaml", "lora.alpha=3", "data.max_lenght=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["lora.alpha", "data.max_lenght"]
+
+
+def test_a_kill_in_the_middle_leaves_nothing_that_the_next_check_would_take(workspace: Path) -> None:
+    row = json.dumps({"prompt": "light " * 50, "completion": "on"}) + "\n"
+    (workspace / "rows.jsonl").write_text(row * 200_000)
+    arguments = command("check", "recipe.yaml", "data.max_length=256", "data.train.max_rows=200000")
+    with subprocess.Popen(
+        arguments, cwd=workspace, env=environment(workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list((workspace / "cache").glob(".*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+    begun = list((workspace / "cache").iterdir())
+    assert [path.name.startswith(".") for path in begun] == [True]
+    (workspace / "rows.jsonl").write_text(row * 30)
+    done = run(workspace, "check", "recipe.yaml", "data.max_length=256")
+    assert done.returncode == 0, done.stderr
+    assert "rows       30 read, 30 (100.0 %) kept\n" in done.stdout
+    assert not begun[0].exists()

@@ -1,0 +1,52 @@
+"""Figures of `finetune check` that follow from lengths: against counting it out."""
+
+from collections import Counter
+from itertools import combinations
+from statistics import mean
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.check.figures import MAX_BINS, Bin, histogram, padding_share
+
+
+@given(st.dictionaries(st.integers(1, 5000), st.integers(1, 50), min_size=1), st.integers(2, 6000))
+def test_every_row_is_in_one_bin_and_no_bin_lies_on_both_sides_of_the_limit(
+    lengths: dict[int, int], limit: int
+) -> None:
+    bins = histogram(lengths, limit)
+    assert len(bins) <= MAX_BINS + 1
+    for each in bins:
+        assert each.rows == sum(rows for length, rows in lengths.items() if each.first <= length <= each.last)
+        assert each.last <= limit or each.first > limit
+    assert [each.first for each in bins[1:]] == [each.last + 1 for each in bins[:-1]]
+    assert sum(each.rows for each in bins) == sum(lengths.values())
+    assert bins[0].rows
+    assert bins[-1].rows
+
+
+def test_bins_are_equal_and_end_at_powers_of_two() -> None:
+    counts = [(25, 28, 3), (29, 32, 0), (33, 36, 0), (37, 40, 4), (41, 44, 1)]
+    assert histogram({25: 3, 37: 4, 44: 1}, 256) == [Bin(*count) for count in counts]
+
+
+def test_a_few_long_rows_do_not_hide_how_long_most_are() -> None:
+    short = Counter(dict.fromkeys(range(20, 60), 100))
+    bins = histogram(short | {30_000: 1}, 4096)
+    assert [each for each in bins if each.last <= 64] == [Bin(17, 32, 1300), Bin(33, 64, 2700)]
+    assert bins[-1] == Bin(16_385, 32_768, 1)
+
+
+def test_no_rows_have_no_bins() -> None:
+    assert histogram({}, 256) == []
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 6, 9])
+def test_the_expected_padding_is_the_mean_over_all_batches(batch: int) -> None:
+    lengths = [3, 5, 5, 8, 20, 40]
+    batches = list(combinations(lengths, min(batch, len(lengths))))
+    pads = mean(sum(max(each) - length for length in each) for each in batches)
+    tokens = mean(max(each) * len(each) for each in batches)
+    assert padding_share(np.array(lengths, dtype=np.int32), batch) == pytest.approx(pads / tokens)

@@ -1,0 +1,247 @@
+"""A report in the terminal and as a page: what is marked, what is escaped, how wide it is."""
+
+import io
+import re
+import shutil
+import subprocess
+from collections import Counter
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetune.check.page import page, write_page
+from finetune.check.report import Report, split_of
+from finetune.check.samples import Piece, Sample
+from finetune.check.terminal import Style, lines
+from finetune.check.twins import Pair, Twins
+from finetune.data.tokens.stats import DataStats, RowStats, SetStats
+from finetune.errors import Problem
+from finetune.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIL = '<script>alert("1")</script>&amp;'
+PLAIN, MARKS, COLOUR = Style(False, False), Style(False, True), Style(True, True)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(ROOT / "recipes" / "quickstart" / "sft-qlora.yaml", overrides)
+
+
+def rows(name: str, lengths: list[int], **counts: Any) -> RowStats:
+    tokens = sum(lengths)
+    return RowStats(
+        **{
+            "rows": len(lengths),
+            "pieces": len(lengths),
+            "tokens": tokens,
+            "supervised_tokens": tokens // 4,
+            "lengths": Counter(lengths),
+            "longest_rows": [(max(lengths), f"{name}:1")],
+            "format": "messages",
+            **counts,
+        }
+    )
+
+
+def split(name: str, settings: Recipe, weight: float | None = None, **counts: Any) -> Any:
+    lengths = [20] * 30 + [100] * 10
+    source = rows("a.jsonl", lengths, **counts)
+    sets = [SetStats("a.jsonl", weight, 40, source.tokens, source.supervised_tokens, source)]
+    if weight is not None:
+        other = rows("b.jsonl", [10] * 10)
+        sets.append(SetStats("b.jsonl", 1.0, 10, 100, 25, other))
+        lengths += [10] * 10
+    sequences = 8 if settings.data.packing else len(lengths)
+    return split_of(name, DataStats(sets, sequences), np.array(lengths, dtype=np.int32), settings)
+
+
+def report(settings: Recipe, **parts: Any) -> Report:
+    return Report("recipe.yaml", [("model", "m")], settings.data.max_length, **parts)
+
+
+def printed(told: Report, style: Style = MARKS) -> str:
+    return "\n".join(lines(told, style))
+
+
+def sample(*parts: tuple[str, bool], special: str = "<|im_end|>") -> Sample:
+    pieces = [Piece(text, (7,), supervised, text == special) for text, supervised in parts]
+    return Sample("a.jsonl:3", pieces, 20, 5)
+
+
+def test_what_befell_the_rows_is_said_with_shares() -> None:
+    said = printed(report(recipe(), splits=[split("train", recipe(), bad=1, dropped=2, duplicates=4, rows=43)]))
+    for line in (
+        "rows       43 read, 40 (93.0 %) kept",
+        "bad        1 (2.3 %)",
+        "dropped    2 (4.7 %)",
+        "duplicate  4 (9.3 %)",
+        "none       truncated, split",
+        "tokens     1,600, 400 (25.0 %) supervised",
+    ):
+        assert f"    {line}\n" in said
+    assert "    train: 1 bad rows left out, 2 rows too long and dropped, 4 duplicate rows\n" in said
+
+
+def test_packing_padding_and_steps_are_told_as_the_trainer_will_have_them() -> None:
+    packed = recipe("training.max_steps=6")
+    assert "8 packed sequences of up to 256 tokens, 21.88 % unfilled" in printed(
+        report(packed, splits=[split("train", packed)])
+    )
+    padded = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=2.5")
+    said = printed(report(padded, splits=[split("train", padded), split("eval", padded)]))
+    assert said.count("40 rows, 2 at a time: 27.8 % padding to be expected") == 2
+    assert "steps      50 of 2 sequences; an epoch has 20: 2.5 epochs" in said
+    assert "a step     80 tokens, 20 supervised, on average" in said
+    assert said.count("a step ") == 1  # nothing is stepped over evaluation rows
+    single = recipe("data.packing=false", "training.per_device_train_batch_size=1")
+    assert "40 rows, one at a time: no padding" in printed(report(single, splits=[split("train", single)]))
+
+
+def test_a_mixture_shows_each_part_in_rows_and_tokens() -> None:
+    said = printed(report(recipe(), splits=[split("train", recipe(), weight=3.0)]))
+    assert "mixture    weight 3: 40 rows (80.0 %), 1,600 tokens (94.1 %)" in said
+    assert "mixture    weight 1: 10 rows (20.0 %), 100 tokens (5.9 %)" in said
+    assert "tokens     1,700, 425 (25.0 %) supervised" in said
+
+
+def test_the_histogram_marks_the_limit_and_fits_the_terminal() -> None:
+    settings = recipe("data.max_length=64")
+    told = report(settings, splits=[split("train", settings)])
+    bars = [line for line in printed(told).split("\n") if re.match(r" +\d+ - ", line) or "max_length = 64" in line]
+    assert [re.sub(r"[█-▏]+|-{3,}", "#", bar).split() for bar in bars] == [
+        ["17", "-", "32", "30", "#"],
+        ["33", "-", "64", "0"],
+        ["#", "data.max_length", "=", "64", "#"],
+        ["65", "-", "128", "10", "#"],
+    ]
+    assert max(len(line) for line in printed(told).split("\n")) <= 80
+    assert printed(told, PLAIN).isascii()
+
+
+def test_samples_are_marked_without_colour() -> None:
+    told = report(
+        recipe(), samples=[("train", sample(("Hi ", False), ("there\n", True), ("<|im_end|>", True), ("\n", False)))]
+    )
+    assert "Hi·[[there⏎\n<|im_end|>]]⏎\n" in printed(told)
+
+
+def test_samples_are_coloured_line_by_line_on_a_terminal() -> None:
+    told = report(recipe(), samples=[("train", sample(("Hi", False), ("a\nb", True), ("<|im_end|>", True)))])
+    assert "Hi\x1b[32ma⏎\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in printed(told, COLOUR)
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("environment", "colour"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colour_is_for_terminals_of_those_who_want_it(environment: dict[str, str], colour: bool) -> None:
+    assert Style.of(Terminal(io.BytesIO(), encoding="utf-8"), environment) == Style(colour, True)
+    assert Style.of(io.TextIOWrapper(io.BytesIO(), encoding="ascii"), environment) == Style(False, False)
+
+
+def test_a_long_sample_is_cut_in_the_terminal() -> None:
+    told = report(recipe(), samples=[("train", sample(*[("a", False)] * 3000, ("end", True)))])
+    assert "... 2,501 tokens left out ..." in printed(told)
+    assert "[[end]]" in printed(told)
+    assert page(told).count(">a</span>") == 3000
+
+
+def test_a_report_closes_with_what_a_reader_should_not_miss() -> None:
+    clean = report(recipe(), splits=[split("train", recipe())])
+    assert printed(clean).endswith("\nNothing to complain about: a run can start, and every row can be trained on.")
+    twins = Twins(40, 2, 1, 5, [Pair("a.jsonl:1", "e.jsonl:2", 0.934, exact=False)])
+    told = report(recipe(), twins=twins)
+    assert "    a.jsonl:1 ~ e.jsonl:2 (0.93)\n    ... and 2 more\n" in printed(told)
+    assert "3 of 40 evaluation rows stand, word for word or nearly, in the training rows" in printed(told)
+    assert "A run can start" in printed(told)
+    assert "Nothing to complain about" not in printed(told)
+    assert "can start" not in printed(report(recipe(), problems=[Problem("a.jsonl:1", "is bad", "mend it")]))
+
+
+class Parsed(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: Counter[str] = Counter()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes.update(name for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def everything() -> Report:
+    bad = [f"a.jsonl:9: {EVIL}: is bad; mend it"]
+    settings = recipe("data.max_length=64")
+    told = report(
+        settings,
+        splits=[split("train", settings, bad=1, bad_rows=bad, why=EVIL, duplicates=1, duplicate_rows=[(EVIL, "b")])],
+    )
+    told.title = EVIL
+    told.samples = [
+        ("train", sample((EVIL, True), (" שלום 👩‍🚒 \u202e\x1b\ud800", False), ("<|im_end|>", True), ("", False)))
+    ]
+    told.samples[0][1].pieces[3] = Piece("", (), False, left_out=1234)
+    told.twins = Twins(1, 1, 0, 1, [Pair(EVIL, "e.jsonl:1", 1.0, exact=True)])
+    return told
+
+
+def test_the_page_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> None:
+    write_page(everything(), tmp_path / "check.html")
+    text = (tmp_path / "check.html").read_text(encoding="utf-8")
+    parsed = Parsed(text)
+    assert {"script", "link", "img", "iframe"}.isdisjoint(parsed.tags)
+    assert {"src", "href", "onclick"}.isdisjoint(parsed.attributes)
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert parsed.text.count(EVIL) >= 6
+    assert (parsed.tags["h1"], parsed.tags["mark"]) == (1, 3)  # one in the legend
+    assert "·שלום 👩‍🚒 <U+202E>␛<U+D800>" in parsed.text
+    assert 'class="special" title="id 7"' in text
+    assert "1,234 tokens left out" in parsed.text
+    assert [path.name for path in tmp_path.iterdir()] == ["check.html"]
+
+
+def test_the_page_lists_all_problems() -> None:
+    problems = [Problem(f"a.jsonl:{n}", f"is <bad> {n}", "mend it") for n in range(1000)]
+    parsed = Parsed(page(report(recipe(), problems=problems)))
+    assert "A run would not start: 1,000 problems." in parsed.text
+    assert "a.jsonl:999: is <bad> 999; mend it" in parsed.text
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_the_page_is_never_wider_than_its_window(tmp_path: Path) -> None:
+    told = everything()
+    told.samples.append(("train", sample(("x" * 5000, True))))
+    # The page has no script of its own: copies get one that measures, in frames as wide as a desktop and a phone.
+    measure = (
+        "<script>d = document.documentElement; parent.document.title += ` ${d.scrollWidth}/${innerWidth}`</script>"
+    )
+    copy = escape(page(told).replace("</body>", measure + "</body>"))
+    frames = [
+        f'<iframe srcdoc="{copy}" style="width: {width}px; border: 0" height=9999></iframe>' for width in (1200, 390)
+    ]
+    (tmp_path / "frames.html").write_text("<!doctype html><meta charset=utf-8>" + "".join(frames), encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [str(BROWSER), *options, (tmp_path / "frames.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    title = re.search("<title>(.*)</title>", done.stdout)
+    assert title is not None
+    assert sorted(title[1].split()) == ["1200/1200", "390/390"]
