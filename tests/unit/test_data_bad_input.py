@@ -347,7 +347,7 @@ def test_a_value_of_a_table_that_python_cannot_hold_is_one_bad_row(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "r.arrow:1: a JSON column does not hold JSON (Expecting property name"),
+        ("{", "r.arrow:1: a value that cannot be read; got Expecting property name"),
         ('{"a": 1, "a": 2}', "r.arrow:1: a: the key stands twice in one object; keep one of them"),
     ],
 )

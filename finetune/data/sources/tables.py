@@ -1,7 +1,8 @@
 """Parquet and Arrow files: rows as plain Python, a few at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
@@ -19,8 +20,9 @@ _PIECE = 1 << 24
 
 def read_parquet(file: DataFile, place: Place) -> Iterator[Value]:
     """The rows of a Parquet file, through row groups of any size."""
-    # With a buffer size columns are read as they are needed; without one each row group is held as a whole.
-    with _damage_named("Parquet", file.path), pq.ParquetFile(file.path, buffer_size=1 << 20) as parquet:
+    # Columns are read as they are needed: by default each row group is fetched as a whole, and may be all of the file.
+    streamed = {"pre_buffer": False, "buffer_size": 1 << 20}
+    with _damage_named("Parquet", file.path), pq.ParquetFile(file.path, **streamed) as parquet:
         about = parquet.metadata
         nbytes = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
         for batch in parquet.iter_batches(batch_size=_rows_a_piece(nbytes, about.num_rows)):
@@ -75,47 +77,45 @@ def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[Value]:
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise FileError(f"two columns are named {shown(twice)}", "name each column once")
-    decoders = {field.name: decode for field in table.schema if (decode := _decoder(field.type)) is not None}
-    step = _rows_a_piece(table.nbytes, table.num_rows)
-    for start in range(0, table.num_rows, step):
-        for row in _to_python(table.slice(start, step)):
-            yield _decoded(row, decoders) if decoders and isinstance(row, dict) else row
+    for batch in [table] if isinstance(table, pa.RecordBatch) else table.to_batches():
+        step = _rows_a_piece(batch.nbytes, batch.num_rows)
+        for start in range(0, batch.num_rows, step):
+            yield from _to_python(batch.slice(start, step))
 
 
-def _to_python(table: pa.RecordBatch | pa.Table) -> list[Value]:
+def _to_python(batch: pa.RecordBatch) -> list[Value]:
     try:
-        rows: list[Value] = table.to_pylist(maps_as_pydicts="strict")
-    except (ValueError, KeyError, ArithmeticError, pa.ArrowException) as error:
-        if table.num_rows > 1:
-            return [row for index in range(table.num_rows) for row in _to_python(table.slice(index, 1))]
+        columns = [_column(column) for column in batch.columns]
+    except (ValueError, KeyError, ArithmeticError, RecursionError, RowError, pa.ArrowException) as error:
+        if batch.num_rows > 1:
+            return [row for index in range(batch.num_rows) for row in _to_python(batch.slice(index, 1))]
+        if isinstance(error, RowError):
+            return [error]
         return [RowError(None, "a value that cannot be read", "mend or remove the row", str(error))]
-    return rows
+    names = batch.schema.names
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
-Decode = Callable[[Any], Any]
-
-
-def _decoded(row: dict[str, Any], decoders: dict[str, Decode]) -> Value:
-    try:
-        return {name: decoders[name](value) if name in decoders else value for name, value in row.items()}
-    except (ValueError, RecursionError) as error:
-        return RowError(None, f"a JSON column does not hold JSON ({error})", "mend or remove the row")
-    except RowError as error:
-        return error
-
-
-def _decoder(kind: pa.DataType) -> Decode | None:
-    """How a value of this type is made what `datasets` would show: its Json columns are stored as text."""
+def _column(array: pa.Array) -> list[Any]:
+    """The values of a column as Python objects; lists of structs in a quarter of the time of pyarrow's `to_pylist`,
+    and columns that `datasets` stores as JSON text as what the text says."""
+    kind = array.type
     if isinstance(kind, pa.JsonType):
-        return lambda value: None if value is None else DECODER.decode(value)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        inner = _decoder(kind.value_type)
-        return inner and (lambda value: value and [inner(entry) for entry in value])
-    if pa.types.is_struct(kind):
-        inside = {field.name: decode for field in kind if (decode := _decoder(field.type)) is not None}
-        return (lambda value: value and _decoded_struct(value, inside)) if inside else None
-    return None
+        return [None if text is None else DECODER.decode(text) for text in array.storage.to_pylist()]
+    if pa.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields > 0:
+        names = [field.name for field in kind]
+        fields = [_column(field) for field in array.flatten()]
+        return _with_nulls(array, [dict(zip(names, row, strict=True)) for row in zip(*fields, strict=True)])
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        offsets = array.offsets.to_pylist()
+        values = _column(array.values.slice(offsets[0], offsets[-1] - offsets[0]))
+        borders = [offset - offsets[0] for offset in offsets]
+        return _with_nulls(array, [values[start:end] for start, end in pairwise(borders)])
+    values = array.to_pylist(maps_as_pydicts="strict")
+    return list(values)
 
 
-def _decoded_struct(value: dict[str, Any], decoders: dict[str, Decode]) -> dict[str, Any]:
-    return {name: decoders[name](entry) if name in decoders else entry for name, entry in value.items()}
+def _with_nulls(array: pa.Array, values: list[Any]) -> list[Any]:
+    if not array.null_count:
+        return values
+    return [value if valid else None for value, valid in zip(values, array.is_valid().to_pylist(), strict=True)]
