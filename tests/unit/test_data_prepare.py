@@ -345,3 +345,16 @@ def test_rows_of_another_content_tokenizer_or_template_are_never_used(tmp_path: 
 def test_a_set_with_bad_rows_leaves_nothing_in_the_cache(tmp_path: Path, fresh_cache: None) -> None:
     refusal(tmp_path, [SHORT, {"prompt": "a"}])
     assert entries() == set()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_number_of_threads_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool) -> None:
+    files = []
+    for parallel in ("false", "true"):
+        monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / parallel))
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        chosen = two_sets(tmp_path, packing=packing)
+        prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)
+        found = sorted(path for path in (tmp_path / parallel).rglob("*") if path.is_file())
+        files.append({str(path.relative_to(tmp_path / parallel)): path.read_bytes() for path in found})
+    assert files[0] == files[1]
