@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from finetune.data import Prepared, prepare
 from finetune.data.render import IGNORED, read_template
@@ -358,3 +359,21 @@ def test_the_number_of_threads_changes_nothing(tmp_path: Path, monkeypatch: pyte
         found = sorted(path for path in (tmp_path / parallel).rglob("*") if path.is_file())
         files.append({str(path.relative_to(tmp_path / parallel)): path.read_bytes() for path in found})
     assert files[0] == files[1]
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, fresh_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class WithAWriter(tqdm):  # type: ignore[type-arg]
+        """A progress bar beside which somebody appends to the file."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            with (tmp_path / "rows.jsonl").open("a") as file:
+                file.write("\n")
+            return super().update(n)
+
+    monkeypatch.setattr("finetune.data.tokens.rows.tqdm", WithAWriter)
+    assert refusal(tmp_path, [SHORT]) == [
+        "rows.jsonl: changed while it was read; start again when nothing writes to it any more"
+    ]
+    assert entries() == set()
