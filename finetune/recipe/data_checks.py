@@ -1,18 +1,17 @@
 """What must hold between the settings of the rows."""
 
 import json
-from typing import Any, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 from finetune.recipe.data_settings import DataSource
 from finetune.recipe.fields import settings
 from finetune.recipe.names import hub_id_in_url, is_hub_id, is_url, looks_like_path
-from finetune.recipe.row_formats import PreferenceFormat
+from finetune.recipe.row_formats import PAIR_FORMATS, ROW_FORMATS
 from finetune.recipe.source import Source, show, spell
 from finetune.recipe.typed import key_path, read
 from finetune.recipe.yaml12 import Path
 
 SHIPPED_TEMPLATES = ("chatml", "mistral", "mistral-v3", "mistral-v3-tekken", "alpaca")
-PAIRS: tuple[str, ...] = get_args(PreferenceFormat)
 ONLY_WITH_ID = ("config", "split", "revision", "streaming")
 
 _DEFAULTS = DataSource(format="auto").model_dump()
@@ -86,16 +85,28 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     where = (*path, "format")
     if source.is_broken(where):
         return
-    if name in PAIRS and read(source, "method.kind", str) == "sft":
+    if name in PAIR_FORMATS and read(source, "method.kind", str) == "sft":
         what = "pairs of answers are for preference tuning; method.kind: sft takes one answer a row"
         source.report(where, what, "give rows with one answer each, for example as messages", got=show(name))
     if name == "text" and read(source, "data.loss_on", str) not in ("all", None):
         got = f"text, and data.loss_on: {read(source, 'data.loss_on', str)}"
         what = "plain text has no answers that could be told apart"
         source.report(where, what, "write data.loss_on: all, for all data sets of the recipe", got=got)
-    if name == "auto" and isinstance(columns, dict) and columns:
+    if isinstance(columns, dict) and columns:
+        _columns(source, (*path, "columns"), str(name), columns)
+
+
+def _columns(source: Source, where: Path, name: str, columns: dict[str, Any]) -> None:
+    if name == "auto":
         what = "renames the fields of a format, and format: auto names none"
-        source.report((*path, "columns"), what, "write the format", got=show(columns))
+        source.report(where, what, "write the format", got=show(columns))
+        return
+    fields = ROW_FORMATS[name].fields
+    for field, column in columns.items():
+        if field not in fields:
+            turned = f"write {column}: {field}, the format's name first" if column in fields else ""
+            do = turned or f"write {{field: column of the file}}; its fields are {', '.join(fields)}"
+            source.report((*where, field), f"the format {name} has no such field", do, got=show(column))
 
 
 def _named_twice(source: Source, entries: list[Entry]) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
-from finetune.recipe.row_formats import RowFormat
+from finetune.recipe.row_formats import FormatName
 from finetune.recipe.section import Section, Text
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
@@ -38,7 +38,7 @@ class DataSource(Section):
     streaming: bool = Field(
         default=False, description="With id: read rows while they are downloaded; for sets larger than the disk."
     )
-    format: RowFormat = Field(
+    format: FormatName = Field(
         description="What a row looks like; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason, an error where two formats fit. Conversations: messages (OpenAI chat, with tools), "
         "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for preference "

@@ -1,9 +1,60 @@
-"""Names of row formats for those who may not import `finetune.data`; a test holds them to its table."""
+"""The table of row formats: names and fields, for the recipe, the command line and the readers.
 
-from typing import Literal, get_args
+A new format is a line here, a function of its name in `finetune/data/formats/`, and a file of its name in
+`data/examples/`.
+"""
 
-ConversationFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "dolly", "oasst"]
-PreferenceFormat = Literal["preference", "ultrafeedback", "hh", "orca_dpo", "sharegpt_dpo", "kto"]
-RowFormat = Literal["auto", ConversationFormat, "text", PreferenceFormat]
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-CONVERSATION_FORMATS: tuple[str, ...] = get_args(ConversationFormat)
+Gives = Literal["conversation", "document", "preference", "judged"]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One row format: which kind of example it gives, and its fields.
+
+    `aliases`: {field: another name that files use for it}.
+    """
+
+    name: str
+    gives: Gives
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All fields that `columns` may map."""
+        return self.required + self.optional
+
+
+_EITHER = {"conversations": "conversation"}
+_SCORES = ("score_chosen", "score_rejected")
+
+_TABLE = (
+    RowFormat("messages", "conversation", ("messages",), ("tools",)),
+    RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools"), _EITHER),
+    RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history")),
+    RowFormat("prompt_completion", "conversation", ("prompt", "completion")),
+    RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
+    RowFormat("oasst", "conversation", ("prompt",)),
+    RowFormat("text", "document", ("text",)),
+    RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
+    RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
+    RowFormat("hh", "preference", ("chosen", "rejected")),
+    RowFormat("orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",)),
+    RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools"), _EITHER),
+    RowFormat("kto", "judged", ("prompt", "completion", "label")),
+)
+
+ROW_FORMATS: dict[str, RowFormat] = {each.name: each for each in _TABLE}
+CONVERSATION_FORMATS = tuple(each.name for each in _TABLE if each.gives == "conversation")
+PAIR_FORMATS = tuple(each.name for each in _TABLE if each.gives in ("preference", "judged"))
+
+if TYPE_CHECKING:
+    FormatName = str
+else:
+    # What a recipe may write. Types are checked without running this, so they cannot know the names.
+    FormatName = Literal[("auto", *ROW_FORMATS)]

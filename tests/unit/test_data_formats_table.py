@@ -2,22 +2,36 @@
 
 import ast
 from pathlib import Path
-from typing import get_args
+from types import FunctionType
 
 import pytest
 
 from finetune.cli.main import build_parser
 from finetune.data.formats import FORMATS
-from finetune.recipe.row_formats import CONVERSATION_FORMATS, RowFormat
+from finetune.recipe.fields import settings
+from finetune.recipe.row_formats import CONVERSATION_FORMATS
 from tests.row_formats import EXAMPLES
 
 PACKAGE = Path(__file__).parents[2] / "finetune" / "data" / "formats"
-LIGHT = ("finetune.data.rows", "finetune.data.types", "finetune.data.formats", "finetune.errors")
+LIGHT = ("finetune.data.rows", "finetune.data.types", "finetune.data.formats", "finetune.errors", "finetune.recipe.row_formats")
+    "finetune.data.rows",
+    "finetune.data.types",
+    "finetune.data.formats",
+    "finetune.errors",
+    "finetune.recipe.row_formats",
+)
 
 
-def test_the_recipe_knows_exactly_the_formats_of_the_table_and_auto() -> None:
-    assert set(get_args(RowFormat)) == {"auto", *FORMATS}
-    assert set(CONVERSATION_FORMATS) == {name for name, each in FORMATS.items() if each.gives == "conversation"}
+def test_the_recipe_takes_every_format_of_the_table_and_auto() -> None:
+    format_of_recipe = settings()["data.train.format"].expects
+    assert format_of_recipe == "one of " + ", ".join(["auto", *FORMATS])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_read_by_the_function_of_its_name(name: str) -> None:
+    function = FORMATS[name].read
+    assert isinstance(function, FunctionType)
+    assert function.__name__ == name
 
 
 @pytest.mark.parametrize("row_format", CONVERSATION_FORMATS)

@@ -2,14 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 from finetune.recipe import dump_recipe, json_schema, load_recipe
 from finetune.recipe.foreign import FOREIGN_IN_SOURCE
 from finetune.recipe.names import hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
-from finetune.recipe.row_formats import PreferenceFormat
+from finetune.recipe.row_formats import PAIR_FORMATS
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
 ONE = "{path: rows.jsonl, format: messages}"
@@ -131,6 +130,16 @@ MISTAKES = {
         'recipe.yaml:15: data.train.path: an address, not a path; got "s3://bucket/rows.jsonl"; '
         "download it first, and write the path of the file",
     ),
+    "a column for a field that the format has not": (
+        train("{path: a, format: alpaca, columns: {answer: reply}}"),
+        'recipe.yaml:15: data.train.columns.answer: the format alpaca has no such field; got "reply"; '
+        "write {field: column of the file}; its fields are instruction, output, input, system, history",
+    ),
+    "columns the wrong way round": (
+        train("{path: a, format: alpaca, columns: {answer: output}}"),
+        'recipe.yaml:15: data.train.columns.answer: the format alpaca has no such field; got "output"; '
+        "write output: answer, the format's name first",
+    ),
     "columns of an unknown format": (
         train("{path: a, format: auto, columns: {output: answer}}"),
         "recipe.yaml:15: data.train.columns: renames the fields of a format, and format: auto names none; "
@@ -209,7 +218,7 @@ def test_one_mistake_in_the_data_settings_gives_exactly_this_line(desk: Desk, te
     assert desk.complaints(text) == [complaint]
 
 
-@pytest.mark.parametrize("name", get_args(PreferenceFormat))
+@pytest.mark.parametrize("name", PAIR_FORMATS)
 def test_every_format_of_two_answers_is_refused_in_sft(desk: Desk, name: str) -> None:
     (line,) = desk.complaints(train(f"{{path: a, format: {name}}}"))
     assert "data.train.format: pairs of answers are for preference tuning" in line
