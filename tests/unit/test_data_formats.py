@@ -113,7 +113,7 @@ def test_messages_of_a_tree_that_are_deleted_rejected_or_spam_are_left_out(out: 
 
 
 def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> None:
-    row = {"message_id": "b", "parent_id": "a", "text": "hello", "role": "assistant"}
+    row = {"message_id": "b", "parent_id": "a", "text": "hello"}
     assert refusal("oasst", row) == (
         'parent_id: the row is one message of an OpenAssistant tree; got "a"; use the export of trees (one tree a '
         "line, file names with `trees`): a row must hold the whole conversation"

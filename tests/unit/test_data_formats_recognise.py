@@ -24,6 +24,9 @@ def test_it_says_which_keys_and_values_spoke_for_the_format() -> None:
     assert recognise(rows).why == (
         "keys instruction (text), output (text); input is text in 1 of 4 rows; 3 of 4 rows read"
     )
+    assert recognise(example_rows("kto")[:1]).why == (
+        "keys prompt (text), completion (text), label (true or false); 1 of 1 rows read"
+    )
     assert recognise(example_rows("sharegpt_dpo")[-1:]).why == (
         "keys conversation (a list), chosen (an object), rejected (an object); 1 of 1 rows read"
     )
@@ -58,6 +61,26 @@ def test_a_text_column_that_holds_the_other_columns_is_the_same_row_rendered() -
     rendered = {**ALPACA, "text": "### Instruction:\nAdd 1 and 2.\n\n### Response:\n3"}
     assert recognise([rendered]).format == "alpaca"
     assert refusal([rendered, {**ALPACA, "text": "something else"}]).startswith("the rows fit more than one format; ")
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto"),
+    ],
+)
+def test_a_text_column_with_all_contents_gives_way_to_pairs_too(row: dict[str, Any], row_format: str) -> None:
+    assert recognise([{**row, "text": "a b c"}]).format == row_format
+    assert refusal([{**row, "text": "x y z"}]).startswith("the rows fit more than one format; ")
+
+
+def test_two_formats_that_read_the_same_are_no_ambiguity() -> None:
+    turns = [user("hi"), assistant("yes")]
+    assert recognise([{"messages": turns, "conversations": turns}]).format == "messages"
+    assert refusal([{"messages": turns, "conversations": [user("ho"), assistant("no")]}]).startswith(
+        "the rows fit more"
+    )
 
 
 def test_two_formats_that_fit_are_an_error_that_lists_both_with_the_reason_and_the_line_to_write() -> None:

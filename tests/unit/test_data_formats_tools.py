@@ -76,6 +76,8 @@ def test_the_function_calls_of_sharegpt_become_tool_calls(word: str) -> None:
     [
         [USER, calling(call())],
         [USER, calling(call()), RESULT, ANSWER],
+        [USER, calling(call(id="a")), RESULT, ANSWER],
+        [USER, calling(call()), {**RESULT, "tool_call_id": "a"}, ANSWER],
         [USER, calling(call(), call()), RESULT, RESULT, ANSWER],
         [USER, calling(call(), call()), RESULT, ANSWER],
         [USER, calling(call()), RESULT, calling(call()), RESULT, ANSWER, USER, ANSWER],
