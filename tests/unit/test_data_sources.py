@@ -15,6 +15,7 @@ from finetune.errors import DataError
 from finetune.recipe import DataSource
 from tests.sources import ROWS, json_lines, pack, read, values, write, write_table
 
+REAL = Path(__file__).parents[3] / "shared" / "datasets"
 ARRAY = json.dumps(ROWS, indent=2).encode()
 
 
@@ -25,6 +26,12 @@ def test_one_object_a_line(tmp_path: Path, suffix: str, packed: str) -> None:
     rows = read(write(tmp_path / f"rows{suffix}{packed}", pack(content, packed)))
     assert [row.value for row in rows] == ROWS
     assert [row.number for row in rows] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+def test_a_file_packed_piece_by_piece(tmp_path: Path, packed: str) -> None:
+    pieces = b"".join(pack(json_lines([row]), packed) for row in ROWS)
+    assert values(write(tmp_path / f"rows.jsonl{packed}", pieces)) == ROWS
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])
@@ -152,6 +159,17 @@ def test_progress_adds_up_to_the_bytes_of_the_files(tmp_path: Path, name: str) -
     end_mark = 8 if name == "r.arrow" else 0  # after the last row
     assert sum(progress) == source.total - end_mark
     assert list(source) == list(source)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no data sets beside the repository")
+def test_real_files_are_read_as_json_reads_them() -> None:
+    for path in REAL.glob("*.json*"):
+        text = path.read_text(encoding="utf-8")
+        lines = text.split("\n")
+        expected = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines if line]
+        rows = read(path)
+        assert [row.value for row in rows] == expected
+        assert {lines[row.number - 1].lstrip()[:1] for row in rows} <= {"{", "["}
 
 
 class TestFingerprint:
