@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from finetune.data.rows import RowError
 from finetune.data.sources.json_text import parse_text
+from finetune.data.sources.tables import rows_of
 from tests.sources import json_lines, pack, read, write
 
 few = settings(max_examples=60, deadline=None)
@@ -73,6 +74,7 @@ def test_lines_an_array_and_packed_files_give_the_same_rows(
 def test_tables_give_the_rows_that_lines_give(rows: list[dict[str, Any]], rows_a_batch: int, cut: int) -> None:
     # A slice of a larger table, as files of a shuffled or filtered set have them.
     table = pa.Table.from_pylist([*rows[-cut:], *rows, *rows[:cut]], SCHEMA).slice(min(cut, len(rows)), len(rows))
+    assert list(rows_of(table)) == rows
     parquet, stream, file = (pa.BufferOutputStream() for _ in range(3))
     pq.write_table(table, parquet, row_group_size=rows_a_batch)
     with pa.ipc.new_stream(stream, SCHEMA) as writer:

@@ -81,7 +81,7 @@ class TestAFileOfAnotherShape:
     @pytest.mark.parametrize(
         ("content", "what"),
         [
-            (gzip.compress(b"{}"), "this is gzip, not what its name says; add .gz to its name"),
+            (gzip.compress(b"{}", mtime=0), "this is gzip, not what its name says; add .gz to its name"),
             (pack(b"{}", ".zst"), "this is Zstandard, not what its name says; add .zst to its name"),
             (b"PAR1xxxx", "this is Parquet, not what its name says; name it .parquet"),
             (b"ARROW1xx", "this is Arrow, not what its name says; name it .arrow"),
@@ -227,6 +227,15 @@ class TestABrokenArray:
         assert [row.value for row in expected] == rows
 
 
+def test_a_number_is_not_cut_where_a_piece_that_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.data.sources.json_stream.BUFFER", 1)
+    assert [message.split("; ")[1] for message in messages(write(tmp_path / "r.json", b"[12, true, 3.5]"))] == [
+        "got 12",
+        "got true",
+        "got 3.5",
+    ]
+
+
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.tsv", "r.jsonl.gz", "r.csv.zst"])
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\t\n", b"\xef\xbb\xbf"])
 def test_an_empty_file_and_one_of_blank_lines(tmp_path: Path, name: str, content: bytes) -> None:
@@ -370,7 +379,9 @@ def test_a_row_without_an_end_is_not_held(tmp_path: Path, monkeypatch: pytest.Mo
     for name, (content, message) in cases.items():
         assert one(tmp_path / name, content).startswith(message)
     lines = b"y\n" * (1 << 20)
-    assert one(tmp_path / "quote.csv", b'a\n"' + lines).startswith("quote.csv:2: a quote that begins in this record")
+    [row] = read(write(tmp_path / "quote.csv", b'a\n"' + lines + lines))
+    assert isinstance(row.value, FileError)
+    assert str(row.value.problem("r", row.number)).startswith("r:2: a quote that begins in this record has no end")
 
 
 def test_a_file_that_breaks_does_not_hide_the_next_one(tmp_path: Path) -> None:

@@ -72,6 +72,11 @@ def test_tables_count_rows(tmp_path: Path, suffix: str) -> None:
     assert [(row.number, row.value) for row in rows] == list(enumerate(ROWS, 1))
 
 
+def test_a_batch_of_more_rows_than_are_held_as_objects_at_a_time(tmp_path: Path) -> None:
+    rows = [{"n": n, "turns": [{"content": str(n)}] * (n % 4)} for n in range(2_500)]
+    assert values(write_table(tmp_path / "rows.arrow", rows, rows_a_group=2_500)) == rows
+
+
 def test_the_arrow_file_format_is_read_too(tmp_path: Path) -> None:
     table = pa.Table.from_pylist(ROWS)
     with pa.OSFile(str(tmp_path / "rows.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
@@ -134,6 +139,8 @@ def test_a_glob_reads_all_kinds_in_the_order_of_their_names(tmp_path: Path) -> N
         )
     ]
     assert values(tmp_path / "b" / "?.json") == ROWS
+    inside = values(tmp_path / "b" / "**")  # the files of the saved folder match too, and are not read twice
+    assert inside == ROWS * 3
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path: Path) -> None:

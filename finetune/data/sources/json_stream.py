@@ -128,8 +128,11 @@ class JsonStream:
             bad_byte = self._has_bad_bytes and undecoded(text, start, after)
             row = error if isinstance(error, RowError) else invalid(error, text[start:after], start)
             return bad_byte or row, after
-        if end == len(text) and not isinstance(value, dict):
-            return {}, None  # 1 may be the beginning of 10
+        if not isinstance(value, dict):
+            after = self._end_by_brackets()  # the decoder is content with 1 where 10 or 1.5 was only read in part
+            if after is None:
+                return {}, None
+            end = after
         bad_byte = self._has_bad_bytes and undecoded(text, start, end)
         return bad_byte or checked(value, has_escaped_surrogate(text, start, end)), end
 
