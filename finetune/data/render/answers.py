@@ -21,8 +21,9 @@ class Answers:
 def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> Answers:
     """Render the conversation and find its supervised turns; `RowError` where that cannot be done for sure."""
     messages = given.messages
-    text = chat.text(messages, given.tools)
-    found = {index: _answer(chat, given, index, text) for index in supervised(messages, loss_on)}
+    indices = supervised(messages, loss_on)
+    text, prompts = chat.text_and_prompts(messages, given.tools, indices)
+    found = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
     _check_said(chat, given, text, found)
     return Answers(text, tuple(found.values()))
 
@@ -56,13 +57,11 @@ def find_holes(chat: ChatTemplate, given: Conversation, text: str) -> tuple[tupl
     return tuple(holes)
 
 
-def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str) -> Answer:
+def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str, start: int | str) -> Answer:
     """The place of answer `index`: behind what generation would be given, through its EOS."""
     message, field = given.messages[index], f"messages[{index}]"
-    prompt = chat.text(given.messages[:index], given.tools, generation=True)
-    if not text.startswith(prompt):
-        raise _differently(chat, index, prompt)
-    start = len(prompt)
+    if isinstance(start, str):
+        raise _differently(chat, index, start)
     end = text.find(chat.eos, start)
     is_last = index == len(given.messages) - 1
     if end < 0 or (is_last and text[end + len(chat.eos) :].strip()):

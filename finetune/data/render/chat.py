@@ -10,6 +10,7 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from finetune.data.render.borders import Turns, ending
 from finetune.data.rows import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
@@ -41,6 +42,7 @@ class ChatTemplate:
         except TemplateError as error:
             what, got = f"{name} cannot be read", str(error)
             raise DataError(Problem("data.chat_template", what, f"mend it, or {ANOTHER_TEMPLATE}", got)) from error
+        self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, "documents": None}
         self._variables = [{**template.globals, **common} for template in self._compiled]
@@ -52,16 +54,52 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
     ) -> str:
         """What the template writes; `generation` adds what makes the model answer. `RowError` if it refuses."""
+        written: list[str] = []
+        self._write(written, [_without_train(message) for message in messages], tools, generation)
+        return "".join(written)
+
+    def text_and_prompts(
+        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
+    ) -> tuple[str, list[int | str]]:
+        """The whole text, and for each turn of `indices` what generation would be given before it.
+
+        That is where it ends in the text, or, if it is no beginning of the text, the prompt itself.
+        """
+        fixed = self._endings[bool(tools)]
+        if fixed is None:
+            text, starts = self.text(messages, tools), []
+        else:
+            written: list[str] = []
+            turns = Turns([_without_train(message) for message in messages], written)
+            self._write(written, turns, tools, False)
+            text, starts = "".join(written), turns.starts()
+        prompts: list[int | str] = []
+        for index in indices:
+            start = starts[index] if index < len(starts) else None
+            if start is None or fixed is None:
+                prompt = self.text(messages[:index], tools, generation=True)
+                prompts.append(len(prompt) if text.startswith(prompt) else prompt)
+            elif text.startswith(fixed, start):
+                prompts.append(start + len(fixed))
+            else:
+                prompts.append(text[:start] + fixed)
+        return text, prompts
+
+    def _write(
+        self, written: list[str], messages: Turns | list[Message], tools: list[dict[str, Any]] | None, generation: bool
+    ) -> None:
+        """Add to `written` what the template writes, piece by piece as it does."""
         with_tools = bool(tools)
         template = self._compiled[with_tools]
         variables = {
             **self._variables[with_tools],
-            "messages": [_without_train(message) for message in messages],
+            "messages": messages,
             "tools": tools or None,
             "add_generation_prompt": generation,
         }
         try:
-            return "".join(template.root_render_func(template.new_context(variables, shared=True)))
+            for piece in template.root_render_func(template.new_context(variables, shared=True)):
+                written.append(piece)  # each before the next is asked for: Turns looks at what is there
         except Exception as error:  # whatever a template's own code runs into
             do = f"change the row, or {ANOTHER_TEMPLATE}"
             got = str(error) or type(error).__name__
