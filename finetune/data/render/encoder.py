@@ -51,9 +51,10 @@ class Encoder:
         self._tails: list[Tail] = []
         self.alphabet = Alphabet(state)
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def ids(self, texts: Sequence[str]) -> list[Ints]:
         """The ids of each text."""
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """First and past-the-last character of each token."""
@@ -66,7 +67,7 @@ class Encoder:
         tail = prompt[cut:]
         if cut < 0 or content in tail or any(known.text == tail for known in self._tails):
             return
-        self._tails.append(Tail(tail, token, self.ids([tail])[0]))
+        self._tails.append(Tail(tail, token, self.ids([tail])[0].tolist()))
 
     def borders(self, text: str, ids: Ints, characters: Iterable[int]) -> list[int | None]:
         """For each character, where a prompt ends: how many tokens it becomes, if proven; None if it must be tried."""

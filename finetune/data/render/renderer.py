@@ -69,8 +69,7 @@ class Renderer:
 
     def tokenise(self, renderings: Sequence[Rendering]) -> list[Rendered | RowError]:
         """Ids and labels of each, or why not; one call of the Rust tokenizer, which lets other threads run."""
-        all_ids = self._encoder.ids([rendering.text for rendering in renderings])
-        rows = [np.fromiter(ids, np.int32, len(ids)) for ids in all_ids]
+        rows = self._encoder.ids([rendering.text for rendering in renderings])
         borders = [
             self._encoder.borders(rendering.text, ids, [answer.start for answer in rendering.answers])
             for rendering, ids in zip(renderings, rows, strict=True)
@@ -155,7 +154,7 @@ class Renderer:
             return
         prompts = [renderings[row].text[: renderings[row].answers[place].start] for row, place in open_ones]
         for (row, place), ids in zip(open_ones, self._encoder.ids(prompts), strict=True):
-            if rows[row][: len(ids)].tolist() == ids:
+            if np.array_equal(rows[row][: len(ids)], ids):
                 borders[row][place] = len(ids)
 
     def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> Rendered | RowError:
