@@ -52,7 +52,8 @@ def test_only_beside_tool_calls_may_the_content_be_missing_null_or_empty(nothing
 
 
 def test_words_beside_a_call_are_kept() -> None:
-    assert talk("messages", {"messages": [USER, calling(call(), content=" wait")]})[-1]["content"] == " wait"
+    for words in (" wait", " \n"):
+        assert talk("messages", {"messages": [USER, calling(call(), content=words)]})[-1]["content"] == words
 
 
 @pytest.mark.parametrize("word", ["function_call", "tool_call"])
