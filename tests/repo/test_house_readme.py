@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,16 @@ def test_a_shown_command_is_spelt_right(command: str) -> None:
         load_recipe(ROOT / words[module + 1], words[module + 2 :])
         if "--config_file" in words:
             assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+
+
+def test_a_shown_section_of_a_recipe_is_valid(tmp_path: Path) -> None:
+    """In the place of the same section of a shipped recipe."""
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    assert blocks
+    for number, block in enumerate(blocks):
+        section = block.partition(":")[0]
+        shipped = (ROOT / "recipes/mixtral-8x7b/sft-qlora.yaml").read_text(encoding="utf-8")
+        whole, times = re.subn(rf"^{section}:\n(?:[ #].*\n|\n)*", block + "\n", shipped, flags=re.M)
+        assert times == 1
+        (tmp_path / f"{number}.yaml").write_text(whole, encoding="utf-8")
+        load_recipe(tmp_path / f"{number}.yaml")
