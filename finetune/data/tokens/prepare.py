@@ -1,5 +1,6 @@
 """Sources -> the data set of a run: rows from the cache, mixed as the weights say, packed if asked."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,20 +136,19 @@ def _joined(mixture: Mixture) -> Dataset:
 
 def _packed(mixture: Mixture, max_length: int) -> Dataset:
     """Columns `input_ids`, `labels`, `position_ids`, `row`: written once, by bins, and memory-mapped."""
-    chosen = [each.tobytes() for each in mixture.chosen]
+    # The names of the sets' folders tell max_length too.
     parts = {
         "sets": [rows.folder.name for rows in mixture.sets],
-        "chosen": [digest({"indices": each.hex()}) for each in chosen],
-        "max_length": max_length,
+        "chosen": [hashlib.sha256(each.tobytes()).hexdigest() for each in mixture.chosen],
     }
 
     def write(folder: Path) -> None:
         tables = [rows.table() for rows in mixture.sets]
-        places = [(table, int(i)) for table, each in zip(tables, mixture.chosen, strict=True) for i in each]
+        table_of = np.repeat(np.arange(len(tables)), [len(each) for each in mixture.chosen])
+        index_of = np.concatenate(mixture.chosen)
         with Writer(folder / "packed.arrow", PACKED) as writer:
             for indices in best_fit_decreasing(mixture.lengths, max_length):
-                rows = [places[i][0].row(places[i][1]) for i in indices]
-                ids, labels, where = zip(*rows, strict=True)
+                ids, labels, where = zip(*(tables[table_of[i]].row(int(index_of[i])) for i in indices), strict=True)
                 positions = np.concatenate([np.arange(len(each), dtype=np.int32) for each in ids])
                 writer.append(np.concatenate(ids), np.concatenate(labels), positions, list(where))
 
