@@ -11,14 +11,13 @@ Three proofs of that, cheapest first:
 3. Else the prompt is tokenised by itself and compared.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from finetune.data.render.alphabet import Alphabet
+from finetune.data.render.backend import bare_copy, state_of
 from finetune.data.render.lengths import PieceLengths
 from finetune.data.render.rendering import Ints
 
@@ -39,12 +38,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, control: Sequence[str]) -> None:
         # A copy: padding and truncation set on the other one, and its offsets' trimming, must not matter here.
-        saved = tokenizer.backend_tokenizer.to_str()
-        self._backend: Tokenizer = Tokenizer.from_str(saved)
-        self._backend.no_padding()
-        self._backend.no_truncation()
-        self._backend.post_processor = None
-        state = json.loads(saved)
+        self._backend = bare_copy(tokenizer.backend_tokenizer)
+        state = state_of(tokenizer.backend_tokenizer)
         plain = {token["content"] for token in state["added_tokens"] if _cuts_plainly(token)}
         self._cuts = [token for token in control if token in plain]
         self._lengths = PieceLengths.of(state) if len(plain) == len(state["added_tokens"]) else None
