@@ -15,6 +15,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
+from finetune.data.render import ChatTemplate, System
+from finetune.data.rows import Problems, RowError
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.balance import load_share, token_sums
@@ -58,8 +60,18 @@ class Evaluation:
         write_json(path, asdict(self))
 
 
-def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float32", batch_size: int = 16) -> Evaluation:
-    """Generate greedily for every row's prompt and compare with its last assistant message."""
+def evaluate(
+    model_path: Path,
+    data: Path,
+    row_format: str,
+    dtype: str = "float32",
+    batch_size: int = 16,
+    system: System = "error",
+) -> Evaluation:
+    """Generate greedily for every row's prompt and compare with its last assistant message.
+
+    `system` is the recipe's `data.system`: prompts are rendered as they were in training.
+    """
     if not (model_path / "config.json").is_file():
         raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
@@ -79,7 +91,7 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     model = model.to(device).eval()
     references = [conversation.messages[-1]["content"] for _, _, conversation in rows]
     longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
-    prompts = [prompt_text(tokenizer, conversation) for _, _, conversation in rows]
+    prompts = _prompts(tokenizer, rows, str(data), system)
     answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
     results = [
         Row(line, str(row.get("split", "rows")), prompt, reference, answer)
@@ -89,12 +101,19 @@ def evaluate(model_path: Path, data: Path, row_format: str, dtype: str = "float3
     return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
 
 
-def prompt_text(tokenizer: Any, conversation: Conversation) -> str:
+def _prompts(
+    tokenizer: Any, rows: list[tuple[int, dict[str, Any], Conversation]], path: str, system: System
+) -> list[str]:
     """What the model is given: all turns before the last answer, with the generation prompt."""
-    text: str = tokenizer.apply_chat_template(
-        conversation.messages[:-1], tools=conversation.tools, tokenize=False, add_generation_prompt=True
-    )
-    return text
+    template = ChatTemplate(tokenizer, "the model's chat template", system)
+    prompts, problems = [], Problems()
+    for line, _, conversation in rows:
+        try:
+            prompts.append(template.prompt(conversation))
+        except RowError as error:
+            problems.add(path, line, error)
+    problems.raise_if_any()
+    return prompts
 
 
 def exact_match(rows: list[Row]) -> dict[str, float]:

@@ -14,6 +14,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--format", default="messages", choices=CONVERSATION_FORMATS)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--system",
+        default="error",
+        choices=("error", "merge_into_first_user"),
+        help="data.system of the recipe: a system message that the chat template refuses",
+    )
     parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")
     parser.set_defaults(run=run)
 
@@ -24,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    result = evaluate(args.model, args.data, args.format, args.dtype, args.batch_size)
+    result = evaluate(args.model, args.data, args.format, args.dtype, args.batch_size, args.system)
     for group, percent in result.exact_match.items():
         print(f"exact match, {group}: {percent:.1f} %")
     if result.load is not None:

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 from finetune.data.render import IGNORED, LOSSES, LossOn, Renderer, read_template
+from finetune.data.render.encoder import Encoder
 from finetune.data.rows import RowError
 from finetune.data.types import Conversation, Document, Message
 from tests.real_tokenizers import mistral_tokenizer, smollm2_tokenizer, with_template
@@ -37,7 +38,7 @@ CASES = [
     ("smollm2", "chatml"),
 ]
 WITH_TOOLS = ("chatml", "mistral-v3", "mistral-v3-tekken")
-PREFIXES_SPACE = ("mistral", "mistral-v3")  # their templates write a space before an answer
+WRITE_A_SPACE = ("mistral", "mistral-v3")  # before an answer
 
 # Emoji with joiners, flags, combining marks, right-to-left with its marks, line ends, NUL, words the tokenizers merge,
 # runs of spaces, and what looks like template syntax or like another template's control words.
@@ -61,6 +62,11 @@ def tokenizer_of(name: str, template: str) -> Any:
 @functools.cache
 def renderer_of(name: str, template: str, loss_on: LossOn) -> Renderer:
     return Renderer(tokenizer_of(name, template), template, loss_on, "merge_into_first_user")
+
+
+@functools.cache
+def encoder_of(name: str) -> Encoder:
+    return Encoder(tokenizer_of(name, "own"), ["<s>", "</s>"])
 
 
 def turns(message: st.SearchStrategy[str], draw: st.DrawFn, tools: bool) -> list[Message]:
@@ -103,7 +109,9 @@ def runs(tokenizer: Any, labels: list[int]) -> list[str]:
             found.append([])
         if label != IGNORED:
             found[-1].append(label)
-    return [tokenizer.decode(run) for run in found if run]
+    # Behind an end token, because SentencePiece's decoder takes away a space at the very beginning.
+    end: str = tokenizer.eos_token
+    return [tokenizer.decode([tokenizer.eos_token_id, *run]).removeprefix(end) for run in found if run]
 
 
 def refused_rightly(error: RowError, conversation: Conversation, template: str) -> bool:
@@ -121,12 +129,11 @@ def refused_rightly(error: RowError, conversation: Conversation, template: str) 
 
 
 TOO_SLOW = [HealthCheck.too_slow, HealthCheck.filter_too_much]
-few = settings(deadline=None, max_examples=30, suppress_health_check=TOO_SLOW)
+few = settings(deadline=None, max_examples=40, suppress_health_check=TOO_SLOW)
 
 
-@pytest.mark.parametrize("loss_on", LOSSES)
 @pytest.mark.parametrize(("name", "template"), CASES)
-@given(data=st.data())
+@given(data=st.data(), loss_on=st.sampled_from(LOSSES))
 @few
 def test_supervised_is_exactly_each_answer_and_its_end_token(
     name: str, template: str, loss_on: LossOn, data: st.DataObject
@@ -164,10 +171,10 @@ def said(message: Message, text: str, template: str, eos: str) -> str:
         assert str(message["tool_calls"][0]["function"]["arguments"]["days"]) in text
         assert text.endswith(eos)
         assert text.count(eos) == 1
-        assert "tool_response" not in text.replace(str(message), "")
         return text
     content = message["content"]
-    return (content.rstrip(" ") if template.startswith("mistral-v3") else content) + eos
+    space = " " * (template in WRITE_A_SPACE)
+    return space + (content.rstrip(" ") if template.startswith("mistral-v3") else content) + eos
 
 
 def check_prompts(tokenizer: Any, conversation: Conversation, answers: Any, text: str, ids: list[int]) -> None:
@@ -216,3 +223,18 @@ def test_a_document_is_its_tokens_and_one_end_token(name: str, text: str) -> Non
         assume(False)
     assert rendered.input_ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     assert rendered.labels.tolist() == [IGNORED, *rendered.input_ids.tolist()[1:]]
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+@given(text=contents, data=st.data())
+@few
+def test_where_a_piece_ends_the_beginning_alone_has_the_same_tokens(name: str, text: str, data: st.DataObject) -> None:
+    """What saves tokenising prompts again with merges of one order, held against tokenising them again."""
+    tokenizer, own = tokenizer_of(name, "own"), encoder_of(name)
+    text = data.draw(st.sampled_from(["", " ", "<s>", "<s> [INST] "])) + text
+    ids = own.ids([text])[0]
+    place = data.draw(st.integers(1, len(text)))
+    (border,) = own.borders(text, ids, [place])
+    if border is not None:
+        assert tokenizer(text[:place], add_special_tokens=False)["input_ids"] == ids[:border].tolist()
+        event("proven")

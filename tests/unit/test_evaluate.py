@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.cli.main import main
+from finetune.data.render import read_template
 from finetune.errors import DataError, WeightsError
 from finetune.evaluate import Row, evaluate, exact_match, load_table
+from tests.rendering import chat, weather
 from tests.support import save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
 
@@ -62,6 +64,25 @@ def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path, held_out: P
     rows.write_text(json.dumps({"prompt": "say it", "completion": "x"}) + "\n")
     result = evaluate(folder, rows, "prompt_completion")
     assert (result.answers[0].answer, result.exact_match["all"], result.load) == ("x", 100.0, None)
+
+
+def test_prompts_are_rendered_as_in_training_tools_and_system_policy_included(tmp_path: Path) -> None:
+    folder = save_tiny_mistral(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = read_template("mistral")
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat("hi", "x", system="Be brief.").messages}) + "\n")
+    with pytest.raises(DataError, match=r"jsonl:1: messages\[0\].role: the model's chat template has no system role"):
+        evaluate(folder, tmp_path / "rows.jsonl", "messages")
+    result = evaluate(folder, tmp_path / "rows.jsonl", "messages", system="merge_into_first_user")
+    assert result.answers[0].prompt == " [INST] Be brief.\n\nhi [/INST]"
+    tokenizer.chat_template = read_template("chatml")
+    tokenizer.save_pretrained(folder)
+    asked = weather()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": asked.messages, "tools": asked.tools}) + "\n")
+    prompt = evaluate(folder, tmp_path / "rows.jsonl", "messages").answers[0].prompt
+    assert '"name": "get_weather", "description"' in prompt
+    assert prompt.endswith("<tool_response>\n22 degrees\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, held_out: Path) -> None:

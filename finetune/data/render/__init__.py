@@ -1,6 +1,6 @@
 """An example -> text with its supervised places -> token ids and labels, through the tokenizer's chat template."""
 
-from finetune.data.render.chat import ChatTemplate, System, prompt_text
+from finetune.data.render.chat import ChatTemplate, System
 from finetune.data.render.renderer import LOSSES, Renderer
 from finetune.data.render.rendering import IGNORED, Answer, LossOn, Rendered, Rendering
 from finetune.data.render.templates import SHIPPED, read_template
@@ -16,6 +16,5 @@ __all__ = [
     "Renderer",
     "Rendering",
     "System",
-    "prompt_text",
     "read_template",
 ]

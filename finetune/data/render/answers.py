@@ -39,7 +39,8 @@ def supervised(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
     answers = [index for index in answers if messages[index].get("train") is not False]
     if not answers and (loss_on != "all" or all(message.get("train") is False for message in messages)):
         what = f"nothing is supervised: data.loss_on is {loss_on}"
-        got = shown([message["role"] + (" (train: false)" * (message.get("train") is False)) for message in messages])
+        roles = [message["role"] + " (train: false)" * (message.get("train") is False) for message in messages]
+        got = shown(roles[-6:], limit=200)
         raise RowError("messages", what, "remove the row, or supervise one of its turns", got)
     return answers
 
@@ -109,7 +110,7 @@ def _check_said(chat: ChatTemplate, given: Conversation, text: str, found: dict[
             if end < 0:
                 raise _dropped(chat, message, index)
             if "tool_calls" in message:
-                _check_calls(chat, message, text, field)
+                _check_calls(chat, message, text[end:], field)
     if given.tools:
         _check_tools(chat, given, text)
 

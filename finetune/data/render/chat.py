@@ -189,8 +189,3 @@ def strings(value: object) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from strings(inner)
-
-
-def prompt_text(tokenizer: Any, conversation: Conversation, system: System = "error") -> str:
-    """What generation is given for a conversation's last message, rendered as in training."""
-    return ChatTemplate(tokenizer, "the tokenizer's own chat template", system).prompt(conversation)

@@ -73,7 +73,7 @@ class Encoder:
             border = self._after_tail(text, ids, character, places)
             if border is None and self._lengths is not None:
                 ends = self._lengths.ends(text, ids) if ends is None else ends
-                border = _at(ends, character)
+                border = self._lengths.border(ids, ends, character)
             found.append(border)
         return found
 
@@ -96,14 +96,6 @@ def _places(text: str, ids: Ints, tail: Tail) -> Ints | None:
     """The tokens that are the tail's special token; None if they are not one for each time it is written."""
     where = np.flatnonzero(ids == tail.ids[0]).astype(np.int32)
     return where if len(where) == text.count(tail.token) else None
-
-
-def _at(ends: Ints, character: int) -> int | None:
-    """How many tokens end by `character`, if one ends right there."""
-    if not len(ends):
-        return None
-    border = int(np.searchsorted(ends, character, side="right"))
-    return border if border and ends[border - 1] == character else None
 
 
 def _cuts_plainly(token: dict[str, Any]) -> bool:

@@ -48,6 +48,15 @@ class PieceLengths:
         ends = np.cumsum(lengths, dtype=np.int32)
         return ends if len(ends) and ends[-1] == len(text) else ends[:0]
 
+    def border(self, ids: Ints, ends: Ints, character: int) -> int | None:
+        """How many tokens end by `character`, if one ends right there."""
+        first = int(np.searchsorted(ends, character, side="left"))
+        if first == len(ends) or ends[first] != character:
+            return None
+        if self._special[ids[first]]:
+            return first + 1  # a space put in behind it, of no length, belongs to what follows
+        return int(np.searchsorted(ends, character, side="right"))  # with all bytes of the last character
+
 
 def _merges_only(model: dict[str, Any]) -> bool:
     """Whether nothing but merges in one order makes the tokens, and no character is ever unknown."""
