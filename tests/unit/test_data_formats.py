@@ -37,7 +37,7 @@ def test_text_parts_are_joined_and_keys_that_are_null_say_nothing() -> None:
 )
 def test_train_and_weight_say_the_same(flag: dict[str, Any], learned: bool) -> None:
     row = {"messages": [{**USER, "weight": 0}, {**ASSISTANT, **flag}, USER, ASSISTANT]}
-    assert talk("messages", row) == [USER, {**ASSISTANT, "train": learned}, USER, ASSISTANT]
+    assert talk("messages", row) == [{**USER, "train": False}, {**ASSISTANT, "train": learned}, USER, ASSISTANT]
 
 
 def test_prompt_and_completion_become_user_and_assistant() -> None:
@@ -148,7 +148,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([{**USER, "weight": True}], "messages[0].weight: must be 0 or 1; got true"),
         ([{**USER, "weight": "1"}], 'messages[0].weight: must be 0 or 1; got "1"'),
         ([USER, {**ASSISTANT, "train": False, "weight": 1}], "messages[1].weight: contradicts train: false; got 1"),
-        ([{**USER, "train": True}], "messages[0].train: only the assistant's messages can be learned; got true"),
+        ([{**USER, "train": True}], "messages[0].train: only the assistant's messages can be chosen to be learned;"),
         ([USER, {**ASSISTANT, "train": False}], "messages[1]: no assistant message is learned (train: false or weight"),
         ([{**USER, "name": "Ann"}], 'messages[0].name: only a tool\'s message has a name; got "Ann"; remove it, or'),
         ([USER, SYSTEM, ASSISTANT], 'messages[1].role: a system message must come first; got ["user", "system", '),

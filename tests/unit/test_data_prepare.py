@@ -58,6 +58,15 @@ def lengths(tmp_path: Path) -> tuple[int, int]:
     return len(short), len(long)
 
 
+def test_a_turn_that_is_not_to_be_trained_is_left_out_whoever_speaks(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": role.upper(), "train": role == "assistant"} for role in ("system", "user")]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": "done"}]}]
+    chosen = settings(source(write(tmp_path / "rows.jsonl", rows), "messages"), loss_on="all")
+    row = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).dataset[0]
+    learned = tiny_tokenizer().decode([label for label in row["labels"] if label != IGNORED])
+    assert learned == "<|im_start|>assistant\ndone<|im_end|>\n"
+
+
 def test_a_row_carries_its_line_number_past_blank_lines(tmp_path: Path) -> None:
     assert where(run(tmp_path, [SHORT, None, LONG])) == ["rows.jsonl:1", "rows.jsonl:3"]
 

@@ -122,7 +122,7 @@ def read_role(entry: Mapping[str, Any], place: str, spelling: Spelling, roles: M
 
 
 def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:
-    """`train: bool` or `weight: 0|1` -> `train`; only an answer can be learned."""
+    """`train: bool` or `weight: 0|1` -> `train`; any turn can be left out, which matters under `loss_on: all`."""
     train, weight = entry.get("train"), entry.get("weight")
     if train is not None and not isinstance(train, bool):
         raise RowError(f"{place}.train", "must be true or false", "write true or false", shown(train))
@@ -133,11 +133,11 @@ def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:
     if train is None and weight is None:
         return
     learned = bool(weight) if train is None else train
-    if message["role"] == "assistant":
+    if message["role"] == "assistant" or not learned:
         message["train"] = learned
     elif train:
-        do = "remove it, or set data.loss_on: all"
-        raise RowError(f"{place}.train", "only the assistant's messages can be learned", do, shown(train))
+        do = "remove it: data.loss_on says whether all messages are learned"
+        raise RowError(f"{place}.train", "only the assistant's messages can be chosen to be learned", do, shown(train))
 
 
 def _content(entry: Mapping[str, Any], key: str, place: str, may_be_empty: bool) -> str:
