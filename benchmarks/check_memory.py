@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Bar
-from tests.support import tiny_mixtral_config, tiny_tokenizer
+from tests.support import save_tiny_mixtral
 
 SIZES = (100_000, 1_000_000)
 LIMIT = 1.15
@@ -59,8 +59,7 @@ def check(rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.jsonl", rows)
-        tiny_mixtral_config().save_pretrained(folder / "model")
-        tiny_tokenizer().save_pretrained(folder / "model")
+        save_tiny_mixtral(folder / "model")
         (folder / "recipe.yaml").write_text(_RECIPE.format(folder=folder), encoding="utf-8")
         command = [sys.executable, "-c", _CHILD, str(folder / "told.json"), str(folder / "recipe.yaml")]
         environment = os.environ | {"FINETUNE_CACHE": str(folder / "cache")}

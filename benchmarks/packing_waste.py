@@ -48,7 +48,7 @@ def _normal(x: float) -> float:
 
 def our_sequences(lengths: Lengths, capacity: int = CAPACITY) -> int:
     """Sequences that our packing makes of rows of these lengths."""
-    return len(best_fit_decreasing(lengths.tolist(), capacity))
+    return len(best_fit_decreasing(lengths, capacity))
 
 
 def trl_sequences(lengths: Lengths, capacity: int = CAPACITY) -> int:
