@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
 from finetune.errors import RunError
 from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for
@@ -61,6 +64,25 @@ def test_the_evaluation_loss_is_cross_entropy_over_all_supervised_tokens(
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     assert values == pytest.approx([total / count] * 2, abs=1e-5)
+
+
+def test_packed_rows_count_once_where_two_processes_are_filled_up(
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = recipe(base, rows, tmp_path, per_device_train_batch_size=2, with_eval=True, packing=True, max_length=64)
+    trainer, _ = trainer_for(settings)
+    trainer.eval_dataset = trainer.eval_dataset.select(range(5))
+    wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(2, dtype=torch.float64)
+    plain = DataLoader(
+        trainer.eval_dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator
+    )
+    for rank in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        trainer._eval_sums.zero_()
+        for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
+            trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+        sums += trainer._eval_sums
+    assert (sums[0] / sums[1]).item() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_adapter_weights_stay_in_32_bits(base: Path, rows: Path, tmp_path: Path) -> None:
