@@ -53,7 +53,7 @@ def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
         "num_train_epochs": training.num_train_epochs or 1.0,
         "learning_rate": training.learning_rate,
         "per_device_train_batch_size": training.per_device_train_batch_size,
-        # A packed row is a batch of its own: where processes are filled up with repeated rows, these are masked as a whole.
+        # A packed row is a batch of its own: rows that only fill up the last batches are masked as a whole.
         "per_device_eval_batch_size": 1 if recipe.data.packing else training.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "lr_scheduler_type": training.lr_scheduler_type,
