@@ -23,6 +23,7 @@ START = "{% for message in messages %}"
 TURN = "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}"
 END = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
+MACRO = "{% macro roles() %}{% for m in messages %}{{ m.role }}{% endfor %}{% endmacro %}"
 COUNT = "{% set ns = namespace(n=0) %}"
 # Each looks at more than the turns so far, in its own way, and writes something else for it.
 LOOKING_AHEAD = {
@@ -33,13 +34,13 @@ LOOKING_AHEAD = {
     "revindex": START + "{{ loop.revindex }}" + TURN + END,
     "filter": "{{ messages | length }}" + START + TURN + END,
     "negative": "{{ messages[-1].role }}" + START + TURN + END,
-    "slice": "{{ messages[1:][0].role }}" + START + TURN + END,
+    "slice": "{{ 'more' if messages[1:] }}" + START + TURN + END,
     "next": START + "{% if messages[loop.index0 + 1] %}!{% endif %}" + TURN + END,
     "renamed": "{% set turns = messages %}{% for message in turns %}{% if loop.last %}!{% endif %}" + TURN + END,
     "twice": START + "{{ message.role }}" + "{% endfor %}" + START + TURN + END,
     "nested": START + "{% for m in messages %}{{ m.role }}{% endfor %}" + TURN + END,
     "nested once": START + "{% if loop.first %}{% for m in messages %}{{ m.role }}{% endfor %}{% endif %}" + TURN + END,
-    "macro": "{% macro n() %}{{ messages[-1].role }}{% endmacro %}{{ n() }}" + START + TURN + END,
+    "macro": MACRO + START + "{% if loop.first %}{{ roles() }}{% endif %}" + TURN + END,
     "prompting inside": START + "{% if add_generation_prompt %}!{% endif %}" + TURN + END,
     "ending by state": COUNT + START + TURN + "{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
     "else": START + TURN + "{% else %}nothing" + END,
@@ -76,6 +77,7 @@ def test_prompts_found_in_one_rendering_are_those_that_are_rendered(source: str)
         try:
             text, prompts = chat_template.text_and_prompts(messages, tools, indices)
         except RowError:
+            assert tools, "a template without tools"
             continue
         assert text == chat_template.text(messages, tools)
         for index, prompt in zip(indices, prompts, strict=True):
@@ -133,6 +135,7 @@ def test_where_pieces_end_is_known_from_their_lengths(build: Callable[[], Any], 
     ids = np.array(offsets["input_ids"], np.int32)
     ends = lengths.ends(text, ids).tolist()
     assert len(ends) == len(ids)
+    assert lengths.ends(text + "!", ids).tolist() == []
     own = encoder(tokenizer)
     for place in range(1, len(text)):
         (border,) = own.borders(text, ids, [place])
@@ -168,6 +171,15 @@ def test_a_special_token_that_takes_the_space_beside_it_proves_nothing() -> None
     assert own.borders(text, own.ids([text])[0], [len("<|im_start|>assistant\n")]) == [None]
     renderer = Renderer(tokenizer, "chatml")  # then the prompts themselves are tokenised
     assert supervised(tokenizer, labelled(renderer, chat("a", "b"))) == ["b<|im_end|>"]
+
+
+def test_a_special_token_inside_a_longer_one_is_not_counted_for_it() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken("[<|im_start|>]", special=True, normalized=False)], special_tokens=True)
+    own = encoder(tokenizer)
+    own.learn("<|im_start|>assistant\n", "x")
+    text = "[<|im_start|>]<|im_start|>assistant\nhi<|im_end|><|im_start|>assistant\n"
+    assert own.borders(text, own.ids([text])[0], [text.index("hi")]) == [None]
 
 
 def test_rows_that_nothing_proves_are_tokenised_again_and_labelled_all_the_same() -> None:
@@ -216,7 +228,8 @@ def test_a_character_that_the_tokenizer_would_drop_is_refused() -> None:
     )
     with pytest.raises(RowError, match=r"contains U\+46000, for which"):
         renderer.render(chat("a", "\U00046000"))
-    assert Alphabet(json.loads(tiny_tokenizer().backend_tokenizer.to_str())).dropped == b""
+    for complete in (tiny_tokenizer(), lossy(0xC0, 0xFF)):  # no UTF-8 text has these bytes
+        assert Alphabet(json.loads(complete.backend_tokenizer.to_str())).dropped == b""
 
 
 def test_a_character_that_the_tokenizer_reads_as_a_space_is_refused() -> None:

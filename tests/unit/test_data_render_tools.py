@@ -12,6 +12,8 @@ from tests.support import CHATML as PLAIN
 from tests.support import tiny_tokenizer
 
 CHATML = read_template("chatml")
+PLAIN_RESULT = "+ message['content'] + '\\n</tool_response>'"
+QUOTED_RESULT = "+ (message['content'] | tojson) + '\\n</tool_response>'"
 DO = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
 
 
@@ -69,10 +71,9 @@ def test_chatml_puts_a_system_message_before_the_tools_and_two_results_into_one_
 
 @pytest.mark.parametrize("content", ["22", '"quoted" \u00e9\n', '{"sky": "gr\u00e5", "t": [1, null]}'])
 def test_a_result_may_stand_as_json_or_as_it_is(content: str) -> None:
-    plain = "+ message['content'] + '\\n</tool_response>'"
-    assert plain in CHATML
+    assert PLAIN_RESULT in CHATML
     for written in ("message['content']", "(message['content'] | tojson)", "(message['content'] | tojson(True))"):
-        template = CHATML.replace(plain, f"+ {written} + '\\n</tool_response>'")
+        template = CHATML.replace(PLAIN_RESULT, f"+ {written} + '\\n</tool_response>'")
         assert renderer(template).render(weather(content)).text
 
 
@@ -85,6 +86,27 @@ def test_a_template_that_drops_a_part_of_a_call_is_refused(loss_on: str) -> None
         assert row_error(dropped, Conversation(messages, weather().tools), loss_on) == (
             f'f:1: messages[1].tool_calls: X drops or changes a tool call; got "{missing}"; {DO}'
         )
+
+
+def test_what_is_said_beside_a_call_must_stand_in_the_answer() -> None:
+    messages: list[Any] = [{**m, "content": "I look."} if "tool_calls" in m else m for m in weather().messages]
+    dropped = without("{{- '\\n' + message['content'] -}}\n{%- endif -%}\n{%- for call", CHATML).replace(
+        "'' in message['tool_calls']", "{%- endif -%}{%- for call in message['tool_calls']"
+    )
+    said = row_error(dropped, Conversation(messages, weather().tools))
+    assert 'X drops or changes a tool call; got "I look."' in said
+
+
+def test_a_result_that_is_written_as_json_is_not_mistaken_for_an_answer_that_says_the_same() -> None:
+    assert renderer(CHATML.replace(PLAIN_RESULT, QUOTED_RESULT)).render(weather("\x08", "\x08"))
+
+
+def test_a_tokenizer_may_have_a_template_of_its_own_for_tools() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": CHATML}
+    two = Renderer(tokenizer, "X")
+    assert "<tools>" in two.render(weather()).text
+    assert two.render(chat("a", "b")).text == renderer(PLAIN).render(chat("a", "b")).text
 
 
 def test_a_template_that_knows_no_tools_is_refused_where_the_row_has_them() -> None:

@@ -45,10 +45,6 @@ class Turns:
             self._look(index, 0)
         return self._messages[index]
 
-    def __len__(self) -> int:
-        self._look(len(self._messages) - 1, 0)
-        return len(self._messages)
-
     def starts(self) -> list[int | None]:
         """Characters written before each turn; None where something else than the last loop looked at it first."""
         ends = [0]

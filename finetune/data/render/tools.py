@@ -32,25 +32,14 @@ def missing_of_calls(calls: list[ToolCall], text: str) -> str | None:
 def find_content(message: Message, text: str, start: int) -> int:
     """Where the content of a user's, tool's or earlier assistant's turn ends in `text`, from `start`; -1 if nowhere.
 
-    White space around it may differ. A tool's result may also stand as a JSON string, or as the JSON value that it is.
+    White space around it may differ. A tool's result may also stand as a JSON string.
     """
     content = message["content"].strip()
     forms = [content]
     if message["role"] == "tool":
         forms += [_quoted(content, True), _quoted(content, False)]
     ends = [found + len(form) for form in forms if (found := text.find(form, start)) >= 0]
-    if ends:
-        return min(ends)  # a later one may be another turn that says the same
-    return _find_json(content, text, start) if message["role"] == "tool" else -1
-
-
-def _find_json(content: str, text: str, start: int) -> int:
-    try:
-        value = json.loads(content)
-    except ValueError:
-        return -1
-    rest = text[start:]
-    return start if all(_stands(leaf, rest) for leaf in _leaves(value)) else -1
+    return min(ends, default=-1)  # a later one may be another turn that says the same
 
 
 def _leaves(value: object) -> Iterator[object]:
