@@ -175,3 +175,11 @@ def test_a_control_token_anywhere_in_a_call_or_a_schema_is_refused(place: str) -
         messages[2]["tool_call_id"] = "<|im_end|>"
     message = row_error(CHATML, Conversation(messages, tools))
     assert "the control token <|im_end|>, which would be read as the conversation's frame" in message
+
+
+def test_a_call_that_ends_with_another_token_than_the_eos_is_refused() -> None:
+    """The next EOS would be that of the result, which the template's frame ("assistant") seems to say once more."""
+    call_end = "'}\\n</tool_call>' -}}\n{%- endfor -%}\n{{- '<|im_end|>\\n' -}}"
+    assert call_end in CHATML
+    template = CHATML.replace(call_end, call_end.replace("<|im_end|>", "<|call_end|>"))
+    assert "X does not end an answer with the EOS token <|im_end|>" in row_error(template, weather("a"))

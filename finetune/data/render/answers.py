@@ -65,7 +65,7 @@ def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str, star
         raise _differently(chat, index, start)
     end = text.find(chat.eos, start)
     is_last = index == len(given.messages) - 1
-    if end < 0 or (is_last and text[end + len(chat.eos) :].strip()):
+    if end < 0 or (is_last and text[end + len(chat.eos) :].strip()) or _runs_on(chat, given, index, text, end):
         what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
         do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
         raise RowError(field, what, do, shown(text[start:][-60:]))
@@ -76,6 +76,16 @@ def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str, star
         what = f"{chat.name} changes the answer or writes its own words into it"
         raise RowError(field, what, ANOTHER_TEMPLATE, shown(answer))
     return Answer(index, start, end + len(chat.eos))
+
+
+def _runs_on(chat: ChatTemplate, given: Conversation, index: int, text: str, end: int) -> bool:
+    """Whether the EOS found for a call is that of a later turn: a template may end calls with another token.
+
+    A text answer need not be asked: it is compared word for word.
+    """
+    if "tool_calls" not in given.messages[index] or index == len(given.messages) - 1:
+        return False
+    return not chat.text(given.messages[: index + 1], given.tools).startswith(text[: end + len(chat.eos)])
 
 
 def _differently(chat: ChatTemplate, index: int, prompt: str) -> RowError:
