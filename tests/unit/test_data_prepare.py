@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from finetune.data import Prepared, prepare
 from finetune.data.render import IGNORED, read_template
+from finetune.data.tokens import cache
 from finetune.data.tokens.cache import cache_folder
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
@@ -350,6 +353,29 @@ def test_rows_of_another_content_tokenizer_or_template_are_never_used(tmp_path: 
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     prepare(chosen.sources("train"), bare, chosen, seed=0)
     assert len(entries()) == 4
+
+
+def test_rows_that_bear_another_file_s_name_are_never_used(tmp_path: Path, fresh_cache: None) -> None:
+    chosen = settings(source(tmp_path / "*.jsonl"))
+    write(tmp_path / "one.jsonl", [SHORT])
+    assert where(prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)) == ["one.jsonl:1"]
+    (tmp_path / "one.jsonl").rename(tmp_path / "two.jsonl")
+    assert where(prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0)) == ["two.jsonl:1"]
+
+
+@pytest.mark.parametrize(("writes_the_day", "passes"), [(False, 1), (True, 2)])
+def test_rows_that_say_another_day_are_never_used(
+    tmp_path: Path, fresh_cache: None, monkeypatch: pytest.MonkeyPatch, writes_the_day: bool, passes: int
+) -> None:
+    path = write(tmp_path / "rows.jsonl", [SHORT])
+    chosen, tokenizer = settings(source(path)), tiny_tokenizer()
+    if writes_the_day:
+        tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.get_chat_template()
+    for day in (1, 2):
+        today = date(2025, 1, day)
+        monkeypatch.setattr(cache, "date", SimpleNamespace(today=lambda today=today: today))
+        prepare(chosen.sources("train"), tokenizer, chosen, seed=0)
+    assert len(entries()) == passes
 
 
 def test_a_set_with_bad_rows_leaves_nothing_in_the_cache(tmp_path: Path, fresh_cache: None) -> None:

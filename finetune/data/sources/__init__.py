@@ -18,6 +18,11 @@ class Source(Protocol):
         ...
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """What messages call each part, as in `Row.path`."""
+        ...
+
+    @property
     def total(self) -> int | None:
         """What the rows' `progress` adds up to, in `unit`; None: not known before the end."""
         ...

@@ -44,6 +44,11 @@ class HubSource:
     rows: Any
     unit: str = " rows"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Its name alone."""
+        return (self.name,)
+
     def __iter__(self) -> Iterator[Row]:
         number = 0
         try:

@@ -36,6 +36,11 @@ class LocalSource:
     unit: str = "B"
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """The files, in their order."""
+        return tuple(file.path for file in self.files)
+
+    @property
     def total(self) -> int:
         """Bytes on disk."""
         return sum(file.size for file in self.files)

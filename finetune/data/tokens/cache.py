@@ -11,18 +11,21 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.recipe import DataSettings, DataSource
+from finetune.recipe import DataSettings, DataSource, row_formats
 
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # What of the settings decides the token rows of one source. The rest (weights, packing) is applied to them later.
 _SOURCE_KEYS = ("config", "split", "format", "columns", "max_rows")
 _DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share")
+
+_CLOCK = "strftime_now"
 
 
 def cache_folder() -> Path:
@@ -38,17 +41,19 @@ def digest(parts: Mapping[str, Any]) -> str:
 
 
 def rows_fingerprint(
-    name: str, content: str, source: DataSource, settings: DataSettings, tokenizer: Any
+    paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any
 ) -> dict[str, Any]:
-    """What the token rows of one source depend on; `content` is the hash of what is in its files."""
+    """What the token rows of one source depend on; `content` is the hash of what is in its files, the `paths`."""
     return {
-        "name": name,  # stands in the rows and in messages
+        "paths": list(paths),  # stand in the rows and in messages
         "content": content,
         "source": {key: getattr(source, key) for key in _SOURCE_KEYS},
         "settings": {key: getattr(settings, key) for key in _DATA_KEYS},
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
+        # Templates of Llama 3.1 and later write the day on which they run.
+        "day": date.today().isoformat() if _CLOCK in str(tokenizer.chat_template) else None,
         "code": _code(),
         "versions": {library: version(library) for library in _LIBRARIES},
     }
@@ -56,9 +61,10 @@ def rows_fingerprint(
 
 @cache
 def _code() -> str:
-    """The hash of this room's own source: a mended format or mask must not meet rows of the broken one."""
+    """The hash of the source that makes rows: a mended format or mask must not meet rows of the broken one."""
     room = Path(__file__).parents[1]
     paths = sorted(path for path in room.rglob("*") if path.suffix in (".py", ".jinja"))
+    paths.append(Path(row_formats.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 

@@ -58,7 +58,7 @@ def prepare_rows(
     """
     opened = open_source(source)
     content = opened.fingerprint()
-    parts = rows_fingerprint(opened.name, content, source, settings, tokenizer)
+    parts = rows_fingerprint(opened.paths, content, source, settings, tokenizer)
 
     def write(folder: Path) -> None:
         _Pass(source, settings, renderer, Problems(max_problems)).write(opened, folder)
