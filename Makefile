@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install check test quickstart bench bench-gpu
+.PHONY: help install check test quickstart bench bench-data bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -49,5 +49,8 @@ bench: install ## experts side by side on this CPU: the bars, three to five minu
 
 # BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.
 BENCH_PYTHON ?= python3
+bench-data: install ## packing, preparing rows and checking a million of them, beside what people use; ten minutes
+	$(BIN)/python -m benchmarks.data
+
 bench-gpu: ## Mixtral-8x7B's shapes on one GPU, under eight minutes, without a download
 	$(BENCH_PYTHON) -m benchmarks.gpu

@@ -30,7 +30,7 @@ from finetune.data.types import Conversation
 from finetune.recipe import DataSettings, DataSource
 
 MEAN_TOKENS, SIGMA = 490, 1.0
-ROWS = 4_000
+ROWS = 8_000
 PREPARE_LIMIT, PACK_LIMIT = 1.10, 0.20
 BARE, PREPARE, PACK = "bare encode_batch", "prepare", "packing"
 
