@@ -47,10 +47,10 @@ quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real mod
 bench: install ## experts side by side on this CPU: the bars, three to five minutes
 	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.experts
 
-# BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.
-BENCH_PYTHON ?= python3
 bench-data: install ## packing, preparing rows and checking a million of them, beside what people use; ten minutes
 	$(BIN)/python -m benchmarks.data
 
+# BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.
+BENCH_PYTHON ?= python3
 bench-gpu: ## Mixtral-8x7B's shapes on one GPU, under eight minutes, without a download
 	$(BENCH_PYTHON) -m benchmarks.gpu

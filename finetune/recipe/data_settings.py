@@ -82,7 +82,8 @@ class DataSettings(Section):
     on_bad_row: Literal["error", "drop"] = Field(
         default="error",
         description="What happens to a row that cannot be used. error: nothing is trained, all bad rows are listed; "
-        "drop: they are left out, listed and counted. A broken file is always an error.",
+        "drop: they are left out, listed and counted. A broken file is always an error, and so is a "
+        "row that overlong: error refuses.",
     )
     max_bad_share: float = Field(
         default=0.01,
@@ -99,8 +100,8 @@ class DataSettings(Section):
     loss_on: LossOn = Field(
         default="assistant",
         description="What is supervised. assistant: every answer of the assistant and its end token; last_assistant: "
-        "the last answer of a row; completion: all that follows the prompt; all: every token, which is what format "
-        "text needs. Messages with `train: false` or `weight: 0` are never supervised.",
+        "the last answer of a row; completion: every answer after the last user message; all: every token, "
+        "which is what format text needs. Messages with `train: false` or `weight: 0` are never supervised.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",

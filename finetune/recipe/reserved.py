@@ -10,6 +10,10 @@ _NAMED = {
     "eval_packing": "data.packing",
     "truncation_mode": "data.overlong",
     "chat_template_path": "data.chat_template",
+    "assistant_only_loss": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "dataset_text_field": "data.train.columns",
+    "eos_token": "model.eos_token",
     "max_steps": "training.max_steps",
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
@@ -54,16 +58,12 @@ _COMMANDS = "a run trains, and evaluates where data.eval is given"
 _SET_BY_US = {
     **dict.fromkeys(
         (
-            "dataset_text_field",
             "dataset_kwargs",
             "dataset_num_proc",
-            "eos_token",
             "pad_token",
             "padding_free",
             "packing_strategy",
             "pad_to_multiple_of",
-            "completion_only_loss",
-            "assistant_only_loss",
             "remove_unused_columns",
             "label_names",
             "shuffle_dataset",
