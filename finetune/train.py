@@ -18,7 +18,7 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
-    from finetune.data import Prepared
+    from finetune.data import DataStats, Prepared
     from finetune.methods.router_term import RouterTerm
     from finetune.moe.esft.choice import ExpertChoice
     from finetune.moe.families import Family
@@ -59,12 +59,11 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 3. Rows -> token ids and the supervised mask
     tokenizer, new_tokens = recipe_tokenizer(checkpoint, recipe)
-    train_rows, eval_rows = _prepare(recipe, tokenizer, state)
+    train_rows, eval_rows, stats = _prepare(recipe, tokenizer, state, run)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
     model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer), new_tokens)
     base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
-    stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
     _audit(model, family, recipe, stats, run, state.is_main_process)
     if state.is_main_process:
         _write_provenance(run, recipe, base, command_line)
@@ -106,15 +105,22 @@ def _refuse_data_parallel(state: Any) -> None:
         )
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, state: Any) -> "tuple[Prepared, Prepared | None]":
-    """Training and held-out rows. One process of a machine makes them, the others find them in the cache."""
+def _prepare(
+    recipe: Recipe, tokenizer: Any, state: Any, run: "RunFolder"
+) -> "tuple[Prepared, Prepared | None, dict[str, DataStats]]":
+    """Training and held-out rows, and what was counted of them. One process of a machine makes them, the others find
+    them in the cache."""
     from finetune.data import prepare
+    from finetune.run import refuse_other_rows
 
     data = recipe.data
     with state.local_main_process_first():
         train_rows = prepare(data.sources("train"), tokenizer, data, recipe.seed)
         eval_rows = prepare(data.sources("eval"), tokenizer, data, recipe.seed) if data.sources("eval") else None
-    return train_rows, eval_rows
+    stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
+    if recipe.training.resume_from_checkpoint:
+        refuse_other_rows(run, {split: each.as_dict() for split, each in stats.items()})
+    return train_rows, eval_rows, stats
 
 
 def _load(

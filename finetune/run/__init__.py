@@ -5,7 +5,7 @@ from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_repo
 from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
-from finetune.run.resuming import refuse_other_recipe
+from finetune.run.resuming import refuse_other_recipe, refuse_other_rows
 from finetune.run.router_load import RouterLoadCallback, draw_router_load
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "prepare_dashboards",
     "read_metrics",
     "refuse_other_recipe",
+    "refuse_other_rows",
     "resolve_report_to",
 ]

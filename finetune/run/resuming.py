@@ -1,5 +1,7 @@
 """A run may be continued only as what it was."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from finetune.errors import Problem, RunError
@@ -40,6 +42,26 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
                 for key in changed
             ]
         )
+
+
+def refuse_other_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
+    """Raise RunError with every data set whose rows are not those that the run in this folder began with.
+
+    `rows` are the counts of each split, as in the audit.
+    """
+    if not run.audit.exists():
+        return
+    before = json.loads(run.audit.read_text(encoding="utf-8"))["rows"]
+    changed = [
+        str(now["name"])
+        for split in rows.keys() & before.keys()
+        for then, now in zip(before[split]["sets"], rows[split]["sets"], strict=True)
+        if then.get("digest", now["digest"]) != now["digest"]
+    ]
+    if changed:
+        what = f"its rows are not those that the run in {run.path} began with"
+        do = "put the data back as it was to continue that run, or name another output_dir"
+        raise RunError([Problem(name, what, do) for name in dict.fromkeys(changed)])
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

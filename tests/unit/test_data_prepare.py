@@ -355,6 +355,15 @@ def test_rows_of_another_content_tokenizer_or_template_are_never_used(tmp_path: 
     assert len(entries()) == 4
 
 
+def test_the_digest_of_a_set_is_that_of_its_tokens_and_labels(tmp_path: Path, fresh_cache: None) -> None:
+    def digest(rows: list[Any], **others: Any) -> str:
+        return str(run(tmp_path, rows, **others).stats.as_dict()["sets"][0]["digest"])
+
+    plain = digest([SHORT, LONG])
+    assert digest([{**SHORT, "note": "not read"}, LONG]) == plain
+    assert len({plain, digest([LONG, SHORT]), digest([SHORT, LONG], loss_on="all")}) == 3
+
+
 def test_rows_that_bear_another_file_s_name_are_never_used(tmp_path: Path, fresh_cache: None) -> None:
     chosen = settings(source(tmp_path / "*.jsonl"))
     write(tmp_path / "one.jsonl", [SHORT])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from finetune.errors import RunError
 from finetune.recipe import dump_recipe
 from finetune.run.folder import RunFolder
 from finetune.run.provenance import _toolkit_commit, collect_provenance
-from finetune.run.resuming import refuse_other_recipe
+from finetune.run.resuming import refuse_other_recipe, refuse_other_rows
 from tests.unit.recipe_writing import SOUND, Desk
 
 
@@ -84,6 +85,22 @@ def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pyt
         "training.learning_rate: the run in runs/test was made with 0.001; got 0.0001; "
         "set it back to continue that run, or name another output_dir",
     ]
+
+
+def test_a_run_is_continued_only_on_the_rows_that_it_began_with(tmp_path: Path) -> None:
+    def rows(digest: str) -> dict[str, Any]:
+        return {"train": {"sets": [{"name": "a.jsonl", "digest": "1"}, {"name": "b.jsonl", "digest": digest}]}}
+
+    run = RunFolder(tmp_path)
+    refuse_other_rows(run, rows("2"))
+    run.audit.write_text(json.dumps({"rows": rows("2")}))
+    refuse_other_rows(run, rows("2"))
+    with pytest.raises(RunError) as error:
+        refuse_other_rows(run, rows("3"))
+    assert str(error.value) == (
+        f"b.jsonl: its rows are not those that the run in {tmp_path} began with; "
+        "put the data back as it was to continue that run, or name another output_dir"
+    )
 
 
 def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(

@@ -1,5 +1,6 @@
 """One source -> its token rows in the cache, with everything that was counted on the way."""
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ class _Pass:
     stats: RowStats = field(default_factory=RowStats)
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
     supervised: "array[int]" = field(default_factory=lambda: array("i"))
+    kept: Any = field(default_factory=hashlib.sha256)  # of the tokens and labels that are written
     broken: bool = False  # something that no setting drops
 
     def write(self, source: Source, folder: Path) -> None:
@@ -93,6 +95,7 @@ class _Pass:
         self._refuse(source.name)
         for name, values in (("lengths", self.lengths), ("supervised", self.supervised)):
             np.save(folder / f"{name}.npy", np.asarray(values))
+        self.stats.digest = self.kept.hexdigest()
         stats = json.dumps(self.stats.as_json(), ensure_ascii=False)
         (folder / "stats.json").write_text(stats, encoding="utf-8")
 
@@ -119,6 +122,8 @@ class _Pass:
         try:
             for piece in self._pieces(each, where, ids):
                 writer.append(piece.input_ids, piece.labels, where)
+                self.kept.update(piece.input_ids.tobytes())
+                self.kept.update(piece.labels.tobytes())
                 self.lengths.append(len(piece.input_ids))
                 self.supervised.append(piece.supervised)
                 self.stats.pieces += 1

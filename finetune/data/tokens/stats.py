@@ -34,6 +34,7 @@ class RowStats:
     bad_rows: list[str] = field(default_factory=list)  # messages
     format: str = ""  # what was named, or recognised
     why: str | None = None  # how it was recognised
+    digest: str = ""  # SHA-256 of the token ids and labels that are kept
 
     @property
     def longest(self) -> int:
@@ -145,7 +146,9 @@ class DataStats:
         of_set = ("name", "rows", "tokens", "supervised_tokens", "weight")
         return {
             **{name: getattr(self, name) for name in (*totals, "supervised_tokens", "sequences")},
-            "sets": [{name: getattr(each, name) for name in of_set} for each in self.sets],
+            "sets": [
+                {**{name: getattr(each, name) for name in of_set}, "digest": each.source.digest} for each in self.sets
+            ],
         }
 
     def lines(self) -> list[str]:
