@@ -107,13 +107,13 @@ class Report:
 def _remarks(split: Split) -> list[str]:
     stats = split.stats
     counts = {
-        "bad rows left out": stats.bad,
-        "rows too long and dropped": stats.dropped,
-        "rows cut at the end": stats.truncated,
-        "rows split into pieces": stats.split,
-        "duplicate rows": stats.duplicates,
+        "bad {} left out": stats.bad,
+        "{} too long and dropped": stats.dropped,
+        "{} cut at the end": stats.truncated,
+        "{} split into pieces": stats.split,
+        "duplicate {}": stats.duplicates,
     }
-    said = [f"{count:,} {what}" for what, count in counts.items() if count]
+    said = [f"{count:,} {what.format('row' if count == 1 else 'rows')}" for what, count in counts.items() if count]
     return [f"{split.name}: {', '.join(said)}"] if said else []
 
 

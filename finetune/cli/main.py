@@ -1,14 +1,19 @@
 """The `finetune` console command: one subcommand a file, each with `add_parser` and `run`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import finetune
 from finetune.cli import check, evaluate, families, merge, schema, train, upcycle
 from finetune.errors import FinetuneError, as_expected
 from finetune.quiet import hush
 from finetune.threads import wait_passively
+
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""What shells report for the two signals."""
 
 COMMANDS = (train, check, evaluate, merge, upcycle, families, schema)
 
@@ -28,8 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     hush()
     args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every row
     try:
         code: int = args.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read has seen enough (`| head`). Python would complain once more when it closes the stream.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (FinetuneError, OSError) as error:
         print(expected := as_expected(error), file=sys.stderr)
         return expected.exit_code

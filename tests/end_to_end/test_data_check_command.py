@@ -76,6 +76,33 @@ def test_bad_rows_are_the_list_and_exit_1(workspace: Path) -> None:
     assert "rows.jsonl:35: completion: " in page
 
 
+def test_what_the_terminal_cannot_spell_is_written_as_its_number(workspace: Path) -> None:
+    plain = {**environment(workspace), "PYTHONIOENCODING": "ascii"}
+    arguments = command("check", "recipe.yaml", "data.eval=null", "--samples", "1")
+    done = subprocess.run(arguments, cwd=workspace, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "]]\\u23ce\n" in done.stdout
+
+
+def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    process = subprocess.Popen(
+        command("check", "recipe.yaml"), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    with (tmp_path / "recipe.yaml").open("w"):  # opens once the command reads it
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert (process.returncode, said) == (130, "interrupted\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command("schema"), stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_mistake_in_the_recipe_exits_2_before_anything_is_read(workspace: Path) -> None:
     (workspace / "rows.jsonl").unlink()
     done = run(workspace, "check", "recipe.yaml", "lora.alpha=3", "data.max_lenght=3")

@@ -4,11 +4,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from finetune.data.tokens.cache import cache_folder, digest, entry
+from finetune.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +51,32 @@ def test_what_fails_leaves_nothing_behind(folder: Path) -> None:
 
     with pytest.raises(ValueError, match="in the middle"):
         entry("a", fails)
+    assert list(folder.iterdir()) == []
+
+
+def full(file: FileIO) -> None:
+    file.write(b"rows")
+
+
+def full_for_numpy(file: FileIO) -> None:
+    np.zeros(1 << 16).tofile(file)  # says how many items were not written, and not why
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@pytest.mark.parametrize("write", [full, full_for_numpy])
+def test_a_full_disk_is_an_error_with_its_folder_and_what_to_do(
+    write: Callable[[FileIO], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fills(inside: Path) -> None:
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            write(file)
+
+    monkeypatch.setattr("finetune.data.tokens.cache._LITTLE_ROOM", sys.maxsize)
+    with pytest.raises(DataError) as caught:
+        entry("a", fills)
+    [problem] = caught.value.problems
+    assert (problem.where, problem.what) == (str(folder), "no room to keep the prepared rows")
+    assert problem.do == "make room, or name a folder with more in FINETUNE_CACHE"
     assert list(folder.iterdir()) == []
 
 

@@ -146,7 +146,7 @@ def test_rows_that_are_dropped_are_named_up_to_the_ceiling(model: Path) -> None:
     assert report.exit_code == 0
     assert report.splits[0].stats.bad == 1
     assert [row.partition(": ")[0] for row in report.splits[0].bad_named] == ["train.jsonl:2"]
-    assert report.remarks == ["train: 1 bad rows left out"]
+    assert report.remarks == ["train: 1 bad row left out"]
     report = check(recipe(model, on_bad_row="drop", max_bad_share=0.2))
     assert report.exit_code == 1
     assert "max_bad_share" in problems(report)[-1]

@@ -6,20 +6,24 @@ An entry is a folder that appears whole, by one rename, or not at all. Nothing r
 may be deleted at any time.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource, row_formats
 
+_LITTLE_ROOM = 1 << 16  # bytes
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # What of the settings decides the token rows of one source. The rest (weights, packing) is applied to them later.
 _SOURCE_KEYS = ("config", "split", "format", "columns", "max_rows")
@@ -84,7 +88,8 @@ def entry(name: str, write: Callable[[Path], None]) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        write(temporary)
+        with _room(root):
+            write(temporary)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -96,6 +101,19 @@ def entry(name: str, write: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _room(root: Path) -> Iterator[None]:
+    """A full disk as an error that says which; numpy and pyarrow name neither the file nor, at times, the cause."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free < _LITTLE_ROOM
+        if error.filename is not None or not full:
+            raise
+        do = "make room, or name a folder with more in FINETUNE_CACHE"
+        raise DataError(Problem(str(root), "no room to keep the prepared rows", do, str(error))) from error
 
 
 def _remove_left_behind(root: Path) -> None:
