@@ -14,7 +14,7 @@ def set_fields(each: SetStats, split: Split) -> Fields:
     fields += _row_fields(source)
     if len(split.stats.sets) > 1:
         weight = "" if each.weight is None else f"weight {each.weight:g}: "
-        rows = f"{each.rows:,} rows ({percent(each.rows, split.stats.used)})"
+        rows = f"{each.rows:,} row{'' if each.rows == 1 else 's'} ({percent(each.rows, split.stats.used)})"
         tokens = f"{each.tokens:,} tokens ({percent(each.tokens, split.stats.tokens)})"
         fields.append(("mixture", f"{weight}{rows}, {tokens}"))
     return [*fields, ("tokens", _tokens(each.tokens, each.supervised_tokens))]
@@ -57,11 +57,12 @@ def _batches(batches: Batches, limit: int) -> str:
 
 
 def _course(course: Course) -> Fields:
-    epochs = f"{course.epochs:.2f}".rstrip("0").rstrip(".")
+    passes = f"{course.epochs:.2f}".rstrip("0").rstrip(".")
+    epochs = f"{passes} epoch" if passes == "1" else f"{passes} epochs"
     return [
         (
             "steps",
-            f"{course.steps:,} of {course.a_step:,} sequences; an epoch has {course.steps_an_epoch:,}: {epochs} epochs",
+            f"{course.steps:,} of {course.a_step:,} sequences; an epoch has {course.steps_an_epoch:,}: {epochs}",
         ),
         ("a step", f"{course.tokens_a_step:,.0f} tokens, {course.supervised_a_step:,.0f} supervised, on average"),
     ]

@@ -83,7 +83,7 @@ def test_what_befell_the_rows_is_said_with_shares() -> None:
         "tokens     1,600, 400 (25.0 %) supervised",
     ):
         assert f"    {line}\n" in said
-    assert "    train: 1 bad rows left out, 2 rows too long and dropped, 4 duplicate rows\n" in said
+    assert "    train: 1 bad row left out, 2 rows too long and dropped, 4 duplicate rows\n" in said
 
 
 def test_packing_padding_and_steps_are_told_as_the_trainer_will_have_them() -> None:
@@ -95,6 +95,8 @@ def test_packing_padding_and_steps_are_told_as_the_trainer_will_have_them() -> N
     said = printed(report(padded, splits=[split("train", padded), split("eval", padded)]))
     assert said.count("40 rows, 2 at a time: 27.8 % padding to be expected") == 2
     assert "steps      50 of 2 sequences; an epoch has 20: 2.5 epochs" in said
+    once = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=1")
+    assert "an epoch has 20: 1 epoch\n" in printed(report(once, splits=[split("train", once)]))
     assert "a step     80 tokens, 20 supervised, on average" in said
     assert said.count("a step ") == 1  # nothing is stepped over evaluation rows
     single = recipe("data.packing=false", "training.per_device_train_batch_size=1")
