@@ -63,6 +63,31 @@ QUESTION = Message(role="user", content="a", train=False)
 SILENT = Conversation([QUESTION, Message(role="assistant", content="b", train=False)])
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_turn_with_train_false_is_not_supervised(train: bool) -> None:
+    rendered = labelled(Renderer(CHATML, "chatml"), marked(2, train))
+    assert supervised(CHATML, rendered) == ["first<|im_end|>"] * train + ["second<|im_end|>"]
+
+
+@pytest.mark.parametrize(("index", "hole"), [(0, "system\nc"), (1, "user\na"), (2, "assistant\nfirst")])
+def test_under_all_a_turn_with_train_false_is_left_out_with_its_frame(index: int, hole: str) -> None:
+    rendered = labelled(Renderer(CHATML, "chatml", "all"), marked(index, False))
+    frame = f"<|im_start|>{hole}<|im_end|>\n"
+    whole = CHATML.decode(rendered.input_ids)
+    left = CHATML.decode([x for x in rendered.labels.tolist() if x != IGNORED])
+    start = "" if index == 0 else "<|im_start|>"  # the first token is left out anyway
+    assert start + left == whole.replace(frame, "")
+
+
+def test_a_template_never_sees_the_mark_itself() -> None:
+    tokenizer = tiny_tokenizer()
+    turn = "{{ m.keys() | join('+') + ':' + m.content + eos_token }}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}role+content:{% endif %}"
+    text = Renderer(tokenizer, "keys").render(marked(4, True)).text
+    assert text.endswith("role+content:b<|im_end|>role+content:second<|im_end|>")
+
+
 @pytest.mark.parametrize(
     ("loss_on", "conversation"),
     [
