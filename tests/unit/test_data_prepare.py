@@ -421,3 +421,19 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
         "rows.jsonl: changed while it was read; start again when nothing writes to it any more"
     ]
     assert entries() == set()
+
+
+def test_pieces_of_a_split_row_without_anything_supervised_are_counted(tmp_path: Path) -> None:
+    asked = {"prompt": " ".join([LONG["completion"]] * 8), "completion": "done"}
+    prepared = run(tmp_path, [SHORT, asked], max_length=24, overlong="split")
+    source = prepared.stats.sets[0].source
+    assert (source.split, source.pieces, prepared.stats.used) == (1, 2, 2)
+    assert source.pieces_left_out == -(-source.longest // 24) - 1 > 0
+    assert prepared.stats.lines()[1] == (
+        f"  left out: {source.pieces_left_out} pieces of split rows of {tmp_path}/rows.jsonl, nothing supervised in them"
+    )
+
+
+def test_a_row_that_is_dropped_is_no_duplicate(tmp_path: Path) -> None:
+    short = lengths(tmp_path)[0]
+    assert run(tmp_path, [SHORT, LONG, LONG], max_length=short, overlong="drop").stats.duplicates == 0

@@ -112,7 +112,8 @@ class ChatTemplate:
             return given
         if self._system == "error":
             what = f"{self.name} has no system role"
-            do = f"set data.system to merge_into_first_user, remove the message, or {ANOTHER_TEMPLATE}"
+            policy = "set data.system to merge_into_first_user (--system of evaluate)"
+            do = f"{policy}, remove the message, or {ANOTHER_TEMPLATE}"
             raise RowError("messages[0].role", what, do, shown(first["content"]))
         if len(given.messages) < 2 or given.messages[1]["role"] != "user":
             do = "let a user message follow, or remove it"

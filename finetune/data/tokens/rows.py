@@ -120,7 +120,8 @@ class _Pass:
         self.stats.rows += 1
         where = f"{each.row.path}:{each.row.number}"
         try:
-            for piece in self._pieces(each, where, ids):
+            pieces = self._pieces(each, where, ids)
+            for piece in pieces:
                 writer.append(piece.input_ids, piece.labels, where)
                 self.kept.update(piece.input_ids.tobytes())
                 self.kept.update(piece.labels.tobytes())
@@ -132,7 +133,7 @@ class _Pass:
         except RowError as error:
             self._refuse_row(each.row, error)
             return
-        if first := texts.first(each.text, where):
+        if pieces and (first := texts.first(each.text, where)):
             self.stats.saw_duplicate(where, first)
 
     def _pieces(self, each: Tokenised, where: str, ids: Seen) -> list[Piece]:
@@ -150,7 +151,9 @@ class _Pass:
         too_long = length > self.settings.max_length
         self.stats.dropped += not pieces
         self.stats.truncated += too_long and self.settings.overlong == "truncate"
-        self.stats.split += too_long and self.settings.overlong == "split"
+        if too_long and self.settings.overlong == "split":
+            self.stats.split += 1
+            self.stats.pieces_left_out += -(-length // self.settings.max_length) - len(pieces)
         return pieces
 
     def _refuse_row(self, row: Row, error: RowError) -> None:

@@ -14,7 +14,7 @@ class RowStats:
     """What became of the rows of one source.
 
     `rows` read = `bad` (left out by `on_bad_row: drop`) + `dropped` (too long) + those that are kept, as one piece each
-    or, if `split`, as several; `truncated` and `split` are among the kept. `tokens` and `supervised_tokens` count what
+    or, if `split`, as several (`pieces_left_out`: those of which nothing is supervised); `truncated` and `split` are among the kept. `tokens` and `supervised_tokens` count what
     is kept. `lengths`: rows by their length in tokens before anything is cut. `duplicates`: rows whose text came
     before.
     """
@@ -25,6 +25,7 @@ class RowStats:
     truncated: int = 0
     split: int = 0
     pieces: int = 0
+    pieces_left_out: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
     duplicates: int = 0
@@ -166,10 +167,15 @@ class DataStats:
 
     def _of_set(self, each: SetStats) -> list[str]:
         """Its proportion among others, the format that was recognised, and the rows that were left out."""
-        bad = each.source.bad - len(each.source.bad_rows)
+        bad, idle = each.source.bad - len(each.source.bad_rows), each.source.pieces_left_out
         return [
             *([self._proportion(each)] if len(self.sets) > 1 else []),
             *([f"  {each.name}: recognised as {each.source.format} ({each.source.why})"] if each.source.why else []),
+            *(
+                [f"  left out: {idle:,} pieces of split rows of {each.name}, nothing supervised in them"]
+                if idle
+                else []
+            ),
             *(f"  left out: {row}" for row in each.source.bad_rows),
             *([f"  left out: {bad:,} more rows of {each.name}"] if bad else []),
         ]
