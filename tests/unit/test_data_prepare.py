@@ -425,12 +425,13 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
 
 def test_pieces_of_a_split_row_without_anything_supervised_are_counted(tmp_path: Path) -> None:
     asked = {"prompt": " ".join([LONG["completion"]] * 8), "completion": "done"}
-    prepared = run(tmp_path, [SHORT, asked], max_length=24, overlong="split")
+    limit = lengths(tmp_path)[0]
+    prepared = run(tmp_path, [SHORT, asked], max_length=limit, overlong="split")
     source = prepared.stats.sets[0].source
     assert (source.split, source.pieces, prepared.stats.used) == (1, 2, 2)
-    assert source.pieces_left_out == -(-source.longest // 24) - 1 > 0
+    assert source.pieces_left_out == -(-source.longest // limit) - 1 > 0
     assert prepared.stats.lines()[1] == (
-        f"  left out: {source.pieces_left_out} pieces of split rows of {tmp_path}/rows.jsonl, nothing supervised in them"
+        f"  left out: {source.pieces_left_out} unsupervised pieces of split rows of {tmp_path}/rows.jsonl"
     )
 
 

@@ -89,7 +89,7 @@ def test_mistral_has_no_system_role_and_says_so() -> None:
         Renderer(mistral_like(), "the chat template mistral").render(chat("hi", "hello", system="be brief"))
     assert str(caught.value.problem("f", 3)) == (
         'f:3: messages[0].role: the chat template mistral has no system role; got "be brief"; set data.system to '
-        "merge_into_first_user, remove the message, or name another one in data.chat_template"
+        "merge_into_first_user (--system of evaluate), remove the message, or name another one in data.chat_template"
     )
 
 

@@ -14,9 +14,9 @@ class RowStats:
     """What became of the rows of one source.
 
     `rows` read = `bad` (left out by `on_bad_row: drop`) + `dropped` (too long) + those that are kept, as one piece each
-    or, if `split`, as several (`pieces_left_out`: those of which nothing is supervised); `truncated` and `split` are among the kept. `tokens` and `supervised_tokens` count what
-    is kept. `lengths`: rows by their length in tokens before anything is cut. `duplicates`: rows whose text came
-    before.
+    or, if `split`, as several; `truncated` and `split` are among the kept. `pieces_left_out`: pieces in which nothing
+    is supervised. `tokens` and `supervised_tokens` count what is kept. `lengths`: rows by their length in tokens before
+    anything is cut. `duplicates`: kept rows whose text came before.
     """
 
     rows: int = 0
@@ -171,11 +171,7 @@ class DataStats:
         return [
             *([self._proportion(each)] if len(self.sets) > 1 else []),
             *([f"  {each.name}: recognised as {each.source.format} ({each.source.why})"] if each.source.why else []),
-            *(
-                [f"  left out: {idle:,} pieces of split rows of {each.name}, nothing supervised in them"]
-                if idle
-                else []
-            ),
+            *([f"  left out: {idle:,} unsupervised pieces of split rows of {each.name}"] if idle else []),
             *(f"  left out: {row}" for row in each.source.bad_rows),
             *([f"  left out: {bad:,} more rows of {each.name}"] if bad else []),
         ]
