@@ -29,7 +29,7 @@ class Renderer:
 
     Text is tokenised without special tokens added, as `apply_chat_template` does at inference: the template alone
     decides whether there is a BOS, so there is never a second one. A `Document` has no template; it gets the BOS that
-    the tokenizer itself would add, and an EOS. Not for several threads at once.
+    the tokenizer itself would add, and an EOS. One thread may render while others tokenise.
 
     `loss_on`: every answer (`assistant`), only the last one, every answer after the last user message (`completion`:
     tool calls and what follows them), or `all` tokens but a row's first. `train: False` takes a turn out of any.

@@ -1,7 +1,8 @@
 """Rows -> token ids, in order and in bounded memory: while one chunk is tokenised the next is read and rendered.
 
-The tokenizer is Rust, spreads a chunk over all cores and holds no lock of Python's meanwhile, so one thread beside this
-one is enough, and the result cannot depend on how many cores there are.
+The tokenizer is Rust, spreads a chunk over all cores and holds no lock of Python's meanwhile. Two threads beside this
+one are enough: what one chunk's tokens still need in Python is done while the next chunk is tokenised. The result cannot
+depend on how many cores there are.
 """
 
 from collections import deque
@@ -17,7 +18,8 @@ from finetune.data.types import Conversation, Document
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
 Chunk = list[tuple[Row, Rendering | RowError]]
-_AHEAD = 2  # chunks that wait for the tokenizer; more would only hold memory
+_TOKENISERS = 2
+_AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Tokenised:
 def tokenised(rows: Iterable[Row], reader: Reader, renderer: Renderer) -> Iterator[Tokenised]:
     """Every row, in order."""
     waiting: deque[tuple[Chunk, Future[list[Rendered | RowError]]]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="tokeniser") as pool:
+    with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
         for chunk in _chunks(rows, reader, renderer):
             texts = [rendering for _, rendering in chunk if isinstance(rendering, Rendering)]
             waiting.append((chunk, pool.submit(renderer.tokenise, texts)))
