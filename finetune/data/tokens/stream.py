@@ -1,8 +1,8 @@
 """Rows -> token ids, in order and in bounded memory: while one chunk is tokenised the next is read and rendered.
 
 The tokenizer is Rust, spreads a chunk over all cores and holds no lock of Python's meanwhile. Two threads beside this
-one are enough: what one chunk's tokens still need in Python is done while the next chunk is tokenised. The result cannot
-depend on how many cores there are.
+one are enough: what one chunk's tokens still need in Python is done while the next chunk is tokenised. The result
+cannot depend on how many cores there are.
 """
 
 from collections import deque
