@@ -11,7 +11,7 @@ from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
 from finetune.check.twins import find_twins
 from finetune.data.tokens import Mixture, prepare_mixture
-from finetune.data.tokens.packing import best_fit_decreasing
+from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.model import checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
 from finetune.recipe import Recipe
@@ -83,7 +83,7 @@ def _sequences(mixture: Mixture, recipe: Recipe) -> int:
     lengths = mixture.lengths
     if not recipe.data.packing:
         return len(lengths)
-    return len(best_fit_decreasing(lengths, recipe.data.max_length))
+    return count_sequences(lengths, recipe.data.max_length)
 
 
 def _texts(mixture: Mixture) -> Iterator[tuple[str, str]]:

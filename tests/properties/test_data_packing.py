@@ -1,10 +1,11 @@
 """Packing, for any lengths: nothing lost, nothing doubled, no sequence too long, and no room left for two in one."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.tokens.packing import best_fit_decreasing
+from finetune.data.tokens.packing import best_fit_decreasing, count_sequences
 
 CAPACITY = 64
 lengths_strategy = st.lists(st.integers(1, CAPACITY), max_size=200)
@@ -60,3 +61,8 @@ def test_a_large_mixed_set_wastes_almost_nothing() -> None:
     lengths = [(i * 7919) % 1000 + 24 for i in range(5000)]
     waste = 1 - sum(lengths) / (4096 * len(best_fit_decreasing(lengths, 4096)))
     assert waste < 0.002
+
+
+@given(lengths_strategy)
+def test_sequences_are_counted_as_they_would_be_made(lengths: list[int]) -> None:
+    assert count_sequences(np.array(lengths, dtype=np.int32), CAPACITY) == len(best_fit_decreasing(lengths, CAPACITY))

@@ -55,6 +55,18 @@ def best_fit_decreasing(lengths: Sequence[int] | npt.NDArray[np.integer], capaci
     return Bins(order[by_bin], np.cumsum(np.bincount(bin_of, minlength=room.bins)))
 
 
+def count_sequences(lengths: npt.NDArray[np.integer], capacity: int) -> int:
+    """How many bins `best_fit_decreasing` makes, without saying which rows are in them: a few bytes a row."""
+    _refuse_misfits(lengths, capacity)
+    sizes, rows = np.unique(lengths, return_counts=True)
+    room = _Room(capacity)
+    for size, left in zip(sizes[::-1].tolist(), rows[::-1].tolist(), strict=True):
+        while left > 0:
+            bins, each = room.take(size, left)
+            left -= each * len(bins)
+    return room.bins
+
+
 class _Room:
     """The free places of all bins: bins with as much room stand in one queue, oldest first."""
 
@@ -96,7 +108,7 @@ class _Room:
             self._queues[free].append(bins)
 
 
-def _refuse_misfits(tokens: Indices, capacity: int) -> None:
+def _refuse_misfits(tokens: npt.NDArray[np.integer], capacity: int) -> None:
     for wrong, what in ((tokens > capacity, f"more than a sequence of {capacity}"), (tokens < 1, "so there is no row")):
         if wrong.any():
             index = int(np.argmax(wrong))
