@@ -67,7 +67,7 @@ def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any] | None = No
             "data": {
                 "train": data,
                 "eval": data if with_eval else None,
-                "max_length": training.pop("max_length", 256),
+                "max_length": training.pop("max_length", 128),
                 "packing": packing,
             },
             "training": {
