@@ -36,7 +36,8 @@ class DataSource(Section):
         default=None, description="With id: commit, tag or branch of the set; null: its main branch."
     )
     streaming: bool = Field(
-        default=False, description="With id: read rows while they are downloaded; for sets larger than the disk."
+        default=False,
+        description="With id: read rows while they are downloaded, and keep no copy of its files; token rows are kept.",
     )
     format: FormatName = Field(
         description="What a row looks like; data/examples/ has a file of each. auto: recognised by the rows' columns, "
