@@ -3,6 +3,7 @@
 from finetune.recipe.data_settings import DataSettings, DataSource
 from finetune.recipe.fields import json_schema
 from finetune.recipe.load import dump_recipe, load_recipe
+from finetune.recipe.method_settings import DpoSettings, SftSettings
 from finetune.recipe.reference import reference
 from finetune.recipe.settings import (
     LoggingSettings,
@@ -10,7 +11,6 @@ from finetune.recipe.settings import (
     ModelSettings,
     Recipe,
     RouterSettings,
-    SftSettings,
     TrainingSettings,
 )
 from finetune.recipe.targets import FRIENDLY_TARGETS
@@ -19,6 +19,7 @@ __all__ = [
     "FRIENDLY_TARGETS",
     "DataSettings",
     "DataSource",
+    "DpoSettings",
     "LoggingSettings",
     "LoraSettings",
     "ModelSettings",

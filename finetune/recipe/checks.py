@@ -5,10 +5,11 @@ from collections.abc import Iterable
 from finetune.recipe.data_checks import check_data
 from finetune.recipe.fields import settings
 from finetune.recipe.foreign import FOREIGN
-from finetune.recipe.reserved import RESERVED
+from finetune.recipe.method_checks import check_method
+from finetune.recipe.reserved import reserved
 from finetune.recipe.source import Source, show
 from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
-from finetune.recipe.trainer_fields import optimizer_names, trainer_fields
+from finetune.recipe.trainer_fields import TRAINER_CONFIGS, optimizer_names, trainer_fields
 from finetune.recipe.typed import key_path, read, real
 from finetune.recipe.unknown import closest
 from finetune.recipe.yaml12 import Path
@@ -29,6 +30,7 @@ def check_all(source: Source) -> None:
         _evaluation,
         _optimizer,
         check_data,
+        check_method,
         _dashboards,
         _trainer_args,
     ):
@@ -202,25 +204,29 @@ def _trainer_args(source: Source) -> None:
     arguments = source.get(section)
     if not isinstance(arguments, dict) or not arguments:
         return
-    fields = trainer_fields()
+    kind = read(source, "method.kind", str) or ""
+    if kind not in TRAINER_CONFIGS:
+        return
+    fields, config, taken = trainer_fields(kind), TRAINER_CONFIGS[kind], reserved(kind)
     for name, value in arguments.items():
         where = (*section, name)
-        if name in RESERVED:
-            what, do = RESERVED[name]
+        if name in taken:
+            what, do = taken[name]
             source.report(where, what, do, got=show(value))
         elif name not in fields:
-            what, do = _unknown_argument(name, fields)
+            what, do = _unknown_argument(name, fields, config)
             source.report(where, what, do, got=show(value))
         elif not fields[name].takes(value):
-            do = f"write a value of SFTConfig's type: {fields[name].annotation}"
+            do = f"write a value of {config}'s type: {fields[name].annotation}"
             source.report(where, "wrong type", do, got=show(value))
 
 
-def _unknown_argument(name: str, fields: Iterable[str]) -> tuple[str, str]:
+def _unknown_argument(name: str, fields: Iterable[str], config: str) -> tuple[str, str]:
+    if name in FOREIGN:
+        return FOREIGN[name].what, FOREIGN[name].do
     elsewhere = [path for path in settings() if path.rpartition(".")[2] == name]
     if elsewhere:
         return "the recipe has this key itself", "write " + " or ".join(elsewhere)
-    if name in FOREIGN:
-        return FOREIGN[name].what, FOREIGN[name].do
     close = closest(name, sorted(fields))
-    return "SFTConfig has no such field", f"did you mean {close}?" if close else "write one of SFTConfig's fields"
+    do = f"did you mean {close}?" if close else f"write one of {config}'s fields"
+    return f"{config} has no such field", do

@@ -18,6 +18,7 @@ class Setting:
     """One key path. `expects` says in words what may be written; `section` marks a mapping of further settings.
 
     `many`: a list of such mappings may be written too. The keys of its items stand here without their index.
+    `kinds`: the values of the section's `kind` with which the key exists; empty where it always does.
     """
 
     path: str
@@ -28,6 +29,7 @@ class Setting:
     many: bool
     default: object
     description: str
+    kinds: tuple[str, ...] = ()
 
 
 @cache
@@ -48,7 +50,8 @@ def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: d
     for name, fragment in schema["properties"].items():
         path = f"{prefix}{name}"
         options = list(_options(fragment))
-        section = _section(options, defs)
+        variants = _sections(options, defs)
+        section = _joined(variants) if variants else None
         many = section is not None and any(option.get("type") == "array" for option in options)
         found[path] = Setting(
             path=path,
@@ -59,9 +62,29 @@ def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: d
             many=many,
             default=fragment.get("default"),
             description=fragment.get("description", ""),
+            kinds=schema.get("kinds", {}).get(name, ()),
         )
         if section is not None:
             _collect(section, defs, f"{path}.", found)
+
+
+def _joined(variants: list[dict[str, Any]]) -> dict[str, Any]:
+    """One schema with the keys of all variants of a section; `kinds`: of each key that not all have, who has it."""
+    if len(variants) == 1:
+        return variants[0]
+    properties: dict[str, Any] = {}
+    kinds: dict[str, list[str]] = {}
+    for variant in variants:
+        for name, fragment in variant["properties"].items():
+            properties.setdefault(name, fragment)
+            kinds.setdefault(name, []).append(variant["properties"]["kind"]["const"])
+    every = kinds["kind"]
+    properties["kind"] = {**properties["kind"], "enum": every}
+    return {
+        "properties": properties,
+        "required": {name for variant in variants for name in variant["required"]},
+        "kinds": {name: tuple(having) for name, having in kinds.items() if having != every},
+    }
 
 
 def _options(fragment: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -73,17 +96,14 @@ def _options(fragment: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _options(alternative)
 
 
-def _section(options: list[dict[str, Any]], defs: dict[str, Any]) -> dict[str, Any] | None:
-    """The model that one of the options refers to; None for a plain value."""
-    for option in options:
-        if "$ref" in option:
-            section: dict[str, Any] = defs[option["$ref"].removeprefix("#/$defs/")]
-            return section
-    return None
+def _sections(options: list[dict[str, Any]], defs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The models that the options refer to, several where a key of them tells them apart; none for a plain value."""
+    return [defs[option["$ref"].removeprefix("#/$defs/")] for option in options if "$ref" in option]
 
 
 def _expects_section(section: dict[str, Any], many: bool) -> str:
-    return "a section with " + ", ".join(section["properties"]) + (", or a list of such sections" if many else "")
+    names = [name for name in section["properties"] if name not in section.get("kinds", ())]
+    return "a section with " + ", ".join(names) + (", or a list of such sections" if many else "")
 
 
 def _expects(fragment: dict[str, Any]) -> str:
@@ -94,8 +114,7 @@ def _expects(fragment: dict[str, Any]) -> str:
     if "const" in fragment:
         return str(fragment["const"])
     if fragment["type"] == "array":
-        items = fragment["items"]
-        return "a list of " + ", ".join(items["enum"]) if "enum" in items else "a list of names"
+        return _list(fragment["items"])
     if fragment["type"] in ("integer", "number"):
         return _number(fragment)
     return {
@@ -104,6 +123,12 @@ def _expects(fragment: dict[str, Any]) -> str:
         "null": "null",
         "object": _mapping(fragment),
     }[fragment["type"]]
+
+
+def _list(items: dict[str, Any]) -> str:
+    if "enum" in items:
+        return "a list of " + ", ".join(items["enum"])
+    return "a list of names" if items["type"] == "string" else f"a list, each {_number(items)}"
 
 
 def _mapping(fragment: dict[str, Any]) -> str:

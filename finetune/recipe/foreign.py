@@ -75,9 +75,21 @@ _RENAMED = {
     "output_dir": "out_dir output_path run_dir save_dir",
     "seed": "random_seed manual_seed",
     "method.kind": "stage finetuning_type task trainer_type rl",
+    "method.beta": "rl_beta dpo_beta pref_beta",
+    "method.loss_type": "pref_loss dpo_loss_type dpo_loss",
+    "method.label_smoothing": "dpo_label_smoothing",
+    "method.reference": "precompute_ref_log_probs precompute_ref_logps precompute_ref_batch_size",
+    "model.adapter": "lora_model_dir adapter_name_or_path adapter_path adapter_model lora_path sft_adapter",
 }
 
-_DPO = ("beta", "rl_beta", "dpo_beta", "pref_beta", "pref_loss", "ref_model", "max_prompt_length")
+_REFERENCE = Foreign(
+    "the reference is the base as it is loaded, or the adapter that the run starts from",
+    "remove it; a run starts from an earlier adapter with model.adapter",
+)
+_SFT_TERM = Foreign(
+    "the cross entropy of the chosen answers is one of the losses",
+    "write method.loss_type: [sigmoid, sft], and its weight in method.loss_weights",
+)
 _NF4 = Foreign("not a choice here: 4-bit storage is NF4 with double quantisation", "write model.load_in_4bit only")
 _HARDWARE = Foreign(
     "hardware is not part of a recipe", "remove it and choose a file of accelerate_configs/ for accelerate launch"
@@ -108,7 +120,13 @@ _SYSTEM = Foreign("no words are added to the rows here", "remove it and put a sy
 
 # Another meaning, or none here.
 _SPECIAL = {
-    **{name: Foreign(f"{name} is a DPO setting", "remove it") for name in _DPO},
+    **dict.fromkeys(("ref_model", "reference_model", "ref_model_name_or_path", "ref_adapter_name"), _REFERENCE),
+    **dict.fromkeys(("rpo_alpha", "pref_ftx", "dpo_ftx"), _SFT_TERM),
+    **dict.fromkeys(
+        ("max_prompt_length", "max_completion_length"),
+        Foreign("prompt and answer have one limit together", "write data.max_length"),
+    ),
+    "reference_free": Foreign("no loss without a reference is offered", "remove it"),
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization"), _NF4
     ),
@@ -183,7 +201,10 @@ _SPECIAL = {
         "the split is a setting of the data set", "write data.eval with id, split and format"
     ),
     "load_in_8bit": Foreign("8-bit storage is not offered", "write model.load_in_4bit: true or false"),
-    "adapter": Foreign("always LoRA here, QLoRA with model.load_in_4bit: true", "remove it"),
+    "adapter": Foreign(
+        "always LoRA here, QLoRA with model.load_in_4bit: true",
+        "remove it; an earlier adapter to start from is named in model.adapter",
+    ),
     "use_peft": Foreign("always LoRA here, QLoRA with model.load_in_4bit: true", "remove it"),
     "trust_remote_code": Foreign("code from a checkpoint is never run", "remove it"),
     "gradient_checkpointing_kwargs": Foreign("checkpointing is always non-reentrant here", "remove it"),

@@ -17,6 +17,8 @@ _OUT_OF_RANGE = frozenset(
         "string_too_short",
     )
 )
+# A section of several kinds whose `kind` is missing or unknown is reported as a whole.
+_OF_KIND = {"union_tag_not_found": "missing", "union_tag_invalid": "literal_error"}
 _VALUES_OF_HABIT = {
     "bf16": "bfloat16",
     "fp16": "float16",
@@ -46,9 +48,11 @@ _VALUES_OF_HABIT = {
 
 def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -> None:
     """Word one of pydantic's errors; `location` may end in names of union branches, which nobody typed."""
+    if kind in _OF_KIND:
+        kind, location = _OF_KIND[kind], (*location, "kind")
     if kind == "extra_forbidden":
         section, around = _place(source, location[:-1])
-        what, do = unknown_key(section, str(location[-1]))
+        what, do = unknown_key(section, str(location[-1]), source.get((*around, "kind")))
         path = (*around, location[-1])
         source.report(path, what, do, got=show(source.get(path)))
         return
@@ -100,11 +104,15 @@ def _inside(setting: Setting, path: Path) -> bool:
 
 def _add(setting: Setting) -> str:
     if setting.section:
-        inner = [path for path, below in settings().items() if path.startswith(f"{setting.path}.") and below.required]
+        inner = [path for path, below in settings().items() if path.startswith(f"{setting.path}.") and _always(below)]
         direct = [path.removeprefix(f"{setting.path}.") for path in inner]
         names = [name for name in direct if "." not in name]
         return "add it with " + ", ".join([PATH_OR_ID, *names] if setting.many else names)
     return f"add it: {setting.expects}"
+
+
+def _always(setting: Setting) -> bool:
+    return setting.required and not setting.kinds
 
 
 def _write(setting: Setting, value: Value, *, inside: bool) -> str:

@@ -44,9 +44,16 @@ def _purpose(path: str, setting: Setting) -> str:
 
 def _table(rows: list[Setting]) -> str:
     return _COLUMNS + "".join(
-        f"| `{row.path}` | {row.expects} | {_default(row)} | {row.description} |\n".replace("\n", " ").rstrip() + "\n"
+        f"| `{row.path}` | {row.expects} | {_default(row)} | {_only(row)}{row.description} |\n".replace(
+            "\n", " "
+        ).rstrip()
+        + "\n"
         for row in rows
     )
+
+
+def _only(setting: Setting) -> str:
+    return f"With kind: {' or '.join(setting.kinds)}. " if setting.kinds else ""
 
 
 def _default(setting: Setting) -> str:

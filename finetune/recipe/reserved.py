@@ -1,4 +1,4 @@
-"""Fields of TRL's SFTConfig that `training.trainer_args` refuses: the recipe names them, or this program sets them."""
+"""Fields of TRL's settings that `training.trainer_args` refuses: the recipe names them, or this program sets them."""
 
 # The recipe's own key for a field of the same meaning.
 _NAMED = {
@@ -118,8 +118,39 @@ _SET_BY_US = {
     "use_cache": "training keeps no key-value cache",
 }
 
-RESERVED: dict[str, tuple[str, str]] = {
+# Fields of TRL's DPOConfig that a recipe's `method` section has under the same names.
+_DPO_NAMED = (
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "ld_alpha",
+    "f_divergence_type",
+    "f_alpha_divergence_coef",
+    "use_weighting",
+    "discopop_tau",
+)
+_START = "the reference is the model as training finds it, and stays what it is"
+_DPO_SET_BY_US = {
+    **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _START),
+    "disable_dropout": "lora.lora_dropout is used as it stands, and the reference has none",
+}
+
+_RESERVED: dict[str, tuple[str, str]] = {
     **{name: ("the recipe has its own key for this", f"remove it and write {ours}") for name, ours in _NAMED.items()},
     **{name: (f"set by this program: {why}", "remove it") for name, why in _SET_BY_US.items()},
 }
-"""field -> (what is wrong with it in `trainer_args`, what to do)."""
+_DPO_RESERVED = {
+    **_RESERVED,
+    **{name: ("the recipe has its own key for this", f"remove it and write method.{name}") for name in _DPO_NAMED},
+    **dict.fromkeys(
+        ("precompute_ref_log_probs", "precompute_ref_batch_size"),
+        ("the recipe has its own key for this", "remove it and write method.reference"),
+    ),
+    **{name: (f"set by this program: {why}", "remove it") for name, why in _DPO_SET_BY_US.items()},
+}
+
+
+def reserved(kind: str) -> dict[str, tuple[str, str]]:
+    """Field -> (what is wrong with it in `trainer_args`, what to do), for a method."""
+    return _DPO_RESERVED if kind == "dpo" else _RESERVED

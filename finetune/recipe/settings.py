@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from finetune.recipe.data_settings import DataSettings
+from finetune.recipe.method_settings import DpoSettings, SftSettings
 from finetune.recipe.section import Section, Text
 
 Scalar = bool | int | float | str | None
@@ -28,6 +29,12 @@ class ModelSettings(Section):
     name_or_path: Text = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
     revision: Text | None = Field(
         default=None, description="Commit, tag or branch of a checkpoint on the hub; null: its main branch."
+    )
+    adapter: Text | None = Field(
+        default=None,
+        description="Folder of an adapter that an earlier run has saved, from which this one goes on; for dpo it is "
+        "also the reference. It must have been made on this base, with this quantisation, template and `lora` section. "
+        "null: a fresh adapter.",
     )
     load_in_4bit: bool = Field(
         description="Store attention and experts as NF4 (4 bits a weight, double quantisation) while they load. "
@@ -141,12 +148,6 @@ class RouterSettings(Section):
     )
 
 
-class SftSettings(Section):
-    """Supervised fine-tuning: cross entropy on the assistant's tokens."""
-
-    kind: Literal["sft"] = Field(description="The training method.")
-
-
 class TrainingSettings(Section):
     """How long, how fast, in what steps. Batch sizes are global: the number of GPUs does not change the result."""
 
@@ -191,8 +192,8 @@ class TrainingSettings(Section):
     )
     trainer_args: dict[str, Scalar] = Field(
         default_factory=dict,
-        description="Further fields of TRL's SFTConfig, passed through as they are; names and types are checked "
-        "against the installed version. What the recipe names itself is refused here.",
+        description="Further fields of TRL's SFTConfig or DPOConfig, passed through as they are; names and types are "
+        "checked against the installed version. What the recipe names itself is refused here.",
     )
 
 
@@ -221,7 +222,9 @@ class Recipe(Section):
     router: RouterSettings | None = Field(
         default=None, description="The router of a Mixture-of-Experts model; null for dense models."
     )
-    method: SftSettings = Field(description="The training method, told apart by `kind`.")
+    method: SftSettings | DpoSettings = Field(
+        discriminator="kind", description="What is trained for. Which keys there are depends on `kind`."
+    )
     data: DataSettings = Field(description="The rows.")
     training: TrainingSettings = Field(description="The course of the training.")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="The dashboards.")

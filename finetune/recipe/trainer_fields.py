@@ -1,6 +1,6 @@
-"""The fields of TRL's SFTConfig, read from the installed source with `ast`: importing it would import torch.
+"""The fields of TRL's SFTConfig and DPOConfig, read from the installed source with `ast`: importing would import torch.
 
-SFTConfig inherits `_BaseConfig` inherits transformers' `TrainingArguments`; all three are read, oldest first.
+Each inherits `_BaseConfig` inherits transformers' `TrainingArguments`; all three are read, oldest first.
 """
 
 import ast
@@ -12,11 +12,9 @@ from pathlib import Path
 from finetune.errors import Problem, RecipeError
 
 _TRAINING_ARGUMENTS = ("transformers", "training_args.py")
-_CLASSES = (
-    (*_TRAINING_ARGUMENTS, "TrainingArguments"),
-    ("trl", "trainer/base_config.py", "_BaseConfig"),
-    ("trl", "trainer/sft_config.py", "SFTConfig"),
-)
+_COMMON = ((*_TRAINING_ARGUMENTS, "TrainingArguments"), ("trl", "trainer/base_config.py", "_BaseConfig"))
+TRAINER_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+"""TRL's name of a method's settings."""
 
 # Simple annotations whose values can be checked here; what else a field may take (enums, dicts) is written as text.
 _SIMPLE: dict[str, tuple[type, ...]] = {
@@ -43,10 +41,10 @@ class TrainerField:
 
 
 @cache
-def trainer_fields() -> dict[str, TrainerField]:
-    """Name -> field of SFTConfig, inherited ones included."""
+def trainer_fields(kind: str) -> dict[str, TrainerField]:
+    """Name -> field of the method's settings in TRL, inherited ones included."""
     fields: dict[str, TrainerField] = {}
-    for package, file, name in _CLASSES:
+    for package, file, name in (*_COMMON, ("trl", f"trainer/{kind}_config.py", TRAINER_CONFIGS[kind])):
         for statement in _class(package, file, name).body:
             # A dataclass field is an annotated name; a ClassVar is not one.
             if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):

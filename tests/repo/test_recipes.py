@@ -8,7 +8,7 @@ import pytest
 
 from finetune.cli import schema
 from finetune.recipe import load_recipe
-from finetune.recipe.reserved import RESERVED
+from finetune.recipe.reserved import reserved
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -44,10 +44,21 @@ def test_the_command_takes_one_flag() -> None:
     assert parser.parse_args(["schema", "--reference"]).run is schema.run
 
 
-def test_what_the_sft_trainer_is_given_cannot_be_given_again_through_trainer_args() -> None:
-    tree = ast.parse((ROOT / "finetune/methods/sft.py").read_text(encoding="utf-8"))
-    (function,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "sft_config"]
-    given, *_nested = [n for n in ast.walk(function) if isinstance(n, ast.Dict)]
+@pytest.mark.parametrize(
+    ("kind", "file", "function"),
+    [
+        ("sft", "common.py", "common_arguments"),
+        ("sft", "sft.py", "sft_config"),
+        ("dpo", "common.py", "common_arguments"),
+        ("dpo", "dpo.py", "dpo_config"),
+    ],
+)
+def test_what_a_trainer_is_given_cannot_be_given_again_through_trainer_args(
+    kind: str, file: str, function: str
+) -> None:
+    tree = ast.parse((ROOT / "finetune/methods" / file).read_text(encoding="utf-8"))
+    (found,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
+    given, *_nested = [n for n in ast.walk(found) if isinstance(n, ast.Dict)]
     names = {key.value for key in given.keys if isinstance(key, ast.Constant)}
     assert names
-    assert names - set(RESERVED) == set()
+    assert names - set(reserved(kind)) == set()

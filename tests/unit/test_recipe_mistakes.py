@@ -121,7 +121,7 @@ SINGLE_MISTAKES = {
     ),
     "section without keys": (
         changed(("  kind: sft\n", "")),
-        "recipe.yaml:12: method.kind: required key is missing; add it: sft",
+        "recipe.yaml:12: method.kind: required key is missing; add it: one of sft, dpo",
     ),
     "section that is text": (
         changed(("method:\n  kind: sft\n", "method: sft\n")),
@@ -143,11 +143,11 @@ SINGLE_MISTAKES = {
     ),
     "beta in SFT": (
         changed(("kind: sft", "kind: sft\n  beta: 0.1")),
-        "recipe.yaml:14: method.beta: unknown key: beta is a DPO setting; got 0.1; remove it",
+        "recipe.yaml:14: method.beta: a setting of method.kind: dpo; got 0.1; remove it, or write kind: dpo",
     ),
     "a method that is not offered": (
-        changed(("kind: sft", "kind: dpo")),
-        'recipe.yaml:13: method.kind: not one of the known values; got "dpo"; write sft',
+        changed(("kind: sft", "kind: grpo")),
+        'recipe.yaml:13: method.kind: not one of the known values; got "grpo"; write one of sft, dpo',
     ),
     "duplicate key": (
         changed(("  r: 8", "  r: 8\n  r: 16")),

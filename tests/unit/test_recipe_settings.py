@@ -20,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 SURFACE = """
 output_dir seed
-model model.name_or_path model.revision model.load_in_4bit model.dtype model.attn_implementation
+model model.name_or_path model.revision model.adapter model.load_in_4bit model.dtype model.attn_implementation
 model.added_tokens model.eos_token
 lora lora.targets lora.r lora.lora_alpha lora.expert_r lora.expert_lora_alpha
 lora.experts lora.experts_share lora.experts_score lora.experts_tokens lora.lora_dropout lora.use_rslora
 router router.router_aux_loss_coef router.balance router.scope router.router_z_loss_coef router.bias_update_rate
-method method.kind
+method method.kind method.beta method.loss_type method.loss_weights method.label_smoothing method.ld_alpha
+method.f_divergence_type method.f_alpha_divergence_coef method.use_weighting method.discopop_tau
+method.reference method.prompt_sharing
 data
 data.train data.train.path data.train.id data.train.config data.train.split data.train.revision data.train.streaming
 data.train.format data.train.columns data.train.weight data.train.max_rows
