@@ -74,7 +74,7 @@ def test_the_router_is_read_when_a_line_is_logged_and_never_else(
     )
     lines = 3 // logging_steps
     assert reads_of(settings) == {
-        "methods/sft.py:_clip_grad_norm": 3,  # once a step: is every loss and the gradient finite
-        "methods/sft.py:log": lines,
+        "methods/steps.py:_clip_grad_norm": 3,  # once a step: is every loss and the gradient finite
+        "methods/steps.py:_over_ranks": lines,
         "methods/router_term.py:figures": lines,
     }

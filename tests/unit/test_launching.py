@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from finetune.errors import RecipeError, RunError, WeightsError
-from finetune.methods.sft import accumulation_steps, sft_config
+from finetune.methods.common import accumulation_steps
+from finetune.methods.sft import sft_config
 from finetune.moe.router import find_routers
 from finetune.threads import wait_passively
 from finetune.train import _refuse_data_parallel

@@ -1,0 +1,241 @@
+"""What every method's trainer has in common: optimizer steps that are the same however they are cut.
+
+`ExactSteps` goes before TRL's trainer among the base classes. It adds the router term in the scope of the optimizer
+step, figures that are exact over all ranks and micro-batches, a stop before a step that is not finite, and checkpoints
+that a resumed run continues bit for bit.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from finetune.errors import Problem, RunError
+from finetune.methods.router_term import RouterTerm
+from finetune.moe.same_adapter import refuse_other_adapter
+
+RouterObserver = Callable[[int, Mapping[str, Any]], None]
+"""Is given the step and the load by layer and expert at each logged line, on the main process."""
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class ExactSteps(_Trainer):  # type: ignore[misc]
+    """Base of the trainers; a method says what it sums up (`sums`), how that reads (`figures`) and what a token is.
+
+    LoRA weights stay in float32 (TRL casts those of a quantised model to bfloat16).
+    """
+
+    sums: tuple[str, ...]
+    """Names of what is summed up over micro-batches and ranks, in training and in evaluation."""
+
+    def __init__(
+        self,
+        *args: Any,
+        model: Any,
+        router_term: RouterTerm | None,
+        router_observers: Sequence[RouterObserver] = (),
+        **kwargs: Any,
+    ) -> None:
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(*args, model=model, **kwargs)
+        for parameter, data in trained:
+            parameter.data = data
+        self.router_term, self.router_observers = router_term, router_observers
+        self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
+        self._step_losses: list[torch.Tensor] = []
+        # This rank's sums: over the steps since the last line, and over the running evaluation.
+        self._window, self._eval_window = (self._zeros() for _ in range(2))
+        self._window_steps = 0
+        self.add_callback(_StepEnd(self))
+
+    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """How many tokens of the plain batch each place stands for, 0 for padding; flattened, `[T]`."""
+        raise NotImplementedError
+
+    def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
+        """What is logged of the sums over all ranks and `steps` optimizer steps."""
+        raise NotImplementedError
+
+    def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """What an evaluation reports of its sums over all ranks; `loss` at least."""
+        raise NotImplementedError
+
+    def run_from(self, checkpoint: Path | None) -> None:
+        """Train to the last step; from a checkpoint also with the balance frequencies and the token count it left.
+
+        Raises RunError where fewer steps were taken than the recipe says: what was saved would not be what was asked.
+        """
+        if checkpoint is not None:
+            refuse_other_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
+        if checkpoint is None:
+            self.train()
+        elif not self._take_over(checkpoint):
+            self.train(resume_from_checkpoint=str(checkpoint))
+        if self.state.global_step < self.state.max_steps:
+            raise RunError(
+                Problem(
+                    "training",
+                    f"the run stopped before its {self.state.max_steps} steps; nothing was saved",
+                    "give more rows than one micro-batch holds, and look at training.trainer_args",
+                    got=f"{self.state.global_step} steps",
+                )
+            )
+
+    def _take_over(self, checkpoint: Path) -> bool:
+        """Take over what transformers does not from a checkpoint; True if it is that of the last step."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        counted = [line["num_tokens"] for line in state["log_history"] if "num_tokens" in line]
+        self._total_train_tokens = int(counted[-1]) if counted else 0
+        if self.router_term is not None:
+            self.router_term.load(checkpoint)
+        if state["global_step"] < state["max_steps"]:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state.global_step = self.state.max_steps = state["max_steps"]
+        return True
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """All micro-batches of one optimizer step; opens the step for the balance term."""
+        samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_rows = [sample["rows"] for sample in samples]
+        self._step_losses.clear()
+        if samples:
+            self.begin_step(samples, device)
+        return samples, num_items
+
+    def begin_step(self, samples: list[Any], device: torch.device) -> None:
+        """Open an optimizer step, of which `samples` are this rank's micro-batches."""
+        if self.router_term is not None:
+            tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
+            self.router_term.begin_step(self.sum_over_ranks(tokens), self.will_log)
+
+    @property
+    def will_log(self) -> bool:
+        """Whether a line is logged after the running optimizer step."""
+        step = self.state.global_step + 1
+        return step % self.args.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
+    def count(self, **values: torch.Tensor) -> None:
+        """Add to the sums; without gradient, and without waiting for the device."""
+        window = self._window if self.model.training else self._eval_window
+        window += torch.stack([values[name].detach().double().to(window.device) for name in self.sums])
+
+    def with_router_term(self, loss: torch.Tensor, record: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The micro-batch's loss with its share of the term; remembered, so that a step that is not finite is named."""
+        if self.router_term is not None and record is not None:
+            loss = self.router_term.add(loss, record, self.weights(inputs), self.accelerator.num_processes)
+        self._step_losses.append(loss.detach())
+        return loss
+
+    def first_repeated(self, rows: int) -> int:
+        """How many of this rank's `rows` of an evaluation batch count: several processes fill up the last ones."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return max(min(state.remainder - self.accelerator.process_index * rows, rows), 0)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As transformers', with exact figures in place of means of batch means."""
+        self._eval_window.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self.evaluation_figures(self._over_ranks(self._eval_window))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def end_step(self) -> None:
+        """Close the optimizer step over all of its micro-batches and ranks; waits for nothing."""
+        self._window_steps += 1
+        if self.router_term is not None:
+            self.router_term.end_step(self.sum_over_ranks)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the method's figures and the router's, apart, over the optimizer steps since the last line."""
+        if "loss" in logs:
+            logs |= self.figures(self._over_ranks(self._window), max(self._window_steps, 1))
+            self._window.zero_()
+            self._window_steps = 0
+            if self.router_term is not None:
+                figures, load = self.router_term.figures()
+                logs |= figures
+                for look in self.router_observers if self.is_world_process_zero() else ():
+                    look(self.state.global_step, load)
+        super().log(logs, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
+
+        The only place in a step, logging aside, that waits for the device.
+        """
+        norm = super()._clip_grad_norm(model)
+        norm_value, *losses = torch.stack([each.float() for each in (norm.detach(), *self._step_losses)]).tolist()
+        for loss, rows in zip(losses, self._step_rows, strict=True):
+            if not math.isfinite(loss):
+                raise self._not_finite("loss", loss, rows)
+        # In float16 the gradient scaler meets overflows as a matter of course and skips the step by itself.
+        if self.accelerator.scaler is None and not math.isfinite(norm_value):
+            raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
+        return norm
+
+    def _not_finite(self, what: str, value: float, rows: list[str]) -> RunError:
+        shown = ", ".join(rows[:32]) + (" ..." if len(rows) > 32 else "")
+        router = None if self.router_term is None else self.router_term.first_not_finite()
+        first = "" if router is None else f"; the first router with logits that are not finite: {router}"
+        return RunError(
+            Problem(
+                f"step {self.state.global_step + 1}",
+                f"the {what} is not finite; the optimizer step was not taken{first}; rows of the step: {shown}",
+                "look at these rows, lower training.learning_rate, or use model.dtype bfloat16 instead of float16",
+                got=str(value),
+            )
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.router_term is not None and self.is_world_process_zero():
+            self.router_term.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As transformers', without the whole embedding, which PEFT would add where new tokens made it longer."""
+        model = self.model
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As transformers', without the rows of added tokens: they stand for tokens, and 0 is no neutral token."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if ".trainable_tokens_delta." not in name]
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `tensor`."""
+        total: torch.Tensor = self.accelerator.reduce(tensor.clone(), reduction="sum")
+        return total
+
+    def _zeros(self) -> torch.Tensor:
+        return torch.zeros(len(self.sums), dtype=torch.float64, device=self.args.device)
+
+    def _over_ranks(self, window: torch.Tensor) -> dict[str, float]:
+        return dict(zip(self.sums, self.sum_over_ranks(window).tolist(), strict=True))
+
+
+class _StepEnd(TrainerCallback):  # type: ignore[misc]
+    """Closes each optimizer step before anything of it is logged or saved; evaluates after the last one."""
+
+    def __init__(self, trainer: ExactSteps) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.end_step()
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            control.should_evaluate = True
