@@ -1,0 +1,220 @@
+"""Pairs of answers -> one micro-batch of tensors, in one of three layouts.
+
+B pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the chosen
+answer and its prompt with the rejected one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune.data.render import IGNORED
+from finetune.data.render.rendering import Ints
+from finetune.data.tokens.pairs import TokenPair
+
+PairLayout = Literal["padded", "flat", "shared"]
+
+PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
+"""What a token of a shared row is part of (`branch`)."""
+
+
+class _Stretch(NamedTuple):
+    """Tokens one after the other in a row, of one document and branch."""
+
+    ids: Ints
+    next_labels: Ints  # label of the token after each, IGNORED where there is none
+    position: int  # of the first
+    weight: int
+    document: int
+    branch: int
+
+
+class _Answer(NamedTuple):
+    """Where an answer is: `start` is the place in `row` that predicts its first token."""
+
+    row: int
+    start: int
+    labels: Ints
+
+
+class _Laid(NamedTuple):
+    """The rows of a batch, and where the answers are: of each pair the chosen one, and the rejected one."""
+
+    rows: list[list[_Stretch]]
+    chosen: list[_Answer]
+    rejected: list[_Answer]
+
+
+class PairCollator:
+    """Makes micro-batches of pairs; called with features `{"pairs": [indices], "split": name}`.
+
+    Layouts:
+
+    - padded: `input_ids` and `attention_mask` `[2B, T]`, a document a row, the chosen ones first, padded on the right.
+    - flat: `input_ids` and `position_ids` `[1, T]`, all documents in one row, those of a pair side by side. As with
+      `Collator` there is no `attention_mask`: the restarts of `position_ids` keep documents apart.
+    - shared: `input_ids`, `position_ids`, `document` and `branch` `[rows, T]`, a feature a row, padded on the right.
+      Of each pair the prompt without its last token stands once; then that token and the chosen answer, then that
+      token and the rejected answer, so that every hidden state predicts one token. Positions go on from the prompt
+      in both branches (prefix sharing, arXiv 2410.20305). Who sees whom follows from `document` (number of the pair in
+      its row; padding has negative ones, each its own) and `branch`.
+
+    In every layout:
+
+    - `shift_labels`, as `input_ids`: the label of the next token of its own document, -100 where there is none.
+    - `weight`, as `input_ids`: how many tokens of the padded layout each stands for: 2 in a shared prompt, 1, and 0 for
+      padding. Its sum is the number of tokens in both documents of all pairs, whatever the layout.
+    - `answer_index` `[2B, W]`: flattened place that predicts the j-th token of an answer; 0 beyond its end.
+    - `completion_mask` `[2B, W]`: 1 where the j-th token is supervised. `answer_length` `[2B]`, in tokens.
+    - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
+    - `rows` (list of str): `file:line` of each pair, for messages.
+
+    The pairs of all features are numbered in order; of the `2B`, the chosen answers come first.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        tables: Mapping[str, Sequence[TokenPair]],
+        layout: PairLayout,
+        reference: Mapping[str, NDArray[np.floating[Any]]] | None = None,
+    ) -> None:
+        self._pad_token_id: int = tokenizer.pad_token_id
+        self._tables, self._reference = tables, reference
+        self.layout = layout
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate the pairs of all features."""
+        groups = [[self._tables[feature["split"]][index] for index in feature["pairs"]] for feature in features]
+        laid = _LAY[self.layout](groups)
+        batch = _tokens(laid.rows, self._pad_token_id)
+        batch |= _answers([*laid.chosen, *laid.rejected], batch["input_ids"].shape[1])
+        for name in _UNUSED[self.layout]:
+            del batch[name]
+        if self._reference is not None:
+            values = [self._reference[feature["split"]][index] for feature in features for index in feature["pairs"]]
+            chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32)).unbind(1)
+            batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
+        return {**batch, "rows": [pair.row for pair in chain(*groups)]}
+
+
+def sharing_gain(pairs: Iterable[TokenPair]) -> float:
+    """Tokens of all documents, over those that are left where every pair shares its prompt."""
+    plain = shared = 0
+    for pair in pairs:
+        answers = len(pair.chosen_ids) + len(pair.rejected_ids)
+        plain += 2 * len(pair.prompt_ids) + answers
+        shared += len(pair.prompt_ids) + 1 + answers
+    return plain / max(shared, 1)
+
+
+def _document(pair: TokenPair, answer: tuple[Ints, Ints], document: int, branch: int) -> _Stretch:
+    """A whole conversation."""
+    ids, labels = answer
+    before = np.full(len(pair.prompt_ids) - 1, IGNORED, np.int32)
+    return _Stretch(np.concatenate([pair.prompt_ids, ids]), _next(before, labels), 0, 1, document, branch)
+
+
+def _next(*labels: Ints) -> Ints:
+    return np.concatenate([*labels, np.array([IGNORED], np.int32)])
+
+
+def _padded(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
+    rows: list[list[_Stretch]] = []
+    answers: list[list[_Answer]] = []
+    for branch in (CHOSEN, REJECTED):
+        answers.append([])
+        for pair in chain(*groups):
+            answer = pair.answers[branch - CHOSEN]
+            answers[-1].append(_Answer(len(rows), len(pair.prompt_ids) - 1, answer[1]))
+            rows.append([_document(pair, answer, 0, branch)])
+    return _Laid(rows, *answers)
+
+
+def _flat(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
+    row: list[_Stretch] = []
+    answers: tuple[list[_Answer], list[_Answer]] = ([], [])
+    length = 0
+    for pair in chain(*groups):
+        for found, branch, answer in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
+            found.append(_Answer(0, length + len(pair.prompt_ids) - 1, answer[1]))
+            row.append(_document(pair, answer, len(row), branch))
+            length += len(row[-1].ids)
+    return _Laid([row], *answers)
+
+
+def _shared(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
+    rows: list[list[_Stretch]] = []
+    answers: tuple[list[_Answer], list[_Answer]] = ([], [])
+    for number, group in enumerate(groups):
+        row: list[_Stretch] = []
+        length = 0
+        for document, pair in enumerate(group):
+            prompt, last = pair.prompt_ids[:-1], pair.prompt_ids[-1:]
+            row.append(_Stretch(prompt, np.full(len(prompt), IGNORED, np.int32), 0, 2, document, PROMPT))
+            length += len(prompt)
+            for found, branch, (ids, labels) in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
+                found.append(_Answer(number, length, labels))
+                row.append(_Stretch(np.concatenate([last, ids]), _next(labels), len(prompt), 1, document, branch))
+                length += len(ids) + 1
+        rows.append(row)
+    return _Laid(rows, *answers)
+
+
+_LAY: dict[PairLayout, Callable[[Sequence[Sequence[TokenPair]]], _Laid]] = {
+    "padded": _padded,
+    "flat": _flat,
+    "shared": _shared,
+}
+_UNUSED: dict[PairLayout, tuple[str, ...]] = {
+    "padded": ("position_ids", "document", "branch"),
+    "flat": ("attention_mask", "document", "branch"),
+    "shared": ("attention_mask",),
+}
+
+
+def _tokens(rows: Sequence[Sequence[_Stretch]], pad_token_id: int) -> dict[str, Any]:
+    """All columns `[rows, T]`."""
+    T = max(sum(len(each.ids) for each in row) for row in rows)
+    shape = (len(rows), T)
+    columns = {
+        "input_ids": np.full(shape, pad_token_id, np.int64),
+        "shift_labels": np.full(shape, IGNORED, np.int64),
+        "position_ids": np.zeros(shape, np.int64),
+        "weight": np.zeros(shape, np.int64),
+        # Padding: documents of one token each, which see themselves alone.
+        "document": np.tile(-1 - np.arange(T), (len(rows), 1)),
+        "branch": np.full(shape, PADDING, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+    }
+    for number, row in enumerate(rows):
+        place = 0
+        for each in row:
+            here = (number, slice(place, place + len(each.ids)))
+            columns["input_ids"][here] = each.ids
+            columns["shift_labels"][here] = each.next_labels
+            columns["position_ids"][here] = each.position + np.arange(len(each.ids))
+            columns["weight"][here] = each.weight
+            columns["document"][here] = each.document
+            columns["branch"][here] = each.branch
+            columns["attention_mask"][here] = 1
+            place += len(each.ids)
+    return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+
+def _answers(answers: Sequence[_Answer], T: int) -> dict[str, Any]:
+    """Where each answer is predicted, in rows of `T` tokens."""
+    W = max(len(answer.labels) for answer in answers)
+    index_BW, mask_BW = (np.zeros((len(answers), W), np.int64) for _ in range(2))
+    for number, (row, start, labels) in enumerate(answers):
+        index_BW[number, : len(labels)] = row * T + start + np.arange(len(labels))
+        mask_BW[number, : len(labels)] = labels != IGNORED
+    return {
+        "answer_index": torch.from_numpy(index_BW),
+        "completion_mask": torch.from_numpy(mask_BW),
+        "answer_length": torch.tensor([len(answer.labels) for answer in answers]),
+    }
