@@ -18,6 +18,7 @@ from finetune.checkpoint import CheckpointReader, read_json
 from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.earlier import EarlierAdapter
 from finetune.moe.esft.adapter import keep_chosen
 from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
@@ -204,14 +205,23 @@ def load_model(folder: Path, recipe: Recipe, new_tokens: Sequence[int] = ()) -> 
     return adapt(load_base(folder, recipe.model, new_tokens), recipe, new_tokens=new_tokens)
 
 
-def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None, new_tokens: Sequence[int] = ()) -> PeftModel:
-    """A loaded base model with a fresh adapter, of all experts or of the chosen ones, ready to train.
+def adapt(
+    base: Any,
+    recipe: Recipe,
+    choice: ExpertChoice | None = None,
+    new_tokens: Sequence[int] = (),
+    earlier: EarlierAdapter | None = None,
+) -> PeftModel:
+    """A loaded base model with an adapter, of all experts or of the chosen ones, ready to train: a fresh one, or the
+    `earlier` one.
 
     The adapter has the rows of `new_tokens`, which `load_base` was given as well.
     """
     model = add_adapter(base, recipe.lora, new_tokens)
     if choice is not None:
         keep_chosen(model, choice.experts)
+    if earlier is not None:
+        earlier.load_into(model, family_of(model.config.model_type, recipe.model.name_or_path))
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 over what every rank has read itself; a 4-bit
     # stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
@@ -221,7 +231,12 @@ def adapt(base: Any, recipe: Recipe, choice: ExpertChoice | None = None, new_tok
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, recipe: Recipe, base: dict[str, str], choice: ExpertChoice | None = None
+    model: PeftModel,
+    folder: Path,
+    recipe: Recipe,
+    base: dict[str, str],
+    choice: ExpertChoice | None = None,
+    earlier: EarlierAdapter | None = None,
 ) -> None:
     """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say."""
     config = model.peft_config["default"]
@@ -235,7 +250,9 @@ def save_adapter(
         "added_tokens": dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
         "quantization": "nf4" if recipe.model.load_in_4bit else None,
         "dtype": recipe.model.dtype,
-        **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe) else {}),
+        # What it went on from: one of this toolkit's, told by the hash of its weights.
+        "adapter": None if earlier is None else {"name_or_path": recipe.model.adapter, "sha256": earlier.digest()},
+        **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe, earlier) else {}),
         "recipe": recipe.model_dump(mode="json"),
         "versions": {name: version(name) for name in ("peft", "torch", "transformers", "bitsandbytes")},
     }
@@ -248,10 +265,11 @@ def new_tokens_of(model: PeftModel) -> list[int]:
     return next(iter(indices.values()), [])
 
 
-def _save_router_bias(model: PeftModel, folder: Path, recipe: Recipe) -> bool:
-    """Write the correction biases where training has moved them; returns whether it has."""
+def _save_router_bias(model: PeftModel, folder: Path, recipe: Recipe, earlier: EarlierAdapter | None) -> bool:
+    """Write the correction biases where this training or an earlier one has moved them; returns whether one has."""
     moe = family_of(model.config.model_type, str(folder)).moe
-    if moe is None or recipe.router is None or not recipe.router.bias_update_rate:
+    moved = recipe.router is not None and recipe.router.bias_update_rate > 0
+    if moe is None or not (moved or (earlier is not None and earlier.has_biases)):
         return False
     save_biases(model, moe, folder)
     return True

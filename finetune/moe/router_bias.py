@@ -10,7 +10,7 @@ E experts, L MoE layers.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,14 @@ class BiasBalance:
             yield
         finally:
             bias.data = ours
+
+    @contextmanager
+    def all_as_base(self) -> Iterator[None]:
+        """The same for every router."""
+        with ExitStack() as stack:
+            for position in range(len(self.base)):
+                stack.enter_context(self.as_base(position))
+            yield
 
     def state_dict(self) -> dict[str, list[Any]]:
         """Name -> values, as plain numbers (JSON)."""

@@ -55,6 +55,18 @@ class ExpertChoice:
         layers = [{**asdict(layer), "reached": layer.share} for layer in self.layers]
         return {**asdict(self), "adapted": self.adapted, "layers": layers}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ExpertChoice":
+        """The choice that `as_dict` gave; ValueError, TypeError or KeyError where it is none."""
+        layers = tuple(
+            LayerChoice(str(each["layer"]), tuple(map(float, each["scores"])), tuple(map(int, each["experts"])))
+            for each in values["layers"]
+        )
+        choice = cls(str(values["score"]), float(values["share"]), int(values["rows"]), int(values["tokens"]), layers)
+        if choice.score not in SCORES or not layers or not all(_is_sound(layer) for layer in layers):
+            raise ValueError("an unknown score, layer or expert")
+        return choice
+
     def lines(self) -> list[str]:
         """What is printed: a line a layer, and one for all."""
         chosen = sum(len(layer.experts) for layer in self.layers)
@@ -80,20 +92,9 @@ def read_choice(path: Path) -> ExpertChoice:
     if not path.is_file():
         raise RunError(Problem(str(path), "the run that is to be continued has no choice of experts", do))
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        layers = tuple(
-            LayerChoice(str(each["layer"]), tuple(map(float, each["scores"])), tuple(map(int, each["experts"])))
-            for each in values["layers"]
-        )
-        choice = ExpertChoice(
-            str(values["score"]), float(values["share"]), int(values["rows"]), int(values["tokens"]), layers
-        )
-        whole = choice.score in SCORES and layers and all(_is_sound(layer) for layer in layers)
+        return ExpertChoice.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
         raise RunError(Problem(str(path), "not a choice of experts", do, got=repr(error))) from error
-    if not whole:
-        raise RunError(Problem(str(path), "not a choice of experts", do, got="an unknown score, layer or expert"))
-    return choice
 
 
 def _is_sound(layer: LayerChoice) -> bool:

@@ -1,0 +1,216 @@
+"""DPO: TRL's losses on pairs of answers, with the router term, an exact step and one quantised base for everything.
+
+B pairs, W tokens of the longest answer; of `2B` the chosen answers come first.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from finetune.methods.common import common_arguments, refuse_other_world
+from finetune.methods.pair_scores import score_pairs
+from finetune.methods.reference import Reference
+from finetune.methods.steps import ExactSteps
+from finetune.recipe import DpoSettings, Recipe
+
+
+def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> DPOConfig:
+    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
+    method = recipe.method
+    assert isinstance(method, DpoSettings)
+    own = {
+        "beta": method.beta,
+        "loss_type": list(method.loss_type),
+        "loss_weights": method.loss_weights,
+        "label_smoothing": method.label_smoothing,
+        "ld_alpha": method.ld_alpha,
+        "f_divergence_type": method.f_divergence_type,
+        "f_alpha_divergence_coef": method.f_alpha_divergence_coef,
+        "use_weighting": method.use_weighting,
+        "discopop_tau": method.discopop_tau,
+        "disable_dropout": False,  # the recipe's own; the reference has none
+        "precompute_ref_log_probs": False,  # finetune.methods.reference_store keeps ours
+    }
+    config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
+    refuse_other_world(config, num_processes)
+    return config
+
+
+class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
+    """TRL's DPOTrainer on pairs tokenised by `finetune.data`, in the layouts of `PairCollator`.
+
+    TRL's own `_compute_loss` gets, in place of the model's output, the log-probabilities that `score_pairs` has made
+    of one forward, and in its batch those of the reference; so its losses are all there, and none is written here. Its
+    mean over the pairs of a micro-batch becomes the micro-batch's share of the mean over the pairs of the step.
+    """
+
+    # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
+    loss_is_scaled_for_ga = True
+    sums = (
+        *("loss", "pairs", "chosen_rewards", "rejected_rewards", "correct", "chosen_logps", "rejected_logps"),
+        *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
+    )
+
+    def __init__(self, *args: Any, reference: Reference, attention: str, packed: bool, live: bool, **kwargs: Any):
+        super().__init__(*args, ref_model=reference, **kwargs)
+        self.reference, self.attention, self.packed, self.live = reference, attention, packed, live
+        self.precompute_ref_logps = True  # for TRL: the batch has them, live ones too
+        self._weight_of = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        self._step_pairs = self._step_chosen = torch.ones(())
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        """The rows are pairs of token ids already."""
+        return dataset
+
+    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """2 for a token of a prompt that both answers share."""
+        weight: torch.Tensor = inputs["weight"].reshape(-1)
+        return weight
+
+    def begin_step(self, samples: list[Any], device: torch.device) -> None:
+        """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
+        super().begin_step(samples, device)
+        chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
+        counts = torch.tensor([sum(map(len, chosen)), 0], dtype=torch.float64, device=device)
+        counts[1] = sum(mask.sum() for mask in chosen)
+        self._step_pairs, self._step_chosen = self.sum_over_ranks(counts).unbind()
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The micro-batch's share of the step's loss, plus its share of the router term."""
+        self._add_reference(inputs)
+        if not self.model.training:
+            return self._evaluation_loss(model, inputs)
+        term = self.router_term
+        with nullcontext() if term is None else term.capture() as record:
+            scores = score_pairs(model, inputs, self.attention)
+        pairs = len(inputs["ref_chosen_logps"])
+        share = pairs / self._step_pairs
+        sft = inputs["completion_mask"][:pairs].sum() / self._step_chosen / share  # a mean over tokens, not over pairs
+        loss = self._trl_loss(scores, inputs, sft_share=sft) * share.float()
+        self._count(scores, inputs, loss)
+        return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
+
+    def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Log-probabilities of the answers under the reference, `[2B]`."""
+        with self.reference.active() as model:
+            return self.answer_logps(score_pairs(model, inputs, self.attention), inputs)
+
+    def answer_logps(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """Summed over an answer's supervised tokens, `[2B]`; those beyond the other answer's length weigh `ld_alpha`
+        (LD-DPO), as in TRL."""
+        if self.ld_alpha is None:
+            return scores.log_probs.sum(1)
+        mask_BW = inputs["completion_mask"]
+        shorter_B = torch.minimum(*mask_BW.sum(1).chunk(2)).repeat(2)
+        beyond_BW = mask_BW.cumsum(1) > shorter_B.unsqueeze(1)
+        return torch.where(beyond_BW, self.ld_alpha * scores.log_probs, scores.log_probs).sum(1)
+
+    def _add_reference(self, inputs: dict[str, Any]) -> None:
+        if self.live:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
+
+    def _trl_loss(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], sft_share: Any) -> torch.Tensor:
+        """The mean over these pairs of TRL's losses; `sft_share` scales the weight of the one that is no such mean."""
+        # A place before the first token of the answers, which TRL takes off again to shift.
+        completion_BW = pad(inputs["completion_mask"], (1, 0))
+        view = {
+            "input_ids": completion_BW,
+            "attention_mask": inputs["weight"],
+            "completion_mask": completion_BW,
+            "ref_chosen_logps": inputs["ref_chosen_logps"],
+            "ref_rejected_logps": inputs["ref_rejected_logps"],
+        }
+        self.loss_weights = [w * sft_share if name == "sft" else w for name, w in self._weight_of.items()]
+        loss: torch.Tensor = super()._compute_loss(lambda **_: scores, view, False)
+        return loss
+
+    def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Without the router term; pairs that only fill up the last batches of several processes do not count."""
+        scores = score_pairs(model, inputs, self.attention)
+        pairs = len(inputs["ref_chosen_logps"])
+        counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
+        if counted:
+            scores, inputs = _first_pairs(scores, inputs, counted)
+            loss = self._trl_loss(scores, inputs, sft_share=0.0)
+            self._count(scores, inputs, loss * counted)
+        return scores.log_probs.new_zeros(()) if not counted else loss
+
+    def _count(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
+        mask_BW = inputs["completion_mask"]
+        logps_B = self.answer_logps(scores, inputs).detach()
+        chosen_B, rejected_B = logps_B.chunk(2)
+        chosen_rewards = self.beta * (chosen_B - inputs["ref_chosen_logps"])
+        rejected_rewards = self.beta * (rejected_B - inputs["ref_rejected_logps"])
+        chosen_mask = mask_BW.chunk(2)[0]
+        logits = (scores.mean_logits * mask_BW).chunk(2)
+        self.count(
+            loss=loss,
+            pairs=loss.new_tensor(len(chosen_B)),
+            chosen_rewards=chosen_rewards.sum(),
+            rejected_rewards=rejected_rewards.sum(),
+            correct=(chosen_rewards > rejected_rewards).sum(),
+            chosen_logps=chosen_B.sum(),
+            rejected_logps=rejected_B.sum(),
+            chosen_tokens=chosen_mask.sum(),
+            chosen_nll=-scores.log_probs.chunk(2)[0].sum(),
+            top1=(scores.is_top1.chunk(2)[0] * chosen_mask).sum(),
+            tokens=mask_BW.sum(),
+            entropy=(scores.entropy * mask_BW).sum(),
+            chosen_logits=logits[0].sum(),
+            rejected_logits=logits[1].sum(),
+        )
+
+    def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
+        """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
+        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums)}
+
+    def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
+        """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""
+        sft = self._weight_of.get("sft", 0.0) * sums["chosen_nll"] / max(sums["chosen_tokens"], 1.0)
+        return {"loss": sums["loss"] / max(sums["pairs"], 1.0) + sft, **_pair_figures(sums)}
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Ours in place of TRL's figures, which are means of micro-batch means, the number of tokens aside."""
+        kept = self._metrics["train"].get("num_tokens", [])
+        for metrics in self._metrics.values():
+            metrics.clear()
+        if "loss" in logs and kept:
+            self._metrics["train"]["num_tokens"] = kept
+        super().log(logs, *args, **kwargs)
+
+
+def _first_pairs(
+    scores: FusedCausalLMOutput, inputs: Mapping[str, Any], count: int
+) -> tuple[FusedCausalLMOutput, dict[str, Any]]:
+    """The batch without the pairs after the first `count`, as far as the loss reads it."""
+    pairs = len(inputs["ref_chosen_logps"])
+    kept = torch.arange(2 * pairs, device=scores.log_probs.device) % pairs < count
+    fields = {name: value[kept] for name, value in scores.items() if value is not None and value.dim() == 2}
+    reference = {name: inputs[name][:count] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    mask = inputs["completion_mask"][kept]
+    return FusedCausalLMOutput(**fields), {**reference, "completion_mask": mask, "weight": inputs["weight"]}
+
+
+def _pair_figures(sums: dict[str, float]) -> dict[str, float]:
+    """TRL's names, as exact means over all pairs and their supervised tokens."""
+    pairs, tokens, chosen = (max(sums[name], 1.0) for name in ("pairs", "tokens", "chosen_tokens"))
+    return {
+        "rewards/chosen": sums["chosen_rewards"] / pairs,
+        "rewards/rejected": sums["rejected_rewards"] / pairs,
+        "rewards/margins": (sums["chosen_rewards"] - sums["rejected_rewards"]) / pairs,
+        "rewards/accuracies": sums["correct"] / pairs,
+        "logps/chosen": sums["chosen_logps"] / pairs,
+        "logps/rejected": sums["rejected_logps"] / pairs,
+        "logits/chosen": sums["chosen_logits"] / chosen,
+        "logits/rejected": sums["rejected_logits"] / max(sums["tokens"] - sums["chosen_tokens"], 1.0),
+        "mean_token_accuracy": sums["top1"] / chosen,
+        "entropy": sums["entropy"] / tokens,
+    }

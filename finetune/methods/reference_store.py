@@ -1,0 +1,138 @@
+"""Precomputed log-probabilities of the reference: `reference/` of the run folder.
+
+    made_from.json      what they were made from; another run's are refused
+    train.0.jsonl       one line a pair, of the pairs that process 0 computed
+
+A line is on disk before the next batch is computed, so a killed run goes on at the pair where it stopped, also with
+another number of processes.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.tokens.pairs import TokenPair
+from finetune.errors import Problem, RunError
+from finetune.files import write_json, write_text
+
+Logps = NDArray[np.float32]
+"""`[pairs, 2]`: of the chosen and of the rejected answer."""
+
+MADE_FROM = "made_from.json"
+
+
+class ReferenceStore:
+    """One run's reference. `made_from`: {what: its fingerprint}, of everything that the values depend on."""
+
+    def __init__(self, folder: Path, made_from: Mapping[str, str | None]) -> None:
+        self.folder, self.made_from = folder, dict(made_from)
+
+    def open(self, is_main: bool) -> None:
+        """Begin, or go on with what a killed run left; RunError where that was made from something else."""
+        path = self.folder / MADE_FROM
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [what for what in before | self.made_from if before.get(what) != self.made_from.get(what)]
+            if changed:
+                what = f"these log-probabilities of the reference were made from another {', '.join(changed)}"
+                do = "put back what was changed to go on, or remove the folder, or name another output_dir"
+                raise RunError(Problem(str(self.folder), what, do))
+        elif is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, self.made_from)
+
+    def missing(self, split: str, pairs: Sequence[TokenPair]) -> list[int]:
+        """The pairs that are not there yet, in order."""
+        there = self._lines(split)
+        return [index for index in range(len(pairs)) if index not in there]
+
+    def append(self, split: str, rank: int, lines: Iterable[tuple[int, TokenPair, float, float]]) -> None:
+        """Write (index, pair, chosen, rejected) of a batch and bring it to the disk; RunError where not finite."""
+        path = self.folder / f"{split}.{rank}.jsonl"
+        written = []
+        for index, pair, *values in lines:
+            if not all(map(math.isfinite, values)):
+                do = "look at this row, and use model.dtype bfloat16 instead of float16"
+                what = "the reference's log-probability of its answers is not finite"
+                raise RunError(Problem(pair.row, what, do, got=", ".join(map(str, values))))
+            written.append(json.dumps({"pair": index, "tokens": checksum(pair), "logps": values}))
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in written))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def repair(self, split: str, rank: int) -> None:
+        """Take out the half line that a kill has left at the end of this process's file."""
+        path = self.folder / f"{split}.{rank}.jsonl"
+        if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+            write_text(path, text[: text.rfind("\n") + 1])
+
+    def read(self, split: str, pairs: Sequence[TokenPair]) -> Logps:
+        """All values; RunError where one is missing, or was made from other tokens than the pair has now."""
+        lines = self._lines(split)
+        values = np.empty((len(pairs), 2), dtype=np.float32)
+        for index in range(len(pairs)):
+            if index not in lines:
+                do = "start the run again: it computes what is missing"
+                raise RunError(Problem(str(self.folder), f"the reference of {split} pair {index} is missing", do))
+            tokens, values[index] = lines[index]
+            if tokens != checksum(pairs[index]):
+                what = "the reference's log-probabilities were made from other tokens than this row has now"
+                raise RunError(Problem(pairs[index].row, what, f"put the data back, or remove {self.folder}"))
+        return values
+
+    def _lines(self, split: str) -> dict[int, tuple[int, list[float]]]:
+        found = {}
+        for path in sorted(self.folder.glob(f"{split}.*.jsonl")):
+            for number, line in enumerate(_whole_lines(path), start=1):
+                try:
+                    value = json.loads(line)
+                    found[int(value["pair"])] = int(value["tokens"]), [float(each) for each in value["logps"]]
+                except (ValueError, KeyError, TypeError):
+                    what, do = "not a line that a run has written", f"remove {self.folder}: it is computed again"
+                    raise RunError(Problem(f"{path}:{number}", what, do, got=repr(line[:80]))) from None
+        return found
+
+
+def _whole_lines(path: Path) -> Iterator[str]:
+    *whole, _half = path.read_text(encoding="utf-8").split("\n")
+    yield from whole
+
+
+def checksum(pair: TokenPair) -> int:
+    """CRC-32 of a pair's tokens and labels."""
+    value = 0
+    for ids in (pair.prompt_ids, pair.chosen_ids, pair.chosen_labels, pair.rejected_ids, pair.rejected_labels):
+        value = crc32(len(ids).to_bytes(4, "little") + np.ascontiguousarray(ids).tobytes(), value)
+    return value
+
+
+def digest_of(pairs: Sequence[TokenPair]) -> str:
+    """A name for all pairs in their order."""
+    digest = hashlib.sha256()
+    for index in range(len(pairs)):
+        digest.update(checksum(pairs[index]).to_bytes(4, "little"))
+    return digest.hexdigest()
+
+
+def compute_missing(
+    store: ReferenceStore,
+    split: str,
+    pairs: Sequence[TokenPair],
+    batches: Iterable[Sequence[int]],
+    rank: int,
+    logps: Callable[[Sequence[int]], Any],
+) -> None:
+    """Compute and write this process's `batches` of pair indices; `logps` gives `[B, 2]` for one of them."""
+    store.repair(split, rank)
+    for batch in batches:
+        values = logps(batch).tolist()
+        store.append(split, rank, [(i, pairs[i], *each) for i, each in zip(batch, values, strict=True)])
