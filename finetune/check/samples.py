@@ -46,7 +46,7 @@ def draw(rows: RowSet, chosen: Indices, number: int, seed: int, tokenizer: Any) 
     drawn = random.Random(seed).sample(range(len(chosen)), min(number, len(chosen)))
     samples = []
     for index in sorted({int(chosen[position]) for position in drawn}):
-        ids, labels, where = table.row(index)
+        (ids, labels), where = table.row(index)
         supervised = [label != IGNORED for label in labels.tolist()]
         samples.append(Sample(where, pieces(ids.tolist(), supervised, tokenizer), len(ids), sum(supervised)))
     return samples

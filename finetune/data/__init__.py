@@ -2,7 +2,20 @@
 
 from finetune.data.conversations import read_conversations
 from finetune.data.tokenizer import load_tokenizer
-from finetune.data.tokens import Collator, DataStats, Mixture, Prepared, prepare, prepare_mixture
+from finetune.data.tokens import (
+    Collator,
+    DataStats,
+    Mixture,
+    PairMixture,
+    PairTable,
+    Prepared,
+    PreparedPairs,
+    TokenPair,
+    prepare,
+    prepare_mixture,
+    prepare_pair_mixture,
+    prepare_pairs,
+)
 from finetune.data.types import Conversation, Message
 
 __all__ = [
@@ -11,9 +24,15 @@ __all__ = [
     "DataStats",
     "Message",
     "Mixture",
+    "PairMixture",
+    "PairTable",
     "Prepared",
+    "PreparedPairs",
+    "TokenPair",
     "load_tokenizer",
     "prepare",
     "prepare_mixture",
+    "prepare_pair_mixture",
+    "prepare_pairs",
     "read_conversations",
 ]

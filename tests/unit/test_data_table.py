@@ -18,7 +18,7 @@ def test_rows_are_found_in_every_batch_of_the_file(tmp_path: Path) -> None:
     table, dataset = TokenTable(tmp_path / "rows.arrow"), Dataset.from_file(str(tmp_path / "rows.arrow"))
     assert len(table) == len(dataset) == 5
     for number, ids in enumerate(rows):
-        found, labels, where = table.row(number)
+        (found, labels), where = table.row(number)
         assert np.array_equal(found, ids)
         assert np.array_equal(labels, -ids)
         assert where == f"f:{number}"

@@ -45,10 +45,11 @@ def digest(parts: Mapping[str, Any]) -> str:
 
 
 def rows_fingerprint(
-    paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any
+    paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any, kind: str
 ) -> dict[str, Any]:
     """What the token rows of one source depend on; `content` is the hash of what is in its files, the `paths`."""
     return {
+        "kind": kind,  # single rows or pairs
         "paths": list(paths),  # stand in the rows and in messages
         "content": content,
         "source": {key: getattr(source, key) for key in _SOURCE_KEYS},

@@ -22,9 +22,25 @@ class Piece:
     labels: Ints
 
     @property
+    def columns(self) -> tuple[Ints, Ints]:
+        """As they are written."""
+        return self.input_ids, self.labels
+
+    @property
+    def tokens(self) -> int:
+        """Its length."""
+        return len(self.input_ids)
+
+    @property
     def supervised(self) -> int:
         """Tokens that carry a loss."""
         return int(np.count_nonzero(self.labels != IGNORED))
+
+
+def too_long(field: str | None, tokens: int, limit: int, policies: str) -> TooLongError:
+    """The error of a row that the settings refuse for its length."""
+    do = f"raise data.max_length, shorten the row, or set data.overlong to {policies}"
+    return TooLongError(field, f"longer than data.max_length = {limit} tokens", do, f"{tokens} tokens")
 
 
 def fit(input_ids: Ints, labels: Ints, settings: DataSettings) -> list[Piece]:
@@ -38,8 +54,7 @@ def fit(input_ids: Ints, labels: Ints, settings: DataSettings) -> list[Piece]:
     if settings.overlong == "drop":
         return []
     if settings.overlong == "error":
-        do = "raise data.max_length, shorten the row, or set data.overlong to truncate, split or drop"
-        raise TooLongError(None, f"longer than data.max_length = {limit} tokens", do, f"{len(input_ids)} tokens")
+        raise too_long(None, len(input_ids), limit, "truncate, split or drop")
     pieces = [Piece(input_ids[:limit], labels[:limit])]
     if settings.overlong == "split":
         pieces += _rest(input_ids, labels, limit)

@@ -1,8 +1,23 @@
-"""Two answers to one prompt, as tokens."""
+"""Two answers to one prompt, as tokens, and the data set of a preference run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
 
 from finetune.data.render.rendering import Ints
+from finetune.data.rows import MAX_PROBLEMS
+from finetune.data.tokens.kinds import PAIRED_ROWS
+from finetune.data.tokens.mixture import Indices
+from finetune.data.tokens.packing import Bins, best_fit_decreasing
+from finetune.data.tokens.prepare import Mixture, prepare_mixture
+from finetune.data.tokens.stats import DataStats
+from finetune.data.tokens.table import TokenTable
+from finetune.recipe import DataSettings, DataSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +40,94 @@ class TokenPair:
     def answers(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
         """(ids, labels) of the chosen and of the rejected answer."""
         return (self.chosen_ids, self.chosen_labels), (self.rejected_ids, self.rejected_labels)
+
+
+class PairTable(Sequence[TokenPair]):
+    """Pairs of several sets, memory-mapped: `table_of` says in which table the pair stands, `row_of` where there."""
+
+    def __init__(self, tables: Sequence[TokenTable], table_of: Indices, row_of: Indices) -> None:
+        self._tables, self._table_of, self._row_of = tables, table_of, row_of
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenPair: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenPair]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenPair | Sequence[TokenPair]:
+        if isinstance(index, slice):
+            return PairTable(self._tables, self._table_of[index], self._row_of[index])
+        columns, where = self._tables[self._table_of[index]].row(int(self._row_of[index]))
+        return TokenPair(*columns, row=where)
+
+
+@dataclass(frozen=True)
+class PairMixture(Mixture):
+    """Prepared pairs of several sources, and which of them make the data set."""
+
+    @cached_property
+    def table(self) -> PairTable:
+        """The pairs in the order of the data set, those that are used twice twice."""
+        table_of = np.repeat(np.arange(len(self.sets)), [len(each) for each in self.chosen])
+        return PairTable([rows.table() for rows in self.sets], table_of, np.concatenate(self.chosen))
+
+    def places(self, share_prompts: bool) -> Ints:
+        """What each pair takes of a packed sequence: two conversations, or one prompt with two answers behind it.
+
+        A prompt that is shared stands once, but its last token before each answer.
+        """
+        if not share_prompts:
+            return self.lengths
+        prompts = [rows.table().lengths(0)[each] for rows, each in zip(self.sets, self.chosen, strict=True)]
+        shared: Ints = self.lengths - np.concatenate(prompts) + 1
+        return shared
+
+    def dataset(self, settings: DataSettings, share_prompts: bool) -> Dataset:
+        """One column, `pairs`: indices into `table`, one a row, or with packing those that share a sequence."""
+        count = len(self.lengths)
+        bins = Bins(np.arange(count), np.arange(1, count + 1))
+        if settings.packing:
+            bins = best_fit_decreasing(self.places(share_prompts), capacity(settings))
+        ends = pa.array(np.concatenate([[0], bins.ends]).astype(np.int32))
+        return Dataset.from_dict({"pairs": pa.ListArray.from_arrays(ends, pa.array(bins.rows))})
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """`dataset` has one column, `pairs`: indices into `table`, one a row without packing. `stats` counts pairs as rows
+    and the tokens of both their conversations."""
+
+    table: PairTable
+    dataset: Dataset
+    stats: DataStats
+
+
+def capacity(settings: DataSettings) -> int:
+    """Places of a packed sequence of pairs: any pair fits whose conversations fit `max_length`."""
+    return 2 * settings.max_length
+
+
+def prepare_pairs(
+    sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings, seed: int, share_prompts: bool
+) -> PreparedPairs:
+    """As `prepare`, for rows of two answers to one prompt; `share_prompts` says what a pair takes when packed."""
+    mixture = prepare_pair_mixture(sources, tokenizer, settings, seed)
+    dataset = mixture.dataset(settings, share_prompts)
+    return PreparedPairs(mixture.table, dataset, mixture.stats(len(dataset)))
+
+
+def prepare_pair_mixture(
+    sources: Sequence[DataSource],
+    tokenizer: Any,
+    settings: DataSettings,
+    seed: int,
+    max_problems: int = MAX_PROBLEMS,
+) -> PairMixture:
+    """The first part of `prepare_pairs`: every pair is read and judged, and those that are used are chosen."""
+    if settings.loss_on != "assistant" or settings.overlong == "split":
+        raise ValueError("the loss of a pair is on its answers, and a pair is not split")
+    mixture = prepare_mixture(sources, tokenizer, settings, seed, max_problems, PAIRED_ROWS)
+    return PairMixture(mixture.sets, mixture.sources, mixture.chosen)

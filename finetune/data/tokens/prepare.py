@@ -13,6 +13,7 @@ from finetune.data.render import Renderer, read_template
 from finetune.data.render.rendering import Ints
 from finetune.data.rows import MAX_PROBLEMS
 from finetune.data.tokens.cache import digest, entry
+from finetune.data.tokens.kinds import SINGLE_ROWS, Kind
 from finetune.data.tokens.mixture import Indices, mix
 from finetune.data.tokens.packing import best_fit_decreasing
 from finetune.data.tokens.rows import RowSet, prepare_rows
@@ -43,7 +44,7 @@ class Mixture:
 
     @property
     def lengths(self) -> Ints:
-        """Tokens of each row of the data set."""
+        """Tokens of each row (or pair) of the data set."""
         return np.concatenate([rows.lengths[each] for rows, each in zip(self.sets, self.chosen, strict=True)])
 
     def stats(self, sequences: int) -> DataStats:
@@ -82,6 +83,7 @@ def prepare_mixture(
     settings: DataSettings,
     seed: int,
     max_problems: int = MAX_PROBLEMS,
+    kind: Kind = SINGLE_ROWS,
 ) -> Mixture:
     """The first part of `prepare`: every row is read and judged, and those that are used are chosen."""
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings.chat_template), settings.loss_on, settings.system)
@@ -89,7 +91,7 @@ def prepare_mixture(
     problems: list[Problem] = []
     for source in sources:
         try:
-            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems))
+            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, kind))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -148,7 +150,8 @@ def _packed(mixture: Mixture, max_length: int) -> Dataset:
         index_of = np.concatenate(mixture.chosen)
         with Writer(folder / "packed.arrow", PACKED) as writer:
             for indices in best_fit_decreasing(mixture.lengths, max_length):
-                ids, labels, where = zip(*(tables[table_of[i]].row(int(index_of[i])) for i in indices), strict=True)
+                columns, where = zip(*(tables[table_of[i]].row(int(index_of[i])) for i in indices), strict=True)
+                ids, labels = zip(*columns, strict=True)
                 positions = np.concatenate([np.arange(len(each), dtype=np.int32) for each in ids])
                 writer.append(np.concatenate(ids), np.concatenate(labels), positions, list(where))
 

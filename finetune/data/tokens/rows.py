@@ -3,7 +3,7 @@
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -19,11 +19,13 @@ from finetune.data.render.rendering import Ints
 from finetune.data.rows import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import digest, entry, rows_fingerprint
-from finetune.data.tokens.lengths import Piece, TooLongError, fit
+from finetune.data.tokens.examples import Wrong, read_items
+from finetune.data.tokens.kinds import Kept, Kind
+from finetune.data.tokens.lengths import TooLongError
 from finetune.data.tokens.seen import Seen
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.stream import Tokenised, tokenised
-from finetune.data.tokens.table import ROWS, TokenTable, Writer
+from finetune.data.tokens.table import TokenTable, Writer
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -33,7 +35,7 @@ RECOGNISED_ROWS = 100
 
 @dataclass(frozen=True)
 class RowSet:
-    """Prepared rows of one source: `lengths` and `supervised` are tokens of each row that is kept, int32."""
+    """Prepared rows (or pairs) of one source: `lengths` and `supervised` are tokens of each that is kept, int32."""
 
     name: str
     folder: Path
@@ -42,7 +44,7 @@ class RowSet:
     supervised: Ints
 
     def dataset(self) -> Dataset:
-        """Columns `input_ids`, `labels` (not shifted; -100: no loss), `row` (`file:line`), memory-mapped."""
+        """The columns of the kind's schema, memory-mapped."""
         return Dataset.from_file(str(self.folder / "rows.arrow"))
 
     def table(self) -> TokenTable:
@@ -51,18 +53,18 @@ class RowSet:
 
 
 def prepare_rows(
-    source: DataSource, tokenizer: Any, settings: DataSettings, renderer: Renderer, max_problems: int
+    source: DataSource, tokenizer: Any, settings: DataSettings, renderer: Renderer, max_problems: int, kind: Kind
 ) -> RowSet:
-    """The rows of one source, from the cache if nothing that they depend on has changed.
+    """What `kind` makes of the rows of one source, from the cache if nothing that they depend on has changed.
 
     Raises `DataError` with the bad rows, the first `max_problems` of them named, where the settings do not drop them.
     """
     opened = open_source(source)
     content = opened.fingerprint()
-    parts = rows_fingerprint(opened.paths, content, source, settings, tokenizer)
+    parts = rows_fingerprint(opened.paths, content, source, settings, tokenizer, kind.name)
 
     def write(folder: Path) -> None:
-        _Pass(source, settings, renderer, Problems(max_problems)).write(opened, folder)
+        _Pass(source, settings, renderer, kind, Problems(max_problems)).write(opened, folder)
         if opened.fingerprint() != content:
             do = "start again when nothing writes to it any more"
             raise DataError(Problem(opened.name, "changed while it was read", do))
@@ -79,6 +81,7 @@ class _Pass:
     source: DataSource
     settings: DataSettings
     renderer: Renderer
+    kind: Kind
     problems: Problems
     stats: RowStats = field(default_factory=RowStats)
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
@@ -89,8 +92,9 @@ class _Pass:
     def write(self, source: Source, folder: Path) -> None:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
-        with Writer(folder / "rows.arrow", ROWS) as writer, Seen() as texts, Seen() as ids:
-            for each in tokenised(rows, reader(self.stats.format, self.source.columns), self.renderer):
+        items = read_items(rows, reader(self.stats.format, self.source.columns))
+        with Writer(folder / "rows.arrow", self.kind.schema) as writer, Seen() as texts, Seen() as ids:
+            for each in tokenised(items, self.kind, self.renderer):
                 self._take(each, writer, texts, ids)
         self._refuse(source.name)
         for name, values in (("lengths", self.lengths), ("supervised", self.supervised)):
@@ -118,36 +122,35 @@ class _Pass:
 
     def _take(self, each: Tokenised, writer: Writer, texts: Seen, ids: Seen) -> None:
         self.stats.rows += 1
-        where = f"{each.row.path}:{each.row.number}"
-        try:
-            pieces = self._pieces(each, where, ids)
-            for piece in pieces:
-                writer.append(piece.input_ids, piece.labels, where)
-                self.kept.update(piece.input_ids.tobytes())
-                self.kept.update(piece.labels.tobytes())
-                self.lengths.append(len(piece.input_ids))
-                self.supervised.append(piece.supervised)
-                self.stats.pieces += 1
-                self.stats.tokens += len(piece.input_ids)
-                self.stats.supervised_tokens += piece.supervised
-        except RowError as error:
-            self._refuse_row(each.row, error)
+        where = each.item.where
+        kept = self._kept(each, ids)
+        if isinstance(kept, Wrong):
+            self._refuse_row(*kept)
             return
-        if pieces and (first := texts.first(each.text, where)):
+        for piece in kept:
+            writer.append(*piece.columns, where)
+            for column in piece.columns:
+                self.kept.update(column.tobytes())
+            self.lengths.append(piece.tokens)
+            self.supervised.append(piece.supervised)
+            self.stats.pieces += 1
+            self.stats.tokens += piece.tokens
+            self.stats.supervised_tokens += piece.supervised
+        if kept and (first := texts.first(each.text, where)):
             self.stats.saw_duplicate(where, first)
 
-    def _pieces(self, each: Tokenised, where: str, ids: Seen) -> list[Piece]:
-        """What is kept of a row, counted; `RowError` if it is a bad one."""
-        if isinstance(each.result, RowError):
-            raise each.result
-        assert isinstance(each.row.value, dict)
-        key = each.row.value.get("id")
-        if isinstance(key, str | int) and (first := ids.first(repr(key), where)):
-            do = "remove one of the two, or give it an id of its own"
-            raise RowError("id", f"the same id as in {first}", do, repr(key))
-        length = len(each.result.input_ids)
-        pieces = fit(each.result.input_ids, each.result.labels, self.settings)
-        self.stats.saw_length(length, where)
+    def _kept(self, each: Tokenised, ids: Seen) -> Sequence[Kept] | Wrong:
+        """What is kept of an item, counted, or what is wrong with it."""
+        if isinstance(each.result, Wrong):
+            return each.result
+        if twice := _same_id(each.item.row, each.item.where, ids):
+            return Wrong(each.item.row, twice)
+        try:
+            pieces = self.kind.fit(each.result, self.settings)
+        except RowError as error:
+            return each.item.wrong(error)
+        length = max(len(side.input_ids) for side in each.result)
+        self.stats.saw_length(length, each.item.where)
         too_long = length > self.settings.max_length
         self.stats.dropped += not pieces
         self.stats.truncated += too_long and self.settings.overlong == "truncate"
@@ -181,6 +184,15 @@ class _Pass:
             problems = [Problem(name, what, do)]
         if problems:
             raise DataError(problems)
+
+
+def _same_id(row: Row, where: str, ids: Seen) -> RowError | None:
+    """What is wrong with a row whose `id` came before."""
+    assert isinstance(row.value, dict)
+    key = row.value.get("id")
+    if not isinstance(key, str | int) or (first := ids.first(repr(key), where)) is None:
+        return None
+    return RowError("id", f"the same id as in {first}", "remove one of the two, or give it an id of its own", repr(key))
 
 
 def _no_row(name: str) -> Problem:

@@ -6,51 +6,64 @@ cannot depend on how many cores there are.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
-from finetune.data.formats import Reader
 from finetune.data.render import Rendered, Renderer, Rendering
-from finetune.data.rows import Row, RowError
-from finetune.data.types import Conversation, Document
+from finetune.data.rows import RowError
+from finetune.data.tokens.examples import Item, Wrong
+from finetune.data.tokens.kinds import Kind, Side
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
-Chunk = list[tuple[Row, Rendering | RowError]]
 _TOKENISERS = 2
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A row with its text and tokens, or with what is wrong with it."""
+    """An item with its text and the tokens of its sides, or with what is wrong with it."""
 
-    row: Row
+    item: Item
     text: str
-    result: Rendered | RowError
+    result: tuple[Rendered, ...] | Wrong
 
 
-def tokenised(rows: Iterable[Row], reader: Reader, renderer: Renderer) -> Iterator[Tokenised]:
-    """Every row, in order."""
+@dataclass(frozen=True)
+class _Job:
+    """An item with its sides and their texts, or with what is wrong with it."""
+
+    item: Item
+    sides: tuple[Side, ...] = ()
+    texts: tuple[Rendering, ...] = ()
+    wrong: Wrong | None = None
+
+
+Chunk = list[_Job]
+
+
+def tokenised(items: Iterable[Item], kind: Kind, renderer: Renderer) -> Iterator[Tokenised]:
+    """Every item, in order."""
     waiting: deque[tuple[Chunk, Future[list[Rendered | RowError]]]] = deque()
     with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
-        for chunk in _chunks(rows, reader, renderer):
-            texts = [rendering for _, rendering in chunk if isinstance(rendering, Rendering)]
+        for chunk in _chunks(items, kind, renderer):
+            texts = [text for job in chunk for text in job.texts]
             waiting.append((chunk, pool.submit(renderer.tokenise, texts)))
             if len(waiting) > _AHEAD:
-                yield from _finished(*waiting.popleft(), reader)
+                yield from _finished(*waiting.popleft())
         while waiting:
-            yield from _finished(*waiting.popleft(), reader)
+            yield from _finished(*waiting.popleft())
 
 
-def _chunks(rows: Iterable[Row], reader: Reader, renderer: Renderer) -> Iterator[Chunk]:
+def _chunks(items: Iterable[Item], kind: Kind, renderer: Renderer) -> Iterator[Chunk]:
     chunk: Chunk = []
     characters = 0
-    for row in rows:
-        rendering = _rendering(row, reader, renderer)
-        chunk.append((row, rendering))
-        characters += len(rendering.text) if isinstance(rendering, Rendering) else 0
+    for item in items:
+        job = _job(item, kind, renderer)
+        chunk.append(job)
+        characters += sum(len(text.text) for text in job.texts)
         if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -58,33 +71,40 @@ def _chunks(rows: Iterable[Row], reader: Reader, renderer: Renderer) -> Iterator
         yield chunk
 
 
-def _rendering(row: Row, reader: Reader, renderer: Renderer) -> Rendering | RowError:
-    if isinstance(row.value, RowError):
-        return row.value
+def _job(item: Item, kind: Kind, renderer: Renderer) -> _Job:
+    if isinstance(item.example, Wrong):
+        return _Job(item, wrong=item.example)
     try:
-        example = reader(row.value)
+        sides = kind.sides(item.example)
+        return _Job(item, sides, tuple(_render(side, renderer) for side in sides))
     except RowError as error:
-        return error
-    if not isinstance(example, Conversation | Document):
-        do = "use it with preference tuning, or name the file's true data format"
-        return RowError(None, "holds two answers to compare or a judged one, and one answer a row is trained", do)
+        return _Job(item, wrong=item.wrong(error))
+
+
+def _render(side: Side, renderer: Renderer) -> Rendering:
     try:
-        return renderer.render(example)
+        return renderer.render(side.example)
     except RowError as error:
-        return _located(error, row, reader)
+        error.field = side.place(error.field)
+        raise
 
 
-def _located(error: RowError, row: Row, reader: Reader) -> RowError:
-    """The renderer's complaint about a turn, by the names of the file's own columns."""
-    assert isinstance(row.value, dict)
-    return RowError(reader.locate(row.value, error.field), error.what, error.do, error.got)
-
-
-def _finished(chunk: Chunk, future: Future[list[Rendered | RowError]], reader: Reader) -> Iterator[Tokenised]:
+def _finished(chunk: Chunk, future: Future[list[Rendered | RowError]]) -> Iterator[Tokenised]:
     results = iter(future.result())
-    for row, rendering in chunk:
-        if isinstance(rendering, RowError):
-            yield Tokenised(row, "", rendering)
+    for job in chunk:
+        if job.wrong is not None:
+            yield Tokenised(job.item, "", job.wrong)
             continue
-        result = next(results)
-        yield Tokenised(row, rendering.text, _located(result, row, reader) if isinstance(result, RowError) else result)
+        text = "\0".join(text.text for text in job.texts)
+        yield Tokenised(job.item, text, _result(job, list(islice(results, len(job.sides)))))
+
+
+def _result(job: _Job, results: Sequence[Rendered | RowError]) -> tuple[Rendered, ...] | Wrong:
+    """The tokens of all sides, or what is wrong with the first that has none."""
+    rows = []
+    for side, result in zip(job.sides, results, strict=True):
+        if isinstance(result, RowError):
+            result.field = side.place(result.field)
+            return job.item.wrong(result)
+        rows.append(result)
+    return tuple(rows)

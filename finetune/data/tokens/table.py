@@ -10,6 +10,12 @@ from finetune.data.render.rendering import Ints
 
 IDS = pa.list_(pa.int32())
 ROWS = pa.schema([("input_ids", IDS), ("labels", IDS), ("row", pa.string())])
+PAIRS = pa.schema(
+    [
+        *((name, IDS) for name in ("prompt_ids", "chosen_ids", "chosen_labels", "rejected_ids", "rejected_labels")),
+        ("row", pa.string()),
+    ]
+)
 PACKED = pa.schema([("input_ids", IDS), ("labels", IDS), ("position_ids", IDS), ("row", pa.list_(pa.string()))])
 
 BATCH_TOKENS = 1 << 18
@@ -39,7 +45,7 @@ class Writer:
         """Add one row, its columns in the schema's order; token columns are int32 arrays."""
         for column, value in zip(self._columns, row, strict=True):
             column.append(value)
-        self._tokens += len(row[0])  # type: ignore[arg-type]
+        self._tokens += max(len(value) for value in row[:-1])  # type: ignore[arg-type]
         if self._tokens >= BATCH_TOKENS:
             self._flush()
 
@@ -62,27 +68,35 @@ class TokenTable:
     """The rows of a written file, memory-mapped: nothing is read before it is asked for."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         with pa.memory_map(str(path)) as mapped:
             self._batches = [_Batch(batch) for batch in pa.ipc.open_stream(mapped)]
         self._ends = np.cumsum([len(batch.where) for batch in self._batches], dtype=np.int64)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A process of a data loader maps the file itself."""
+        return TokenTable, (self._path,)
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def row(self, index: int) -> tuple[Ints, Ints, str]:
-        """`input_ids`, `labels` (views into the file) and `file:line` of a row."""
+    def row(self, index: int) -> tuple[list[Ints], str]:
+        """The token columns of a row, in the schema's order (views into the file), and its `file:line`."""
         position = int(np.searchsorted(self._ends, index, side="right"))
         batch = self._batches[position]
         inside = index - (int(self._ends[position]) - len(batch.where))
-        start, end = batch.offsets[inside], batch.offsets[inside + 1]
-        return batch.input_ids[start:end], batch.labels[start:end], batch.where[inside].as_py()
+        columns = [values[offsets[inside] : offsets[inside + 1]] for offsets, values in batch.columns]
+        return columns, batch.where[inside].as_py()
+
+    def lengths(self, column: int) -> Ints:
+        """How long a token column is in each row; of the file only where its rows end is read."""
+        ends = [np.diff(batch.columns[column][0]) for batch in self._batches]
+        return np.concatenate(ends) if ends else np.empty(0, dtype=np.int32)
 
 
 class _Batch:
-    """Views of one record batch: `offsets` of both token columns, their values end to end, and where rows came from."""
+    """Views of one record batch: of each token column its offsets and values, and where the rows came from."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        ids, labels, self.where = (batch.column(name) for name in ROWS.names)
-        self.offsets: Ints = ids.offsets.to_numpy()
-        self.input_ids: Ints = ids.values.to_numpy()
-        self.labels: Ints = labels.values.to_numpy()
+        *tokens, self.where = batch.columns
+        self.columns: list[tuple[Ints, Ints]] = [(each.offsets.to_numpy(), each.values.to_numpy()) for each in tokens]
