@@ -73,7 +73,8 @@ class PairCollator:
     - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
     - `rows` (list of str): `file:line` of each pair, for messages.
 
-    The pairs of all features are numbered in order; of the `2B`, the chosen answers come first.
+    The pairs of all features are numbered in order; of the `2B`, the chosen answers come first. Padded rows get
+    `pad_to_multiple_of` tokens: CUDA's attention copies a mask in every layer whose rows are no multiple of 8.
     """
 
     def __init__(
@@ -82,17 +83,22 @@ class PairCollator:
         tables: Mapping[str, Sequence[TokenPair]],
         layout: PairLayout,
         reference: Mapping[str, NDArray[np.floating[Any]]] | None = None,
+        pad_to_multiple_of: int = 1,
     ) -> None:
         self._pad_token_id: int = tokenizer.pad_token_id
         self._tables, self._reference = tables, reference
+        self._pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate the pairs of all features."""
         groups = [[self._tables[feature["split"]][index] for index in feature["pairs"]] for feature in features]
         laid = _LAY[self.layout](groups)
-        batch = _tokens(laid.rows, self._pad_token_id)
-        batch |= _answers([*laid.chosen, *laid.rejected], batch["input_ids"].shape[1])
+        T = max(sum(len(each.ids) for each in row) for row in laid.rows)
+        if self.layout != "flat":
+            T += -T % self._pad_to_multiple_of
+        batch = _tokens(laid.rows, T, self._pad_token_id)
+        batch |= _answers([*laid.chosen, *laid.rejected], T)
         for name in _UNUSED[self.layout]:
             del batch[name]
         if self._reference is not None:
@@ -177,9 +183,8 @@ _UNUSED: dict[PairLayout, tuple[str, ...]] = {
 }
 
 
-def _tokens(rows: Sequence[Sequence[_Stretch]], pad_token_id: int) -> dict[str, Any]:
+def _tokens(rows: Sequence[Sequence[_Stretch]], T: int, pad_token_id: int) -> dict[str, Any]:
     """All columns `[rows, T]`."""
-    T = max(sum(len(each.ids) for each in row) for row in rows)
     shape = (len(rows), T)
     columns = {
         "input_ids": np.full(shape, pad_token_id, np.int64),
