@@ -3,7 +3,7 @@
 B pairs, W tokens of the longest answer; of `2B` the chosen answers come first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,13 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         loss = self._trl_loss(scores, inputs, sft_share=sft) * share.float()
         self._count(scores, inputs, loss)
         return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
+
+    def batch_of(self, split: str, pairs: Sequence[int]) -> dict[str, Any]:
+        """A micro-batch of some pairs of a split, on the device."""
+        batch: dict[str, Any] = self._prepare_inputs(
+            self.data_collator([{"pairs": [pair], "split": split} for pair in pairs])
+        )
+        return batch
 
     def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Log-probabilities of the answers under the reference, `[2B]`."""
