@@ -18,7 +18,6 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
-    from finetune.methods.router_term import RouterTerm
     from finetune.methods.rows import MethodRows
     from finetune.moe.earlier import EarlierAdapter
     from finetune.moe.esft.choice import ExpertChoice
@@ -37,7 +36,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.methods.common import accumulation_steps
     from finetune.methods.setup import TrainerSetup
     from finetune.model import architecture_config, checkpoint_family, recipe_tokenizer, resolve_checkpoint
-    from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
+    from finetune.run import prepare_dashboards
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -45,13 +44,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     set_seed(recipe.seed)
 
     # 1. Where the run goes, and what it reports to
-    run = RunFolder(Path(recipe.output_dir))
-    resume = recipe.training.resume_from_checkpoint
-    if state.is_main_process and (kept := run.create(resume=resume)):
-        print(f"the earlier run in {run.path} is kept as {kept}")
-    state.wait_for_everyone()
-    if resume:
-        refuse_other_recipe(run, recipe)
+    run = _open_run(recipe, state)
     dashboards = prepare_dashboards(recipe.logging, run)
     method = method_of(recipe.method.kind)
     accumulation_steps(recipe, state.num_processes)  # a batch that cannot be cut is refused before anything is loaded
@@ -74,25 +67,11 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
         _write_provenance(run, recipe, base, command_line)
 
     # 5. TRL's trainer of the method, plus the router term
-    router_load = RouterLoadCallback(run.router_load)
-    trainer = method.make_trainer(
-        TrainerSetup(
-            recipe=recipe,
-            run=run,
-            model=model,
-            tokenizer=tokenizer,
-            rows=rows,
-            router_term=_router_term(model, family, recipe),
-            earlier=earlier,
-            base=base,
-            dashboard_args=dashboards.trainer_args,
-            callbacks=[MetricsCallback(run.metrics), router_load, *dashboards.callbacks],
-            router_observers=[each.show_router for each in (router_load, *dashboards.callbacks)],
-        )
-    )
+    setup = TrainerSetup(recipe, run, family, model, tokenizer, rows, earlier, base, dashboards)
+    trainer = method.make_trainer(setup)
 
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
-    trainer.run_from(run.newest_checkpoint() if resume else None)
+    trainer.run_from(run.newest_checkpoint() if recipe.training.resume_from_checkpoint else None)
     if state.is_main_process:
         _save(run, trainer, tokenizer, recipe, base, choice, earlier)
     state.wait_for_everyone()
@@ -112,6 +91,20 @@ def _refuse_data_parallel(state: Any) -> None:
                 got=f"{device_count()} GPUs",
             )
         )
+
+
+def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
+    """The run folder, made or continued; refused where another run lies there."""
+    from finetune.run import RunFolder, refuse_other_recipe
+
+    run = RunFolder(Path(recipe.output_dir))
+    resume = recipe.training.resume_from_checkpoint
+    if state.is_main_process and (kept := run.create(resume=resume)):
+        print(f"the earlier run in {run.path} is kept as {kept}")
+    state.wait_for_everyone()
+    if resume:
+        refuse_other_recipe(run, recipe)
+    return run
 
 
 def _earlier_adapter(recipe: Recipe, base: dict[str, str], tokenizer: Any) -> "EarlierAdapter | None":
@@ -180,14 +173,6 @@ def _audit(model: Any, family: "Family", recipe: Recipe, rows: "MethodRows", run
     problems = differences(parts, recipe.lora, base.load_in_4bit, base.dtype, len(base.added_tokens))
     if problems:
         raise RunError(problems)
-
-
-def _router_term(model: Any, family: "Family", recipe: Recipe) -> "RouterTerm | None":
-    from finetune.methods.router_term import RouterTerm
-
-    if family.moe is None or recipe.router is None:
-        return None
-    return RouterTerm(model, family, recipe.router)
 
 
 def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:

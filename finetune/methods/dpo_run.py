@@ -106,7 +106,7 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     fresh = setup.earlier is None and not recipe.model.added_tokens
     reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
     trainer = MoeDpoTrainer(
-        args=dpo_config(recipe, setup.run.path, setup.dashboard_args, PartialState().num_processes),
+        args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
         reference=reference,
         attention=recipe.model.attn_implementation,
         packed=recipe.data.packing,

@@ -1,15 +1,16 @@
 """What every trainer is made from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.rows import MethodRows
-from finetune.methods.steps import RouterObserver
 from finetune.moe.earlier import EarlierAdapter
+from finetune.moe.families import Family
 from finetune.recipe import Recipe
-from finetune.run import RunFolder
+from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
 
 
 @dataclass(frozen=True)
@@ -18,18 +19,24 @@ class TrainerSetup:
 
     recipe: Recipe
     run: RunFolder
+    family: Family
     model: Any
     tokenizer: Any
     rows: MethodRows
-    router_term: RouterTerm | None
     earlier: EarlierAdapter | None
     base: Mapping[str, str]
-    dashboard_args: Mapping[str, Any]
-    callbacks: Sequence[Any]
-    router_observers: Sequence[RouterObserver]
+    dashboards: Dashboards
+
+    @cached_property
+    def router_term(self) -> RouterTerm | None:
+        """The routers of a mixture of experts, as the recipe balances them."""
+        if self.family.moe is None or self.recipe.router is None:
+            return None
+        return RouterTerm(self.model, self.family, self.recipe.router)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that all trainers take."""
+        router_load = RouterLoadCallback(self.run.router_load)
         return {
             "model": self.model,
             "router_term": self.router_term,
@@ -37,6 +44,6 @@ class TrainerSetup:
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,
-            "callbacks": list(self.callbacks),
-            "router_observers": self.router_observers,
+            "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
+            "router_observers": [each.show_router for each in (router_load, *self.dashboards.callbacks)],
         }

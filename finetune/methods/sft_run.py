@@ -35,6 +35,6 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, _family: Family, _config: dict[
 def make_trainer(setup: TrainerSetup) -> MoeSftTrainer:
     """TRL's trainer, plus the router term."""
     return MoeSftTrainer(
-        args=sft_config(setup.recipe, setup.run.path, setup.dashboard_args, PartialState().num_processes),
+        args=sft_config(setup.recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
         **setup.arguments(),
     )
