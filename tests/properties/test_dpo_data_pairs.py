@@ -5,7 +5,7 @@ With Mistral's own tokenizers (v1, v3, tekken) and a tiny byte-level one.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from finetune.data.rows import RowError
 from finetune.data.tokens.kinds import PAIRED_ROWS
 from finetune.data.tokens.packing import best_fit_decreasing
 from finetune.data.types import Conversation, Message, Preference
-from finetune.recipe import DataSettings
+from finetune.recipe import DataSettings, DataSource
 from tests.real_tokenizers import mistral_tokenizer, with_template
 from tests.rendering import tool_call, tool_schema
 from tests.support import tiny_tokenizer
@@ -78,8 +78,8 @@ def preferences(draw: st.DrawFn, tools: bool = False) -> Preference:
     return Preference(prompt, chosen, rejected, [tool_schema("look_up")] if called else None)
 
 
-def limit(tokens: int, overlong: str = "error") -> DataSettings:
-    return DataSettings(train={"path": "a", "format": "preference"}, max_length=tokens, overlong=overlong)
+def limit(tokens: int, overlong: Literal["error", "truncate"] = "error") -> DataSettings:
+    return DataSettings(train=DataSource(path="a", format="preference"), max_length=tokens, overlong=overlong)
 
 
 def rendered(renderer: Renderer, preference: Preference) -> tuple[list[str], list[Rendered]]:

@@ -108,10 +108,9 @@ class TestOverlong:
         """Prompt, and the conversations of SHORT's chosen answer and of both of LONG."""
         short, long = prepared(tmp_path, [SHORT, LONG]).table
         prompt = len(long.prompt_ids)
-        return (
-            prompt,
-            *(prompt + len(ids) for ids in (short.chosen_ids, long.rejected_ids, long.chosen_ids)),
-        )
+        ends = (len(ids) for ids in (short.chosen_ids, long.rejected_ids, long.chosen_ids))
+        done, rejected, chosen = (prompt + end for end in ends)
+        return prompt, done, rejected, chosen
 
     def test_a_pair_that_just_fits_is_whole(self, tmp_path: Path) -> None:
         *_, longest = self.lengths(tmp_path)
@@ -140,7 +139,7 @@ class TestOverlong:
 
     @pytest.mark.parametrize("setting", [{"overlong": "split"}, {"loss_on": "all"}, {"loss_on": "completion"}])
     def test_what_a_recipe_refuses_is_no_pair_for_a_program_either(
-        self, tmp_path: Path, setting: dict[str, str]
+        self, tmp_path: Path, setting: dict[str, Any]
     ) -> None:
         with pytest.raises(ValueError, match="the loss of a pair is on its answers, and a pair is not split"):
             prepared(tmp_path, [SHORT], **setting)
