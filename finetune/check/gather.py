@@ -6,11 +6,12 @@ from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
 
-from finetune.check.report import Report, split_of
+from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
 from finetune.check.twins import find_twins
-from finetune.data.tokens import Mixture, prepare_mixture
+from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
+from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.model import checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
@@ -38,7 +39,8 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
         mixture = _mixture(name, recipe, tokenizer, report)
         if mixture is not None:
             mixtures[name] = mixture
-            report.splits.append(split_of(name, mixture.stats(_sequences(mixture, recipe)), mixture.lengths, recipe))
+            batches = _batches(mixture, recipe)
+            report.splits.append(split_of(name, mixture.stats(batches.sequences), batches, recipe))
             for rows, chosen in zip(mixture.sets, mixture.chosen, strict=True):
                 drawn = draw(rows, chosen, samples, recipe.seed, tokenizer)
                 report.samples += [(name, sample) for sample in drawn]
@@ -73,17 +75,21 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
     sources = recipe.data.sources(name)
     if not sources:
         return None
+    of_pairs = recipe.method.kind == "dpo"
     if tokenizer is None:
-        _attempt(report, lambda: read_without_tokenizer(sources, MAX_PROBLEMS))
+        kind = PAIRED_ROWS if of_pairs else SINGLE_ROWS
+        _attempt(report, lambda: read_without_tokenizer(sources, kind, MAX_PROBLEMS))
         return None
-    return _attempt(report, lambda: prepare_mixture(sources, tokenizer, recipe.data, recipe.seed, MAX_PROBLEMS))
+    prepare = prepare_pair_mixture if of_pairs else prepare_mixture
+    return _attempt(report, lambda: prepare(sources, tokenizer, recipe.data, recipe.seed, MAX_PROBLEMS))
 
 
-def _sequences(mixture: Mixture, recipe: Recipe) -> int:
+def _batches(mixture: Mixture, recipe: Recipe) -> Batches:
+    if isinstance(mixture, PairMixture):
+        return pair_batches_of(mixture, recipe, share_prompts=False)
     lengths = mixture.lengths
-    if not recipe.data.packing:
-        return len(lengths)
-    return count_sequences(lengths, recipe.data.max_length)
+    sequences = count_sequences(lengths, recipe.data.max_length) if recipe.data.packing else len(lengths)
+    return batches_of(lengths, sequences, recipe)
 
 
 def _texts(mixture: Mixture) -> Iterator[tuple[str, str]]:
@@ -95,10 +101,13 @@ def _texts(mixture: Mixture) -> Iterator[tuple[str, str]]:
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     data = recipe.data
+    of_pairs = recipe.method.kind == "dpo"
+    loss, what = ("both answers of a pair", "pairs") if of_pairs else (data.loss_on, "rows")
+    limit = f"{data.max_length:,} tokens" + (" for a prompt with one answer" if of_pairs else "")
     return [
         ("model", recipe.model.name_or_path),
         ("template", data.chat_template or "the tokenizer's own"),
-        ("loss on", data.loss_on),
-        ("max_length", f"{data.max_length:,} tokens; longer rows: {data.overlong}"),
+        ("loss on", loss),
+        ("max_length", f"{limit}; longer {what}: {data.overlong}"),
         ("bad rows", data.on_bad_row),
     ]
