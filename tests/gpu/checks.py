@@ -121,6 +121,38 @@ def check_grouped_is_loop(device: str, routing: str, shape: Shape = SHAPE) -> No
         assert_close(results(arm), loop, relative=RELATIVE / 2)
 
 
+def check_family(device: str, model_type: str) -> None:
+    """One layer's experts of an architecture, in 4 bits with LoRA: whatever gate, bias and layout they have."""
+    model = tiny_model(model_type).to(device, torch.bfloat16)
+    dispatching = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    for module in dispatching:
+        for name, stack in list(module.named_parameters(recurse=False)):
+            if stack.ndim == 3:
+                setattr(module, name, torch.nn.Parameter(Nf4Stack.quantize(stack.data), requires_grad=False))
+    model = add_adapter(model, LoraSettings(targets=["experts"], r=4, lora_alpha=8.0))
+    module: Any = dispatching[0]
+    generator = torch.Generator().manual_seed(4)
+    x_TH = torch.randn(40, model.config.hidden_size, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    weight_TK = torch.rand(40, 2, generator=generator).to(device).requires_grad_()
+    index_TK = torch.rand(40, module.num_experts, generator=generator).topk(2).indices.to(device)
+    factors = {
+        f"{name}.{letter}": getattr(source, f"lora_{letter}").default.weight
+        for name, source in module.lora_sources.items()
+        for letter in "AB"
+    }
+    for factor in factors.values():
+        torch.nn.init.normal_(factor, std=0.1)
+    leaves = {"x": x_TH, "weights": weight_TK, **factors}
+
+    def step(grouped: bool) -> dict[str, torch.Tensor]:
+        with grouped_products(grouped):
+            output = experts.experts_forward(module, x_TH, index_TK, weight_TK)
+            gradients = torch.autograd.grad(output.float().square().sum(), list(leaves.values()))
+        return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    assert_close(step(True), step(False), relative=RELATIVE)
+
+
 def check_quantisation(device: str) -> None:
     """A stack quantised on the device is the one quantised on the CPU, and moved there stands for the same values.
 

@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.shapes import Shape
+from tests.families import CONFIGS
 from tests.gpu import checks
 
 
@@ -20,6 +21,11 @@ def test_grouped_products_compute_what_the_loop_computes(routing: str, shape: Sh
 
 def test_tokens_without_an_expert() -> None:
     checks.check_tokens_without_an_expert("cpu")
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_experts_of_every_architecture(model_type: str) -> None:
+    checks.check_family("cpu", model_type)
 
 
 def test_quantisation() -> None:
