@@ -31,7 +31,8 @@ def sigmoid(c: Tensors, r: Tensors, n: list[Any]) -> torch.Tensor:
 
 
 def ipo(c: Tensors, r: Tensors, n: list[Any]) -> torch.Tensor:
-    return ((c[0] - c[1]) / n[0] - (r[0] - r[1]) / n[1] - 1 / (2 * BETA)) ** 2
+    loss: torch.Tensor = ((c[0] - c[1]) / n[0] - (r[0] - r[1]) / n[1] - 1 / (2 * BETA)) ** 2
+    return loss
 
 
 def sigmoid_norm(c: Tensors, r: Tensors, n: list[Any]) -> torch.Tensor:
@@ -40,7 +41,8 @@ def sigmoid_norm(c: Tensors, r: Tensors, n: list[Any]) -> torch.Tensor:
 
 def robust(c: Tensors, r: Tensors, n: list[Any]) -> torch.Tensor:
     margin = BETA * (c[0] - c[1] - r[0] + r[1])
-    return (-0.9 * logsigmoid(margin) + 0.1 * logsigmoid(-margin)) / 0.8
+    loss: torch.Tensor = (-0.9 * logsigmoid(margin) + 0.1 * logsigmoid(-margin)) / 0.8
+    return loss
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[..., torch.Tensor], float]] = {
@@ -88,7 +90,7 @@ def test_loss_and_gradients_are_those_of_the_formula(
         losses.append(pair_loss((chosen, reference[0]), (rejected, reference[1]), [n_chosen, n_rejected]))
         nll, tokens = nll - chosen, tokens + n_chosen
     loss = torch.stack(losses).mean() + sft * nll / tokens
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
 
     assert steps.logs[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     wanted = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -89,7 +89,7 @@ def test_live_and_precomputed_agree_from_an_earlier_adapter(
         )
         for reference in ("live", "precomputed")
     ]
-    assert_same_steps(*runs, KEYS)
+    assert_same_steps(runs[0], runs[1], KEYS)
 
 
 def test_the_reference_sees_no_dropout(base: Path, pairs: Path, earlier: Path, tmp_path: Path) -> None:
