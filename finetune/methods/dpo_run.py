@@ -13,17 +13,14 @@ from tqdm import tqdm
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.methods.dpo import MoeDpoTrainer, dpo_config
+from finetune.methods.pair_layout import pair_layout
 from finetune.methods.reference import Reference
 from finetune.methods.reference_store import ReferenceStore, compute_missing, digest_of
 from finetune.methods.rows import MethodRows
 from finetune.methods.setup import TrainerSetup
 from finetune.methods.start_check import refuse_other_start
 from finetune.moe.families import Family
-from finetune.moe.prompt_sharing import prompt_sharing_refusal
 from finetune.recipe import DpoSettings, Recipe
-
-PAYS = 1.1
-"""Prompts are shared from this ratio of tokens on: below it the mask costs what it saves."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) ->
             for name in ("train", "eval")
             if data.sources(name)
         }
-    layout, remark = _layout(recipe, family, config, mixtures["train"])
+    layout, remark = pair_layout(recipe, family, config, mixtures["train"])
     datasets = {name: _dataset(name, each, recipe, layout) for name, each in mixtures.items()}
     tables = {name: each.table for name, each in mixtures.items()}
     return PairRows(
@@ -52,28 +49,9 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) ->
         stats={name: each.stats(len(datasets[name])) for name, each in mixtures.items()},
         conversations=_Chosen(tables["train"]),
         conversation_collator=Collator(tokenizer),
-        remarks=[remark],
+        remarks=[f"prompts: {remark}"],
         tables=tables,
     )
-
-
-def _layout(recipe: Recipe, family: Family, config: Any, mixture: PairMixture) -> tuple[PairLayout, str]:
-    """How a micro-batch is laid out, and why."""
-    method, data = recipe.method, recipe.data
-    assert isinstance(method, DpoSettings)
-    plain: PairLayout = "flat" if data.packing else "padded"
-    if method.prompt_sharing == "off":
-        return plain, "prompts: computed for each answer, as method.prompt_sharing says"
-    refusal = prompt_sharing_refusal(family, config, recipe.model.attn_implementation, data.max_length)
-    if refusal is not None:
-        return plain, f"prompts: computed for each answer; {family.model_type} cannot share them: {refusal}"
-    gain = float(mixture.places(False).sum() / mixture.places(True).sum())
-    if gain < PAYS:
-        return (
-            plain,
-            f"prompts: computed for each answer; sharing them would save {100 * (1 - 1 / gain):.1f} % of the tokens",
-        )
-    return "shared", f"prompts: computed once for both answers, which saves {100 * (1 - 1 / gain):.1f} % of the tokens"
 
 
 def _dataset(name: str, mixture: PairMixture, recipe: Recipe, layout: PairLayout) -> Dataset:
