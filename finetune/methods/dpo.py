@@ -54,6 +54,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
 
     # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
     loss_is_scaled_for_ga = True
+    accelerator: Any
     sums = (
         *("loss", "pairs", "chosen_rewards", "rejected_rewards", "correct", "chosen_logps", "rejected_logps"),
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),

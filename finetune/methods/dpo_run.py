@@ -45,7 +45,8 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) ->
     return PairRows(
         train=datasets["train"],
         eval=datasets.get("eval"),
-        collator=PairCollator(tokenizer, tables, layout),
+        # GPU kernels take a mask of who sees whom three times as fast where its rows are a multiple of 8.
+        collator=PairCollator(tokenizer, tables, layout, pad_to_multiple_of=8 if _on_gpu() else 1),
         stats={name: each.stats(len(datasets[name])) for name, each in mixtures.items()},
         conversations=_Chosen(tables["train"]),
         conversation_collator=Collator(tokenizer),
@@ -57,6 +58,10 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) ->
 def _dataset(name: str, mixture: PairMixture, recipe: Recipe, layout: PairLayout) -> Dataset:
     dataset = mixture.dataset(recipe.data, share_prompts=layout == "shared")
     return dataset.add_column("split", [name] * len(dataset))
+
+
+def _on_gpu() -> bool:
+    return bool(PartialState().device.type == "cuda")
 
 
 class _Chosen:
