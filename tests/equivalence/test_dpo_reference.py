@@ -37,7 +37,7 @@ def disturb(model: torch.nn.Module, by: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += by * torch.randn(parameter.shape, generator=generator)
+            parameter.data += by * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def trainer_from(base: Path, pairs: Path, out: Path, earlier: Path | None, **changes: object) -> MoeDpoTrainer:
@@ -55,7 +55,7 @@ def test_the_adapter_of_an_earlier_run_is_start_and_reference(
     kept, before = (each.data_collator.reference["train"] for each in (going_on, fresh))
     assert abs(kept - before).max() > 0.1, "not the base"
     inputs = going_on.batch_of("train", [0, 1, 2])
-    torch.testing.assert_close(going_on.reference_logps(inputs)[:3], torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(going_on.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("from_earlier", [False, True])
@@ -99,7 +99,7 @@ def test_the_reference_sees_no_dropout(base: Path, pairs: Path, earlier: Path, t
     trainer.model.train()
     inputs = trainer.batch_of("train", [0, 1, 2])
     state = torch.get_rng_state()
-    logps = trainer.reference_logps(inputs)
+    logps = trainer.reference_logps(inputs).cpu()
     assert torch.equal(torch.get_rng_state(), state)
     kept = torch.tensor(exact.data_collator.reference["train"][:3])
     torch.testing.assert_close(logps, kept.T.reshape(-1), atol=1e-4, rtol=0)
