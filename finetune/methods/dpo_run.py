@@ -98,17 +98,20 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     )
     if method.reference == "precomputed":
         store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
-        _precompute(trainer, store, rows, recipe.training.per_device_train_batch_size)
+        _precompute(trainer, store, rows)
     if not recipe.training.resume_from_checkpoint:
-        refuse_other_start(trainer, rows.tables["train"], first_pairs(recipe, len(rows.tables["train"])))
+        batches = _batches(trainer, rows.train["pairs"])
+        refuse_other_start(trainer, batches[PartialState().process_index % len(batches)])
     return trainer
 
 
-def first_pairs(recipe: Recipe, pairs: int) -> list[int]:
-    """The pairs of the first batch of this process, which `_precompute` put together in the same way."""
-    size = recipe.training.per_device_train_batch_size
-    start = PartialState().process_index * size
-    return list(range(start, min(start + size, pairs))) or list(range(min(size, pairs)))
+def _batches(trainer: MoeDpoTrainer, rows: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Rows of pairs as they are computed together before the first step.
+
+    A packed row alone: a pair's rounding depends on its neighbours, and these it has in training too.
+    """
+    size = 1 if trainer.packed else trainer.args.per_device_train_batch_size
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairTable]) -> dict[str, str | None]:
@@ -124,16 +127,17 @@ def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairT
     }
 
 
-def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows, size: int) -> None:
+def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -> None:
     """Compute what is missing, all processes together, and give it to the collator."""
     state = PartialState()
     assert rows.tables is not None
     store.open(state.is_main_process)
     state.wait_for_everyone()
-    missing = {split: store.missing(split, table) for split, table in rows.tables.items()}
+    missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
     state.wait_for_everyone()  # nobody writes before all have seen what is missing
     for split, indices in missing.items():
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        packed = (rows.train if split == "train" else rows.eval)["pairs"]
+        batches = _batches(trainer, [pairs for pairs in packed if indices.intersection(pairs)])
         mine = batches[state.process_index :: state.num_processes]
         label = f"Reference of {len(indices):,} {split} pairs"
         shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
@@ -143,8 +147,8 @@ def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows, s
     rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
 
 
-def pair_logps(trainer: MoeDpoTrainer, split: str, indices: Sequence[int]) -> Any:
-    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some pairs."""
-    inputs = trainer.batch_of(split, indices)
+def pair_logps(trainer: MoeDpoTrainer, split: str, rows: Sequence[Sequence[int]]) -> Any:
+    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some rows of pairs."""
+    inputs = trainer.batch_of(split, rows)
     with trainer.compute_loss_context_manager():
         return trainer.reference_logps(inputs).view(2, -1).T
