@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu_pairs` as a dry run on the CPU: it must run at first try where a GPU is lent by the minute."""
+"""`python -m benchmarks.gpu_pairs` as a dry run on the CPU: it must run at first try on a GPU lent by the minute."""
 
 import json
 from pathlib import Path
