@@ -133,14 +133,14 @@ def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -
 
 
 def pair_batches_of(mixture: PairMixture, recipe: Recipe, share_prompts: bool) -> Batches:
-    """Pairs, each of two rows that are padded to the longest of a batch, or packed, with `share_prompts` or without."""
+    """Pairs, packed or padded to the longest row of a batch: two rows each, or one where they share their prompt."""
     batch, limit = recipe.training.per_device_train_batch_size, capacity(recipe.data)
+    places = mixture.places(share_prompts)
     if recipe.data.packing:
-        places = mixture.places(share_prompts)
         sequences = count_sequences(places, limit)
         return Batches(sequences, batch, 1 - float(places.sum()) / (sequences * limit), None, limit, "pairs")
-    tokens = mixture.lengths
-    return Batches(len(tokens), batch, None, padding_share(tokens, mixture.longer, batch, rows=2), limit, "pairs")
+    longest, rows = (places, 1) if share_prompts else (mixture.longer, 2)
+    return Batches(len(places), batch, None, padding_share(places, longest, batch, rows), limit, "pairs")
 
 
 def course_of(stats: DataStats, recipe: Recipe) -> Course:

@@ -5,6 +5,7 @@ from finetune.check.twins import NEAR, Twins
 from finetune.data.tokens.stats import RowStats, SetStats
 
 Fields = list[tuple[str, str]]
+_ROUNDING = 1e-9
 
 
 def set_fields(each: SetStats, split: Split) -> Fields:
@@ -56,8 +57,8 @@ def _batches(batches: Batches) -> str:
         filled = f"{100 * batches.unfilled:.2f} % unfilled"
         return f"{batches.sequences:,} packed sequences of up to {batches.capacity:,} tokens, {filled}"
     at_a_time = "one" if batches.batch == 1 else f"{batches.batch}"
-    alone = batches.batch == 1 and batches.unit == "rows"
-    expected = "no padding" if alone else f"{100 * (batches.padding or 0.0):.1f} % padding to be expected"
+    padding = batches.padding or 0.0
+    expected = f"{100 * padding:.1f} % padding to be expected" if padding > _ROUNDING else "no padding"
     unit = batches.unit if batches.sequences != 1 else batches.unit[:-1]
     return f"{batches.sequences:,} {unit}, {at_a_time} at a time: {expected}"
 

@@ -54,6 +54,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
 
     # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
     loss_is_scaled_for_ga = True
+    accelerator: Any
     sums = (
         *("loss", "pairs", "chosen_rewards", "rejected_rewards", "correct", "chosen_logps", "rejected_logps"),
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
@@ -110,11 +111,10 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self._count(scores, inputs, loss)
         return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
 
-    def batch_of(self, split: str, pairs: Sequence[int]) -> dict[str, Any]:
-        """A micro-batch of some pairs of a split, on the device."""
-        batch: dict[str, Any] = self._prepare_inputs(
-            self.data_collator([{"pairs": [pair], "split": split} for pair in pairs])
-        )
+    def batch_of(self, split: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """A micro-batch of some pairs of a split, on the device; pairs of one row are packed together."""
+        features = [{"pairs": list(pairs), "split": split} for pairs in rows]
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(features))
         return batch
 
     def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -154,7 +154,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
             self.overlap.compare_models(record, reference, self.weights(inputs))
             return
         split, index = inputs["pairs"][0]
-        probe = self.batch_of(split, [index])
+        probe = self.batch_of(split, [[index]])
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         with torch.no_grad(), capture(self.overlap.routers) as record:

@@ -148,6 +148,16 @@ def test_two_processes_take_the_steps_of_one(workspace: Path, one: Path) -> None
         assert ours["logps"] == pytest.approx(theirs["logps"], abs=1e-4)
 
 
+def test_packed_pairs_on_two_processes_are_those_of_one(workspace: Path) -> None:
+    """The processes have different numbers of pairs at a time."""
+    changes = ["data.packing=true", "training.global_batch_size=4", "training.per_device_train_batch_size=2"]
+    changes.append("training.max_steps=1")  # an epoch has not twice as many sequences
+    overrides = ["output_dir=packed", *changes]
+    within(workspace, lambda: train(load_recipe("dpo.yaml", overrides), []))
+    run(workspace, TWO_PROCESSES, "packed-two", *changes)
+    assert_same(workspace / "packed-two", workspace / "packed")
+
+
 def test_a_run_killed_in_its_reference_goes_on_at_the_pair_where_it_stopped(workspace: Path, one: Path) -> None:
     folder = workspace / "early"
     path = folder / "reference" / "train.0.jsonl"

@@ -37,7 +37,7 @@ def disturb(model: torch.nn.Module, by: float = 0.1) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += by * torch.randn(parameter.shape, generator=generator)
+            parameter.data += by * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def trainer_from(base: Path, pairs: Path, out: Path, earlier: Path | None, **changes: object) -> MoeDpoTrainer:
@@ -54,8 +54,8 @@ def test_the_adapter_of_an_earlier_run_is_start_and_reference(
     going_on = trainer_from(base, pairs, tmp_path / "going_on", earlier)
     kept, before = (each.data_collator.reference["train"] for each in (going_on, fresh))
     assert abs(kept - before).max() > 0.1, "not the base"
-    inputs = going_on.batch_of("train", [0, 1, 2])
-    torch.testing.assert_close(going_on.reference_logps(inputs)[:3], torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
+    inputs = going_on.batch_of("train", [[0], [1], [2]])
+    torch.testing.assert_close(going_on.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("from_earlier", [False, True])
@@ -63,7 +63,7 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(
     base: Path, pairs: Path, earlier: Path, tmp_path: Path, from_earlier: bool
 ) -> None:
     trainer = trainer_from(base, pairs, tmp_path, earlier if from_earlier else None, reference="live")
-    inputs = trainer.batch_of("train", [0, 1, 2])
+    inputs = trainer.batch_of("train", [[0], [1], [2]])
     before = trainer.reference_logps(inputs)
     trained = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
     trainer.train()
@@ -97,9 +97,9 @@ def test_the_reference_sees_no_dropout(base: Path, pairs: Path, earlier: Path, t
     exact = trainer_from(base, pairs, tmp_path / "exact", earlier)
     trainer = trainer_from(base, pairs, tmp_path / "dropped", earlier, lora_dropout=0.5, reference="live")
     trainer.model.train()
-    inputs = trainer.batch_of("train", [0, 1, 2])
+    inputs = trainer.batch_of("train", [[0], [1], [2]])
     state = torch.get_rng_state()
-    logps = trainer.reference_logps(inputs)
+    logps = trainer.reference_logps(inputs).cpu()
     assert torch.equal(torch.get_rng_state(), state)
     kept = torch.tensor(exact.data_collator.reference["train"][:3])
     torch.testing.assert_close(logps, kept.T.reshape(-1), atol=1e-4, rtol=0)
@@ -116,7 +116,7 @@ def test_a_model_that_does_not_start_as_its_reference_is_refused(
     trainer = trainer_from(base, pairs, tmp_path, None, reference=reference)
     disturb(trainer.model)
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, trainer.data_collator._tables["train"], [0, 1])
+        refuse_other_start(trainer, [[0], [1]])
     message = str(caught.value)
     assert f"{pairs}:" in message
     assert "before the first step this pair's reward margin is not 0 within 0.0001" in message
@@ -128,7 +128,7 @@ def test_kept_values_that_are_not_this_models_are_refused(base: Path, pairs: Pat
     trainer = trainer_from(base, pairs, tmp_path, None)
     trainer.data_collator.reference["train"][1, 0] += 0.01
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, trainer.data_collator._tables["train"], [0, 1])
+        refuse_other_start(trainer, [[0], [1]])
     assert f"{pairs}:2: before the first step" in str(caught.value)
     assert "what differs is the base: its log-probabilities are not those that were kept" in str(caught.value)
     assert "got -0.005" in str(caught.value)

@@ -79,7 +79,7 @@ def test_packed_rows_count_once_where_two_processes_are_filled_up(
         trainer._eval_window.zero_()
         for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
             trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
-        sums += trainer._eval_window
+        sums += trainer._eval_window.cpu()
     assert (sums[0] / sums[1]).item() == pytest.approx(wanted, abs=1e-6)
 
 

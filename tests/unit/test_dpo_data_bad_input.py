@@ -144,6 +144,24 @@ def test_a_template_that_renders_two_prompts(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_wrong_with_a_conversation_as_a_whole_names_the_row(tmp_path: Path) -> None:
+    """Its messages stand in several columns, and either may be at fault."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% if 'mine' in messages[-1].content %}{{ raise_exception('not this one') }}{% endif %}" + CHATML
+    )
+    assert refusal(tmp_path, [{**SHORT, "chosen": "mine"}], tokenizer=tokenizer) == [
+        "rows.jsonl:1: the tokenizer's own chat template refuses the conversation; got not this one; "
+        "change the row, or name another one in data.chat_template"
+    ]
+
+
+def test_tools_that_the_template_drops_are_named_by_their_column(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+    [line] = refusal(tmp_path, [{**SHORT, "tools": [tool]}])
+    assert line.startswith("rows.jsonl:1: tools: the tokenizer's own chat template drops the tools; ")
+
+
 class TestTooLong:
     """Longer than `max_length`, or nothing left of what is compared."""
 

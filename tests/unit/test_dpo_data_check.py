@@ -24,6 +24,7 @@ RECIPE: dict[str, Any] = {
     "training": {"num_train_epochs": 2, "learning_rate": 0.01, "global_batch_size": 4},
 }
 ANSWER = "turn on the kitchen light"
+OFF = "method.prompt_sharing=off"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_lengths_and_the_longest_are_those_of_the_longer_conversation(model: Pat
 
 def test_a_pair_has_two_rows_of_a_padded_batch(model: Path) -> None:
     write("train.jsonl", [row("a", "a" * 20, "a" * 8)])
-    settings = recipe(model)
+    settings = recipe(model, OFF)
     report = check(settings)
     tokenizer, _ = recipe_tokenizer(model, settings)
     [pair] = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, 0, False).table
@@ -104,18 +105,36 @@ def test_a_pair_has_two_rows_of_a_padded_batch(model: Path) -> None:
     assert f"1 pair, one at a time: {100 * pads / (2 * longest):.1f} % padding to be expected" in said
 
 
-@pytest.mark.parametrize("max_length", [64, 100])
-def test_packed_sequences_are_those_of_the_run(model: Path, max_length: int) -> None:
-    write("train.jsonl", [row("light " * (1 + n % 17)) for n in range(60)])
-    settings = recipe(model, packing=True, max_length=max_length)
-    split = check(settings).splits[0]
+def test_a_pair_that_shares_its_prompt_is_one_row(model: Path) -> None:
+    write("train.jsonl", [row("a", "a" * 20, "a" * 8), row("b", "c", "d")])
+    assert "2 pairs, one at a time: no padding" in " ".join(printed(check(recipe(model))).split())
+    settings = recipe(model, "training.per_device_train_batch_size=2")
     tokenizer, _ = recipe_tokenizer(model, settings)
-    found = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, settings.seed, False)
+    table = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, 0, True).table
+    first, second = (len(each.prompt_ids) + len(each.chosen_ids) + len(each.rejected_ids) + 1 for each in table)
+    assert check(settings).splits[0].batches.padding == pytest.approx((first - second) / (2 * first))
+
+
+@pytest.mark.parametrize("max_length", [64, 100])
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_sequences_are_those_of_the_run(model: Path, max_length: int, share: bool) -> None:
+    write("train.jsonl", [row("light " * (1 + n % 17)) for n in range(60)])
+    settings = recipe(model, *([] if share else [OFF]), packing=True, max_length=max_length)
+    report = check(settings)
+    [split] = report.splits
+    tokenizer, _ = recipe_tokenizer(model, settings)
+    found = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, settings.seed, share)
     assert split.stats == found.stats
     assert split.batches.sequences == len(found.dataset)
     capacity = 2 * max_length
-    assert split.batches.unfilled == pytest.approx(1 - found.stats.tokens / (len(found.dataset) * capacity))
-    said = printed(check(settings))
+    saved = sum(len(pair.prompt_ids) - 1 for pair in found.table) if share else 0
+    filled = (found.stats.tokens - saved) / (len(found.dataset) * capacity)
+    assert split.batches.unfilled == pytest.approx(1 - filled)
+    why = f"once for both answers, which saves {100 * saved / found.stats.tokens:.1f} % of the tokens"
+    assert dict(report.settings)["prompts"] == (
+        f"computed {why}" if share else "computed for each answer, as method.prompt_sharing says"
+    )
+    said = printed(report)
     assert f"{len(found.dataset):,} packed sequences of up to {capacity:,} tokens, " in said
 
 

@@ -270,7 +270,7 @@ class TestTheCache:
         assert {path: path.stat().st_mtime_ns for path in cache_folder().rglob("*")} == before
 
     def test_a_file_that_is_read_for_sft_and_for_dpo_never_meets_itself(self, tmp_path: Path) -> None:
-        # A row that both methods can read: `auto` is not, so the name of the format is what they have in common.
+        # The same file, format and settings; pairs found in the cache would be taken for rows.
         path = write_rows(tmp_path / "rows.jsonl", [SHORT])
         settings = pair_settings(path)
         prepare_pairs(settings.sources("train"), TOKENIZER, settings, 0, False)

@@ -46,7 +46,7 @@ def disturb(model: Any) -> None:
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def recipe_on(base: Path, pairs: Path, adapter: Path, **changes: Any) -> Recipe:
