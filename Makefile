@@ -47,7 +47,7 @@ quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real mod
 bench: install ## experts side by side on this CPU: the bars, three to five minutes
 	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.experts
 
-bench-dpo: install ## preference tuning beside SFT on this CPU: steps, memory, loss head, shared prompts; ten minutes
+bench-dpo: install ## preference tuning beside SFT on this CPU: steps, memory, loss head, shared prompts; fifteen minutes
 	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.dpo
 
 bench-data: install ## packing, preparing rows and checking a million of them, beside what people use; ten minutes

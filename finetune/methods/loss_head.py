@@ -1,7 +1,7 @@
 """TRL's fused head, with tiles that fit the processor it runs on.
 
 `add_fused_lm_head` cuts the logits into tiles of 4,096 tokens and 32,768 entries, and away from Triton scores every
-position. On the CPU a dozen temporaries of a tile live at once, so that the head without a full logits tensor holds
+position. On the CPU eight tiles' worth lives at once, so that the head without a full logits tensor holds
 nearly three times what the full tensor costs, and takes five times as long (`benchmarks/LOG.md`).
 
 N scored tokens, at most 4,096 at a time.
