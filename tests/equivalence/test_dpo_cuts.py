@@ -35,6 +35,17 @@ def test_micro_batches_do_not_change_the_step(base: Path, pairs: Path, tmp_path:
     same(whole, dpo_run(dpo_recipe(base, pairs, tmp_path, MIXED, per_device_train_batch_size=size)))
 
 
+def test_a_resumed_run_counts_the_tokens_before_its_checkpoint(
+    base: Path, pairs: Path, tmp_path: Path, whole: Steps
+) -> None:
+    """Also those of steps after the last logged line."""
+    recipe = dpo_recipe(base, pairs, tmp_path, MIXED, save_steps=2, logging_steps=3)
+    dpo_run(recipe)
+    trainer, steps = dpo_trainer(recipe)
+    trainer.run_from(tmp_path / "checkpoint-2")
+    assert steps.logs[0]["num_tokens"] == whole.logs[2]["num_tokens"]
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_does_not_change_the_step(
     base: Path, pairs: Path, tmp_path: Path, whole: Steps, mode: str
