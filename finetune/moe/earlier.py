@@ -85,10 +85,11 @@ def _is_record(record: Any) -> bool:
     return isinstance(record.get("base"), dict) and isinstance(record.get("added_tokens", {}), dict)
 
 
-def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str, template: str) -> None:
+def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str | None, template: str) -> None:
     """Raise WeightsError with everything in which the run differs from the one that made the adapter.
 
-    `base`: fingerprint of this run's base; `template`: the chat template that renders its rows.
+    `base`: fingerprint of this run's base, None where it is not here yet; `template`: the chat template that renders
+    its rows.
     """
     record, problems = earlier.record, []
     made_on = record["base"]
@@ -98,7 +99,7 @@ def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str, template: s
         do = "make the recipe the same as the adapter's, or train an adapter of your own first"
         problems.append(Problem(key, f"{what} in {earlier.folder} is {before!r}", do, got=repr(now)))
 
-    if made_on.get("fingerprint") != base:
+    if base is not None and made_on.get("fingerprint") != base:
         what = f"the adapter in {earlier.folder} was made on another base, {name} with other weights"
         do = "name that base in model.name_or_path, or an adapter that was made on this one"
         problems.append(Problem("model.adapter", what, do, got=recipe.model.name_or_path))
