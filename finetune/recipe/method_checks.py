@@ -34,7 +34,8 @@ def _weights(source: Source, losses: list[str]) -> None:
     weights = source.get(where)
     if isinstance(weights, list) and len(weights) != len(losses):
         what = f"not one weight for each of {', '.join(losses)}"
-        source.report(where, what, f"write {len(losses)} numbers", got=show(weights))
+        do = "write one number" if len(losses) == 1 else f"write {len(losses)} numbers"
+        source.report(where, what, do, got=show(weights))
 
 
 def _smoothing(source: Source, losses: list[str]) -> None:

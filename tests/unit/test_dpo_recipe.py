@@ -69,6 +69,10 @@ MISTAKES = {
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0]"),
         "recipe.yaml:16: method.loss_weights: not one weight for each of sigmoid, sft; got [1.0]; write 2 numbers",
     ),
+    "weights for one loss": (
+        dpo("loss_weights: [1.0, 2.0]"),
+        "recipe.yaml:15: method.loss_weights: not one weight for each of sigmoid; got [1.0, 2.0]; write one number",
+    ),
     "a weight of 0": (
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0, 0]"),
         "recipe.yaml:16: method.loss_weights[1]: out of range; got 0; write a list, each a number above 0 or null",
