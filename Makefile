@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install check test quickstart bench bench-data bench-gpu
+.PHONY: help install check test quickstart bench bench-dpo bench-data bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,6 +46,9 @@ quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real mod
 # The profiler, which counts allocations here, has lines of its own to print; level 9 keeps them back.
 bench: install ## experts side by side on this CPU: the bars, three to five minutes
 	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.experts
+
+bench-dpo: install ## preference tuning beside SFT on this CPU: steps, memory, loss head, shared prompts; ten minutes
+	OMP_NUM_THREADS=1 KINETO_LOG_LEVEL=9 $(BIN)/python -m benchmarks.dpo
 
 bench-data: install ## packing, preparing rows and checking a million of them, beside what people use; ten minutes
 	$(BIN)/python -m benchmarks.data

@@ -18,6 +18,7 @@ from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
 from finetune.data.tokens.pair_batches import PairCollator, PairLayout, sharing_gain
 from finetune.data.tokens.pairs import TokenPair
+from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.pair_scores import score_pairs
 
 LAYOUTS: tuple[PairLayout, ...] = ("padded", "flat", "shared")
@@ -61,6 +62,7 @@ def scoring_mixtral(quantised: bool = True) -> Any:
     config = mixtral_config(MODEL, LAYERS, VOCABULARY)
     base = random_mixtral(config, torch.float32, "cpu", quantised, quantised)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    fit_head_to_cpu(base)
     return adapt_mixtral(base, MODEL.rank)
 
 
