@@ -97,8 +97,13 @@ MISTAKES = {
         "recipe.yaml:16: method.f_divergence_type: the losses apo_zero are defined for reverse_kl only; got "
         '"js_divergence"; write reverse_kl, or take them out of method.loss_type',
     ),
+    "pairs that are sorted one by one": (
+        dpo("loss_type: [aot]"),
+        "recipe.yaml:19: training.per_device_train_batch_size: the loss aot sorts the pairs of a micro-batch: of one "
+        "pair alone it is sigmoid; got 1; write at least 2, better 8, or method.loss_type: [sigmoid]",
+    ),
     "weighted pairs that are sorted": (
-        dpo("loss_type: [aot]", "use_weighting: true"),
+        dpo("loss_type: [aot]", "use_weighting: true", after="  per_device_train_batch_size: 2\n"),
         "recipe.yaml:16: method.use_weighting: aot sorts the pairs, so that a pair has no weight of its own; got true; "
         "write false, or take it out of method.loss_type",
     ),
