@@ -13,6 +13,7 @@ from accelerate import PartialState
 from huggingface_hub import snapshot_download
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig
 
 from finetune.checkpoint import CheckpointReader, read_json
 from finetune.data.tokenizer import added_ids, load_tokenizer
@@ -89,6 +90,11 @@ def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Reci
     if problems:
         raise RecipeError(problems)
     return family
+
+
+def architecture_config(folder: Path) -> Any:
+    """transformers' configuration of a checkpoint, with its defaults."""
+    return AutoConfig.from_pretrained(folder)
 
 
 def _refuse_router_section(family: Family, recipe: Recipe) -> None:

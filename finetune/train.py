@@ -18,8 +18,8 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
-    from finetune.data import DataStats, Prepared
-    from finetune.methods.router_term import RouterTerm
+    from finetune.methods.rows import MethodRows
+    from finetune.moe.earlier import EarlierAdapter
     from finetune.moe.esft.choice import ExpertChoice
     from finetune.moe.families import Family
     from finetune.run import RunFolder
@@ -32,10 +32,11 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from torch.accelerator import is_available
     from transformers import set_seed
 
-    from finetune.data import Collator
-    from finetune.methods.sft import MoeSftTrainer, sft_config
-    from finetune.model import checkpoint_family, recipe_tokenizer, resolve_checkpoint
-    from finetune.run import MetricsCallback, RouterLoadCallback, RunFolder, prepare_dashboards, refuse_other_recipe
+    from finetune.methods import method_of
+    from finetune.methods.common import accumulation_steps
+    from finetune.methods.setup import TrainerSetup
+    from finetune.model import architecture_config, checkpoint_family, recipe_tokenizer, resolve_checkpoint
+    from finetune.run import prepare_dashboards
 
     # Without `cpu` several processes on a machine without an accelerator would each think to be alone.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
@@ -43,49 +44,36 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     set_seed(recipe.seed)
 
     # 1. Where the run goes, and what it reports to
-    run = RunFolder(Path(recipe.output_dir))
-    resume = recipe.training.resume_from_checkpoint
-    if state.is_main_process and (kept := run.create(resume=resume)):
-        print(f"the earlier run in {run.path} is kept as {kept}")
-    state.wait_for_everyone()
-    if resume:
-        refuse_other_recipe(run, recipe)
+    run = _open_run(recipe, state)
     dashboards = prepare_dashboards(recipe.logging, run)
-    config = sft_config(recipe, run.path, dashboards.trainer_args, state.num_processes)
+    method = method_of(recipe.method.kind)
+    accumulation_steps(recipe, state.num_processes)  # a batch that cannot be cut is refused before anything is loaded
 
-    # 2. What architecture it is; refuses a recipe that does not fit
+    # 2. What architecture it is, and what the run goes on from; refuses a recipe that does not fit
     checkpoint = resolve_checkpoint(recipe.model)
     family = checkpoint_family(checkpoint, recipe)
+    tokenizer, new_tokens = recipe_tokenizer(checkpoint, recipe)
+    base = _base_provenance(checkpoint, recipe)
+    earlier = _earlier_adapter(recipe, base, tokenizer)
 
     # 3. Rows -> token ids and the supervised mask
-    tokenizer, new_tokens = recipe_tokenizer(checkpoint, recipe)
-    train_rows, eval_rows, stats = _prepare(recipe, tokenizer, state, run)
+    rows = method.prepare_rows(recipe, tokenizer, family, architecture_config(checkpoint))
+    _refuse_changed_rows(recipe, rows, run)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows), counted and held against the recipe
-    model, choice = _load(checkpoint, recipe, family, run, train_rows.dataset, Collator(tokenizer), new_tokens)
-    base = _base_provenance(checkpoint, recipe) if state.is_main_process else {}
-    _audit(model, family, recipe, stats, run, state.is_main_process)
+    model, choice = _load(checkpoint, recipe, family, run, rows, new_tokens, earlier)
+    _audit(model, family, recipe, rows, run, state.is_main_process)
     if state.is_main_process:
         _write_provenance(run, recipe, base, command_line)
 
-    # 5. TRL's trainer, plus the router term
-    router_load = RouterLoadCallback(run.router_load)
-    trainer = MoeSftTrainer(
-        model=model,
-        router_term=_router_term(model, family, recipe),
-        args=config,
-        processing_class=tokenizer,
-        data_collator=Collator(tokenizer),
-        train_dataset=train_rows.dataset,
-        eval_dataset=None if eval_rows is None else eval_rows.dataset,
-        callbacks=[MetricsCallback(run.metrics), router_load, *dashboards.callbacks],
-        router_observers=[each.show_router for each in (router_load, *dashboards.callbacks)],
-    )
+    # 5. TRL's trainer of the method, plus the router term
+    setup = TrainerSetup(recipe, run, family, model, tokenizer, rows, earlier, base, dashboards)
+    trainer = method.make_trainer(setup)
 
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
-    trainer.run_from(run.newest_checkpoint() if resume else None)
+    trainer.run_from(run.newest_checkpoint() if recipe.training.resume_from_checkpoint else None)
     if state.is_main_process:
-        _save(run, trainer, tokenizer, recipe, base, choice)
+        _save(run, trainer, tokenizer, recipe, base, choice, earlier)
     state.wait_for_everyone()
     return run.path
 
@@ -105,22 +93,37 @@ def _refuse_data_parallel(state: Any) -> None:
         )
 
 
-def _prepare(
-    recipe: Recipe, tokenizer: Any, state: Any, run: "RunFolder"
-) -> "tuple[Prepared, Prepared | None, dict[str, DataStats]]":
-    """Training and held-out rows, and what was counted of them. One process of a machine makes them, the others find
-    them in the cache."""
-    from finetune.data import prepare
+def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
+    """The run folder, made or continued; refused where another run lies there."""
+    from finetune.run import RunFolder, refuse_other_recipe
+
+    run = RunFolder(Path(recipe.output_dir))
+    resume = recipe.training.resume_from_checkpoint
+    if state.is_main_process and (kept := run.create(resume=resume)):
+        print(f"the earlier run in {run.path} is kept as {kept}")
+    state.wait_for_everyone()
+    if resume:
+        refuse_other_recipe(run, recipe)
+    return run
+
+
+def _earlier_adapter(recipe: Recipe, base: dict[str, str], tokenizer: Any) -> "EarlierAdapter | None":
+    """The adapter that the run goes on from, refused where it was made on something else."""
+    from finetune.moe.earlier import read_earlier, refuse_unfit
+
+    if recipe.model.adapter is None:
+        return None
+    earlier = read_earlier(Path(recipe.model.adapter))
+    refuse_unfit(earlier, recipe, base["fingerprint"], tokenizer.chat_template)
+    return earlier
+
+
+def _refuse_changed_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
+    """A run is continued on the rows that it began with."""
     from finetune.run import refuse_other_rows
 
-    data = recipe.data
-    with state.local_main_process_first():
-        train_rows = prepare(data.sources("train"), tokenizer, data, recipe.seed)
-        eval_rows = prepare(data.sources("eval"), tokenizer, data, recipe.seed) if data.sources("eval") else None
-    stats = {"train": train_rows.stats} | ({} if eval_rows is None else {"eval": eval_rows.stats})
     if recipe.training.resume_from_checkpoint:
-        refuse_other_rows(run, {split: each.as_dict() for split, each in stats.items()})
-    return train_rows, eval_rows, stats
+        refuse_other_rows(run, {split: each.as_dict() for split, each in rows.stats.items()})
 
 
 def _load(
@@ -128,12 +131,12 @@ def _load(
     recipe: Recipe,
     family: "Family",
     run: "RunFolder",
-    rows: Any,
-    collator: Any,
+    rows: "MethodRows",
     new_tokens: Sequence[int],
+    earlier: "EarlierAdapter | None",
 ) -> "tuple[Any, ExpertChoice | None]":
-    """Base and adapter. With `lora.experts: auto` of the experts that are measured on the rows; a resumed run never
-    measures again, but takes the choice that it has written."""
+    """Base and adapter. With `lora.experts: auto` of the experts that are measured on the rows; a run that goes on
+    from an adapter, or is resumed, never measures again, but takes the choice that was written."""
     from accelerate import PartialState
 
     from finetune.model import adapt, load_base
@@ -141,47 +144,46 @@ def _load(
     from finetune.moe.esft.measure import choose_experts
 
     auto = recipe.lora.experts == "auto"
-    choice = read_choice(run.experts) if auto and recipe.training.resume_from_checkpoint else None
+    choice = None if earlier is None else earlier.choice
+    if auto and choice is None and recipe.training.resume_from_checkpoint:
+        choice = read_choice(run.experts)
     base = load_base(checkpoint, recipe.model, new_tokens)
     if auto and choice is None and family.moe is not None:
-        choice = choose_experts(base, family.moe, rows, collator, recipe)
+        choice = choose_experts(base, family.moe, rows.conversations, rows.conversation_collator, recipe)
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
-    return adapt(base, recipe, choice, new_tokens), choice
+    return adapt(base, recipe, choice, new_tokens, earlier), choice
 
 
-def _audit(
-    model: Any, family: "Family", recipe: Recipe, stats: dict[str, Any], run: "RunFolder", is_main: bool
-) -> None:
+def _audit(model: Any, family: "Family", recipe: Recipe, rows: "MethodRows", run: "RunFolder", is_main: bool) -> None:
     """Print and write the audit; stop where the loaded model is not what the recipe says."""
     from finetune.moe.audit import audit_model, audit_table, differences
 
     parts = audit_model(model, family)
     if is_main:
-        rows = {split: split_stats.as_dict() for split, split_stats in stats.items()}
-        write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows})
+        counts = {split: stats.as_dict() for split, stats in rows.stats.items()}
+        write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": counts})
         print(audit_table(parts))
-        for split, split_stats in stats.items():
-            print(f"{split} rows: " + "\n".join(split_stats.lines()))
+        for split, stats in rows.stats.items():
+            print(f"{split} rows: " + "\n".join(stats.lines()))
+        for remark in rows.remarks:
+            print(remark)
     base = recipe.model
     problems = differences(parts, recipe.lora, base.load_in_4bit, base.dtype, len(base.added_tokens))
     if problems:
         raise RunError(problems)
 
 
-def _router_term(model: Any, family: "Family", recipe: Recipe) -> "RouterTerm | None":
-    from finetune.methods.router_term import RouterTerm
-
-    if family.moe is None or recipe.router is None:
-        return None
-    return RouterTerm(model, family, recipe.router)
-
-
 def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:
+    """Name and fingerprint of the base, which one process takes for all."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     from finetune.checkpoint import fingerprint
 
-    return {"name_or_path": recipe.model.name_or_path, "fingerprint": fingerprint(checkpoint)}
+    taken = [fingerprint(checkpoint) if PartialState().is_main_process else ""]
+    return {"name_or_path": recipe.model.name_or_path, "fingerprint": broadcast_object_list(taken)[0]}
 
 
 def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, str], command_line: Sequence[str]) -> None:
@@ -198,6 +200,7 @@ def _save(
     recipe: Recipe,
     base: dict[str, str],
     choice: "ExpertChoice | None",
+    earlier: "EarlierAdapter | None",
 ) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder
@@ -205,7 +208,7 @@ def _save(
     from finetune.run import draw_loss_curve, draw_router_load
 
     with new_folder(run.adapter) as folder:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice, earlier)
         tokenizer.save_pretrained(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
     draw_router_load(run.router_load, run.router_load_picture)

@@ -3,7 +3,7 @@
 B pairs, W tokens of the longest answer; of `2B` the chosen answers come first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,8 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         super().__init__(*args, ref_model=reference, **kwargs)
         self.reference, self.attention, self.packed, self.live = reference, attention, packed, live
         self.precompute_ref_logps = True  # for TRL: the batch has them, live ones too
-        self._weight_of = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        losses: list[str] = self.args.loss_type
+        self._weight_of = dict(zip(losses, self.args.loss_weights or [1.0] * len(losses), strict=True))
         self._step_pairs = self._step_chosen = torch.ones(())
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -98,6 +99,13 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self._count(scores, inputs, loss)
         return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
 
+    def batch_of(self, split: str, pairs: Sequence[int]) -> dict[str, Any]:
+        """A micro-batch of some pairs of a split, on the device."""
+        batch: dict[str, Any] = self._prepare_inputs(
+            self.data_collator([{"pairs": [pair], "split": split} for pair in pairs])
+        )
+        return batch
+
     def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Log-probabilities of the answers under the reference, `[2B]`."""
         with self.reference.active() as model:
@@ -106,12 +114,13 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
     def answer_logps(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Summed over an answer's supervised tokens, `[2B]`; those beyond the other answer's length weigh `ld_alpha`
         (LD-DPO), as in TRL."""
+        log_probs_BW: torch.Tensor = scores.log_probs
         if self.ld_alpha is None:
-            return scores.log_probs.sum(1)
+            return log_probs_BW.sum(1)
         mask_BW = inputs["completion_mask"]
         shorter_B = torch.minimum(*mask_BW.sum(1).chunk(2)).repeat(2)
         beyond_BW = mask_BW.cumsum(1) > shorter_B.unsqueeze(1)
-        return torch.where(beyond_BW, self.ld_alpha * scores.log_probs, scores.log_probs).sum(1)
+        return torch.where(beyond_BW, self.ld_alpha * log_probs_BW, log_probs_BW).sum(1)
 
     def _add_reference(self, inputs: dict[str, Any]) -> None:
         if self.live:

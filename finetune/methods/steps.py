@@ -22,10 +22,8 @@ from finetune.moe.same_adapter import refuse_other_adapter
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
 """Is given the step and the load by layer and expert at each logged line, on the main process."""
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
+# A trainer to the eye of a reader; at run time TRL's trainer comes after it.
+_Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
 class ExactSteps(_Trainer):  # type: ignore[misc]
@@ -121,8 +119,8 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
     @property
     def will_log(self) -> bool:
         """Whether a line is logged after the running optimizer step."""
-        step = self.state.global_step + 1
-        return step % self.args.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+        step: int = self.state.global_step + 1
+        return bool(step % self.args.logging_steps == 0 or (step == 1 and self.args.logging_first_step))
 
     def count(self, **values: torch.Tensor) -> None:
         """Add to the sums; without gradient, and without waiting for the device."""
@@ -141,7 +139,8 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
-        return max(min(state.remainder - self.accelerator.process_index * rows, rows), 0)
+        left: int = state.remainder - self.accelerator.process_index * rows
+        return max(min(left, rows), 0)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with exact figures in place of means of batch means."""

@@ -92,7 +92,9 @@ def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str, template: s
         problems.append(Problem("model.adapter", what, do, got=recipe.model.name_or_path))
     quantization = "nf4" if recipe.model.load_in_4bit else None
     if record.get("quantization") != quantization:
-        differs("model.load_in_4bit", "quantisation of the base of the adapter", record.get("quantization"), quantization)
+        differs(
+            "model.load_in_4bit", "quantisation of the base of the adapter", record.get("quantization"), quantization
+        )
     saved = earlier.folder / TEMPLATE_FILE
     if (saved.read_text(encoding="utf-8") if saved.is_file() else None) != template:
         what = f"the adapter in {earlier.folder} was trained with another chat template"

@@ -7,7 +7,10 @@ from pathlib import Path
 from finetune.errors import Problem, RunError
 
 # What a run writes before its first step. A run that died there may be started again in the same folder.
-_BEFORE_TRAINING = {"recipe.yaml", "audit.json", "experts.json", "provenance.json", "wandb", "trackio", "tensorboard"}
+_BEFORE_TRAINING = {
+    *("recipe.yaml", "audit.json", "experts.json", "provenance.json", "reference"),
+    *("wandb", "trackio", "tensorboard"),
+}
 _DO = "choose another output_dir, or remove this one"
 _CONTINUE = ", or set training.resume_from_checkpoint=true to continue it"
 
@@ -37,6 +40,11 @@ class RunFolder:
     def experts(self) -> Path:
         """The choice of experts, JSON; only with `lora.experts: auto`."""
         return self.path / "experts.json"
+
+    @property
+    def reference(self) -> Path:
+        """The reference's log-probabilities of every pair; only for preference tuning with a precomputed reference."""
+        return self.path / "reference"
 
     @property
     def metrics(self) -> Path:

@@ -76,10 +76,10 @@ def test_packed_rows_count_once_where_two_processes_are_filled_up(
     plain = DataLoader(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     for rank in (0, 1):
         monkeypatch.setattr(Accelerator, "process_index", rank)
-        trainer._eval_sums.zero_()
+        trainer._eval_window.zero_()
         for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
             trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
-        sums += trainer._eval_sums
+        sums += trainer._eval_window
     assert (sums[0] / sums[1]).item() == pytest.approx(wanted, abs=1e-6)
 
 

@@ -86,7 +86,7 @@ class PairCollator:
         pad_to_multiple_of: int = 1,
     ) -> None:
         self._pad_token_id: int = tokenizer.pad_token_id
-        self._tables, self._reference = tables, reference
+        self._tables, self.reference = tables, reference
         self._pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
 
@@ -101,8 +101,8 @@ class PairCollator:
         batch |= _answers([*laid.chosen, *laid.rejected], T)
         for name in _UNUSED[self.layout]:
             del batch[name]
-        if self._reference is not None:
-            values = [self._reference[feature["split"]][index] for feature in features for index in feature["pairs"]]
+        if self.reference is not None:
+            values = [self.reference[feature["split"]][index] for feature in features for index in feature["pairs"]]
             chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32)).unbind(1)
             batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
         return {**batch, "rows": [pair.row for pair in chain(*groups)]}

@@ -61,7 +61,7 @@ class PairTable(Sequence[TokenPair]):
         if isinstance(index, slice):
             return PairTable(self._tables, self._table_of[index], self._row_of[index])
         columns, where = self._tables[self._table_of[index]].row(int(self._row_of[index]))
-        return TokenPair(*columns, row=where)
+        return TokenPair(*columns, where)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ def read_choice(path: Path) -> ExpertChoice:
     try:
         return ExpertChoice.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
-        raise RunError(Problem(str(path), "not a choice of experts", do, got=repr(error))) from error
+        got = str(error) if type(error) is ValueError else repr(error)
+        raise RunError(Problem(str(path), "not a choice of experts", do, got=got)) from error
 
 
 def _is_sound(layer: LayerChoice) -> bool:

@@ -1,0 +1,167 @@
+"""DPO from a recipe: its pairs, their layout, its reference and its trainer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm import tqdm
+
+from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
+from finetune.data.tokens.pair_batches import PairCollator, PairLayout
+from finetune.methods.dpo import MoeDpoTrainer, dpo_config
+from finetune.methods.reference import Reference
+from finetune.methods.reference_store import ReferenceStore, compute_missing, digest_of
+from finetune.methods.rows import MethodRows
+from finetune.methods.setup import TrainerSetup
+from finetune.methods.start_check import refuse_other_start
+from finetune.moe.families import Family
+from finetune.moe.prompt_sharing import prompt_sharing_refusal
+from finetune.recipe import DpoSettings, Recipe
+
+PAYS = 1.1
+"""Prompts are shared from this ratio of tokens on: below it the mask costs what it saves."""
+
+
+@dataclass(frozen=True)
+class PairRows(MethodRows):
+    """Also the pairs of each split."""
+
+    tables: dict[str, PairTable] | None = None
+
+
+def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) -> PairRows:
+    """Pairs to train on and held-out ones, and the layout in which they are computed."""
+    data = recipe.data
+    with PartialState().local_main_process_first():
+        mixtures = {
+            name: prepare_pair_mixture(data.sources(name), tokenizer, data, recipe.seed)
+            for name in ("train", "eval")
+            if data.sources(name)
+        }
+    layout, remark = _layout(recipe, family, config, mixtures["train"])
+    datasets = {name: _dataset(name, each, recipe, layout) for name, each in mixtures.items()}
+    tables = {name: each.table for name, each in mixtures.items()}
+    return PairRows(
+        train=datasets["train"],
+        eval=datasets.get("eval"),
+        collator=PairCollator(tokenizer, tables, layout),
+        stats={name: each.stats(len(datasets[name])) for name, each in mixtures.items()},
+        conversations=_Chosen(tables["train"]),
+        conversation_collator=Collator(tokenizer),
+        remarks=[remark],
+        tables=tables,
+    )
+
+
+def _layout(recipe: Recipe, family: Family, config: Any, mixture: PairMixture) -> tuple[PairLayout, str]:
+    """How a micro-batch is laid out, and why."""
+    method, data = recipe.method, recipe.data
+    assert isinstance(method, DpoSettings)
+    plain: PairLayout = "flat" if data.packing else "padded"
+    if method.prompt_sharing == "off":
+        return plain, "prompts: computed for each answer, as method.prompt_sharing says"
+    refusal = prompt_sharing_refusal(family, config, recipe.model.attn_implementation, data.max_length)
+    if refusal is not None:
+        return plain, f"prompts: computed for each answer; {family.model_type} cannot share them: {refusal}"
+    gain = float(mixture.places(False).sum() / mixture.places(True).sum())
+    if gain < PAYS:
+        return (
+            plain,
+            f"prompts: computed for each answer; sharing them would save {100 * (1 - 1 / gain):.1f} % of the tokens",
+        )
+    return "shared", f"prompts: computed once for both answers, which saves {100 * (1 - 1 / gain):.1f} % of the tokens"
+
+
+def _dataset(name: str, mixture: PairMixture, recipe: Recipe, layout: PairLayout) -> Dataset:
+    dataset = mixture.dataset(recipe.data, share_prompts=layout == "shared")
+    return dataset.add_column("split", [name] * len(dataset))
+
+
+class _Chosen:
+    """The conversations with the chosen answers, as rows."""
+
+    def __init__(self, table: PairTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self._table[index]
+        labels = np.concatenate([np.full(len(pair.prompt_ids), -100, np.int32), pair.chosen_labels])
+        return {"input_ids": np.concatenate([pair.prompt_ids, pair.chosen_ids]), "labels": labels, "row": pair.row}
+
+
+def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
+    """TRL's trainer, plus the router term; its reference is computed or continued here, unless it is live."""
+    recipe, rows, method = setup.recipe, setup.rows, setup.recipe.method
+    assert isinstance(method, DpoSettings)
+    assert isinstance(rows, PairRows)
+    assert rows.tables is not None
+    bias = None if setup.router_term is None else setup.router_term.bias
+    fresh = setup.earlier is None and not recipe.model.added_tokens
+    reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
+    trainer = MoeDpoTrainer(
+        args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        reference=reference,
+        attention=recipe.model.attn_implementation,
+        packed=recipe.data.packing,
+        live=method.reference == "live",
+        **setup.arguments(),
+    )
+    if method.reference == "precomputed":
+        store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
+        _precompute(trainer, store, rows, recipe.training.per_device_train_batch_size)
+    if not recipe.training.resume_from_checkpoint:
+        refuse_other_start(trainer, rows.tables["train"], first_pairs(recipe, len(rows.tables["train"])))
+    return trainer
+
+
+def first_pairs(recipe: Recipe, pairs: int) -> list[int]:
+    """The pairs of the first batch of this process, which `_precompute` put together in the same way."""
+    size = recipe.training.per_device_train_batch_size
+    start = PartialState().process_index * size
+    return list(range(start, min(start + size, pairs))) or list(range(min(size, pairs)))
+
+
+def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairTable]) -> dict[str, str | None]:
+    """Everything that the reference's log-probabilities depend on."""
+    model = setup.recipe.model
+    return {
+        "base": setup.base["fingerprint"],
+        "adapter": None if setup.earlier is None else setup.earlier.digest(),
+        "quantisation": f"{'nf4' if model.load_in_4bit else None}, {model.dtype}",
+        "template": setup.tokenizer.chat_template,
+        **{f"{name} data": digest_of(table) for name, table in tables.items()},
+        "ld_alpha": str(method.ld_alpha),
+    }
+
+
+def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows, size: int) -> None:
+    """Compute what is missing, all processes together, and give it to the collator."""
+    state = PartialState()
+    assert rows.tables is not None
+    store.open(state.is_main_process)
+    state.wait_for_everyone()
+    missing = {split: store.missing(split, table) for split, table in rows.tables.items()}
+    state.wait_for_everyone()  # nobody writes before all have seen what is missing
+    for split, indices in missing.items():
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        mine = batches[state.process_index :: state.num_processes]
+        label = f"Reference of {len(indices):,} {split} pairs"
+        shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
+        logps = partial(pair_logps, trainer, split)
+        compute_missing(store, split, rows.tables[split], shown, state.process_index, logps)
+    state.wait_for_everyone()
+    rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
+
+
+def pair_logps(trainer: MoeDpoTrainer, split: str, indices: Sequence[int]) -> Any:
+    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some pairs."""
+    inputs = trainer.batch_of(split, indices)
+    with trainer.compute_loss_context_manager():
+        return trainer.reference_logps(inputs).view(2, -1).T

@@ -1,0 +1,24 @@
+"""What a method makes of a recipe's data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune.data import DataStats
+
+
+@dataclass(frozen=True)
+class MethodRows:
+    """`train` and `eval` (None: no evaluation) as the trainer takes them, `collator` makes its batches.
+
+    `conversations` with `conversation_collator`: the same rows one conversation each, for what is measured before
+    there is an adapter. `remarks`: what there is to tell the user. `stats` by split.
+    """
+
+    train: Any
+    eval: Any
+    collator: Any
+    stats: dict[str, DataStats]
+    conversations: Any
+    conversation_collator: Any
+    remarks: Sequence[str] = field(default=())

@@ -1,0 +1,49 @@
+"""What every trainer is made from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from finetune.methods.router_term import RouterTerm
+from finetune.methods.rows import MethodRows
+from finetune.moe.earlier import EarlierAdapter
+from finetune.moe.families import Family
+from finetune.recipe import Recipe
+from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
+
+
+@dataclass(frozen=True)
+class TrainerSetup:
+    """`earlier`: the adapter that the run goes on from; `base`: name and fingerprint of the base checkpoint."""
+
+    recipe: Recipe
+    run: RunFolder
+    family: Family
+    model: Any
+    tokenizer: Any
+    rows: MethodRows
+    earlier: EarlierAdapter | None
+    base: Mapping[str, str]
+    dashboards: Dashboards
+
+    @cached_property
+    def router_term(self) -> RouterTerm | None:
+        """The routers of a mixture of experts, as the recipe balances them."""
+        if self.family.moe is None or self.recipe.router is None:
+            return None
+        return RouterTerm(self.model, self.family, self.recipe.router)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that all trainers take."""
+        router_load = RouterLoadCallback(self.run.router_load)
+        return {
+            "model": self.model,
+            "router_term": self.router_term,
+            "processing_class": self.tokenizer,
+            "data_collator": self.rows.collator,
+            "train_dataset": self.rows.train,
+            "eval_dataset": self.rows.eval,
+            "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
+            "router_observers": [each.show_router for each in (router_load, *self.dashboards.callbacks)],
+        }

@@ -1,0 +1,40 @@
+"""SFT from a recipe: its rows and its trainer."""
+
+from typing import Any
+
+from accelerate import PartialState
+
+from finetune.data import Collator, prepare
+from finetune.methods.rows import MethodRows
+from finetune.methods.setup import TrainerSetup
+from finetune.methods.sft import MoeSftTrainer, sft_config
+from finetune.moe.families import Family
+from finetune.recipe import Recipe
+
+
+def prepare_rows(recipe: Recipe, tokenizer: Any, _family: Family, _config: dict[str, Any]) -> MethodRows:
+    """Training and held-out rows. One process of a machine makes them, the others find them in the cache."""
+    data = recipe.data
+    with PartialState().local_main_process_first():
+        splits = {
+            name: prepare(data.sources(name), tokenizer, data, recipe.seed)
+            for name in ("train", "eval")
+            if data.sources(name)
+        }
+    collator = Collator(tokenizer)
+    return MethodRows(
+        train=splits["train"].dataset,
+        eval=splits["eval"].dataset if "eval" in splits else None,
+        collator=collator,
+        stats={name: each.stats for name, each in splits.items()},
+        conversations=splits["train"].dataset,
+        conversation_collator=collator,
+    )
+
+
+def make_trainer(setup: TrainerSetup) -> MoeSftTrainer:
+    """TRL's trainer, plus the router term."""
+    return MoeSftTrainer(
+        args=sft_config(setup.recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        **setup.arguments(),
+    )

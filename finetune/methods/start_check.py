@@ -1,0 +1,52 @@
+"""Before the first step the model is its reference: every reward is 0, or something is not what it should be."""
+
+from collections.abc import Sequence
+
+import torch
+
+from finetune.data.tokens.pairs import TokenPair
+from finetune.errors import Problem, RunError
+from finetune.methods.dpo import MoeDpoTrainer
+from finetune.methods.pair_scores import score_pairs
+
+TOLERANCE = {torch.float32: 1e-4}
+LOW_PRECISION = 1e-2
+
+
+def refuse_other_start(trainer: MoeDpoTrainer, pairs: Sequence[TokenPair], indices: Sequence[int]) -> None:
+    """Raise RunError where the reward margin of one of these training pairs is not 0; it says what differs.
+
+    The tolerance is 1e-4, and 1e-2 where the model computes in 16 bits.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    inputs = trainer.batch_of("train", indices)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        policy_2B = trainer.answer_logps(score_pairs(model, inputs, trainer.attention), inputs)
+        live_2B = trainer.reference_logps(inputs)
+    model.train(training)
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    used_2B = live_2B if trainer.live else torch.cat([inputs[name] for name in names])
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
+    margin_B = _margin(trainer.beta * (policy_2B - used_2B))
+    worst = int(margin_B.abs().argmax())
+    if margin_B.abs()[worst] <= tolerance:
+        return
+    if _margin(trainer.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
+        differs = "the adapter: the one that is trained does not start as the reference's"
+    else:
+        differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"
+    raise RunError(
+        Problem(
+            pairs[indices[worst]].row,
+            f"before the first step this pair's reward margin is not 0 within {tolerance:g}; what differs is {differs}",
+            "remove the folder reference/ of the run so that it is computed again; if that does not help, report it",
+            got=f"{margin_B[worst].item():.3g}",
+        )
+    )
+
+
+def _margin(rewards_2B: torch.Tensor) -> torch.Tensor:
+    chosen_B, rejected_B = rewards_2B.chunk(2)
+    return chosen_B - rejected_B
