@@ -16,7 +16,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 from finetune.methods.common import common_arguments, refuse_other_world
 from finetune.methods.pair_scores import score_pairs
 from finetune.methods.reference import Reference
+from finetune.methods.routing_overlap import RoutingOverlap
 from finetune.methods.steps import ExactSteps
+from finetune.moe.router import RouterRecord, capture
 from finetune.recipe import DpoSettings, Recipe
 
 
@@ -63,6 +65,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self.precompute_ref_logps = True  # for TRL: the batch has them, live ones too
         losses: list[str] = self.args.loss_type
         self._weight_of = dict(zip(losses, self.args.loss_weights or [1.0] * len(losses), strict=True))
+        self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
         self._step_pairs = self._step_chosen = torch.ones(())
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -86,12 +89,16 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss, plus its share of the router term."""
-        self._add_reference(inputs)
+        looked_at = self._looks_at_routing()
+        routed = self._add_reference(inputs, looked_at)
         if not self.model.training:
             return self._evaluation_loss(model, inputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
             scores = score_pairs(model, inputs, self.attention)
+        if looked_at and self.overlap is not None and record is not None:
+            self.overlap.compare_answers(record, inputs)
+            self._compare_with_reference(record, routed, inputs)
         pairs = len(inputs["ref_chosen_logps"])
         share = pairs / self._step_pairs
         sft = inputs["completion_mask"][:pairs].sum() / self._step_chosen / share  # a mean over tokens, not over pairs
@@ -122,9 +129,36 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         beyond_BW = mask_BW.cumsum(1) > shorter_B.unsqueeze(1)
         return torch.where(beyond_BW, self.ld_alpha * log_probs_BW, log_probs_BW).sum(1)
 
-    def _add_reference(self, inputs: dict[str, Any]) -> None:
-        if self.live:
+    def _add_reference(self, inputs: dict[str, Any], looked_at: bool) -> RouterRecord | None:
+        """The reference's log-probabilities, where the batch has none; what its routers did, where it is looked at."""
+        if not self.live:
+            return None
+        with capture(self.overlap.routers) if looked_at and self.overlap is not None else nullcontext() as record:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
+        return record
+
+    def _looks_at_routing(self) -> bool:
+        """At the first micro-batch of a step after which a line is logged."""
+        return self.overlap is not None and self.model.training and self.will_log and not self._step_losses
+
+    def _compare_with_reference(
+        self, record: RouterRecord, reference: RouterRecord | None, inputs: Mapping[str, Any]
+    ) -> None:
+        """Where the reference was not live, its routing is that of one pair, run for this alone."""
+        assert self.overlap is not None
+        if reference is not None:
+            self.overlap.compare_models(record, reference, self.weights(inputs))
+            return
+        split, index = inputs["pairs"][0]
+        probe = self.batch_of(split, [index])
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        with torch.no_grad(), capture(self.overlap.routers) as record:
+            score_pairs(model, probe, self.attention)
+        model.train()
+        with self.reference.active(), capture(self.overlap.routers) as reference:
+            score_pairs(model, probe, self.attention)
+        self.overlap.compare_models(record, reference, self.weights(probe))
 
     def _trl_loss(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], sft_share: Any) -> torch.Tensor:
         """The mean over these pairs of TRL's losses; `sft_share` scales the weight of the one that is no such mean."""
@@ -179,7 +213,8 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
         """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
-        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums)}
+        overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
+        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap}
 
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
         """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""

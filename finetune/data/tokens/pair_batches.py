@@ -71,7 +71,7 @@ class PairCollator:
     - `answer_index` `[2B, W]`: flattened place that predicts the j-th token of an answer; 0 beyond its end.
     - `completion_mask` `[2B, W]`: 1 where the j-th token is supervised. `answer_length` `[2B]`, in tokens.
     - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
-    - `rows` (list of str): `file:line` of each pair, for messages.
+    - `pairs`: (split, index) of each pair; `rows` (list of str): its `file:line`, for messages.
 
     The pairs of all features are numbered in order; of the `2B`, the chosen answers come first. Padded rows get
     `pad_to_multiple_of` tokens: CUDA's attention copies a mask in every layer whose rows are no multiple of 8.
@@ -105,7 +105,8 @@ class PairCollator:
             values = [self.reference[feature["split"]][index] for feature in features for index in feature["pairs"]]
             chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32)).unbind(1)
             batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
-        return {**batch, "rows": [pair.row for pair in chain(*groups)]}
+        named = [(feature["split"], index) for feature in features for index in feature["pairs"]]
+        return {**batch, "pairs": named, "rows": [pair.row for pair in chain(*groups)]}
 
 
 def sharing_gain(pairs: Iterable[TokenPair]) -> float:
