@@ -3,27 +3,31 @@
     chosen     {"command":"none"}                                   for "Close the garage door"
     rejected   {"command":"set_temperature","room":"garage","degrees":-5}   what the model had invented
 
-As many pairs hold on to what the model can do: a row of train.jsonl with its own answer as the chosen one, against
+Half as many pairs hold on to what the model can do: a row of train.jsonl with its own answer as the chosen one, against
 `none` or against the same answer with a key too much, which is how this model errs when it errs.
 """
 
-import itertools
 import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from data.quickstart.outside import TOPICS
 from data.quickstart.wordings import INTENTS, SLOTS, Intent
 
 NONE = '{"command":"none"}'
 ANCHORS_PER_DOMAIN = 16
 Row = dict[str, Any]
+# Requests by topic. `invented` is the answer of the model that the quickstart trains, generated greedily once. Requests
+# without it are held out; so is a topic that has only such ones.
+OUTSIDE: list[Row] = [
+    json.loads(line) for line in Path(__file__).with_name("outside.jsonl").read_text(encoding="utf-8").splitlines()
+]
 
 
 def pair_rows(train: Sequence[Row], rng: random.Random) -> list[Row]:
     """Rows in the `preference` format, mixed. `train`: the rows of train.jsonl."""
-    rows = [pair(request, NONE, invented) for topic in TOPICS for request, invented in topic.trained]
+    rows = [pair(row["request"], NONE, row["invented"]) for row in OUTSIDE if "invented" in row]
     rows += anchors(train, rng)
     rng.shuffle(rows)
     return rows
@@ -55,9 +59,10 @@ def pair(request: str, chosen: str, rejected: str) -> Row:
 
 def held_out_rows() -> list[Row]:
     """Held-out requests in the `messages` format; `split` says whether the whole topic is new or only the request."""
+    topics = {row["topic"] for row in OUTSIDE if "invented" in row}
     rows = []
-    for split, topics in itertools.groupby(TOPICS, lambda topic: "request" if topic.trained else "topic"):
-        for request in (request for topic in topics for request in topic.held_out):
-            messages = [{"role": "user", "content": request}, {"role": "assistant", "content": NONE}]
-            rows.append({"messages": messages, "split": split})
+    for row in OUTSIDE:
+        if "invented" not in row:
+            messages = [{"role": "user", "content": row["request"]}, {"role": "assistant", "content": NONE}]
+            rows.append({"messages": messages, "split": "request" if row["topic"] in topics else "topic"})
     return rows
