@@ -52,16 +52,17 @@ def _counted(lengths: Mapping[int, int], ends: Iterable[int], limit: int) -> lis
     return bins[occupied[0] : occupied[-1] + 1]
 
 
-def padding_share(lengths: npt.NDArray[np.int32], batch: int) -> float:
-    """The share of pads that is expected where each `batch` rows, drawn at random, are padded to their longest.
+def padding_share(tokens: npt.NDArray[np.int32], longest: npt.NDArray[np.int32], batch: int, rows: int = 1) -> float:
+    """The share of pads that is expected where items, drawn at random `batch` at a time, are padded to their longest.
 
-    Exact for full batches: the expected longest of a draw without replacement, from P(all `batch` rows <= n).
+    Each item is `rows` rows of the batch with `tokens` in all, the longest of them of `longest`. Exact for full
+    batches: the expected longest of a draw without replacement, from P(all `batch` items <= n).
     """
-    sizes, rows = np.unique(lengths, return_counts=True)
-    batch = min(batch, len(lengths))
-    shorter = np.cumsum(rows).astype(np.float64)
+    sizes, counts = np.unique(longest, return_counts=True)
+    batch = min(batch, len(longest))
+    shorter = np.cumsum(counts).astype(np.float64)
     at_most: Floats = np.ones(len(sizes))
     for drawn in range(batch):
-        at_most *= np.clip(shorter - drawn, 0, None) / (len(lengths) - drawn)
+        at_most *= np.clip(shorter - drawn, 0, None) / (len(longest) - drawn)
     expected_longest = float(sizes @ np.diff(at_most, prepend=0.0))
-    return 1 - float(lengths.mean()) / expected_longest
+    return 1 - float(tokens.mean()) / (rows * expected_longest)

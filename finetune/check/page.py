@@ -8,7 +8,7 @@ from jinja2 import Environment, StrictUndefined
 
 from finetune.check.report import Report
 from finetune.check.samples import Piece, Sample, shown
-from finetune.check.wording import more, of, percent, set_fields, split_fields, twin_fields
+from finetune.check.wording import length_title, more, of, percent, set_fields, split_fields, twin_fields
 from finetune.files import write_text
 
 MAX_PROBLEMS = 1000
@@ -23,6 +23,7 @@ def page(report: Report) -> str:
     """The page. Everything that comes from the recipe or from rows is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
+        "length_title": length_title,
         "more": more,
         "of": of,
         "percent": percent,

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from finetune.check.figures import Bin, histogram, padding_share
 from finetune.check.samples import Sample
 from finetune.check.twins import Twins
+from finetune.data.tokens.packing import count_sequences
+from finetune.data.tokens.pairs import PairMixture, capacity
 from finetune.data.tokens.stats import DataStats
 from finetune.errors import Problem
 from finetune.recipe import Recipe
@@ -22,14 +25,17 @@ LONGEST = 5
 class Batches:
     """What a step is fed with.
 
-    `sequences` are rows, or packed rows, of which a batch on one device has `batch`; `unfilled`: share of packed
-    sequences that no token stands in; `padding`: share of pads that is expected in a batch.
+    `sequences` are rows (or pairs: `unit`), or packed ones, of which a batch on one device has `batch`; `unfilled`:
+    share of the `capacity` of packed sequences that no token stands in; `padding`: share of pads that is expected in a
+    batch.
     """
 
     sequences: int
     batch: int
     unfilled: float | None
     padding: float | None
+    capacity: int
+    unit: Literal["rows", "pairs"] = "rows"
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Split:
-    """Training or evaluation rows."""
+    """Training or evaluation rows, or pairs of answers, whose length is that of the longer conversation."""
 
     name: str
     stats: DataStats
@@ -119,11 +125,22 @@ def _remarks(split: Split) -> list[str]:
 
 def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -> Batches:
     """`lengths`: tokens of each row of the data set; `sequences`: rows, or packed rows."""
-    batch = recipe.training.per_device_train_batch_size
+    batch, limit = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.data.packing:
         # A batch of packed rows is one long row: no padding (see `Collator`).
-        return Batches(sequences, batch, 1 - float(lengths.sum()) / (sequences * recipe.data.max_length), None)
-    return Batches(sequences, batch, None, padding_share(lengths, batch))
+        return Batches(sequences, batch, 1 - float(lengths.sum()) / (sequences * limit), None, limit)
+    return Batches(sequences, batch, None, padding_share(lengths, lengths, batch), limit)
+
+
+def pair_batches_of(mixture: PairMixture, recipe: Recipe, share_prompts: bool) -> Batches:
+    """Pairs, packed or padded to the longest row of a batch: two rows each, or one where they share their prompt."""
+    batch, limit = recipe.training.per_device_train_batch_size, capacity(recipe.data)
+    places = mixture.places(share_prompts)
+    if recipe.data.packing:
+        sequences = count_sequences(places, limit)
+        return Batches(sequences, batch, 1 - float(places.sum()) / (sequences * limit), None, limit, "pairs")
+    longest, rows = (places, 1) if share_prompts else (mixture.longer, 2)
+    return Batches(len(places), batch, None, padding_share(places, longest, batch, rows), limit, "pairs")
 
 
 def course_of(stats: DataStats, recipe: Recipe) -> Course:
@@ -141,8 +158,8 @@ def course_of(stats: DataStats, recipe: Recipe) -> Course:
     )
 
 
-def split_of(name: str, stats: DataStats, lengths: npt.NDArray[np.int32], recipe: Recipe) -> Split:
-    """A split's figures; `lengths`: tokens of each row of the data set."""
+def split_of(name: str, stats: DataStats, batches: Batches, recipe: Recipe) -> Split:
+    """A split's figures."""
     counted: Counter[int] = Counter()
     for each in stats.sets:
         counted.update(each.source.lengths)
@@ -152,6 +169,6 @@ def split_of(name: str, stats: DataStats, lengths: npt.NDArray[np.int32], recipe
         stats=stats,
         lengths=histogram(counted, recipe.data.max_length),
         longest_rows=longest[:LONGEST],
-        batches=batches_of(lengths, stats.sequences, recipe),
+        batches=batches,
         course=course_of(stats, recipe) if name == "train" else None,
     )

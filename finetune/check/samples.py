@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from finetune.data.render import IGNORED
+from finetune.data.render.rendering import Ints
 from finetune.data.tokens import RowSet
 from finetune.data.tokens.mixture import Indices
 
 HEAD_TOKENS, TAIL_TOKENS = 1500, 500
 """Of a longer row so much is kept from its beginning and its end."""
+_CONTEXT = 16
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,12 @@ class Piece:
     supervised: bool
     special: bool = False
     left_out: int = 0  # tokens that stand here and are not shown
+    gap: str = "left out"  # what is said of them
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as the model sees it; `where` is its `file:line`."""
+    """One row as the model sees it; `where` is its `file:line`, and which answer of a pair it is."""
 
     where: str
     pieces: list[Piece]
@@ -40,16 +44,45 @@ class Sample:
 
 
 def draw(rows: RowSet, chosen: Indices, number: int, seed: int, tokenizer: Any) -> list[Sample]:
-    """`number` of the chosen rows, or all, drawn with `seed`, in file order."""
+    """`number` of the chosen rows, or all, drawn with `seed`, in file order; of a pair both answers."""
     table = rows.table()
     # random.sample draws from a range without making it a list.
     drawn = random.Random(seed).sample(range(len(chosen)), min(number, len(chosen)))
     samples = []
     for index in sorted({int(chosen[position]) for position in drawn}):
-        (ids, labels), where = table.row(index)
-        supervised = [label != IGNORED for label in labels.tolist()]
-        samples.append(Sample(where, pieces(ids.tolist(), supervised, tokenizer), len(ids), sum(supervised)))
+        columns, where = table.row(index)
+        if len(columns) == 2:
+            samples.append(_sample(where, columns[0], columns[1], tokenizer))
+        else:
+            samples += _pair(where, columns, tokenizer)
     return samples
+
+
+def _sample(where: str, ids: Ints, labels: Ints, tokenizer: Any) -> Sample:
+    supervised = _supervised(labels)
+    return Sample(where, pieces(ids.tolist(), supervised, tokenizer), len(ids), sum(supervised))
+
+
+def _supervised(labels: Ints) -> list[bool]:
+    return [label != IGNORED for label in labels.tolist()]
+
+
+def _pair(where: str, columns: Sequence[Ints], tokenizer: Any) -> list[Sample]:
+    """The prompt with the chosen answer, and the rejected answer, before which the prompt is not shown again."""
+    prompt, chosen, chosen_labels, rejected, rejected_labels = columns
+    before = np.full(len(prompt), IGNORED, dtype=np.int32)
+    ids, labels = np.concatenate([prompt, chosen]), np.concatenate([before, chosen_labels])
+    first = _sample(f"{where} chosen", ids, labels, tokenizer)
+    # A few tokens of the prompt, because what a token says may depend on the one before it. Where the prompt ends a
+    # piece ends, since an answer's first token is supervised.
+    context, supervised = prompt[-_CONTEXT:].tolist(), _supervised(rejected_labels)
+    said = pieces([*context, *rejected.tolist()], [False] * len(context) + supervised, tokenizer)
+    left = len(context)
+    while left:
+        left -= len(said.pop(0).ids)
+    same = Piece("", (), False, left_out=len(prompt), gap="of the same prompt")
+    second = Sample(f"{where} rejected", [same, *said], len(prompt) + len(rejected), sum(supervised))
+    return [first, second]
 
 
 def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any) -> list[Piece]:

@@ -9,7 +9,7 @@ from typing import TextIO
 from finetune.check.figures import Bin
 from finetune.check.report import Report, Split
 from finetune.check.samples import Piece, Sample, shown
-from finetune.check.wording import more, of, set_fields, split_fields, twin_fields
+from finetune.check.wording import length_title, more, of, set_fields, split_fields, twin_fields
 
 WIDTH = 80
 _BAR = 48
@@ -59,8 +59,8 @@ def _split(split: Split, limit: int, style: Style) -> Iterator[str]:
         yield from (_field(name, value) for name, value in set_fields(each, split))
     if len(split.stats.sets) > 1:
         yield "  together"
-    yield from (_field(name, value) for name, value in split_fields(split, limit))
-    yield from ("", "  rows by length in tokens, before anything is cut", *_bars(split.lengths, limit, style))
+    yield from (_field(name, value) for name, value in split_fields(split))
+    yield from ("", f"  {length_title(split)}", *_bars(split.lengths, limit, style))
     yield from _named("longest rows", split.longest_named, 0)
     yield from _named("the same text", split.duplicates_named, split.stats.duplicates)
     yield from _named("bad rows, left out", split.bad_named, split.stats.bad)
@@ -114,7 +114,7 @@ def _cut(pieces: list[Piece]) -> list[Piece]:
 
 
 def _said(piece: Piece, text: str) -> str:
-    return f"\n... {piece.left_out:,} tokens left out ...\n" if piece.left_out else text
+    return f"\n... {piece.left_out:,} tokens {piece.gap} ...\n" if piece.left_out else text
 
 
 def _colour(piece: Piece) -> str:

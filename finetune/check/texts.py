@@ -1,13 +1,14 @@
 """The rows of a source without a tokenizer: what they say, and what is wrong with them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 from finetune.check.twins import words_of
 from finetune.data.formats import reader, recognise
 from finetune.data.rows import Problems, Row, RowError
 from finetune.data.sources import open_source
+from finetune.data.tokens.examples import Item, Wrong
+from finetune.data.tokens.kinds import Kind
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSource
 
@@ -23,34 +24,42 @@ def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
                 continue  # one of the bad rows that the recipe says to drop; it is named among them
 
 
-def read_without_tokenizer(sources: Sequence[DataSource], max_problems: int) -> None:
-    """Read every row; `DataError` with all of those that the format refuses."""
+def read_without_tokenizer(sources: Sequence[DataSource], kind: Kind, max_problems: int) -> None:
+    """Read every row; `DataError` with all of those that the format refuses, or that `kind` cannot be made of."""
     problems: list[Problem] = []
     for source in sources:
         try:
-            problems += _refused(source, max_problems)
+            problems += _refused(source, kind, max_problems)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
 
 
-def _refused(source: DataSource, max_problems: int) -> list[Problem]:
+def _refused(source: DataSource, kind: Kind, max_problems: int) -> list[Problem]:
     refused = Problems(max_problems)
-    unclear: list[Problem] = []
-    read: Callable[[Mapping[str, Any]], object] = dict  # where no format is known: what is no row at all is still found
     try:
         read = reader(_format(source), source.columns)
     except RowError as error:
-        unclear = [error.problem(str(source.path or source.id), 0)]
-    for row in _rows(source):
-        try:
+        # Where no format is known, what is no row at all is still found.
+        for row in _rows(source):
             if isinstance(row.value, RowError):
-                raise row.value
-            read(row.value)
-        except RowError as error:
-            refused.add(row.path, row.number, error)
-    return [*refused.report(), *unclear]
+                refused.add(row.path, row.number, row.value)
+        return [*refused.report(), error.problem(str(source.path or source.id), 0)]
+    for item in kind.items(_rows(source), read):
+        if (wrong := _wrong(item, kind)) is not None:
+            refused.add(wrong.row.path, wrong.row.number, wrong.error)
+    return refused.report()
+
+
+def _wrong(item: Item, kind: Kind) -> Wrong | None:
+    if isinstance(item.example, Wrong):
+        return item.example
+    try:
+        kind.sides(item.example)
+    except RowError as error:
+        return item.wrong(error)
+    return None
 
 
 def _format(source: DataSource) -> str:

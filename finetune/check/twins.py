@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from rensa import RMinHash, RMinHashLSH
 
-from finetune.data.types import Conversation, Document, Example
+from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
 
 NEAR = 0.8
 """Rows that share so much of their word triples are near-duplicates."""
@@ -70,17 +70,23 @@ class Twins:
 
 
 def words_of(example: Example) -> str:
-    """What a row says: all turns but the system's, one a line, or the document."""
+    """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once."""
     if isinstance(example, Document):
         return example.text
-    if not isinstance(example, Conversation):
-        return ""
     said = []
-    for message in example.messages:
+    for message in _messages(example):
         if message["role"] != "system":
             calls = [call["function"] for call in message.get("tool_calls", [])]
             said += [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]
     return "\n".join(said)
+
+
+def _messages(example: Conversation | Preference | Judged) -> list[Message]:
+    if isinstance(example, Conversation):
+        return example.messages
+    if isinstance(example, Preference):
+        return [*example.prompt, *example.chosen, *example.rejected]
+    return [*example.prompt, *example.completion]
 
 
 def find_twins(train: Texts, evaluation: Texts) -> Twins:

@@ -5,6 +5,7 @@ from finetune.check.twins import NEAR, Twins
 from finetune.data.tokens.stats import RowStats, SetStats
 
 Fields = list[tuple[str, str]]
+_ROUNDING = 1e-9
 
 
 def set_fields(each: SetStats, split: Split) -> Fields:
@@ -30,30 +31,36 @@ def _row_fields(source: RowStats) -> Fields:
         "duplicate": source.duplicates,
     }
     kept = source.rows - source.bad - source.dropped
-    pieces = f" as {source.pieces:,} pieces" if source.split else ""
+    pieces = f" as {source.pieces:,} {'pieces' if source.split else 'pairs'}" if source.pieces != kept else ""
     fields = [("rows", f"{source.rows:,} read, {of(kept, source.rows)} kept{pieces}")]
     fields += [(name, of(count, source.rows)) for name, count in befell.items() if count]
     none = [name for name, count in befell.items() if not count]
     return [*fields, ("none", ", ".join(none))] if none else fields
 
 
-def split_fields(split: Split, limit: int) -> Fields:
+def split_fields(split: Split) -> Fields:
     """What is made of all sets of a split together."""
     stats = split.stats
     fields = [("tokens", _tokens(stats.tokens, stats.supervised_tokens))] if len(stats.sets) > 1 else []
-    fields.append(("batches", _batches(split.batches, limit)))
+    fields.append(("batches", _batches(split.batches)))
     return fields + (_course(split.course) if split.course else [])
 
 
-def _batches(batches: Batches, limit: int) -> str:
+def length_title(split: Split) -> str:
+    """What a split's lengths are lengths of."""
+    of_pairs = ", the longer conversation of each" if split.batches.unit == "pairs" else ""
+    return f"{split.batches.unit} by length in tokens{of_pairs}, before anything is cut"
+
+
+def _batches(batches: Batches) -> str:
     if batches.unfilled is not None:
-        return (
-            f"{batches.sequences:,} packed sequences of up to {limit:,} tokens, {100 * batches.unfilled:.2f} % unfilled"
-        )
-    if batches.batch == 1:
-        return f"{batches.sequences:,} rows, one at a time: no padding"
-    expected = f"{100 * (batches.padding or 0.0):.1f} % padding to be expected"
-    return f"{batches.sequences:,} rows, {batches.batch} at a time: {expected}"
+        filled = f"{100 * batches.unfilled:.2f} % unfilled"
+        return f"{batches.sequences:,} packed sequences of up to {batches.capacity:,} tokens, {filled}"
+    at_a_time = "one" if batches.batch == 1 else f"{batches.batch}"
+    padding = batches.padding or 0.0
+    expected = f"{100 * padding:.1f} % padding to be expected" if padding > _ROUNDING else "no padding"
+    unit = batches.unit if batches.sequences != 1 else batches.unit[:-1]
+    return f"{batches.sequences:,} {unit}, {at_a_time} at a time: {expected}"
 
 
 def _course(course: Course) -> Fields:

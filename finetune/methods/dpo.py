@@ -54,6 +54,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
 
     # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
     loss_is_scaled_for_ga = True
+    accelerator: Any
     sums = (
         *("loss", "pairs", "chosen_rewards", "rejected_rewards", "correct", "chosen_logps", "rejected_logps"),
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
@@ -67,6 +68,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self._weight_of = dict(zip(losses, self.args.loss_weights or [1.0] * len(losses), strict=True))
         self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
         self._step_pairs = self._step_chosen = torch.ones(())
+        self._tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)  # since the run was (re)started
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """The rows are pairs of token ids already."""
@@ -78,12 +80,15 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         return weight
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
-        """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
+        """Also count the step's pairs, the supervised tokens of its chosen answers and all tokens, over all ranks."""
         super().begin_step(samples, device)
         chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
-        counts = torch.tensor([sum(map(len, chosen)), 0], dtype=torch.float64, device=device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        counts[0] = sum(map(len, chosen))
         counts[1] = sum(mask.sum() for mask in chosen)
-        self._step_pairs, self._step_chosen = self.sum_over_ranks(counts).unbind()
+        counts[2] = sum(sample["weight"].sum() for sample in samples)
+        self._step_pairs, self._step_chosen, tokens = self.sum_over_ranks(counts).unbind()
+        self._tokens = self._tokens + tokens
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -106,11 +111,10 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self._count(scores, inputs, loss)
         return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
 
-    def batch_of(self, split: str, pairs: Sequence[int]) -> dict[str, Any]:
-        """A micro-batch of some pairs of a split, on the device."""
-        batch: dict[str, Any] = self._prepare_inputs(
-            self.data_collator([{"pairs": [pair], "split": split} for pair in pairs])
-        )
+    def batch_of(self, split: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """A micro-batch of some pairs of a split, on the device; pairs of one row are packed together."""
+        features = [{"pairs": list(pairs), "split": split} for pairs in rows]
+        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(features))
         return batch
 
     def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -150,7 +154,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
             self.overlap.compare_models(record, reference, self.weights(inputs))
             return
         split, index = inputs["pairs"][0]
-        probe = self.batch_of(split, [index])
+        probe = self.batch_of(split, [[index]])
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         with torch.no_grad(), capture(self.overlap.routers) as record:
@@ -166,13 +170,19 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         completion_BW = pad(inputs["completion_mask"], (1, 0))
         view = {
             "input_ids": completion_BW,
-            "attention_mask": inputs["weight"],
+            "attention_mask": completion_BW.new_zeros(1),  # what TRL counts tokens by; ours are counted once a step
             "completion_mask": completion_BW,
             "ref_chosen_logps": inputs["ref_chosen_logps"],
             "ref_rejected_logps": inputs["ref_rejected_logps"],
         }
         self.loss_weights = [w * sft_share if name == "sft" else w for name, w in self._weight_of.items()]
-        loss: torch.Tensor = super()._compute_loss(lambda **_: scores, view, False)
+        # TRL gathers figures of every pair from all ranks, which hangs where ranks have different numbers of pairs
+        # (packed ones, the last of an evaluation); ours are sums, taken together when a line is logged.
+        accelerator, self.accelerator = self.accelerator, _OneRank(self.accelerator.device)
+        try:
+            loss: torch.Tensor = super()._compute_loss(lambda **_: scores, view, False)
+        finally:
+            self.accelerator = accelerator
         return loss
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -214,7 +224,8 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
         """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
         overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
-        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap}
+        tokens = self._total_train_tokens + self._tokens.item()
+        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": tokens}
 
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
         """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""
@@ -222,13 +233,23 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         return {"loss": sums["loss"] / max(sums["pairs"], 1.0) + sft, **_pair_figures(sums)}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Ours in place of TRL's figures, which are means of micro-batch means, the number of tokens aside."""
-        kept = self._metrics["train"].get("num_tokens", [])
+        """Ours in place of TRL's figures, which are means of micro-batch means."""
         for metrics in self._metrics.values():
             metrics.clear()
-        if "loss" in logs and kept:
-            self._metrics["train"]["num_tokens"] = kept
         super().log(logs, *args, **kwargs)
+
+
+class _OneRank:
+    """What TRL's loss asks an accelerator for, without the other ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's own."""
+        return tensor
+
+    gather_for_metrics = gather
 
 
 def _first_pairs(

@@ -13,17 +13,14 @@ from tqdm import tqdm
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.methods.dpo import MoeDpoTrainer, dpo_config
+from finetune.methods.pair_layout import pair_layout
 from finetune.methods.reference import Reference
 from finetune.methods.reference_store import ReferenceStore, compute_missing, digest_of
 from finetune.methods.rows import MethodRows
 from finetune.methods.setup import TrainerSetup
 from finetune.methods.start_check import refuse_other_start
 from finetune.moe.families import Family
-from finetune.moe.prompt_sharing import prompt_sharing_refusal
 from finetune.recipe import DpoSettings, Recipe
-
-PAYS = 1.1
-"""Prompts are shared from this ratio of tokens on: below it the mask costs what it saves."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +39,29 @@ def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) ->
             for name in ("train", "eval")
             if data.sources(name)
         }
-    layout, remark = _layout(recipe, family, config, mixtures["train"])
+    layout, remark = pair_layout(recipe, family, config, mixtures["train"])
     datasets = {name: _dataset(name, each, recipe, layout) for name, each in mixtures.items()}
     tables = {name: each.table for name, each in mixtures.items()}
     return PairRows(
         train=datasets["train"],
         eval=datasets.get("eval"),
-        collator=PairCollator(tokenizer, tables, layout),
+        # GPU kernels take a mask of who sees whom three times as fast where its rows are a multiple of 8.
+        collator=PairCollator(tokenizer, tables, layout, pad_to_multiple_of=8 if _on_gpu() else 1),
         stats={name: each.stats(len(datasets[name])) for name, each in mixtures.items()},
         conversations=_Chosen(tables["train"]),
         conversation_collator=Collator(tokenizer),
-        remarks=[remark],
+        remarks=[f"prompts: {remark}"],
         tables=tables,
     )
-
-
-def _layout(recipe: Recipe, family: Family, config: Any, mixture: PairMixture) -> tuple[PairLayout, str]:
-    """How a micro-batch is laid out, and why."""
-    method, data = recipe.method, recipe.data
-    assert isinstance(method, DpoSettings)
-    plain: PairLayout = "flat" if data.packing else "padded"
-    if method.prompt_sharing == "off":
-        return plain, "prompts: computed for each answer, as method.prompt_sharing says"
-    refusal = prompt_sharing_refusal(family, config, recipe.model.attn_implementation, data.max_length)
-    if refusal is not None:
-        return plain, f"prompts: computed for each answer; {family.model_type} cannot share them: {refusal}"
-    gain = float(mixture.places(False).sum() / mixture.places(True).sum())
-    if gain < PAYS:
-        return (
-            plain,
-            f"prompts: computed for each answer; sharing them would save {100 * (1 - 1 / gain):.1f} % of the tokens",
-        )
-    return "shared", f"prompts: computed once for both answers, which saves {100 * (1 - 1 / gain):.1f} % of the tokens"
 
 
 def _dataset(name: str, mixture: PairMixture, recipe: Recipe, layout: PairLayout) -> Dataset:
     dataset = mixture.dataset(recipe.data, share_prompts=layout == "shared")
     return dataset.add_column("split", [name] * len(dataset))
+
+
+def _on_gpu() -> bool:
+    return bool(PartialState().device.type == "cuda")
 
 
 class _Chosen:
@@ -115,17 +98,20 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     )
     if method.reference == "precomputed":
         store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
-        _precompute(trainer, store, rows, recipe.training.per_device_train_batch_size)
+        _precompute(trainer, store, rows)
     if not recipe.training.resume_from_checkpoint:
-        refuse_other_start(trainer, rows.tables["train"], first_pairs(recipe, len(rows.tables["train"])))
+        batches = _batches(trainer, rows.train["pairs"])
+        refuse_other_start(trainer, batches[PartialState().process_index % len(batches)])
     return trainer
 
 
-def first_pairs(recipe: Recipe, pairs: int) -> list[int]:
-    """The pairs of the first batch of this process, which `_precompute` put together in the same way."""
-    size = recipe.training.per_device_train_batch_size
-    start = PartialState().process_index * size
-    return list(range(start, min(start + size, pairs))) or list(range(min(size, pairs)))
+def _batches(trainer: MoeDpoTrainer, rows: Sequence[list[int]]) -> list[list[list[int]]]:
+    """Rows of pairs as they are computed together before the first step.
+
+    A packed row alone: a pair's rounding depends on its neighbours, and these it has in training too.
+    """
+    size = 1 if trainer.packed else trainer.args.per_device_train_batch_size
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
 def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairTable]) -> dict[str, str | None]:
@@ -141,16 +127,17 @@ def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairT
     }
 
 
-def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows, size: int) -> None:
+def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -> None:
     """Compute what is missing, all processes together, and give it to the collator."""
     state = PartialState()
     assert rows.tables is not None
     store.open(state.is_main_process)
     state.wait_for_everyone()
-    missing = {split: store.missing(split, table) for split, table in rows.tables.items()}
+    missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
     state.wait_for_everyone()  # nobody writes before all have seen what is missing
     for split, indices in missing.items():
-        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        packed = (rows.train if split == "train" else rows.eval)["pairs"]
+        batches = _batches(trainer, [pairs for pairs in packed if indices.intersection(pairs)])
         mine = batches[state.process_index :: state.num_processes]
         label = f"Reference of {len(indices):,} {split} pairs"
         shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
@@ -160,8 +147,8 @@ def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows, s
     rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
 
 
-def pair_logps(trainer: MoeDpoTrainer, split: str, indices: Sequence[int]) -> Any:
-    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some pairs."""
-    inputs = trainer.batch_of(split, indices)
+def pair_logps(trainer: MoeDpoTrainer, split: str, rows: Sequence[Sequence[int]]) -> Any:
+    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some rows of pairs."""
+    inputs = trainer.batch_of(split, rows)
     with trainer.compute_loss_context_manager():
         return trainer.reference_logps(inputs).view(2, -1).T

@@ -127,12 +127,12 @@ def compute_missing(
     store: ReferenceStore,
     split: str,
     pairs: Sequence[TokenPair],
-    batches: Iterable[Sequence[int]],
+    batches: Iterable[Sequence[Sequence[int]]],
     rank: int,
-    logps: Callable[[Sequence[int]], Any],
+    logps: Callable[[Sequence[Sequence[int]]], Any],
 ) -> None:
-    """Compute and write this process's `batches` of pair indices; `logps` gives `[B, 2]` for one of them."""
+    """Compute and write this process's `batches` of rows of pair indices; `logps` gives `[B, 2]` for one of them."""
     store.repair(split, rank)
     for batch in batches:
-        values = logps(batch).tolist()
-        store.append(split, rank, [(i, pairs[i], *each) for i, each in zip(batch, values, strict=True)])
+        indices, values = [index for row in batch for index in row], logps(batch).tolist()
+        store.append(split, rank, [(i, pairs[i], *each) for i, each in zip(indices, values, strict=True)])

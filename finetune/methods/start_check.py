@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from finetune.data.tokens.pairs import TokenPair
 from finetune.errors import Problem, RunError
 from finetune.methods.dpo import MoeDpoTrainer
 from finetune.methods.pair_scores import score_pairs
@@ -13,13 +12,13 @@ TOLERANCE = {torch.float32: 1e-4}
 LOW_PRECISION = 1e-2
 
 
-def refuse_other_start(trainer: MoeDpoTrainer, pairs: Sequence[TokenPair], indices: Sequence[int]) -> None:
-    """Raise RunError where the reward margin of one of these training pairs is not 0; it says what differs.
+def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
+    """Raise RunError where the reward margin of a pair in these training rows is not 0; it says what differs.
 
     The tolerance is 1e-4, and 1e-2 where the model computes in 16 bits.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
-    inputs = trainer.batch_of("train", indices)
+    inputs = trainer.batch_of("train", rows)
     training = model.training
     model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -39,7 +38,7 @@ def refuse_other_start(trainer: MoeDpoTrainer, pairs: Sequence[TokenPair], indic
         differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"
     raise RunError(
         Problem(
-            pairs[indices[worst]].row,
+            inputs["rows"][worst],
             f"before the first step this pair's reward margin is not 0 within {tolerance:g}; what differs is {differs}",
             "remove the folder reference/ of the run so that it is computed again; if that does not help, report it",
             got=f"{margin_B[worst].item():.3g}",

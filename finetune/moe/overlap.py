@@ -42,9 +42,8 @@ def answer_overlap(record: RouterRecord, answer_index: torch.Tensor, answer_leng
     common_B = torch.minimum(*answer_length.chunk(2))
     both_BW = torch.arange(answer_index.shape[1], device=answer_index.device) < common_B.unsqueeze(-1)
     # A token stands right behind the place that predicts it.
-    chosen, rejected = (
-        [each[(place + 1).reshape(-1)] for each in record.indices] for place in (chosen_BW, rejected_BW)
-    )
+    places = [(place_BW + 1).reshape(-1) for place_BW in (chosen_BW, rejected_BW)]
+    chosen, rejected = ([index_TK[place] for index_TK in record.indices] for place in places)
     return _overlap(chosen, rejected, both_BW.reshape(-1).to(torch.float32))
 
 

@@ -27,6 +27,7 @@ def check_data(source: Source) -> None:
             _origin(source, path, entry)
             _format(source, path, entry)
         _named_twice(source, entries)
+    _of_pairs(source)
     _weights(source, _entries(source, "train"))
     _weights_of_evaluation(source, _entries(source, "eval"))
     _changes_nothing(source)
@@ -85,15 +86,35 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     where = (*path, "format")
     if source.is_broken(where):
         return
-    if name in PAIR_FORMATS and read(source, "method.kind", str) == "sft":
+    method = read(source, "method.kind", str)
+    if name in PAIR_FORMATS and method == "sft":
         what = "pairs of answers are for preference tuning; method.kind: sft takes one answer a row"
-        source.report(where, what, "give rows with one answer each, for example as messages", got=show(name))
+        do = "write method.kind: dpo, or give rows with one answer each, for example as messages"
+        source.report(where, what, do, got=show(name))
+    if name in ROW_FORMATS and name not in PAIR_FORMATS and method == "dpo":
+        what = "one answer a row, or none; method.kind: dpo compares two answers to one prompt"
+        do = f"give pairs, in one of the formats {', '.join(PAIR_FORMATS)}, or write method.kind: sft"
+        source.report(where, what, do, got=show(name))
+        return
     if name == "text" and read(source, "data.loss_on", str) not in ("all", None):
         got = f"text, and data.loss_on: {read(source, 'data.loss_on', str)}"
         what = "plain text has no answers that could be told apart"
         source.report(where, what, "write data.loss_on: all, for all data sets of the recipe", got=got)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
+
+
+def _of_pairs(source: Source) -> None:
+    """Settings that have no meaning for two answers which are compared whole."""
+    if read(source, "method.kind", str) != "dpo":
+        return
+    loss_on, overlong = (read(source, f"data.{key}", str) for key in ("loss_on", "overlong"))
+    if loss_on not in ("assistant", None):
+        what = "the loss of a pair is on its two answers, and nowhere else"
+        source.report(key_path("data.loss_on"), what, "write assistant, or remove this key", got=show(loss_on))
+    if overlong == "split":
+        what = "a pair is not split: its answers are compared whole"
+        source.report(key_path("data.overlong"), what, "write error, truncate or drop", got=show(overlong))
 
 
 def _columns(source: Source, where: Path, name: str, columns: dict[str, Any]) -> None:

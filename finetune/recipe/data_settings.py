@@ -42,8 +42,9 @@ class DataSource(Section):
     format: FormatName = Field(
         description="What a row looks like; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason, an error where two formats fit. Conversations: messages (OpenAI chat, with tools), "
-        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for preference "
-        "tuning: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, kto."
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
+        "method.kind: dpo: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, and kto, whose judged answers are "
+        "paired where one prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
         default_factory=dict,
@@ -102,19 +103,23 @@ class DataSettings(Section):
         default="assistant",
         description="What is supervised. assistant: every answer of the assistant and its end token; last_assistant: "
         "the last answer of a row; completion: every answer after the last user message; all: every token, "
-        "which is what format text needs. Messages with `train: false` or `weight: 0` are never supervised.",
+        "which is what format text needs. Messages with `train: false` or `weight: 0` are never supervised. With "
+        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",
         description="What happens to a system message that the chat template refuses. merge_into_first_user: it is "
         "written before the first user message, with an empty line between.",
     )
-    max_length: int = Field(ge=2, description="Greatest length of a row, in tokens.")
+    max_length: int = Field(
+        ge=2,
+        description="Greatest length of a row, in tokens; of a pair of answers that of its prompt with either one.",
+    )
     overlong: Literal["error", "truncate", "drop", "split"] = Field(
         default="error",
         description="What happens to a row of more than max_length tokens. truncate: its end is cut off; split: it "
         "becomes several rows; drop: it is left out. All are counted. A row is never cut down to one without "
-        "supervised tokens.",
+        "supervised tokens. Of a pair either answer is cut, drop leaves out both, and split is refused.",
     )
     chat_template: Text | None = Field(
         default=None,
@@ -122,7 +127,9 @@ class DataSettings(Section):
         "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
     )
     packing: bool = Field(
-        default=False, description="Put several rows into one of at most max_length tokens; rows do not see each other."
+        default=False,
+        description="Put several rows into one of at most max_length tokens; rows do not see each other. Pairs of "
+        "answers share a row of twice as many, in which any pair fits.",
     )
 
     def sources(self, which: Literal["train", "eval"]) -> tuple[DataSource, ...]:

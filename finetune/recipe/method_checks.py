@@ -65,12 +65,17 @@ def _divergence(source: Source, losses: list[str]) -> None:
 
 
 def _pair_weights(source: Source, losses: list[str]) -> None:
-    sorting = [loss for loss in losses if loss in _SORTING]
-    if read(source, "method.use_weighting", bool) and sorting:
-        what = f"{sorting[0]} sorts the pairs, so that a pair has no weight of its own"
-        source.report(
-            key_path("method.use_weighting"), what, "write false, or take it out of method.loss_type", got="true"
-        )
+    if not read(source, "method.use_weighting", bool):
+        return
+    for loss in losses:
+        if loss in _SORTING:
+            what = f"{loss} sorts the pairs, so that a pair has no weight of its own"
+        elif loss == "sft":
+            what = "sft is a mean over tokens, which has no weight of a pair"
+        else:
+            continue
+        do = "write false, or take it out of method.loss_type"
+        source.report(key_path("method.use_weighting"), what, do, got="true")
 
 
 def _of_another_loss(source: Source, losses: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture: cross-entropy and balance term on axes of their own."""
+"""The loss curve of a run as a picture: loss, what there is to see of pairs, and balance term on axes of their own."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,25 @@ from finetune.files import write_atomically
 from finetune.run.metrics import read_metrics
 
 # Each panel's y label and the logged keys it shows, with their legend.
-_LOSSES = ("cross-entropy (nats/token)", {"ce_loss": "training", "eval_loss": "evaluation"})
+_CROSS_ENTROPY = ("cross-entropy (nats/token)", {"ce_loss": "training", "eval_loss": "evaluation"})
+_PAIRS = ("loss of the pairs", {"dpo_loss": "training", "eval_loss": "evaluation"})
 _TOTAL = ("loss", {"loss": "total training loss", "eval_loss": "evaluation"})
-_BALANCE = ("balance term (top_k = balanced)", {"balance_loss": "training"})
+_OTHERS = (
+    ("reward margin", {"rewards/margins": "training", "eval_rewards/margins": "evaluation"}),
+    ("pairs preferred rightly", {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"}),
+    ("balance term (top_k = balanced)", {"balance_loss": "training"}),
+)
 
 
 def draw_loss_curve(metrics_path: Path, png_path: Path) -> bool:
     """Draw `metrics.jsonl` to `png_path`; False, and no file, where the run was too short to log a loss.
 
-    Where cross-entropy was not logged apart (a dense model), the total loss is drawn: it is the same.
+    Where the method's loss was not logged apart, the total loss is drawn.
     """
     lines = read_metrics(metrics_path)
     logged = {key for line in lines for key in line}
-    panels = [panel for panel in (_LOSSES if "ce_loss" in logged else _TOTAL, _BALANCE) if logged & panel[1].keys()]
+    loss = _CROSS_ENTROPY if "ce_loss" in logged else _PAIRS if "dpo_loss" in logged else _TOTAL
+    panels = [panel for panel in (loss, *_OTHERS) if logged & panel[1].keys()]
     if not panels:
         return False
     figure = Figure(figsize=(8, 3.5 * len(panels)), layout="constrained")

@@ -99,7 +99,7 @@ def _train_a_little(trainer: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def test_packed_pairs_are_the_same_pairs(base: Path, pairs: Path, tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_the_evaluation_loss_is_cross_entropy_over_all_supervised_tokens(
     total, count = 0.0, 0
     model = trainer.model.eval()
     for row in trainer.eval_dataset:
-        labels = torch.tensor(row["labels"])[1:]
+        labels = torch.tensor(row["labels"], device=model.device)[1:]
         with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+            logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, :-1]
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     assert values == pytest.approx([total / count] * 2, abs=1e-5)
@@ -79,7 +79,7 @@ def test_packed_rows_count_once_where_two_processes_are_filled_up(
         trainer._eval_window.zero_()
         for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
             trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
-        sums += trainer._eval_window
+        sums += trainer._eval_window.cpu()
     assert (sums[0] / sums[1]).item() == pytest.approx(wanted, abs=1e-6)
 
 

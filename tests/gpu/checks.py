@@ -19,6 +19,7 @@ from benchmarks.decoder import DecoderArm, build_decoder, prepared
 from benchmarks.shapes import Routing, Shape, draw_routing
 from finetune.methods.router_term import RouterTerm
 from finetune.moe import experts
+from finetune.moe.engine.gates import SiluGate
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import add_adapter
 from finetune.moe.nf4 import Nf4Stack
@@ -27,6 +28,8 @@ from tests.families import tiny_model
 
 SHAPE = Shape(128, 192, 8, 2, 96, 16)
 UNALIGNED = Shape(128, 192, 8, 2, 96, 4)  # rank 4 in bfloat16: 8 bytes, where grouped products want 16
+WIDE = Shape(128, 192, 8, 2, 96, 64)  # more factors than are added by one product
+WIDTHS = (32, 1000, 1024, 3000)  # of a gate: whole blocks of its kernels and parts of one
 RELATIVE = 0.02  # norm of the error over the norm of the value, in bfloat16
 
 
@@ -119,6 +122,58 @@ def check_grouped_is_loop(device: str, routing: str, shape: Shape = SHAPE) -> No
         loop = {name: value.clone() for name, value in results(arm).items()}
     with grouped_products(True):
         assert_close(results(arm), loop, relative=RELATIVE / 2)
+
+
+def check_family(device: str, model_type: str) -> None:
+    """One layer's experts of an architecture, in 4 bits with LoRA: whatever gate, bias and layout they have."""
+    model = tiny_model(model_type).to(device, torch.bfloat16)
+    dispatching = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    for each in dispatching:
+        for name, stack in list(each.named_parameters(recurse=False)):
+            if stack.ndim == 3:
+                setattr(each, name, torch.nn.Parameter(Nf4Stack.quantize(stack.data), requires_grad=False))
+    model = add_adapter(model, LoraSettings(targets=["experts"], r=4, lora_alpha=8.0))
+    module: Any = dispatching[0]
+    generator = torch.Generator().manual_seed(4)
+    x_TH = torch.randn(40, model.config.hidden_size, generator=generator).to(device, torch.bfloat16).requires_grad_()
+    weight_TK = torch.rand(40, 2, generator=generator).to(device).requires_grad_()
+    index_TK = torch.rand(40, module.num_experts, generator=generator).topk(2).indices.to(device)
+    factors = {
+        f"{name}.{letter}": getattr(source, f"lora_{letter}").default.weight
+        for name, source in module.lora_sources.items()
+        for letter in "AB"
+    }
+    for factor in factors.values():
+        torch.nn.init.normal_(factor, std=0.1)
+    leaves = {"x": x_TH, "weights": weight_TK, **factors}
+
+    def step(grouped: bool) -> dict[str, torch.Tensor]:
+        with grouped_products(grouped):
+            output = experts.experts_forward(module, x_TH, index_TK, weight_TK)
+            gradients = torch.autograd.grad(output.float().square().sum(), list(leaves.values()))
+        return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    assert_close(step(True), step(False), relative=RELATIVE)
+
+
+def check_gate(device: str, width: int) -> None:
+    """The gate of most architectures, forward and backward, against autograd in float64 on the CPU."""
+    generator = torch.Generator().manual_seed(5)
+    u_nO, dh_nI = (torch.randn(7, size, generator=generator).to(torch.bfloat16) for size in (2 * width, width))
+    weight_n = torch.rand(7, generator=generator)
+    gate = SiluGate()
+    there = [tensor.to(device, copy=True) for tensor in (u_nO, dh_nI, weight_n)]  # one is overwritten
+    got = {"forward": gate.forward(there[0])}
+    got["h"], got["products"], backward = gate.again(*there)
+    got["du"] = backward()
+
+    leaf_nO = u_nO.double().requires_grad_()
+    first_nI, second_nI = leaf_nO.chunk(2, -1)
+    h_nI = silu(first_nI) * second_nI
+    (du_nO,) = torch.autograd.grad(h_nI, leaf_nO, dh_nI.double() * weight_n[:, None])
+    h_nI = h_nI.detach()
+    products_n = (dh_nI.double() * h_nI).sum(-1)
+    assert_close(got, {"forward": h_nI, "h": h_nI, "products": products_n, "du": du_nO}, relative=RELATIVE / 2)
 
 
 def check_quantisation(device: str) -> None:

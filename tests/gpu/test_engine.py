@@ -14,6 +14,15 @@ def test_values_and_gradients_are_those_of_float64(routing: str, quantised: bool
     checks.check_values_and_gradients("cuda", routing, quantised)
 
 
+@pytest.mark.parametrize("width", checks.WIDTHS)
+def test_the_gates_kernels(width: int) -> None:
+    checks.check_gate("cuda", width)
+
+
+def test_factors_too_many_for_one_product() -> None:
+    checks.check_values_and_gradients("cuda", "skewed", quantised=True, shape=checks.WIDE)
+
+
 def test_a_rank_that_grouped_products_refuse_is_padded() -> None:
     checks.check_values_and_gradients("cuda", "skewed", quantised=True, shape=checks.UNALIGNED)
 

@@ -49,4 +49,15 @@ def test_the_expected_padding_is_the_mean_over_all_batches(batch: int) -> None:
     batches = list(combinations(lengths, min(batch, len(lengths))))
     pads = mean(sum(max(each) - length for length in each) for each in batches)
     tokens = mean(max(each) * len(each) for each in batches)
-    assert padding_share(np.array(lengths, dtype=np.int32), batch) == pytest.approx(pads / tokens)
+    sizes = np.array(lengths, dtype=np.int32)
+    assert padding_share(sizes, sizes, batch) == pytest.approx(pads / tokens)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_expected_padding_of_pairs_is_the_mean_over_all_batches_of_both_their_rows(batch: int) -> None:
+    pairs = [(3, 9), (5, 5), (8, 2), (20, 1)]
+    batches = [[row for pair in drawn for row in pair] for drawn in combinations(pairs, batch)]
+    pads = mean(sum(max(rows) - row for row in rows) for rows in batches)
+    tokens = mean(max(rows) * len(rows) for rows in batches)
+    both, longer = (np.array([each(pair) for pair in pairs], dtype=np.int32) for each in (sum, max))
+    assert padding_share(both, longer, batch, rows=2) == pytest.approx(pads / tokens)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from finetune.check.page import page, write_page
-from finetune.check.report import Report, split_of
+from finetune.check.report import Report, batches_of, split_of
 from finetune.check.samples import Piece, Sample
 from finetune.check.terminal import Style, lines
 from finetune.check.twins import Pair, Twins
@@ -56,7 +56,8 @@ def split(name: str, settings: Recipe, weight: float | None = None, **counts: An
         sets.append(SetStats("b.jsonl", 1.0, 10, 100, 25, other))
         lengths += [10] * 10
     sequences = 8 if settings.data.packing else len(lengths)
-    return split_of(name, DataStats(sets, sequences), np.array(lengths, dtype=np.int32), settings)
+    batches = batches_of(np.array(lengths, dtype=np.int32), sequences, settings)
+    return split_of(name, DataStats(sets, sequences), batches, settings)
 
 
 def report(settings: Recipe, **parts: Any) -> Report:

@@ -7,7 +7,7 @@ import pytest
 
 from finetune.check.twins import NAMED, Pair, find_twins, words_of
 from finetune.data.formats import reader
-from finetune.data.types import Conversation, Document, Preference
+from finetune.data.types import Conversation, Document, Judged, Message, Preference
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = ROOT.parent / "shared" / "datasets"
@@ -103,7 +103,10 @@ def test_what_a_row_says_are_its_turns_but_the_system_prompt() -> None:
     said = ["Wie ist das Wetter?", "", '{"name": "look", "arguments": {"at": "Köln"}}', "17 Grad", "Mild."]
     assert words_of(example).split("\n") == said
     assert words_of(Document("A text.")) == "A text."
-    assert words_of(Preference([], [], [])) == ""
+    messages = [Message(role="system", content="s"), Message(role="user", content="a")]
+    one, other = (Message(role="assistant", content=text) for text in ("b", "c"))
+    assert words_of(Preference(messages, [one], [other])) == "a\nb\nc"
+    assert words_of(Judged(messages, [one], True)) == "a\nb"
 
 
 def conversations(path: Path) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.data.tokens.pairs import TokenPair
@@ -15,8 +16,11 @@ from finetune.methods.pair_scores import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
+from finetune.moe.lora import add_adapter
+from finetune.moe.vocabulary import grow_vocabulary
 from finetune.recipe import RouterSettings
 from tests.support import save_tiny_mixtral
+from tests.unit.engine import base_model, lora_settings
 from tests.unit.pairs import (
     FIELDS,
     LAYOUTS,
@@ -243,11 +247,28 @@ def test_the_answers_of_a_pair_do_not_see_each_other(model: Any) -> None:
     assert (after[0] - before[0]).abs().max() > 0.1
 
 
+def test_rows_of_added_tokens_are_scored_and_learnt(folder: Path) -> None:
+    """PEFT keeps them apart from embedding and head, whose weight the fused head reads itself."""
+    tokens = [512, 513]
+    base = base_model(folder)
+    grow_vocabulary(base, tokens)
+    add_fused_lm_head(base, outputs=FIELDS)
+    model = add_adapter(base, lora_settings(), tokens)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    answer = ints(512, 7, 513)
+    pairs = [TokenPair(ints(5, 512, 9), answer, answer, ints(6), ints(6), "f:1")]
+    alone = scores_alone(model, pairs)
+    scores = score_pairs(model, pair_batch("shared", pairs, [{"pairs": [0], "split": "train"}]), "sdpa").log_probs
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-5)
+    wanted = gradients(model, alone)
+    assert sum("trainable_tokens_delta" in name and bool(value.any()) for name, value in wanted.items()) == 2
+    assert_same_gradients(gradients(model, scores), wanted)
+
+
 def test_fields_that_the_head_was_not_asked_for_are_none(folder: Path) -> None:
-    from trl.trainer.utils import add_fused_lm_head
-
-    from tests.unit.engine import base_model
-
     base = base_model(folder)
     add_fused_lm_head(base)
     output = score_pairs(base, pair_batch("shared"), "sdpa")

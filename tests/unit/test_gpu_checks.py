@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.shapes import Shape
+from tests.families import CONFIGS
 from tests.gpu import checks
 
 
@@ -13,13 +14,23 @@ def test_values_and_gradients_in_bfloat16(routing: str, quantised: bool) -> None
 
 
 @pytest.mark.parametrize("routing", checks.routings())
-@pytest.mark.parametrize("shape", [checks.SHAPE, checks.UNALIGNED], ids=["rank 16", "rank 4"])
+@pytest.mark.parametrize("shape", [checks.SHAPE, checks.UNALIGNED, checks.WIDE], ids=["rank 16", "rank 4", "rank 64"])
 def test_grouped_products_compute_what_the_loop_computes(routing: str, shape: Shape) -> None:
     checks.check_grouped_is_loop("cpu", routing, shape)
 
 
 def test_tokens_without_an_expert() -> None:
     checks.check_tokens_without_an_expert("cpu")
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_the_experts_of_every_architecture(model_type: str) -> None:
+    checks.check_family("cpu", model_type)
+
+
+@pytest.mark.parametrize("width", checks.WIDTHS)
+def test_the_gate(width: int) -> None:
+    checks.check_gate("cpu", width)
 
 
 def test_quantisation() -> None:

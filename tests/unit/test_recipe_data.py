@@ -187,7 +187,8 @@ MISTAKES = {
     "pairs of answers in SFT": (
         train("{path: a, format: orca_dpo}"),
         "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; method.kind: sft takes one "
-        'answer a row; got "orca_dpo"; give rows with one answer each, for example as messages',
+        'answer a row; got "orca_dpo"; write method.kind: dpo, or give rows with one answer each, '
+        "for example as messages",
     ),
     "an empty list": (
         train("[]"),

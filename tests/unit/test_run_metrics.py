@@ -83,7 +83,11 @@ def test_a_foreign_line_is_an_error_with_its_number(path: Path, line: str) -> No
 
 @pytest.mark.parametrize(
     ("logs", "panels"),
-    [({"loss": 2.0}, 1), ({"loss": 2.1, "ce_loss": 2.0, "balance_loss": 1.2}, 2)],
+    [
+        ({"loss": 2.0}, 1),
+        ({"loss": 2.1, "ce_loss": 2.0, "balance_loss": 1.2}, 2),
+        ({"loss": 0.7, "dpo_loss": 0.6, "rewards/margins": 0.1, "rewards/accuracies": 0.5, "balance_loss": 1.2}, 4),
+    ],
 )
 def test_the_curve_has_a_panel_for_each_term(path: Path, logs: dict[str, Any], panels: int) -> None:
     callback = MetricsCallback(path)

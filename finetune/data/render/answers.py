@@ -90,7 +90,7 @@ def _runs_on(chat: ChatTemplate, given: Conversation, index: int, text: str, end
 
 def _differently(chat: ChatTemplate, index: int, prompt: str) -> RowError:
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"
-    do = f"{ANOTHER_TEMPLATE}, or set data.loss_on to last_assistant or completion"
+    do = f"{ANOTHER_TEMPLATE}, or with method.kind: sft set data.loss_on to last_assistant or completion"
     return RowError(f"messages[{index}]", what, do, shown(prompt[-60:]))
 
 

@@ -1,15 +1,17 @@
 """What is made of an example: one row of tokens (SFT), or two answers to one prompt (DPO)."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
 
+from finetune.data.formats import Reader
 from finetune.data.render import Rendered
 from finetune.data.render.rendering import Ints
-from finetune.data.rows import RowError
+from finetune.data.rows import Row, RowError
+from finetune.data.tokens.examples import Item, read_items, read_judged_items
 from finetune.data.tokens.lengths import fit
 from finetune.data.tokens.pair_lengths import fit_pair
 from finetune.data.tokens.table import PAIRS, ROWS
@@ -74,6 +76,10 @@ class Kind(Protocol):
         """The columns of what is kept, and `row` behind them."""
         ...
 
+    def items(self, rows: Iterable[Row], reader: Reader) -> Iterator[Item]:
+        """The examples in the rows, and what is wrong with rows that hold none."""
+        ...
+
     def sides(self, example: Example) -> tuple[Side, ...]:
         """The texts to render; `RowError` for an example of another kind."""
         ...
@@ -87,6 +93,10 @@ class SingleRows:
     """One answer, conversation or document a row, learned by itself."""
 
     name, schema = "rows", ROWS
+
+    def items(self, rows: Iterable[Row], reader: Reader) -> Iterator[Item]:
+        """See `Kind`."""
+        return read_items(rows, reader)
 
     def sides(self, example: Example) -> tuple[Side, ...]:
         """See `Kind`."""
@@ -111,12 +121,19 @@ class PairedRows:
 
     name, schema = "pairs", PAIRS
 
+    def items(self, rows: Iterable[Row], reader: Reader) -> Iterator[Item]:
+        """See `Kind`."""
+        return (read_judged_items if reader.format.gives == "judged" else read_items)(rows, reader)
+
     def sides(self, example: Example) -> tuple[Side, ...]:
         """See `Kind`."""
         if isinstance(example, Preference):
             return tuple(_side(example, name) for name in ("chosen", "rejected"))
-        field = {Conversation: "messages", Document: "text"}.get(type(example), "completion")
-        what = "holds one answer" if isinstance(example, Conversation) else "is plain text, without answers"
+        field, what = (
+            ("text", "is plain text, without answers")
+            if isinstance(example, Document)
+            else ("messages", "holds one answer")
+        )
         do = "name a format of two answers (preference, ...), or write method.kind: sft"
         raise RowError(field, f"{what}, and method.kind: dpo compares two answers to one prompt", do)
 

@@ -51,7 +51,7 @@ def fit_pair(chosen: Rendered, rejected: Rendered, settings: DataSettings) -> li
     if np.array_equal(chosen.input_ids, rejected.input_ids):
         what = "the same answer as the chosen one: once both are rendered they have the same tokens"
         raise RowError("rejected", what, "remove the row: it says nothing about what is better")
-    sides = (chosen, rejected)
+    sides = [chosen, rejected]
     for name, side in zip(ANSWERS, sides, strict=True):
         if len(side.input_ids) > limit and settings.overlong == "error":
             raise too_long(name, len(side.input_ids), limit, "truncate or drop")
@@ -73,15 +73,14 @@ def _prompt(chosen: Rendered, rejected: Rendered) -> Ints:
     return prompt
 
 
-def _cut(sides: Sequence[Rendered], prompt: int, limit: int) -> tuple[Rendered, Rendered]:
+def _cut(sides: Sequence[Rendered], prompt: int, limit: int) -> list[Rendered]:
     """Both conversations with at most `limit` tokens; `RowError` if they compare nothing any more."""
     do = "raise data.max_length, or set data.overlong to drop"
+    if prompt >= limit:  # an answer's first token is supervised
+        what = f"cut at data.max_length = {limit} tokens neither answer has a supervised token left"
+        raise RowError("prompt", what, do, f"a prompt of {prompt} tokens")
     chosen, rejected = (Rendered(side.input_ids[:limit], side.labels[:limit]) for side in sides)
-    for name, cut, side in zip(ANSWERS, (chosen, rejected), sides, strict=True):
-        if np.all(cut.labels == IGNORED):
-            what = f"cut at data.max_length = {limit} tokens it has no supervised token left"
-            raise RowError(name, what, do, f"{len(side.input_ids)} tokens, {prompt} of them the prompt")
     if np.array_equal(chosen.input_ids, rejected.input_ids):
         what = f"cut at data.max_length = {limit} tokens both answers are the same"
         raise RowError("rejected", what, do, " and ".join(f"{len(side.input_ids)} tokens" for side in sides))
-    return chosen, rejected
+    return [chosen, rejected]

@@ -16,8 +16,10 @@ from finetune.data.tokens.mixture import Indices
 from finetune.data.tokens.packing import Bins, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
 from finetune.data.tokens.stats import DataStats
-from finetune.data.tokens.table import TokenTable
+from finetune.data.tokens.table import PAIRS, TokenTable
 from finetune.recipe import DataSettings, DataSource
+
+_PROMPT, _CHOSEN, _REJECTED = (PAIRS.names.index(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ class PairTable(Sequence[TokenPair]):
         if isinstance(index, slice):
             return PairTable(self._tables, self._table_of[index], self._row_of[index])
         columns, where = self._tables[self._table_of[index]].row(int(self._row_of[index]))
-        return TokenPair(*columns, where)
+        prompt, chosen, chosen_labels, rejected, rejected_labels = columns
+        return TokenPair(prompt, chosen, chosen_labels, rejected, rejected_labels, where)
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,18 @@ class PairMixture(Mixture):
 
         A prompt that is shared stands once, but its last token before each answer.
         """
-        if not share_prompts:
-            return self.lengths
-        prompts = [rows.table().lengths(0)[each] for rows, each in zip(self.sets, self.chosen, strict=True)]
-        shared: Ints = self.lengths - np.concatenate(prompts) + 1
-        return shared
+        return self.lengths - self._tokens(_PROMPT) + 1 if share_prompts else self.lengths
+
+    @property
+    def longer(self) -> Ints:
+        """Tokens of the longer conversation of each pair."""
+        longer: Ints = self._tokens(_PROMPT) + np.maximum(self._tokens(_CHOSEN), self._tokens(_REJECTED))
+        return longer
+
+    def _tokens(self, column: int) -> Ints:
+        """How long a column of `PAIRS` is in each pair of the data set."""
+        tables = [rows.table() for rows in self.sets]
+        return np.concatenate([table.lengths(column)[each] for table, each in zip(tables, self.chosen, strict=True)])
 
     def dataset(self, settings: DataSettings, share_prompts: bool) -> Dataset:
         """One column, `pairs`: indices into `table`, one a row, or with packing those that share a sequence."""

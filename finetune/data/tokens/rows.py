@@ -19,7 +19,7 @@ from finetune.data.render.rendering import Ints
 from finetune.data.rows import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import digest, entry, rows_fingerprint
-from finetune.data.tokens.examples import Wrong, read_items
+from finetune.data.tokens.examples import Item, Wrong, place_of
 from finetune.data.tokens.kinds import Kept, Kind
 from finetune.data.tokens.lengths import TooLongError
 from finetune.data.tokens.seen import Seen
@@ -92,7 +92,7 @@ class _Pass:
     def write(self, source: Source, folder: Path) -> None:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
-        items = read_items(rows, reader(self.stats.format, self.source.columns))
+        items = self.kind.items(rows, reader(self.stats.format, self.source.columns))
         with Writer(folder / "rows.arrow", self.kind.schema) as writer, Seen() as texts, Seen() as ids:
             for each in tokenised(items, self.kind, self.renderer):
                 self._take(each, writer, texts, ids)
@@ -121,11 +121,11 @@ class _Pass:
         return chain(first, rows)
 
     def _take(self, each: Tokenised, writer: Writer, texts: Seen, ids: Seen) -> None:
-        self.stats.rows += 1
-        where = each.item.where
+        where, rows = each.item.where, len(each.item.rows)
+        self.stats.rows += rows
         kept = self._kept(each, ids)
         if isinstance(kept, Wrong):
-            self._refuse_row(*kept)
+            self._refuse_item(each.item, kept)
             return
         for piece in kept:
             writer.append(*piece.columns, where)
@@ -137,36 +137,38 @@ class _Pass:
             self.stats.tokens += piece.tokens
             self.stats.supervised_tokens += piece.supervised
         if kept and (first := texts.first(each.text, where)):
-            self.stats.saw_duplicate(where, first)
+            self.stats.saw_duplicate(where, first, rows)
 
     def _kept(self, each: Tokenised, ids: Seen) -> Sequence[Kept] | Wrong:
         """What is kept of an item, counted, or what is wrong with it."""
         if isinstance(each.result, Wrong):
             return each.result
-        if twice := _same_id(each.item.row, each.item.where, ids):
-            return Wrong(each.item.row, twice)
+        for row in each.item.rows:
+            if twice := _same_id(row, ids):
+                return Wrong(row, twice)
         try:
             pieces = self.kind.fit(each.result, self.settings)
         except RowError as error:
             return each.item.wrong(error)
         length = max(len(side.input_ids) for side in each.result)
         self.stats.saw_length(length, each.item.where)
-        too_long = length > self.settings.max_length
-        self.stats.dropped += not pieces
-        self.stats.truncated += too_long and self.settings.overlong == "truncate"
+        too_long, rows = length > self.settings.max_length, len(each.item.rows)
+        self.stats.dropped += 0 if pieces else rows
+        self.stats.truncated += rows if too_long and self.settings.overlong == "truncate" else 0
         if too_long and self.settings.overlong == "split":
             self.stats.split += 1
             self.stats.pieces_left_out += -(-length // self.settings.max_length) - len(pieces)
         return pieces
 
-    def _refuse_row(self, row: Row, error: RowError) -> None:
-        self.problems.add(row.path, row.number, error)
-        if self.settings.on_bad_row == "error" or isinstance(error, FileError | TooLongError):
+    def _refuse_item(self, item: Item, wrong: Wrong) -> None:
+        self.problems.add(wrong.row.path, wrong.row.number, wrong.error)
+        if self.settings.on_bad_row == "error" or isinstance(wrong.error, FileError | TooLongError):
             self.broken = True
             return
-        self.stats.bad += 1
-        if len(self.stats.bad_rows) < NAMED:
-            self.stats.bad_rows.append(str(error.problem(row.path, row.number)))
+        for row, error in item.left_out(wrong):
+            self.stats.bad += 1
+            if len(self.stats.bad_rows) < NAMED:
+                self.stats.bad_rows.append(str(error.problem(row.path, row.number)))
 
     def _refuse(self, name: str) -> None:
         """Raise everything that makes the source unusable."""
@@ -186,11 +188,11 @@ class _Pass:
             raise DataError(problems)
 
 
-def _same_id(row: Row, where: str, ids: Seen) -> RowError | None:
+def _same_id(row: Row, ids: Seen) -> RowError | None:
     """What is wrong with a row whose `id` came before."""
     assert isinstance(row.value, dict)
     key = row.value.get("id")
-    if not isinstance(key, str | int) or (first := ids.first(repr(key), where)) is None:
+    if not isinstance(key, str | int) or (first := ids.first(repr(key), place_of(row))) is None:
         return None
     return RowError("id", f"the same id as in {first}", "remove one of the two, or give it an id of its own", repr(key))
 

@@ -17,6 +17,9 @@ class RowStats:
     or, if `split`, as several; `truncated` and `split` are among the kept. `pieces_left_out`: pieces in which nothing
     is supervised. `tokens` and `supervised_tokens` count what is kept. `lengths`: rows by their length in tokens before
     anything is cut. `duplicates`: kept rows whose text came before.
+
+    A pair is one piece; its `tokens` are those of both conversations, its length is that of the longer one. Two rows of
+    judged answers make one.
     """
 
     rows: int = 0
@@ -51,9 +54,9 @@ class RowStats:
         elif tokens > self.longest_rows[0][0]:
             heapq.heapreplace(self.longest_rows, entry)
 
-    def saw_duplicate(self, where: str, first: str) -> None:
-        """Count a row whose text came before."""
-        self.duplicates += 1
+    def saw_duplicate(self, where: str, first: str, rows: int = 1) -> None:
+        """Count a row, or the rows of a pair, whose text came before."""
+        self.duplicates += rows
         if len(self.duplicate_rows) < NAMED:
             self.duplicate_rows.append((where, first))
 

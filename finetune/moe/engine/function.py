@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.engine.factors import ExpertFactors
-from finetune.moe.engine.gates import Gate
+from finetune.moe.engine.gates import Gate, sum_dtype
 from finetune.moe.engine.rows import Chunk, Projection, Weights
 
 
@@ -89,25 +89,27 @@ class _Experts(torch.autograd.Function):
         of_up, of_down = of_both[: len(call.up.factors)], of_both[len(call.up.factors) :]
         grad_x_TH = None
         if ctx.needs_input_grad[1]:
-            grad_x_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+            grad_x_TH = torch.zeros(x_TH.shape, dtype=sum_dtype(x_TH), device=x_TH.device)
         grad_weight_R = torch.zeros_like(weight_R)
         up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
         for number, chunk in enumerate(call.chunks):
             seed = call.seed + 2 * number
             u_nO, *low_nr = saved[number * (1 + len(of_both)) : (number + 1) * (1 + len(of_both))]
             g_nH = chunk.gather(g_TH)
-            h_nI, gate_backward = call.gate.again(u_nO)
             dh_nI = chunk.project_back(g_nH, down)  # not yet times the row's router weight
-            for gradients, low in zip(of_down, low_nr[len(of_up) :], strict=True):
-                gradients.add(chunk, g_nH, h_nI, low, dh_nI, seed + 1, weight_R[chunk.rows, None])
-            grad_weight_R[chunk.rows] = _weight_gradient(chunk, call.down, g_nH, h_nI, dh_nI)
-            del g_nH, h_nI
-            du_nO = gate_backward(dh_nI.mul_(weight_R[chunk.rows, None]))
-            del gate_backward, dh_nI
+            backs = [gradients.back(chunk, g_nH, dh_nI, seed + 1) for gradients in of_down]
+            h_nI, gradient_n, gate_backward = call.gate.again(u_nO, dh_nI, weight_R[chunk.rows])
+            del dh_nI
+            grad_weight_R[chunk.rows] = gradient_n + _bias_products(chunk, call.down, g_nH)
+            for gradients, low, back in zip(of_down, low_nr[len(of_up) :], backs, strict=True):
+                gradients.add(chunk, g_nH, h_nI, low, back, weight_R[chunk.rows, None])
+            del g_nH, h_nI, backs
+            du_nO = gate_backward()
+            del gate_backward
             dx_nH = None if grad_x_TH is None else chunk.project_back(du_nO, up)
             x_nH = chunk.gather(x_TH) if of_up else du_nO
             for gradients, low in zip(of_up, low_nr[: len(of_up)], strict=True):
-                gradients.add(chunk, du_nO, x_nH, low, dx_nH, seed)
+                gradients.add(chunk, du_nO, x_nH, low, gradients.back(chunk, du_nO, dx_nH, seed, x_nH))
             if grad_x_TH is not None and dx_nH is not None:
                 chunk.scatter_add(grad_x_TH, dx_nH)
         grad_x = None if grad_x_TH is None else grad_x_TH.to(x_TH.dtype)
@@ -119,7 +121,7 @@ def _forward(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The output, and, with `keep`, what the backward needs of each chunk: `u`, and `x A^T` of each pair of factors."""
     saved: list[torch.Tensor] = []
-    out_TH = torch.zeros(x_TH.shape, dtype=_sum_dtype(x_TH), device=x_TH.device)
+    out_TH = torch.zeros(x_TH.shape, dtype=sum_dtype(x_TH), device=x_TH.device)
     up, down = Weights(call.up, x_TH.dtype), Weights(call.down, x_TH.dtype)
     for number, chunk in enumerate(call.chunks):
         x_nH = chunk.gather(x_TH)
@@ -133,6 +135,10 @@ def _forward(
     return out_TH.to(x_TH.dtype), saved
 
 
+_Back = tuple[torch.Tensor, torch.Tensor | None]
+"""`g B^T [n, r]` and dropout's mask of a pair of factors."""
+
+
 class _Gradients:
     """The gradients of one pair of factors, chunk by chunk."""
 
@@ -144,22 +150,14 @@ class _Gradients:
             for factor, needed in zip((factors.A, factors.B), trained, strict=True)
         )
 
-    def add(
-        self,
-        chunk: Chunk,
-        g_nO: torch.Tensor,
-        x_nI: torch.Tensor,
-        low_nr: torch.Tensor,
-        dx_nI: torch.Tensor | None,
-        seed: int,
-        weight_n1: torch.Tensor | None = None,
-    ) -> None:
-        """Add a chunk's share to the factors' gradients and to `dx`.
-
-        `low_nr`: `x A^T`, from the forward; `weight_n1`: what `g` is still to be scaled by.
-        """
-        factors, (grad_A, grad_B) = self.factors, self.results
-        mask_nI = _mask(x_nI, factors.dropout, seed)
+    def back(
+        self, chunk: Chunk, g_nO: torch.Tensor, dx_nI: torch.Tensor | None, seed: int, x_nI: torch.Tensor | None = None
+    ) -> _Back:
+        """Add a chunk's share to `dx`; returns `g B^T` and dropout's mask. `x_nI` is needed where `dx` is not."""
+        factors = self.factors
+        like_nI = x_nI if dx_nI is None else dx_nI
+        assert like_nI is not None
+        mask_nI = _mask(like_nI, factors.dropout, seed)
         g_nr = chunk.factor_down(g_nO, factors.B, factors)
         if dx_nI is not None and mask_nI is None:
             chunk.add_factor_up(dx_nI, g_nr, factors.A, factors, factors.scaling)
@@ -167,6 +165,23 @@ class _Gradients:
             part_nI = torch.zeros_like(dx_nI)
             chunk.add_factor_up(part_nI, g_nr, factors.A, factors, factors.scaling)
             dx_nI.addcmul_(part_nI, mask_nI)
+        return g_nr, mask_nI
+
+    def add(
+        self,
+        chunk: Chunk,
+        g_nO: torch.Tensor,
+        x_nI: torch.Tensor,
+        low_nr: torch.Tensor,
+        back: _Back,
+        weight_n1: torch.Tensor | None = None,
+    ) -> None:
+        """Add a chunk's share to the factors' gradients.
+
+        `low_nr`: `x A^T`, from the forward; `weight_n1`: what `g` is still to be scaled by.
+        """
+        factors, (grad_A, grad_B) = self.factors, self.results
+        g_nr, mask_nI = back
         scale = factors.scaling if weight_n1 is None else factors.scaling * weight_n1
         if grad_A is not None:
             chunk.add_outer(grad_A, (g_nr * scale).to(g_nr.dtype), x_nI if mask_nI is None else x_nI * mask_nI, factors)
@@ -186,15 +201,11 @@ def _add_factors(
     return low_nr
 
 
-def _weight_gradient(
-    chunk: Chunk, down: Projection, g_nH: torch.Tensor, h_nI: torch.Tensor, dh_nI: torch.Tensor
-) -> torch.Tensor:
-    """`<g, y>` of each row, from `dh = W2 g + s A2^T B2^T g`; summed in at least float32."""
-    dtype = _sum_dtype(g_nH)
-    gradient_n = (dh_nI.to(dtype) * h_nI).sum(-1)
-    if down.bias is not None:
-        gradient_n += (g_nH.to(dtype) * chunk.row_bias(down.bias)).sum(-1)
-    return gradient_n
+def _bias_products(chunk: Chunk, down: Projection, g_nH: torch.Tensor) -> torch.Tensor | float:
+    """`<g, b2>` of each row, summed in at least float32: the part of `<g, y>` that `<dh, h>` lacks."""
+    if down.bias is None:
+        return 0.0
+    return (g_nH.to(sum_dtype(g_nH)) * chunk.row_bias(down.bias)).sum(-1)
 
 
 def _mask(x_nI: torch.Tensor, probability: float, seed: int) -> torch.Tensor | None:
@@ -203,8 +214,3 @@ def _mask(x_nI: torch.Tensor, probability: float, seed: int) -> torch.Tensor | N
         return None
     generator = torch.Generator(x_nI.device).manual_seed(seed)
     return torch.empty_like(x_nI).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
-
-
-def _sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """Sums over experts and features are made in at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -4,12 +4,17 @@ n rows, O features of the first projection (2I with a gate), I intermediate.
 """
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
+
+Again = tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]
+"""`h [n, I]`, `<dh, h> [n]` in at least float32, and what makes `du [n, O]` from the weighted `dh`."""
 
 
 class Gate(Protocol):
@@ -19,8 +24,8 @@ class Gate(Protocol):
         """`h [n, I]` in fresh memory."""
         ...
 
-    def again(self, u_nO: torch.Tensor) -> "tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]":
-        """`h` once more, and the function that takes `dh` (which it may overwrite) to `du`."""
+    def again(self, u_nO: torch.Tensor, dh_nI: torch.Tensor, weight_n: torch.Tensor) -> Again:
+        """`h` once more, and its backward. `dh`, not yet times the row's `weight`, may be overwritten."""
         ...
 
 
@@ -34,35 +39,73 @@ class AnyGate:
         """`h`."""
         return self.function(u_nO)
 
-    def again(self, u_nO: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    def again(self, u_nO: torch.Tensor, dh_nI: torch.Tensor, weight_n: torch.Tensor) -> Again:
         """`h` and its backward."""
         with torch.enable_grad():
             leaf_nO = u_nO.detach().requires_grad_()
             h_nI = self.function(leaf_nO)
-        return h_nI.detach(), lambda dh_nI: torch.autograd.grad(h_nI, leaf_nO, dh_nI)[0]
+
+        def backward() -> torch.Tensor:
+            return torch.autograd.grad(h_nI, leaf_nO, dh_nI.mul_(weight_n[:, None]))[0]
+
+        return h_nI.detach(), _row_products(dh_nI, h_nI.detach()), backward
 
 
 class SiluGate:
-    """`silu(gate) * up` of the halves of `u`, which most architectures compute: half the passes over memory."""
+    """`silu(gate) * up` of the halves of `u`, which most architectures compute: half the passes over memory.
+
+    On a GPU one kernel each way (`fused.py`): element-wise passes of torch's took more time there than the adapters.
+    """
 
     def forward(self, u_nO: torch.Tensor) -> torch.Tensor:
         """`h`."""
+        if _is_fused(u_nO):
+            from finetune.moe.engine.fused import silu_forward
+
+            return silu_forward(u_nO)
         gate_nI, up_nI = u_nO.chunk(2, dim=-1)
         return functional.silu(gate_nI).mul_(up_nI)
 
-    def again(self, u_nO: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    def again(self, u_nO: torch.Tensor, dh_nI: torch.Tensor, weight_n: torch.Tensor) -> Again:
         """`h` and its backward."""
+        if _is_fused(u_nO):
+            from finetune.moe.engine.fused import silu_backward
+
+            h_nI, gradient_n, made_nO = silu_backward(u_nO, dh_nI, weight_n)
+            return h_nI, gradient_n, lambda: made_nO
         gate_nI, up_nI = u_nO.chunk(2, dim=-1)
         silu_nI = functional.silu(gate_nI)
+        h_nI = silu_nI * up_nI
 
-        def backward(dh_nI: torch.Tensor) -> torch.Tensor:
+        def backward() -> torch.Tensor:
+            dh_nI.mul_(weight_n[:, None])
             du_nO = torch.empty_like(u_nO)
             dgate_nI, dup_nI = du_nO.chunk(2, dim=-1)
             torch.mul(dh_nI, silu_nI, out=dup_nI)
             torch.ops.aten.silu_backward.grad_input(dh_nI.mul_(up_nI), gate_nI, grad_input=dgate_nI)
             return du_nO
 
-        return silu_nI * up_nI, backward
+        return h_nI, _row_products(dh_nI, h_nI), backward
+
+
+def _row_products(a_nI: torch.Tensor, b_nI: torch.Tensor) -> torch.Tensor:
+    """`<a, b>` of each row, summed in at least float32."""
+    return (a_nI.to(sum_dtype(a_nI)) * b_nI).sum(-1)
+
+
+def sum_dtype(x: torch.Tensor) -> torch.dtype:
+    """Sums over experts and features are made in at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _is_fused(u_nO: torch.Tensor) -> bool:
+    """Whether the kernels take it: 16 bits on a CUDA device, where torch's own wheels bring Triton."""
+    return u_nO.is_cuda and u_nO.dtype.itemsize == 2 and u_nO.numel() > 0 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def gate_of(module: Any) -> Gate:

@@ -207,6 +207,9 @@ class LoopChunk:
             grad_rI.addmm_(p.T, q)
 
 
+_SPREAD_COLUMNS = 256  # of a product that is still bound by reading and writing its result
+
+
 class GroupedChunk:
     """All experts at once through `grouped_mm`: bfloat16 on Hopper and later without a host sync; any CPU, for tests.
 
@@ -221,6 +224,8 @@ class GroupedChunk:
             0, order_R, torch.arange(order_R.shape[0], device=order_R.device)
         )
         self.offsets_E = offsets_E
+        row_R = torch.arange(order_R.shape[0], device=order_R.device)
+        self.expert_R = torch.searchsorted(offsets_E, row_R, right=True)
 
     def gather(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Each row's token."""
@@ -233,8 +238,7 @@ class GroupedChunk:
 
     def row_bias(self, bias_EO: torch.Tensor) -> torch.Tensor:
         """Each row's bias."""
-        row_R = torch.arange(self.rows.stop, device=bias_EO.device)
-        return bias_EO[torch.searchsorted(self.offsets_E, row_R, right=True)]
+        return bias_EO[self.expert_R]
 
     def project(self, x_nI: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`x W + bias`."""
@@ -254,8 +258,18 @@ class GroupedChunk:
     def add_factor_up(
         self, y_nO: torch.Tensor, x_nr: torch.Tensor, M_SrO: torch.Tensor, factors: ExpertFactors, scale: float
     ) -> None:
-        """`y += scale x M`."""
-        y_nO.add_(functional.grouped_mm(x_nr, M_SrO, offs=self.offsets_E), alpha=scale)
+        """`y += scale x M`.
+
+        Of few and narrow factors in one product: a row has its r values in the columns of its expert, zeros elsewhere.
+        A grouped product cannot add to `y`; what it gives would be written and read once more.
+        """
+        experts, rank, _ = M_SrO.shape
+        if experts * rank > _SPREAD_COLUMNS:
+            y_nO.add_(functional.grouped_mm(x_nr, M_SrO, offs=self.offsets_E), alpha=scale)
+            return
+        own_RE = self.expert_R[:, None] == torch.arange(experts, device=x_nr.device)
+        spread_nc = (own_RE[:, :, None] * x_nr[:, None, :]).flatten(1)
+        y_nO.addmm_(spread_nc, M_SrO.flatten(0, 1), alpha=scale)
 
     def add_outer(self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors) -> None:
         """`grad += p^T q` by expert."""

@@ -1,0 +1,29 @@
+"""How pairs are laid out in a micro-batch: decided once, for the run and for `finetune check`."""
+
+from typing import Any
+
+from finetune.data import PairMixture
+from finetune.data.tokens.pair_batches import PairLayout
+from finetune.moe.layout import Family
+from finetune.moe.prompt_sharing import prompt_sharing_refusal
+from finetune.recipe import DpoSettings, Recipe
+
+PAYS = 1.1
+"""Prompts are shared from this ratio of tokens on: below it the mask costs what it saves."""
+
+
+def pair_layout(recipe: Recipe, family: Family, config: Any, mixture: PairMixture) -> tuple[PairLayout, str]:
+    """The layout for these training pairs, and what becomes of their prompts and why."""
+    method, data = recipe.method, recipe.data
+    assert isinstance(method, DpoSettings)
+    plain: PairLayout = "flat" if data.packing else "padded"
+    if method.prompt_sharing == "off":
+        return plain, "computed for each answer, as method.prompt_sharing says"
+    refusal = prompt_sharing_refusal(family, config, recipe.model.attn_implementation, data.max_length)
+    if refusal is not None:
+        return plain, f"computed for each answer; {family.model_type} cannot share them: {refusal}"
+    gain = float(mixture.places(False).sum() / mixture.places(True).sum())
+    saved = f"{100 * (1 - 1 / gain):.1f} % of the tokens"
+    if gain < PAYS:
+        return plain, f"computed for each answer; sharing them would save {saved}"
+    return "shared", f"computed once for both answers, which saves {saved}"

@@ -1,0 +1,215 @@
+"""DPO as a user runs it: from an SFT adapter, through the launchers, killed and continued, merged and proven."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from finetune.errors import RunError, WeightsError
+from finetune.merge import merge
+from finetune.recipe import load_recipe
+from finetune.run import read_metrics
+from finetune.train import train
+from tests.equivalence.dpo_runs import write_pairs
+from tests.support import save_tiny_mixtral
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CPU = ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+ONE_PROCESS = [str(BIN / "accelerate"), "launch", *CPU]
+TWO_PROCESSES = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+PAIRS = 34  # not a multiple of any batch
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral, an SFT run on it, and a DPO recipe of four steps that starts from its adapter."""
+    folder = tmp_path_factory.mktemp("workspace")
+    save_tiny_mixtral(folder / "model")
+    rows = [{"prompt": "light " * (1 + i % 7), "completion": "on " * (1 + i % 3)} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs(folder / "pairs.jsonl", PAIRS)
+    sft: dict[str, Any] = {
+        "output_dir": "sft",
+        "model": {"name_or_path": "model", "load_in_4bit": True, "dtype": "float32"},
+        "lora": {"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8},
+        "router": {"router_aux_loss_coef": 0.1},
+        "method": {"kind": "sft"},
+        "data": {"train": {"path": "rows.jsonl", "format": "prompt_completion"}, "max_length": 128},
+        "training": {"max_steps": 2, "learning_rate": 0.02, "global_batch_size": 8, "gradient_checkpointing": "full"},
+        "logging": {"report_to": "none"},
+    }
+    pairs = {"path": "pairs.jsonl", "format": "preference"}
+    dpo = {
+        **sft,
+        "output_dir": "dpo",
+        "model": {**sft["model"], "adapter": "sft/adapter"},
+        "method": {"kind": "dpo", "beta": 0.5, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        "data": {"train": pairs, "eval": dict(pairs), "max_length": 128},
+        "training": {**sft["training"], "max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2},
+    }
+    for name, recipe in (("sft", sft), ("dpo", dpo)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    within(folder, lambda: train(load_recipe("sft.yaml"), []))
+    return folder
+
+
+def within(folder: Path, work: Callable[[], Any]) -> Any:
+    """Recipes name paths relative to the working directory."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return work()
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def one(workspace: Path) -> Path:
+    """The uninterrupted run of one process."""
+    run(workspace, ONE_PROCESS, "one")
+    return workspace / "one"
+
+
+def command(launcher: list[str], output_dir: str, *overrides: str) -> list[str]:
+    return [*launcher, "-m", "finetune.train", "dpo.yaml", f"output_dir={output_dir}", *overrides]
+
+
+def run(workspace: Path, launcher: list[str], output_dir: str, *overrides: str) -> None:
+    words = command(launcher, output_dir, *overrides)
+    done = subprocess.run(words, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def kill_when(moment: Callable[[], bool], workspace: Path, words: list[str]) -> None:
+    process = subprocess.Popen(
+        words, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 240
+    while not moment() and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before the moment came"
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def assert_same(run: Path, one: Path) -> None:
+    """The same figures and the same adapter."""
+    lines, wanted = (
+        [line for line in read_metrics(each / "metrics.jsonl") if "train_runtime" not in line] for each in (run, one)
+    )
+    keys = ("loss", "dpo_loss", "rewards/margins", "logps/chosen", "balance_loss", "eval_loss", "eval_rewards/margins")
+    assert [line["step"] for line in lines] == [line["step"] for line in wanted]
+    for line, other in zip(lines, wanted, strict=True):
+        for key in keys:
+            assert (key in line) == (key in other)
+            assert line.get(key, 0) == pytest.approx(other.get(key, 0), abs=3e-5), (key, line["step"])
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (run, one))
+    assert ours.keys() == theirs.keys()
+    assert all((factor - theirs[name]).abs().max() < 1e-4 for name, factor in ours.items())
+
+
+def reference_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for path in run.glob("reference/train.*.jsonl") for line in path.open()]
+    return sorted(lines, key=lambda line: int(line["pair"]))
+
+
+def test_the_run_leaves_what_an_sft_run_leaves(one: Path) -> None:
+    lines = [line for line in read_metrics(one / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert lines[3]["rewards/margins"] > 0.05
+    assert {"router/same_as_reference", "router/same_in_both_answers", "balance_loss"} <= lines[0].keys()
+    names = {path.name for path in one.iterdir()}
+    assert {"adapter", "audit.json", "provenance.json", "recipe.yaml", "reference", "loss_curve.png"} <= names
+    assert len(reference_of(one)) == PAIRS
+    record = json.loads((one / "adapter" / "finetune.json").read_text())
+    assert record["adapter"]["name_or_path"] == "sft/adapter"
+    assert record["recipe"]["method"]["kind"] == "dpo"
+
+
+def test_two_processes_take_the_steps_of_one(workspace: Path, one: Path) -> None:
+    run(workspace, TWO_PROCESSES, "two")
+    assert_same(workspace / "two", one)
+    assert len(list((workspace / "two" / "reference").glob("train.*.jsonl"))) == 2
+    for ours, theirs in zip(reference_of(workspace / "two"), reference_of(one), strict=True):
+        assert ours["logps"] == pytest.approx(theirs["logps"], abs=1e-4)
+
+
+def test_packed_pairs_on_two_processes_are_those_of_one(workspace: Path) -> None:
+    """The processes have different numbers of pairs at a time."""
+    changes = ["data.packing=true", "training.global_batch_size=4", "training.per_device_train_batch_size=2"]
+    changes.append("training.max_steps=1")  # an epoch has not twice as many sequences
+    overrides = ["output_dir=packed", *changes]
+    within(workspace, lambda: train(load_recipe("dpo.yaml", overrides), []))
+    run(workspace, TWO_PROCESSES, "packed-two", *changes)
+    assert_same(workspace / "packed-two", workspace / "packed")
+
+
+def test_a_run_killed_in_its_reference_goes_on_at_the_pair_where_it_stopped(workspace: Path, one: Path) -> None:
+    folder = workspace / "early"
+    path = folder / "reference" / "train.0.jsonl"
+
+    def begun() -> bool:
+        return path.exists() and path.read_bytes().count(b"\n") >= 2
+
+    words = command(ONE_PROCESS, "early", "training.per_device_train_batch_size=1")
+    kill_when(begun, workspace, words)
+    kept = path.read_text().splitlines()[:2]
+    assert path.read_bytes().count(b"\n") < PAIRS
+    assert not (folder / "metrics.jsonl").exists()
+    changed = [*words, "method.ld_alpha=0.5"]
+    done = subprocess.run(changed, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "early/reference: these log-probabilities of the reference were made from another ld_alpha; " in done.stderr
+    run(workspace, ONE_PROCESS, "early", "training.per_device_train_batch_size=1")
+    assert path.read_text().splitlines()[:2] == kept
+    assert_same(folder, one)
+
+
+def test_a_run_killed_in_training_continues_as_if_it_had_not_been(workspace: Path, one: Path) -> None:
+    state = workspace / "late" / "checkpoint-2" / "trainer_state.json"
+
+    def saved() -> bool:
+        return state.exists() and state.read_text().rstrip().endswith("}")
+
+    kill_when(saved, workspace, command(ONE_PROCESS, "late"))
+    assert not (workspace / "late" / "adapter").exists()
+    run(workspace, ONE_PROCESS, "late", "training.resume_from_checkpoint=true")
+    assert_same(workspace / "late", one)
+
+
+def test_the_merge_is_proven_on_the_same_base(workspace: Path, one: Path) -> None:
+    within(workspace, lambda: merge(Path("one/adapter"), Path("merged")))
+    report = json.loads((workspace / "merged" / "merge-report.json").read_text())
+    assert report
+    assert (workspace / "merged" / "config.json").exists()
+
+
+def test_what_was_changed_behind_a_run_is_refused(workspace: Path, one: Path, tmp_path: Path) -> None:
+    """Another adapter, then another base, under the same names."""
+    shutil.copytree(workspace / "sft", tmp_path / "sft")
+    for name in ("dpo.yaml", "pairs.jsonl"):
+        shutil.copy(workspace / name, tmp_path / name)
+    save_tiny_mixtral(tmp_path / "model", seed=1)
+    with pytest.raises(WeightsError, match="was made on another base, model with other weights; got model; name that"):
+        within(tmp_path, lambda: train(load_recipe("dpo.yaml"), []))
+    shutil.rmtree(tmp_path / "model")
+    shutil.copytree(workspace / "model", tmp_path / "model")
+    shutil.copytree(one / "reference", tmp_path / "dpo" / "reference")
+    made_from = json.loads((one / "reference" / "made_from.json").read_text())
+    (tmp_path / "dpo" / "reference" / "made_from.json").write_text(json.dumps({**made_from, "adapter": "other"}))
+    with pytest.raises(RunError, match="were made from another adapter; put back what was changed"):
+        within(tmp_path, lambda: train(load_recipe("dpo.yaml"), []))

@@ -1,0 +1,176 @@
+"""An adapter that a run goes on from: taken over whole, or refused with everything that differs."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.data import load_tokenizer
+from finetune.errors import WeightsError
+from finetune.model import adapt, load_base, save_adapter
+from finetune.moe.earlier import read_earlier, refuse_unfit
+from finetune.recipe import Recipe
+from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
+from tests.families import save_tiny
+from tests.support import CHATML, save_tiny_mixtral
+
+BASE = {"name_or_path": "models/base", "fingerprint": "0123"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 4)
+
+
+@pytest.fixture(scope="module")
+def saved(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    folder.mkdir()
+    recipe = dpo_recipe(base, pairs, folder)
+    model = adapt(load_base(base, recipe.model), recipe)
+    disturb(model)
+    save_adapter(model, folder, recipe, BASE)
+    load_tokenizer(str(base), None, None).save_pretrained(folder)
+    return folder
+
+
+def disturb(model: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
+
+
+def recipe_on(base: Path, pairs: Path, adapter: Path, **changes: Any) -> Recipe:
+    model = {"adapter": str(adapter), **changes.pop("model", {})}
+    return dpo_recipe(base, pairs, Path("runs/next"), model=model, **changes)
+
+
+def complaints(adapter: Path, recipe: Recipe, fingerprint: str = "0123", template: str = CHATML) -> list[str]:
+    with pytest.raises(WeightsError) as caught:
+        refuse_unfit(read_earlier(adapter), recipe, fingerprint, template)
+    return str(caught.value).replace(str(adapter), "ADAPTER").split("\n")
+
+
+def test_every_factor_is_taken_over(base: Path, pairs: Path, saved: Path) -> None:
+    recipe = recipe_on(base, pairs, saved)
+    refuse_unfit(read_earlier(saved), recipe, "0123", CHATML)
+    trained = {}
+    for name, earlier in (("fresh", None), ("on", read_earlier(saved))):
+        torch.manual_seed(0)
+        model = adapt(load_base(base, recipe.model), recipe, earlier=earlier)
+        if earlier is None:
+            torch.manual_seed(recipe.seed)
+            disturb(model)
+        trained[name] = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    assert trained["fresh"].keys() == trained["on"].keys()
+    assert all(value.dtype == torch.float32 for value in trained["on"].values())
+    changed = [key for key, value in trained["on"].items() if "lora_B" in key and not value.any()]
+    assert changed == [], "no factor stayed as a fresh one is"
+
+
+def test_what_was_taken_over_is_written_beside_the_next_adapter(
+    base: Path, pairs: Path, saved: Path, tmp_path: Path
+) -> None:
+    recipe, earlier = recipe_on(base, pairs, saved), read_earlier(saved)
+    save_adapter(adapt(load_base(base, recipe.model), recipe, earlier=earlier), tmp_path, recipe, BASE, None, earlier)
+    record = json.loads((tmp_path / "finetune.json").read_text())
+    assert record["adapter"] == {"name_or_path": str(saved), "sha256": earlier.digest()}
+    assert read_earlier(tmp_path).digest() == earlier.digest(), "the same weights"
+
+
+def test_moved_correction_biases_come_along(pairs: Path, tmp_path: Path) -> None:
+    base = save_tiny("deepseek_v3", tmp_path / "base")
+    moving = {"router_aux_loss_coef": 0.1, "bias_update_rate": 0.01}
+    recipe = dpo_recipe(base, pairs, tmp_path, router=moving)
+    model = adapt(load_base(base, recipe.model), recipe)
+    biases = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
+    for bias in biases:
+        bias.data += 0.25
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    save_adapter(model, first, recipe, BASE)
+    earlier = read_earlier(first)
+    going_on = dpo_recipe(base, pairs, tmp_path, router={"router_aux_loss_coef": 0.1})
+    model = adapt(load_base(base, recipe.model), going_on, earlier=earlier)
+    found = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
+    assert [each.tolist() for each in found] == [each.tolist() for each in biases]
+    save_adapter(model, second, going_on, BASE, None, earlier)
+    assert (second / "router_bias.safetensors").read_bytes() == (first / "router_bias.safetensors").read_bytes()
+
+
+def test_another_base_is_refused(base: Path, pairs: Path, saved: Path) -> None:
+    assert complaints(saved, recipe_on(base, pairs, saved), fingerprint="4567") == [
+        "model.adapter: the adapter in ADAPTER was made on another base, models/base with other weights; "
+        f"got {base}; name that base in model.name_or_path, or an adapter that was made on this one"
+    ]
+
+
+def test_another_quantisation_is_refused(base: Path, pairs: Path, saved: Path) -> None:
+    assert complaints(saved, recipe_on(base, pairs, saved, model={"load_in_4bit": False})) == [
+        "model.load_in_4bit: quantisation of the base of the adapter in ADAPTER is 'nf4'; got None; "
+        "make the recipe the same as the adapter's, or train an adapter of your own first"
+    ]
+
+
+def test_another_template_is_refused(base: Path, pairs: Path, saved: Path) -> None:
+    changed = recipe_on(base, pairs, saved, data={"chat_template": "mistral"})
+    assert complaints(saved, changed, template="another") == [
+        "data.chat_template: the adapter in ADAPTER was trained with another chat template; got mistral; "
+        "write data.chat_template: ADAPTER/chat_template.jinja, or what the adapter's recipe has there"
+    ]
+
+
+def test_everything_that_differs_in_lora_is_named_at_once(base: Path, pairs: Path, saved: Path) -> None:
+    lora = {"r": 8, "lora_alpha": 16.0, "targets": ["attention"], "use_rslora": True}
+    found = complaints(saved, recipe_on(base, pairs, saved, lora=lora))
+    assert [line.partition(":")[0] for line in found] == [
+        *("lora.targets", "lora.r", "lora.lora_alpha", "lora.expert_r", "lora.expert_lora_alpha", "lora.use_rslora")
+    ]
+    assert found[1] == (
+        "lora.r: of the adapter in ADAPTER is 4; got 8; "
+        "make the recipe the same as the adapter's, or train an adapter of your own first"
+    )
+
+
+def test_a_folder_without_an_adapter_is_refused_with_the_one_inside_it(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        read_earlier(saved.parent)
+    assert str(caught.value) == (
+        f"model.adapter: no adapter here: adapter_model.safetensors is missing; got {saved.parent}; write {saved}"
+    )
+    with pytest.raises(WeightsError, match="name the folder adapter/ of a finished run"):
+        read_earlier(tmp_path)
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", '{"format": 1}'])
+def test_an_adapter_that_does_not_say_what_it_was_made_on_is_refused(
+    saved: Path, tmp_path: Path, record: str | None
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    (folder / "finetune.json").unlink()
+    if record is not None:
+        (folder / "finetune.json").write_text(record)
+    with pytest.raises(WeightsError) as caught:
+        read_earlier(folder)
+    assert str(caught.value) == (
+        "model.adapter: the adapter does not say what it was made on: its finetune.json is missing or damaged; "
+        f"got {folder}; use an adapter of this toolkit; merge another tool's and name the merged model as the base"
+    )
+
+
+def test_an_adapter_of_other_factors_is_refused_before_a_weight_is_read(base: Path, pairs: Path, saved: Path) -> None:
+    """Its record may have been edited; its tensors tell."""
+    recipe = recipe_on(base, pairs, saved, lora={"r": 2})
+    with pytest.raises(WeightsError, match="factor has another shape than the model's"):
+        adapt(load_base(base, recipe.model), recipe, earlier=read_earlier(saved))

@@ -1,0 +1,78 @@
+"""The settings of the rows in a recipe of preference tuning: what has no meaning for pairs of answers is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.recipe.row_formats import PAIR_FORMATS, ROW_FORMATS
+from tests.unit.recipe_writing import Desk, changed
+
+ROWS = "{path: rows.jsonl, format: messages}"
+DO = f"give pairs, in one of the formats {', '.join(PAIR_FORMATS)}, or write method.kind: sft"
+SINGLE_FORMATS = [name for name in ROW_FORMATS if name not in PAIR_FORMATS]
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(tmp_path, monkeypatch)
+
+
+def dpo(written: str, *others: str) -> str:
+    """The sound recipe for dpo with these data sets, and further lines of the section `data`."""
+    lines = "".join(f"\n  {line}" for line in others)
+    method = ("  kind: sft\n", "  kind: dpo\n  beta: 0.1\n")
+    return changed(method, (ROWS, written), ("max_length: 256", f"max_length: 256{lines}"))
+
+
+@pytest.mark.parametrize("name", ["auto", *PAIR_FORMATS])
+def test_formats_of_pairs_and_auto_are_taken(desk: Desk, name: str) -> None:
+    recipe = desk.load(dpo(f"{{path: a, format: {name}}}", "overlong: truncate", "packing: true"))
+    assert recipe.data.sources("train")[0].format == name
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+@pytest.mark.parametrize("name", SINGLE_FORMATS)
+def test_every_format_of_one_answer_or_none_is_refused(desk: Desk, name: str, which: str) -> None:
+    pairs, single = "{path: a, format: preference}", f"{{path: b, format: {name}}}"
+    text = dpo(single) if which == "train" else dpo(pairs, f"eval: {single}")
+    line = 16 if which == "train" else 18
+    assert desk.complaints(text) == [
+        f"recipe.yaml:{line}: data.{which}.format: one answer a row, or none; method.kind: dpo compares two answers to "
+        f'one prompt; got "{name}"; {DO}'
+    ]
+
+
+def test_the_place_in_a_list_is_named(desk: Desk) -> None:
+    [line] = desk.complaints(dpo("[{path: a, format: hh}, {path: b, format: alpaca}]"))
+    assert line.startswith("recipe.yaml:16: data.train[1].format: one answer a row, or none; ")
+
+
+@pytest.mark.parametrize("name", ["last_assistant", "completion", "all"])
+def test_a_loss_elsewhere_than_on_the_answers_is_refused(desk: Desk, name: str) -> None:
+    assert desk.complaints(dpo("{path: a, format: auto}", f"loss_on: {name}")) == [
+        "recipe.yaml:18: data.loss_on: the loss of a pair is on its two answers, and nowhere else; "
+        f'got "{name}"; write assistant, or remove this key'
+    ]
+
+
+def test_pairs_are_not_split(desk: Desk) -> None:
+    assert desk.complaints(dpo("{path: a, format: auto}", "overlong: split")) == [
+        "recipe.yaml:18: data.overlong: a pair is not split: its answers are compared whole; "
+        'got "split"; write error, truncate or drop'
+    ]
+
+
+def test_all_of_it_is_said_at_once_and_nothing_of_it_where_the_method_is_not_known(desk: Desk) -> None:
+    text = dpo("{path: a, format: text}", "loss_on: completion", "overlong: split")
+    assert [line.split(": ")[1] for line in desk.complaints(text)] == [
+        "data.train.format",
+        "data.loss_on",
+        "data.overlong",
+    ]
+    unknown = text.replace("kind: dpo\n  beta: 0.1", "kind: ppo")
+    assert not any("compares two answers" in line or "data.overlong" in line for line in desk.complaints(unknown))
+
+
+def test_an_sft_recipe_may_still_split_and_choose_its_loss(desk: Desk) -> None:
+    recipe = desk.load(changed(("max_length: 256", "max_length: 256\n  overlong: split\n  loss_on: all")))
+    assert (recipe.data.overlong, recipe.data.loss_on) == ("split", "all")
