@@ -1,7 +1,7 @@
 """Training steps of DPO and SFT on the same documents: the real trainers, fed with the same tokens in the same places.
 
-The model is a small Mixtral whose time goes where a large one's goes, into experts and attention: a head of 4,096
-entries takes about a tenth of a step, as do 32,000 entries of Mixtral-8x7B's widths.
+The model is a small Mixtral whose time goes where a large one's goes: 60 % of a step into the experts, 6 % into the
+head. A step of its 700 places takes half a second, long beside what a trainer does around it.
 """
 
 import json
