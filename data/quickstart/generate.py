@@ -1,9 +1,12 @@
-"""Write train.jsonl and eval.jsonl of the quickstart: plain-English requests answered by one-line JSON commands.
+"""Write the files of the quickstart: plain-English requests answered by one-line JSON commands.
 
     python data/quickstart/generate.py
 
+train.jsonl and eval.jsonl teach and count the commands; dpo-train.jsonl holds pairs that teach which requests none of
+them is for (`pairs.py`), dpo-eval.jsonl such requests that no pair contains.
+
 Standard library only, seeded: the committed files are this program's output, byte for byte (a test compares them).
-Every eval row says in `split` what is new in it: "values" is a trained wording with at least one value that no
+Every row of eval.jsonl says in `split` what is new in it: "values" is a trained wording with at least one value that no
 training row contains, "wording" is a wording that no training row uses.
 """
 
@@ -17,6 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository, so that the plain command works from anywhere
+from data.quickstart.pairs import Row, held_out_rows, pair_rows  # noqa: E402
 from data.quickstart.wordings import INTENTS, SLOTS, Intent, Value  # noqa: E402
 
 SEED = 20
@@ -25,7 +29,7 @@ EVAL_ROWS_PER_DOMAIN_AND_SPLIT = 7
 DOMAINS = tuple(dict.fromkeys(intent.domain for intent in INTENTS))
 
 
-def row(intent: Intent, wording: str, values: dict[str, Value], **extra: str) -> dict[str, object]:
+def row(intent: Intent, wording: str, values: dict[str, Value], **extra: str) -> Row:
     """One row in the `messages` format; the answer is compact JSON on one line."""
     answer = json.dumps(intent.answer(values), separators=(",", ":"))
     messages = [{"role": "user", "content": wording.format(**values)}, {"role": "assistant", "content": answer}]
@@ -44,7 +48,7 @@ def wordings(domain: str, rng: random.Random, *, held_out: bool) -> Iterator[tup
     return itertools.cycle(pairs)
 
 
-def train_rows(rng: random.Random) -> list[dict[str, object]]:
+def train_rows(rng: random.Random) -> list[Row]:
     """Distinct rows of trained wordings and trained values only, the domains mixed."""
     rows = []
     for domain in DOMAINS:
@@ -61,7 +65,7 @@ def train_rows(rng: random.Random) -> list[dict[str, object]]:
     return rows
 
 
-def eval_rows(rng: random.Random, split: str) -> list[dict[str, object]]:
+def eval_rows(rng: random.Random, split: str) -> list[Row]:
     """Distinct rows of one split, equally many a domain."""
     rows = []
     for domain in DOMAINS:
@@ -83,12 +87,18 @@ def eval_rows(rng: random.Random, split: str) -> list[dict[str, object]]:
 def files() -> dict[str, str]:
     """File name -> whole content, as JSON lines."""
     rng = random.Random(SEED)
-    parts = {"train.jsonl": train_rows(rng), "eval.jsonl": eval_rows(rng, "values") + eval_rows(rng, "wording")}
+    train = train_rows(rng)
+    parts = {
+        "train.jsonl": train,
+        "eval.jsonl": eval_rows(rng, "values") + eval_rows(rng, "wording"),
+        "dpo-train.jsonl": pair_rows(train, rng),
+        "dpo-eval.jsonl": held_out_rows(),
+    }
     return {name: "".join(json.dumps(each) + "\n" for each in rows) for name, rows in parts.items()}
 
 
 def main() -> None:
-    """Write both files beside this program, each replaced as a whole."""
+    """Write all files beside this program, each replaced as a whole."""
     for name, content in files().items():
         temporary = HERE / f".{name}.tmp"
         temporary.write_text(content, encoding="utf-8", newline="\n")

@@ -10,6 +10,7 @@ from finetune.check.report import Batches, Report, batches_of, pair_batches_of, 
 from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
 from finetune.check.twins import find_twins
+from finetune.checkpoint import fingerprint
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
 from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
@@ -22,6 +23,7 @@ from finetune.model import (
     recipe_tokenizer,
     resolve_checkpoint,
 )
+from finetune.moe.earlier import read_earlier, refuse_unfit
 from finetune.moe.layout import Family
 from finetune.recipe import Recipe
 
@@ -42,6 +44,8 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
     """
     report = Report(title, _settings(recipe), recipe.data.max_length)
     base = _base(recipe, report)
+    if recipe.model.adapter is not None:
+        _attempt(report, lambda: _refuse_adapter(Path(str(recipe.model.adapter)), recipe, base))
     mixtures = {name: found for name in SPLITS if (found := _mixture(name, recipe, base.tokenizer, report))}
     share_prompts = _shares_prompts(mixtures.get("train"), recipe, base, report)
     for name, mixture in mixtures.items():
@@ -83,6 +87,15 @@ def _base(recipe: Recipe, report: Report) -> _Base:
     family = _attempt(report, lambda: (checkpoint_family if local else config_family)(folder, recipe))
     found = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
     return _Base(folder, family, None if found is None else found[0])
+
+
+def _refuse_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
+    """What the run would refuse in the adapter that it goes on from, as far as the checkpoint lies here."""
+    earlier = read_earlier(folder)
+    if base.folder is None or base.family is None or base.tokenizer is None:
+        return
+    weights = fingerprint(base.folder) if Path(recipe.model.name_or_path).is_dir() else None
+    refuse_unfit(earlier, recipe, weights, base.tokenizer.chat_template)
 
 
 def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixture | None:

@@ -224,8 +224,12 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
         """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
         overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
-        tokens = self._total_train_tokens + self._tokens.item()
-        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": tokens}
+        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": self.num_tokens}
+
+    @property
+    def num_tokens(self) -> int:
+        """See `ExactSteps`."""
+        return super().num_tokens + int(self._tokens.item())
 
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
         """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""

@@ -45,6 +45,12 @@ class ReferenceStore:
                 what = f"these log-probabilities of the reference were made from another {', '.join(changed)}"
                 do = "put back what was changed to go on, or remove the folder, or name another output_dir"
                 raise RunError(Problem(str(self.folder), what, do))
+        elif any(self.folder.glob("*.jsonl")):
+            what, do = (
+                f"log-probabilities of a reference, and no {MADE_FROM} that says what they were made from",
+                "remove it",
+            )
+            raise RunError(Problem(str(self.folder), what, do))
         elif is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(path, self.made_from)

@@ -127,7 +127,6 @@ class RouterTerm:
 
     def save(self, folder: Path) -> None:
         """Write the state that a resumed run needs."""
-        folder.mkdir(parents=True, exist_ok=True)
         bias = {} if self.bias is None else {"bias": self.bias.state_dict()}
         write_json(folder / STATE_FILE, self.balance.state_dict() | bias)
 

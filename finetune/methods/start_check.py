@@ -36,6 +36,8 @@ def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) ->
         differs = "the adapter: the one that is trained does not start as the reference's"
     else:
         differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"
+        if tolerance == LOW_PRECISION:
+            differs += " (in 16 bits it is enough that they were computed in other micro-batches)"
     raise RunError(
         Problem(
             inputs["rows"][worst],

@@ -16,12 +16,15 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from finetune.errors import Problem, RunError
+from finetune.files import write_json
 from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.same_adapter import refuse_other_adapter
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
 """Is given the step and the load by layer and expert at each logged line, on the main process."""
+
+TOKENS_FILE = "num_tokens.json"
 
 # A trainer to the eye of a reader; at run time TRL's trainer comes after it.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
@@ -94,8 +97,11 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
     def _take_over(self, checkpoint: Path) -> bool:
         """Take over what transformers does not from a checkpoint; True if it is that of the last step."""
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        counted = [line["num_tokens"] for line in state["log_history"] if "num_tokens" in line]
-        self._total_train_tokens = int(counted[-1]) if counted else 0
+        tokens = checkpoint / TOKENS_FILE
+        if not tokens.is_file():
+            do = "start anew in another output_dir"
+            raise RunError(Problem(str(tokens), "the checkpoint does not say how many tokens came before it", do))
+        self._total_train_tokens = json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"]
         if self.router_term is not None:
             self.router_term.load(checkpoint)
         if state["global_step"] < state["max_steps"]:
@@ -200,9 +206,19 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
             )
         )
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps of the run so far, over all ranks; may wait for the device."""
+        return int(self._total_train_tokens)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.router_term is not None and self.is_world_process_zero():
-            self.router_term.save(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+        if self.is_world_process_zero():
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            # Not from the log, whose last line may be older than the checkpoint.
+            write_json(folder / TOKENS_FILE, {"num_tokens": self.num_tokens})
+            if self.router_term is not None:
+                self.router_term.save(folder)
         super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

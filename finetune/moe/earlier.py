@@ -18,6 +18,7 @@ from finetune.recipe import LoraSettings, Recipe
 
 RECORD_FILE = "finetune.json"
 TEMPLATE_FILE = "chat_template.jinja"
+_OF_CHOICE = ("experts_share", "experts_score", "experts_tokens")
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,39 @@ def read_earlier(folder: Path) -> EarlierAdapter:
         record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict):
+    if not _is_record(record):
         what = f"the adapter does not say what it was made on: its {RECORD_FILE} is missing or damaged"
         do = "use an adapter of this toolkit; merge another tool's and name the merged model as the base"
         raise WeightsError(Problem(where, what, do, got=str(folder)))
     return EarlierAdapter(folder, record)
 
 
-def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str, template: str) -> None:
+def _is_record(record: Any) -> bool:
+    """Whether everything that is read of it can be read."""
+    try:
+        LoraSettings.model_validate(record["recipe"]["lora"])
+        if record.get("experts") is not None:
+            ExpertChoice.from_dict(record["experts"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(record.get("base"), dict) and isinstance(record.get("added_tokens", {}), dict)
+
+
+def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str | None, template: str) -> None:
     """Raise WeightsError with everything in which the run differs from the one that made the adapter.
 
-    `base`: fingerprint of this run's base; `template`: the chat template that renders its rows.
+    `base`: fingerprint of this run's base, None where it is not here yet; `template`: the chat template that renders
+    its rows.
     """
     record, problems = earlier.record, []
-    made_on = record.get("base", {})
+    made_on = record["base"]
     name = made_on.get("name_or_path")
 
     def differs(key: str, what: str, before: object, now: object) -> None:
         do = "make the recipe the same as the adapter's, or train an adapter of your own first"
         problems.append(Problem(key, f"{what} in {earlier.folder} is {before!r}", do, got=repr(now)))
 
-    if made_on.get("fingerprint") != base:
+    if base is not None and made_on.get("fingerprint") != base:
         what = f"the adapter in {earlier.folder} was made on another base, {name} with other weights"
         do = "name that base in model.name_or_path, or an adapter that was made on this one"
         problems.append(Problem("model.adapter", what, do, got=recipe.model.name_or_path))
@@ -105,7 +118,7 @@ def refuse_unfit(earlier: EarlierAdapter, recipe: Recipe, base: str, template: s
         differs("model.added_tokens", "the added tokens of the adapter", before, list(recipe.model.added_tokens))
     then, now = _shape(LoraSettings.model_validate(record["recipe"]["lora"])), _shape(recipe.lora)
     for key in then:
-        if then[key] != now[key]:
+        if key in now and then[key] != now[key]:
             differs(f"lora.{key}", "of the adapter", then[key], now[key])
     if problems:
         raise WeightsError(problems)
@@ -121,4 +134,6 @@ def _shape(lora: LoraSettings) -> dict[str, Any]:
         "expert_lora_alpha": float(lora.expert_lora_alpha or lora.lora_alpha),
         "use_rslora": lora.use_rslora,
         "experts": lora.experts,
+        # The adapter's choice is taken over, so these would be ignored.
+        **({name: getattr(lora, name) for name in _OF_CHOICE} if lora.experts == "auto" else {}),
     }

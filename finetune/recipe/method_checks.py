@@ -15,7 +15,7 @@ def check_method(source: Source) -> None:
     if read(source, "method.kind", str) != "dpo":
         return
     losses = _losses(source)
-    for check in (_weights, _smoothing, _divergence, _pair_weights, _of_another_loss):
+    for check in (_weights, _smoothing, _divergence, _pair_weights, _sorted_pairs, _of_another_loss):
         check(source, losses)
 
 
@@ -34,7 +34,8 @@ def _weights(source: Source, losses: list[str]) -> None:
     weights = source.get(where)
     if isinstance(weights, list) and len(weights) != len(losses):
         what = f"not one weight for each of {', '.join(losses)}"
-        source.report(where, what, f"write {len(losses)} numbers", got=show(weights))
+        do = "write one number" if len(losses) == 1 else f"write {len(losses)} numbers"
+        source.report(where, what, do, got=show(weights))
 
 
 def _smoothing(source: Source, losses: list[str]) -> None:
@@ -76,6 +77,15 @@ def _pair_weights(source: Source, losses: list[str]) -> None:
             continue
         do = "write false, or take it out of method.loss_type"
         source.report(key_path("method.use_weighting"), what, do, got="true")
+
+
+def _sorted_pairs(source: Source, losses: list[str]) -> None:
+    where = key_path("training.per_device_train_batch_size")
+    alone = read(source, "training.per_device_train_batch_size", int) == 1 and not read(source, "data.packing", bool)
+    for loss in losses:
+        if loss in _SORTING and alone:
+            what = f"the loss {loss} sorts the pairs of a micro-batch: of one pair alone it is sigmoid"
+            source.report(where, what, "write at least 2, better 8, or method.loss_type: [sigmoid]", got="1")
 
 
 def _of_another_loss(source: Source, losses: list[str]) -> None:

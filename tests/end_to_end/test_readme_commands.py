@@ -23,10 +23,10 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: str | list[str], folder: Path) -> str:
+def run(command: str | list[str], folder: Path, **variables: str) -> str:
     """Run with the environment's own programs first on the path; returns what was printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path}
+    environment = {**os.environ, "PATH": path, **variables}
     done = subprocess.run(
         command, cwd=folder, shell=isinstance(command, str), env=environment, capture_output=True, text=True
     )
@@ -66,3 +66,22 @@ def test_the_quickstart_driver_goes_through_all_its_phases(workspace: Path) -> N
     ]
     assert all(phase["peak_mib"] > 100 for phase in told["phases"])
     assert json.loads((workspace / "record.json").read_text())["provenance"]["base"]["fingerprint"]
+
+
+@pytest.mark.slow
+def test_the_dpo_driver_runs_the_quickstart_first_and_then_all_its_own_phases(workspace: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.quickstart_dpo", "--record", "record.json"]
+    printed = run(command, workspace, PYTHONPATH=str(ROOT))
+    assert "=== held-out rows after" in printed
+    told = json.loads((workspace / "runs" / "quickstart-dpo" / "quickstart-dpo.json").read_text())
+    assert told["none_percent"]["before"].keys() == {"all", "request", "topic"}
+    assert told["exact_match_percent"]["after"].keys() == {"all", "values", "wording"}
+    assert [phase["name"] for phase in told["phases"]] == [
+        "requests before",
+        "train",
+        "merge and prove",
+        "requests after",
+        "commands after",
+    ]
+    assert json.loads((workspace / "record.json").read_text())["provenance"]["base"]["fingerprint"]
+    assert (workspace / "out" / "merged-dpo" / "merge-report.json").is_file()

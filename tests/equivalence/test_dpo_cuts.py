@@ -35,6 +35,30 @@ def test_micro_batches_do_not_change_the_step(base: Path, pairs: Path, tmp_path:
     same(whole, dpo_run(dpo_recipe(base, pairs, tmp_path, MIXED, per_device_train_batch_size=size)))
 
 
+def test_a_resumed_run_counts_the_tokens_before_its_checkpoint(
+    base: Path, pairs: Path, tmp_path: Path, whole: Steps
+) -> None:
+    """Also those of steps after the last logged line."""
+    recipe = dpo_recipe(base, pairs, tmp_path, MIXED, save_steps=2, logging_steps=3)
+    dpo_run(recipe)
+    trainer, steps = dpo_trainer(recipe)
+    trainer.run_from(tmp_path / "checkpoint-2")
+    assert steps.logs[0]["num_tokens"] == whole.logs[2]["num_tokens"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_pairs_can_be_drawn_by_length(base: Path, pairs: Path, tmp_path: Path, packing: bool) -> None:
+    drawn = {"train_sampling_strategy": "group_by_length"}
+    changes: dict[str, Any] = {"trainer_args": drawn, "data": {"packing": packing}, "max_steps": 1}
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, {"prompt_sharing": "off"}, **changes))
+    rows, split = trainer.train_dataset, trainer.data_collator._tables["train"]
+    documents = [ids for row in rows["pairs"] for index in row for ids, _ in split[index].answers]
+    prompts = [len(split[index].prompt_ids) for row in rows["pairs"] for index in row]
+    assert sum(rows["length"]) == sum(map(len, documents)) + 2 * sum(prompts)
+    lengths = [rows[index]["length"] for index in trainer._get_train_sampler()]
+    assert lengths[:8] == sorted(lengths[:8], reverse=True)
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_does_not_change_the_step(
     base: Path, pairs: Path, tmp_path: Path, whole: Steps, mode: str

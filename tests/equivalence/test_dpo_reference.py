@@ -132,3 +132,13 @@ def test_kept_values_that_are_not_this_models_are_refused(base: Path, pairs: Pat
     assert f"{pairs}:2: before the first step" in str(caught.value)
     assert "what differs is the base: its log-probabilities are not those that were kept" in str(caught.value)
     assert "got -0.005" in str(caught.value)
+
+
+def test_in_16_bits_a_margin_may_come_from_other_micro_batches(base: Path, pairs: Path, tmp_path: Path) -> None:
+    """As after a run that did not fit, started again with a smaller one on the reference that it left."""
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, model={"dtype": "bfloat16"}))
+    trainer.data_collator.reference["train"][1, 0] += 0.1
+    with pytest.raises(RunError) as caught:
+        refuse_other_start(trainer, [[0], [1]])
+    assert "(in 16 bits it is enough that they were computed in other micro-batches); got -0.0" in str(caught.value)
+    assert "remove the folder reference/ of the run so that it is computed again" in str(caught.value)

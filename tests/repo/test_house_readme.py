@@ -18,6 +18,7 @@ RUN_BY = {
     "make check": ("Makefile", "test: check"),
     "make test": (".ci/run", "make test"),
     "make quickstart": ("Makefile", "benchmarks/quickstart.py"),
+    "make quickstart-dpo": ("Makefile", "-m benchmarks.quickstart_dpo"),
 }
 
 

@@ -16,7 +16,9 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 def test_the_recipes_of_the_readme_are_there() -> None:
     shipped = {str(path.relative_to(ROOT / "recipes")) for path in RECIPES}
-    assert {"quickstart/sft-qlora.yaml", "mixtral-8x7b/sft-qlora.yaml", "mistral-7b/sft-qlora.yaml"} <= shipped
+    sft = {"quickstart/sft-qlora.yaml", "mixtral-8x7b/sft-qlora.yaml", "mistral-7b/sft-qlora.yaml"}
+    dpo = {"quickstart/dpo.yaml", "mixtral-8x7b/dpo-qlora.yaml"}
+    assert sft | dpo <= shipped
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -14,7 +14,7 @@ from finetune.data import prepare_pairs
 from finetune.model import recipe_tokenizer
 from finetune.recipe import Recipe, load_recipe
 from tests.real_tokenizers import mistral_tokenizer
-from tests.support import save_tiny_mixtral
+from tests.support import CHATML, save_tiny_mixtral
 
 RECIPE: dict[str, Any] = {
     "output_dir": "run",
@@ -59,6 +59,25 @@ def check(settings: Recipe, samples: int = 1) -> Report:
 
 def printed(report: Report) -> str:
     return "\n".join(lines(report, Style(False, True)))
+
+
+def test_an_adapter_that_the_run_would_refuse_is_a_problem(model: Path) -> None:
+    write("train.jsonl", [row("set light")])
+    report = check(recipe(model, "model.adapter=sft/adapter"))
+    assert [str(each) for each in report.problems] == [
+        "model.adapter: no adapter here: adapter_model.safetensors is missing; got sft/adapter; "
+        "name the folder adapter/ of a finished run"
+    ]
+    assert report.exit_code == 1
+    adapter = Path("sft/adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").touch()
+    made = {"lora": {**RECIPE["lora"], "lora_alpha": 4.0, "r": 8}}
+    record = {"recipe": made, "base": {"name_or_path": "other", "fingerprint": "0123"}, "quantization": None}
+    (adapter / "finetune.json").write_text(json.dumps(record))
+    (adapter / "chat_template.jinja").write_text(CHATML)
+    report = check(recipe(model, "model.adapter=sft/adapter"))
+    assert [each.where for each in report.problems] == ["model.adapter", "lora.r", "lora.expert_r"]
 
 
 def test_pairs_are_counted_with_steps_of_pairs(model: Path) -> None:

@@ -152,7 +152,37 @@ def test_a_folder_without_an_adapter_is_refused_with_the_one_inside_it(saved: Pa
         read_earlier(tmp_path)
 
 
-@pytest.mark.parametrize("record", [None, "{", "[]", '{"format": 1}'])
+def test_another_choice_of_experts_than_the_one_taken_over_is_refused(
+    base: Path, pairs: Path, saved: Path, tmp_path: Path
+) -> None:
+    """The adapter's own is taken, so the recipe's share, score and tokens would be ignored."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    record = json.loads((folder / "finetune.json").read_text())
+    record["recipe"]["lora"] |= {"experts": "auto", "experts_share": 0.5}
+    (folder / "finetune.json").write_text(json.dumps(record))
+    auto: dict[str, Any] = {"experts": "auto", "experts_share": 0.5}
+    refuse_unfit(read_earlier(folder), recipe_on(base, pairs, folder, lora=auto), "0123", CHATML)
+    others = {**auto, "experts_share": 0.9, "experts_score": "token", "experts_tokens": 5}
+    found = complaints(folder, recipe_on(base, pairs, folder, lora=others))
+    assert [line.partition(":")[0] for line in found] == [
+        *("lora.experts_share", "lora.experts_score", "lora.experts_tokens")
+    ]
+    assert found[0].startswith("lora.experts_share: of the adapter in ADAPTER is 0.5; got 0.9; ")
+    every = complaints(folder, recipe_on(base, pairs, folder))
+    assert [line.partition(":")[0] for line in every] == ["lora.experts"]
+
+
+DAMAGED = [
+    '{"recipe": {}, "base": {}}',
+    '{"recipe": {"lora": {"r": "x"}}, "base": {}}',
+    '{"recipe": {"lora": LORA}, "base": "models/base"}',
+    '{"recipe": {"lora": LORA}, "base": {}, "experts": {"score": "gate"}}',
+    '{"recipe": {"lora": LORA}, "base": {}, "added_tokens": null}',
+]
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", '{"format": 1}', *DAMAGED])
 def test_an_adapter_that_does_not_say_what_it_was_made_on_is_refused(
     saved: Path, tmp_path: Path, record: str | None
 ) -> None:
@@ -160,7 +190,8 @@ def test_an_adapter_that_does_not_say_what_it_was_made_on_is_refused(
     shutil.copytree(saved, folder)
     (folder / "finetune.json").unlink()
     if record is not None:
-        (folder / "finetune.json").write_text(record)
+        lora = json.dumps({"targets": ["attention"], "r": 4, "lora_alpha": 8.0})
+        (folder / "finetune.json").write_text(record.replace("LORA", lora))
     with pytest.raises(WeightsError) as caught:
         read_earlier(folder)
     assert str(caught.value) == (

@@ -69,6 +69,10 @@ MISTAKES = {
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0]"),
         "recipe.yaml:16: method.loss_weights: not one weight for each of sigmoid, sft; got [1.0]; write 2 numbers",
     ),
+    "weights for one loss": (
+        dpo("loss_weights: [1.0, 2.0]"),
+        "recipe.yaml:15: method.loss_weights: not one weight for each of sigmoid; got [1.0, 2.0]; write one number",
+    ),
     "a weight of 0": (
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0, 0]"),
         "recipe.yaml:16: method.loss_weights[1]: out of range; got 0; write a list, each a number above 0 or null",
@@ -93,8 +97,13 @@ MISTAKES = {
         "recipe.yaml:16: method.f_divergence_type: the losses apo_zero are defined for reverse_kl only; got "
         '"js_divergence"; write reverse_kl, or take them out of method.loss_type',
     ),
+    "pairs that are sorted one by one": (
+        dpo("loss_type: [aot]"),
+        "recipe.yaml:19: training.per_device_train_batch_size: the loss aot sorts the pairs of a micro-batch: of one "
+        "pair alone it is sigmoid; got 1; write at least 2, better 8, or method.loss_type: [sigmoid]",
+    ),
     "weighted pairs that are sorted": (
-        dpo("loss_type: [aot]", "use_weighting: true"),
+        dpo("loss_type: [aot]", "use_weighting: true", after="  per_device_train_batch_size: 2\n"),
         "recipe.yaml:16: method.use_weighting: aot sorts the pairs, so that a pair has no weight of its own; got true; "
         "write false, or take it out of method.loss_type",
     ),

@@ -63,6 +63,17 @@ def test_a_reference_made_from_something_else_is_refused_by_name(store: Referenc
     )
 
 
+def test_values_that_do_not_say_what_they_were_made_from_are_refused(store: ReferenceStore) -> None:
+    write(store, 0, 0, 1)
+    (store.folder / "made_from.json").unlink()
+    with pytest.raises(RunError) as caught:
+        ReferenceStore(store.folder, MADE_FROM).open(is_main=True)
+    assert str(caught.value) == (
+        f"{store.folder}: log-probabilities of a reference, and no made_from.json that says what they were made from; "
+        "remove it"
+    )
+
+
 def test_a_pair_that_is_missing_is_named(store: ReferenceStore) -> None:
     write(store, 0, 0, 1, 2, 4)
     with pytest.raises(RunError, match="the reference of train pair 3 is missing; start the run again"):

@@ -54,10 +54,10 @@ def test_the_committed_files_are_what_the_generator_writes() -> None:
 def test_the_generator_is_a_plain_script_that_needs_only_the_standard_library(tmp_path: Path) -> None:
     target = tmp_path / "data" / "quickstart"
     target.mkdir(parents=True)
-    for name in ("generate.py", "wordings.py"):
+    for name in ("generate.py", "wordings.py", "pairs.py", "outside.jsonl"):
         (target / name).write_bytes((FOLDER / name).read_bytes())
     subprocess.run([sys.executable, "-I", str(target / "generate.py")], check=True, cwd=tmp_path, capture_output=True)
-    for name in ("train.jsonl", "eval.jsonl"):
+    for name in generate.files():
         assert (target / name).read_bytes() == (FOLDER / name).read_bytes()
     assert [path.name for path in target.iterdir() if path.name.endswith(".tmp")] == []
 

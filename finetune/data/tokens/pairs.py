@@ -96,19 +96,21 @@ class PairMixture(Mixture):
         return np.concatenate([table.lengths(column)[each] for table, each in zip(tables, self.chosen, strict=True)])
 
     def dataset(self, settings: DataSettings, share_prompts: bool) -> Dataset:
-        """One column, `pairs`: indices into `table`, one a row, or with packing those that share a sequence."""
-        count = len(self.lengths)
-        bins = Bins(np.arange(count), np.arange(1, count + 1))
+        """Column `pairs`: indices into `table`, one a row, or with packing those that share a sequence; and `length`,
+        the row's tokens, which is where transformers looks for them (`train_sampling_strategy: group_by_length`)."""
+        places = self.places(share_prompts)
+        bins = Bins(np.arange(len(places)), np.arange(1, len(places) + 1))
         if settings.packing:
-            bins = best_fit_decreasing(self.places(share_prompts), capacity(settings))
-        ends = pa.array(np.concatenate([[0], bins.ends]).astype(np.int32))
-        return Dataset.from_dict({"pairs": pa.ListArray.from_arrays(ends, pa.array(bins.rows))})
+            bins = best_fit_decreasing(places, capacity(settings))
+        ends = np.concatenate([[0], bins.ends]).astype(np.int32)
+        pairs = pa.ListArray.from_arrays(pa.array(ends), pa.array(bins.rows))
+        return Dataset.from_dict({"pairs": pairs, "length": np.add.reduceat(places[bins.rows], ends[:-1])})
 
 
 @dataclass(frozen=True)
 class PreparedPairs:
-    """`dataset` has one column, `pairs`: indices into `table`, one a row without packing. `stats` counts pairs as rows
-    and the tokens of both their conversations."""
+    """`dataset` as `PairMixture.dataset` says. `stats` counts pairs as rows and the tokens of both their
+    conversations."""
 
     table: PairTable
     dataset: Dataset
