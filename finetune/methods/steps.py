@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from finetune.errors import Problem, RunError
+from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.same_adapter import refuse_other_adapter
 
@@ -47,6 +48,8 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         super().__init__(*args, model=model, **kwargs)
         for parameter, data in trained:
             parameter.data = data
+        if self.args.device.type == "cpu":
+            fit_head_to_cpu(self.model.get_base_model())
         self.router_term, self.router_observers = router_term, router_observers
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []

@@ -1,0 +1,47 @@
+"""TRL's fused head, with tiles that fit the processor it runs on.
+
+`add_fused_lm_head` cuts the logits into tiles of 4,096 tokens and 32,768 entries, and away from Triton scores every
+position. On the CPU a dozen temporaries of a tile live at once, so that the head without a full logits tensor holds
+nearly three times what the full tensor costs, and takes five times as long (`benchmarks/LOG.md`).
+
+N scored tokens, at most 4,096 at a time.
+"""
+
+from collections.abc import Callable
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+TILE = 512
+"""Entries of the vocabulary in a tile on the CPU: 8 MB with 4,096 tokens in float32."""
+
+
+def fit_head_to_cpu(model: Any) -> None:
+    """Give a CPU model, to which TRL has added its fused head, tiles `[N, TILE]` of supervised tokens alone.
+
+    The head stays TRL's own function, with all that it knows of architectures; two of the names that it looks up are
+    bound otherwise, for this model. Raises KeyError where another release of TRL no longer looks them up.
+    """
+    added: Any = model.forward.__func__
+    names = dict(added.__globals__)
+    if missing := _ON_CPU.keys() - (names.keys() & set(added.__code__.co_names)):
+        raise KeyError(f"TRL's fused head has no {' and no '.join(sorted(missing))} any more; see {__name__}")
+    fitted = FunctionType(added.__code__, names | _ON_CPU, added.__name__, added.__defaults__, added.__closure__)
+    fitted.__kwdefaults__ = added.__kwdefaults__
+    fitted.__dict__.update(added.__dict__)  # `__wrapped__`, where transformers reads the arguments that there are
+    model.forward = MethodType(fitted, model)
+
+
+def _everywhere(_device: torch.device) -> bool:
+    """For "is there Triton?", which decides whether supervised positions alone are scored.
+
+    TRL scores all elsewhere because accelerators that compile for each shape would compile again in every step.
+    """
+    return True
+
+
+_ON_CPU: dict[str, int | Callable[[torch.device], bool]] = {
+    "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
+    "_use_triton": _everywhere,
+}
