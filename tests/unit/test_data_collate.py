@@ -90,8 +90,9 @@ def test_a_changed_document_changes_nothing_in_its_neighbours(attn_implementatio
     changed = batch["input_ids"].clone()
     changed[0, :5] = torch.tensor([20, 21, 22, 23, 24])
     after = logits(network, input_ids=changed, position_ids=batch["position_ids"])[0]
-    assert torch.equal(before[5:], after[5:])
-    assert not torch.equal(before[:5], after[:5])
+    # Not to the bit: how many rows an expert has may decide, on some processors, how its products are rounded.
+    torch.testing.assert_close(before[5:], after[5:], atol=1e-5, rtol=1e-5)
+    assert (before[:5] - after[:5]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("wrong", ["an attention mask", "a cache"])
