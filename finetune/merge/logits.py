@@ -10,7 +10,6 @@ compared with.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,20 +17,21 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from finetune.checkpoint import CheckpointReader
+from finetune.adapters.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
+from finetune.adapters.biases import bias_tensors, moved_biases
+from finetune.adapters.lineage import Weighted
+from finetune.adapters.vocabulary import TokenRows
+from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
-from finetune.merge.biases import bias_tensors, moved_biases
 from finetune.merge.routing import Routing
-from finetune.merge.vocabulary import TokenRows
 from finetune.moe.families import family_of
 
 
 class LayerwiseModel:
-    """A causal language model on disk, run layer by layer; `adapter` is a PEFT folder or None.
+    """A causal language model on disk, run layer by layer; with adapters, each of them applied by stock PEFT.
 
-    `config` is the content of its `config.json`. With an adapter `routing` is recorded, without one it is replayed.
+    `config` is the content of its `config.json`. With adapters `routing` is recorded, without any it is replayed.
     `token_rows`: of added tokens, which a base has not; it is shown with the adapter's, so that what is told apart is
     the factors' effect.
     """
@@ -40,17 +40,16 @@ class LayerwiseModel:
         self,
         reader: CheckpointReader,
         config: dict[str, Any],
-        adapter: Path | None = None,
+        adapters: Sequence[Weighted] = (),
         routing: Routing | None = None,
         token_rows: Mapping[str, TokenRows] | None = None,
     ) -> None:
-        self.reader, self.adapter, self.routing = reader, adapter, routing
+        self.reader, self.adapters, self.routing = reader, tuple(adapters), routing
         self._token_rows = token_rows or {}
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
-        self._factors = {} if adapter is None else read_header(adapter / WEIGHTS_FILE)
-        self._biases = {} if adapter is None else bias_tensors(adapter)
+        self._biases = {name: bias for each in adapters for name, bias in bias_tensors(each.adapter.folder).items()}
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -61,7 +60,7 @@ class LayerwiseModel:
         disk under the recorded routing. Raises WeightsError for weights that the architecture needs and are not there.
         """
         names = ["plain"]
-        if self.adapter is not None:
+        if self.adapters:
             names.append("adapted")
         elif self.routing is not None:
             names.append("rerouted")
@@ -69,7 +68,11 @@ class LayerwiseModel:
         for index in range(self.num_layers):
             with _quiet():
                 model = self._load(index)
-            states = {name: self._step(model, index, name, states[name]) for name in names}
+            for name in names:
+                if name == "adapted":
+                    with _quiet():
+                        model = self._adapted(model, index)
+                states[name] = self._step(model, index, name, states[name])
             advance(1)
         return {name: torch.cat(values, dim=1)[0] for name, values in states.items()}
 
@@ -91,13 +94,9 @@ class LayerwiseModel:
 
     @contextmanager
     def _as(self, name: str, model: Any) -> Iterator[None]:
-        """The model with everything that training made, or as its weights on disk are."""
-        if name == "plain":
-            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                yield
-        else:
-            with moved_biases(model, self._biases, self._family):
-                yield
+        """The model with the correction biases that training moved, or with those on disk."""
+        with nullcontext() if name == "plain" else moved_biases(model, self._biases, self._family):
+            yield
 
     def _routed(self, layer: nn.Module, index: int, name: str, prompt: int) -> AbstractContextManager[None]:
         if self.routing is None or name == "plain":
@@ -106,7 +105,7 @@ class LayerwiseModel:
         return keep(index, prompt, layer)
 
     def _load(self, index: int) -> Any:
-        """The model with one layer in fp32, under the adapter if that has anything for it."""
+        """The model with one layer in fp32."""
         settings = self.settings
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -119,27 +118,41 @@ class LayerwiseModel:
         if info["missing_keys"]:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
-        factors = [key for key in self._factors if self._belongs(key, index)]
-        return self._adapted(model.eval(), factors, self._needs_vocabulary(index)) if factors else model.eval()
+        return model.eval()
 
     def _model_class(self, config: Any) -> Any:
         named = self._family.transformers_class()
         automatic = named is transformers.AutoModelForCausalLM
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if automatic else named
 
-    def _adapted(self, model: Any, keys: list[str], with_rows: bool) -> Any:
-        config = PeftConfig.from_pretrained(str(self.adapter))
-        config.inference_mode = True
+    def _adapted(self, model: Any, index: int) -> Any:
+        """The model under its adapters: each merged in by PEFT itself, but for the last, which PEFT runs beside it."""
+        held = []
+        for each in self.adapters:
+            header = read_header(each.adapter.folder / WEIGHTS_FILE)
+            if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
+                held.append((each, factors))
+        for number, (each, factors) in enumerate(held):
+            model = self._with_adapter(model, each, factors, self._needs_vocabulary(index))
+            if number < len(held) - 1:
+                model = model.merge_and_unload()
+        return model.eval()
+
+    def _with_adapter(self, model: Any, each: Weighted, factors: dict[str, TensorInfo], with_rows: bool) -> Any:
+        folder = str(each.adapter.folder)
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode, config.base_model_name_or_path = True, None
         if not with_rows:
             config.trainable_token_indices = None
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        factors = {key: read_tensor(self._factors[key]) for key in keys}
-        unknown = set_peft_model_state_dict(adapted, factors, low_cpu_mem_usage=True).unexpected_keys
+        values = {key: read_tensor(info) for key, info in factors.items()}
+        values = {key: value * each.weight if "lora_B" in key else value for key, value in values.items()}
+        unknown = set_peft_model_state_dict(adapted, values, low_cpu_mem_usage=True).unexpected_keys
         lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
         if unknown or lacking:
             what = "the adapter's tensors and the modules that its settings name differ"
             got = ", ".join(sorted(unknown + lacking)[:3])
-            raise WeightsError(Problem(str(self.adapter), what, "save the adapter again", got))
+            raise WeightsError(Problem(folder, what, "save the adapter again", got))
         return adapted.eval()
 
     def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:

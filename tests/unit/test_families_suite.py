@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import PeftModel
 
+from finetune.adapters.adapter import read_adapter
+from finetune.adapters.deltas import plan
 from finetune.checkpoint import CheckpointReader
-from finetune.merge.adapter import read_adapter
-from finetune.merge.deltas import plan
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.audit import audit_model, clean_name, differences, part_of
 from finetune.moe.checkpointing import enable_checkpointing

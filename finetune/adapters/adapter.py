@@ -9,6 +9,8 @@ from typing import Any
 
 from finetune.checkpoint.reader import TensorInfo, read_header, read_json
 from finetune.errors import Problem, WeightsError
+from finetune.moe.router_bias import BIAS_FILE
+from finetune.moe.same_adapter import adapter_digest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -78,6 +80,16 @@ class Adapter:
     base_location: str | None
     base_revision: str | None
     base_fingerprint: str | None
+    base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether correction biases that training moved lie beside it."""
+        return (self.folder / BIAS_FILE).is_file()
+
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        return adapter_digest(self.folder)
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -131,6 +143,7 @@ def read_adapter(folder: Path) -> Adapter:
         base_location=base.get("name_or_path"),
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
+        base_made_from=base.get("made_from"),
     )
 
 

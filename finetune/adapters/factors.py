@@ -5,23 +5,26 @@ is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.Para
 """
 
 from collections import OrderedDict
+from threading import Lock
 
 import torch
 
+from finetune.adapters.adapter import FactorPair
 from finetune.checkpoint.reader import read_tensor
-from finetune.merge.adapter import FactorPair
 
 # One expert's part of `lora_B` is every E-th column: taken from disk each time, all experts' would be read for each
-# expert. So those of the last stacks are at hand in order; two, as gate and down projections take turns on disk.
-STACKS_AT_HAND = 2
+# expert. So those of the last stacks are at hand in order; gate and down projections take turns on disk, of two layers
+# where threads work at the border of one and the next.
+STACKS_AT_HAND = 4
 ROWS_AT_A_TIME = 1024
 
 
 class FactorReader:
-    """The factors of one expert of a pair, in fp32."""
+    """The factors of one expert of a pair, in fp32; may be asked by several threads."""
 
     def __init__(self) -> None:
         self._at_hand: OrderedDict[FactorPair, torch.Tensor] = OrderedDict()
+        self._lock = Lock()
 
     def a(self, pair: FactorPair, experts: int, expert: int) -> torch.Tensor:
         """`A_e [r, in]`."""
@@ -32,12 +35,16 @@ class FactorReader:
         """Rows `start:stop` of `B_e [out, r]`."""
         if experts == 1:
             return read_tensor(pair.b, start, stop).float()
-        if pair not in self._at_hand:
-            while len(self._at_hand) >= STACKS_AT_HAND:
-                self._at_hand.popitem(last=False)
-            self._at_hand[pair] = _in_order(pair, experts)
-        self._at_hand.move_to_end(pair)
-        return self._at_hand[pair][expert, start:stop].float()
+        return self._stack(pair, experts)[expert, start:stop].float()
+
+    def _stack(self, pair: FactorPair, experts: int) -> torch.Tensor:
+        with self._lock:
+            if pair not in self._at_hand:
+                while len(self._at_hand) >= STACKS_AT_HAND:
+                    self._at_hand.popitem(last=False)
+                self._at_hand[pair] = _in_order(pair, experts)
+            self._at_hand.move_to_end(pair)
+            return self._at_hand[pair]
 
 
 def _in_order(pair: FactorPair, experts: int) -> torch.Tensor:

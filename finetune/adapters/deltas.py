@@ -1,34 +1,35 @@
-"""Which rows of which adapter factors change which tensor on disk, and the change itself.
+"""Which rows of which adapters' factors change which tensor on disk, and the change itself.
 
 E experts, O output and I input features, r LoRA rank, n a block of rows. On disk a stack of experts is E times one or
 more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own rows of `lora_B`), or one tensor
 [E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from finetune.adapters.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
+from finetune.adapters.factors import FactorReader
+from finetune.adapters.layout import BaseLayout, Stack, base_layout
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
-from finetune.merge.factors import FactorReader
-from finetune.merge.layout import BaseLayout, Stack, base_layout
 from finetune.moe.families import Family
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one tensor on disk: `scale * B_e @ A_e` for each expert that it holds."""
+    """The change of one tensor on disk by one adapter: `scale * B_e @ A_e` for each expert that it holds."""
 
     key: str
     part: str  # as `Family.part` names it
+    owner: int  # which of the merge's adapters
     path: str
     pair: FactorPair
-    scale: float
+    scale: float  # the adapter's own times its weight in the merge
     experts: int  # of the factors
     expert: int  # the first one in this tensor
     first_row: int  # of the factors' output features
@@ -58,6 +59,36 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Change:
+    """Everything that is added to one tensor on disk: the deltas of one or more adapters."""
+
+    key: str
+    part: str
+    deltas: tuple[Delta, ...]
+
+    @property
+    def step(self) -> int:
+        """A block of rows within a multiple of this is of one expert."""
+        return min(delta.shape[0] for delta in self.deltas)
+
+    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
+        """Rows `start:stop` of the sum, fp32."""
+        first, *others = (delta.rows(start, stop, factors) for delta in self.deltas)
+        for other in others:
+            first += other
+        return first
+
+
+def together(plans: Iterable[Mapping[str, Delta]]) -> dict[str, Change]:
+    """The plans of several adapters as one."""
+    found: dict[str, list[Delta]] = {}
+    for each in plans:
+        for key, delta in each.items():
+            found.setdefault(key, []).append(delta)
+    return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in found.items()}
+
+
+@dataclass(frozen=True)
 class _Target:
     """One module or stacked parameter that the adapter's settings name, and the tensors on disk that make it."""
 
@@ -69,8 +100,10 @@ class _Target:
     transposed: bool = False
 
 
-def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, Delta]:
-    """Every on-disk tensor that the adapter changes.
+def plan(
+    base: CheckpointReader, adapter: Adapter, family: Family, weight: float = 1.0, owner: int = 0
+) -> dict[str, Delta]:
+    """Every on-disk tensor that the adapter changes, `weight` times.
 
     Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
     and for shapes or ranks that do not fit.
@@ -88,7 +121,7 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
             do = "the adapter is incomplete: save it again"
             problems.append(Problem(where, f"has no factors for {target.name}, which its settings name", do))
             continue
-        found = _deltas(base, adapter, target)
+        found = _deltas(base, adapter, target, weight, owner)
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -98,7 +131,9 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
     return deltas
 
 
-def _deltas(base: CheckpointReader, adapter: Adapter, target: _Target) -> list[Delta] | Problem:
+def _deltas(
+    base: CheckpointReader, adapter: Adapter, target: _Target, weight: float, owner: int
+) -> list[Delta] | Problem:
     # The matrix of one expert, for each of the tensors that lie along its output axis; the first key stands for all.
     shapes = [(int(shape[-2]), int(shape[-1])) for shape in (base.info(key).shape for key in target.keys[0])]
     problem = _misfit(adapter, target, shapes)
@@ -111,9 +146,10 @@ def _deltas(base: CheckpointReader, adapter: Adapter, target: _Target) -> list[D
             delta = Delta(
                 key=key,
                 part=target.part,
+                owner=owner,
                 path=target.path,
                 pair=adapter.pairs[target.path],
-                scale=adapter.scale(target.name),
+                scale=weight * adapter.scale(target.name),
                 experts=target.experts,
                 expert=expert,
                 first_row=first_row,
