@@ -46,16 +46,18 @@ class Delta:
         expert, row = divmod(start, self.shape[0])
         return self.expert + expert, self.first_row + row
 
-    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
-        """Rows `start:stop` of the change, all of one expert, fp32 [n, I], or [n, O] where transposed."""
-        expert, row = self.place(start)
+    def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
+        """The change of the expert that row `start` on disk belongs to: left [rows on disk, r], scaled, and right.
+
+        Their product are all rows of this expert in this tensor, fp32; right is [r, I], or [r, O] where transposed.
+        """
+        expert, _ = self.place(start)
         A_rI = factors.a(self.pair, self.experts, expert)
-        past = row + stop - start
+        first, past = self.first_row, self.first_row + self.shape[0]
         if self.transposed:
             B_Or = factors.b(self.pair, self.experts, expert, 0, self.pair.b.shape[0])
-            return (A_rI[:, row:past].T @ B_Or.T).mul_(self.scale)
-        B_nr = factors.b(self.pair, self.experts, expert, row, past)
-        return (B_nr @ A_rI).mul_(self.scale)
+            return A_rI[:, first:past].T * self.scale, B_Or.T
+        return factors.b(self.pair, self.experts, expert, first, past) * self.scale, A_rI
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,15 @@ class Change:
         """A block of rows within a multiple of this is of one expert."""
         return min(delta.shape[0] for delta in self.deltas)
 
-    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
-        """Rows `start:stop` of the sum, fp32."""
-        first, *others = (delta.rows(start, stop, factors) for delta in self.deltas)
-        for other in others:
-            first += other
-        return first
+    def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [step, R] and right [R, columns], fp32, of the expert that row `start` belongs to: all deltas.
+
+        R is the sum of the ranks: a sum of products is one product.
+        """
+        pairs = [delta.factors(start, factors) for delta in self.deltas]
+        if len(pairs) == 1:
+            return pairs[0]
+        return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs])
 
 
 def together(plans: Iterable[Mapping[str, Delta]]) -> dict[str, Change]:
