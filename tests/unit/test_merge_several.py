@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import finetune.merge.job
+from finetune.adapters.deltas import plan
 from finetune.adapters.lineage import made_from
 from finetune.checkpoint import fingerprint
 from finetune.errors import WeightsError
@@ -101,7 +102,6 @@ def test_the_report_names_each_adapter_with_its_weight(first: Path, second: Path
 def test_the_proof_sees_a_weight_that_was_not_applied(
     first: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = finetune.merge.job.plan
     monkeypatch.setattr(
         finetune.merge.job, "plan", lambda base, adapter, family, _, owner: plan(base, adapter, family, 1, owner)
     )
