@@ -36,10 +36,15 @@ def _absmax_code(device: torch.device) -> torch.Tensor:
 
 def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One expert as `Nf4Stack` stores it: the bits of bitsandbytes' `quantize_4bit(compress_statistics=True)`."""
+    return quantize_pieces(torch.split(weight_OI.reshape(-1), CHUNK if weight_OI.device.type == "cpu" else CUDA_CHUNK))
+
+
+def quantize_pieces(pieces: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The same of a matrix whose values come in flat pieces; all of them but the last end with a block."""
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     packed, maxima = [], []
-    for chunk in torch.split(weight_OI.reshape(-1), CHUNK if weight_OI.device.type == "cpu" else CUDA_CHUNK):
-        readable = chunk if chunk.dtype in _SUFFIX else chunk.float()
+    for piece in pieces:
+        readable = piece if piece.dtype in _SUFFIX else piece.float()
         packed_N, maxima_Q = operation(readable, BLOCKSIZE, "nf4", torch.uint8)
         packed.append(packed_N.view(-1))
         maxima.append(maxima_Q)
@@ -78,18 +83,32 @@ def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offse
 
 
 def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: torch.Tensor) -> None:
-    """Write one NF4 matrix into `out_OI`; the C function takes rows of even length, so odd ones go in pairs."""
+    """Write one NF4 matrix into `out_OI`.
+
+    bitsandbytes 0.50 counts blocks row by row on CPUs with AVX512: rows that are not whole blocks would get the maxima
+    of others. Blocks run through the matrix, whose rows are of no account to them; so the C function gets other rows.
+    """
     shape, dtype, device = out_OI.shape, out_OI.dtype, out_OI.device.type
     native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape.numel() % 2 == 0 else None
     if native is not None:
         pointers = (c_void_p(tensor.data_ptr()) for tensor in (packed_N, maxima_Q, out_OI))
-        pair = 1 + shape[1] % 2
-        native(*pointers, c_longlong(BLOCKSIZE), c_longlong(shape[0] // pair), c_longlong(shape[1] * pair))
+        whole = shape[1] if shape[1] % BLOCKSIZE == 0 else BLOCKSIZE
+        rows, columns = (shape.numel() // whole, whole) if shape.numel() % whole == 0 else (1, shape.numel())
+        native(*pointers, c_longlong(BLOCKSIZE), c_longlong(rows), c_longlong(columns))
     elif device == "cuda":
         torch.ops.bitsandbytes.dequantize_4bit.out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
     else:
         operation = torch.ops.bitsandbytes.dequantize_4bit.default
         out_OI.copy_(operation(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype))
+
+
+def linear_weight(weight: Any) -> torch.Tensor:
+    """The matrix [O, I] that the weight of a `Linear4bit` stands for, in the type that it was quantised in."""
+    state = weight.quant_state
+    dense_OI = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
+    maxima = _block_maxima(state.absmax[None], state.state2.absmax[None], state.offset.reshape(1))[0]
+    _dequantize_into(dense_OI, weight.data.view(-1), maxima)
+    return dense_OI
 
 
 class Nf4Stack(torch.Tensor):
@@ -164,6 +183,17 @@ class Nf4Stack(torch.Tensor):
             maxima_Q = self.maxima(slice(index, index + 1))[0]
         _dequantize_into(out, self.packed_EN[index], maxima_Q)
         return out
+
+    def rows(self, index: int, start: int, stop: int, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows `start:stop` of one expert's weight, of which no others are dequantised than share a block with them."""
+        columns, values = self.shape[2], self.shape[1] * self.shape[2]
+        if maxima_Q is None:
+            maxima_Q = self.maxima(slice(index, index + 1))[0]
+        first, past = start * columns // BLOCKSIZE, -(-stop * columns // BLOCKSIZE)
+        begin, end = first * BLOCKSIZE, min(past * BLOCKSIZE, values)
+        out = torch.empty((1, end - begin), dtype=self.dtype, device=self.packed_EN.device)
+        _dequantize_into(out, self.packed_EN[index, begin // 2 : -(-end // 2)], maxima_Q[first:past])
+        return out[0, start * columns - begin : stop * columns - begin].view(-1, columns)
 
     def dequantize(self) -> torch.Tensor:
         """The dense stack `[E, O, I]`."""

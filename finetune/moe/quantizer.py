@@ -20,7 +20,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import QUANTIZED_PARTS, family_of
-from finetune.moe.nf4 import Nf4Stack
+from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
 
@@ -135,6 +135,15 @@ def refuse_damaged(model: Any, load_in_4bit: bool, folder: str) -> None:
         raise WeightsError(problems)
 
 
+class UnevenLinear4bit(Linear4bit):  # type: ignore[misc]
+    """A layer whose rows are not whole blocks, on a CPU: bitsandbytes' own forward gives them the maxima of others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = self.compute_dtype or x.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return torch.nn.functional.linear(x.to(dtype), linear_weight(self.weight).to(dtype), bias).to(x.dtype)
+
+
 @register_quantization_config(QUANT_METHOD)
 class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
     """bitsandbytes NF4 with double quantisation for linear layers *and* expert stacks."""
@@ -179,7 +188,7 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return [_by_expert(rule) if _stacks_experts(rule) else rule for rule in updated]
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-        """Keep linear layers in their training layout on CPUs with AVX512-BF16.
+        """Keep linear layers in their training layout on CPUs with AVX512-BF16, and to their own values.
 
         There bitsandbytes 0.50 repacks a `Linear4bit` at its first forward in eval mode, for good: all later forwards
         round to bfloat16 and have no gradient with respect to their input, without an error.
@@ -187,6 +196,8 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         for module in model.modules():
             if isinstance(module, Linear4bit):
                 module.support_avx512bf16_for_cpu = False
+                if module.weight.device.type == "cpu" and module.in_features % BLOCKSIZE:
+                    module.__class__ = UnevenLinear4bit
         loaded: torch.nn.Module = super()._process_model_after_weight_loading(model, **kwargs)
         return loaded
 

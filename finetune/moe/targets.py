@@ -16,6 +16,7 @@ from peft.functional import cast_adapter_dtype
 
 from finetune.errors import Problem, RecipeError
 from finetune.moe.families import Family
+from finetune.moe.quantizer import UnevenLinear4bit
 from finetune.recipe import FRIENDLY_TARGETS, LoraSettings
 
 ADAPTER = "default"
@@ -128,7 +129,8 @@ def attach(model: Any, config: LoraConfig) -> PeftModel:
 def _linear_paths(model: torch.nn.Module, parameters: Iterable[str]) -> list[str]:
     """Paths of the plain linear modules whose weights are among `parameters` (suffixes)."""
     names = [parameter.removesuffix(".weight") for parameter in parameters if parameter.endswith(".weight")]
-    return [path for path in _paths(model, names) if type(model.get_submodule(path)) in (torch.nn.Linear, Linear4bit)]
+    plain = (torch.nn.Linear, Linear4bit, UnevenLinear4bit)
+    return [path for path in _paths(model, names) if type(model.get_submodule(path)) in plain]
 
 
 def _paths(model: torch.nn.Module, names: Collection[str]) -> list[str]:

@@ -10,7 +10,7 @@ from finetune.model import load_base
 from finetune.moe.audit import clean_name
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import add_adapter
-from finetune.moe.nf4 import Nf4Stack
+from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.recipe import LoraSettings, ModelSettings
 
 IDS = torch.arange(4, 84).reshape(2, 40)
@@ -55,13 +55,10 @@ def dense_twin(model: Any, folder: Path) -> Any:
 
 def dense(parameter: Any) -> torch.Tensor:
     """The values a parameter stands for, whatever it is stored as."""
-    from bitsandbytes.functional import dequantize_4bit
-
     if isinstance(parameter.data, Nf4Stack):
         return parameter.data.dequantize()
     if hasattr(parameter, "quant_state"):
-        values: torch.Tensor = dequantize_4bit(parameter.data, parameter.quant_state)
-        return values
+        return linear_weight(parameter)
     data: torch.Tensor = parameter.data
     return data
 
