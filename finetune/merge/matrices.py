@@ -1,11 +1,6 @@
-"""The matrices that 4-bit loading quantises one by one, and where on disk their rows lie.
-
-A block of NF4, and the one offset of all block maxima, belong to a matrix as the loaded model holds it: Mixtral's `w1`
-over `w3` of one expert is one matrix, an expert of a stack in one tensor is another.
-"""
+"""The matrices that 4-bit loading quantises one by one, and where on disk their rows lie."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -14,53 +9,10 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
 from finetune.moe.nf4 import BLOCKSIZE, CHUNK, Nf4Stack, quantize_pieces
+from finetune.moe.nf4_reader import Extent, Matrix
 from finetune.moe.quantized import quantized_weights
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Extent:
-    """`rows` rows of one tensor on disk (all axes but the last as one), from `first` on."""
-
-    key: str
-    first: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix: of a linear layer, or one expert's of a stack. Its rows are those of its parts, in this order."""
-
-    weight: str  # the parameter of the loaded model
-    expert: int  # 0 of a linear layer
-    parts: tuple[Extent, ...]
-    columns: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of all parts."""
-        return sum(part.rows for part in self.parts)
-
-    def pieces(self, read_rows: ReadRows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The values in `dtype`, flat, in pieces that end with a block; a few MB at a time."""
-        step = max(1, CHUNK // self.columns)
-        left = torch.empty(0, dtype=dtype)
-        for part in self.parts:
-            for start in range(part.first, part.first + part.rows, step):
-                rows = read_rows(part.key, start, min(start + step, part.first + part.rows))
-                values = torch.cat([left, rows.to(dtype).reshape(-1)])
-                whole = len(values) // BLOCKSIZE * BLOCKSIZE
-                left = values[whole:]
-                if whole:
-                    yield values[:whole]
-        if len(left):
-            yield left
-
-    def quantize(self, read_rows: ReadRows, dtype: torch.dtype) -> Nf4Stack:
-        """In NF4 as 4-bit loading in `dtype` stores it, as a stack of one; the values are never in memory as a whole."""
-        stored = quantize_pieces(self.pieces(read_rows, dtype))
-        return Nf4Stack(tuple(part[None] for part in stored), torch.Size((1, self.rows, self.columns)), dtype)
 
 
 def nf4_matrices(base: CheckpointReader, family: Family) -> list[Matrix]:
@@ -81,9 +33,32 @@ def nf4_matrices(base: CheckpointReader, family: Family) -> list[Matrix]:
         matrices.append(Matrix(name, 0, (Extent(linear[name], 0, rows),), columns))
     for name, stack in stacks.items():
         for expert in range(stack.experts):
-            keys = stack.keys[expert if len(stack.keys) > 1 else 0]
-            within = expert if len(stack.keys) == 1 else 0
+            one_tensor = len(stack.keys) == 1
+            keys = stack.keys[0 if one_tensor else expert]
             shapes = [base.info(key).shape[-2:] for key in keys]
-            parts = tuple(Extent(key, within * rows, rows) for key, (rows, _) in zip(keys, shapes, strict=True))
+            first = expert if one_tensor else 0
+            parts = tuple(Extent(key, first * rows, rows) for key, (rows, _) in zip(keys, shapes, strict=True))
             matrices.append(Matrix(name, expert, parts, shapes[0][1]))
     return matrices
+
+
+def quantize(matrix: Matrix, read_rows: ReadRows, dtype: torch.dtype) -> Nf4Stack:
+    """A matrix in NF4 as 4-bit loading in `dtype` stores it, as a stack of one; never in memory as a whole before."""
+    stored = quantize_pieces(_pieces(matrix, read_rows, dtype))
+    return Nf4Stack(tuple(part[None] for part in stored), torch.Size((1, matrix.rows, matrix.columns)), dtype)
+
+
+def _pieces(matrix: Matrix, read_rows: ReadRows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values in `dtype`, flat, in pieces that end with a block; a few hundred thousand at a time."""
+    step = max(1, CHUNK // matrix.columns)
+    left = torch.empty(0, dtype=dtype)
+    for part in matrix.parts:
+        for start in range(part.first, part.first + part.rows, step):
+            rows = read_rows(part.key, start, min(start + step, part.first + part.rows))
+            values = torch.cat([left, rows.to(dtype).reshape(-1)])
+            whole = len(values) // BLOCKSIZE * BLOCKSIZE
+            left = values[whole:]
+            if whole:
+                yield values[:whole]
+    if len(left):
+        yield left

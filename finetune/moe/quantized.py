@@ -21,7 +21,7 @@ class QuantizedWeights:
 
 def quantized_weights(config: dict[str, Any]) -> QuantizedWeights:
     """Of a model with this `config.json`. The quantiser works on an empty model, as it does before it loads one."""
-    found = AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
+    found = AutoConfig.for_model(**config)
     model_class: Any = family_of(found.model_type, "config.json: model_type").transformers_class()
     with torch.device("meta"):
         model = getattr(model_class, "from_config", model_class)(found)
