@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
+INTO = ("original", "dequantized")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,6 +27,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the output (default: the base's own)")
     parser.add_argument(
+        "--into",
+        choices=INTO,
+        default=INTO[0],
+        help="the base to add to: the 16-bit checkpoint (default), or the values that 4-bit training saw",
+    )
+    parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
@@ -43,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         base=args.base,
         dtype=args.dtype,
+        into=args.into,
         prove=not args.no_proof,
         prompts=args.prompts,
         resume=args.resume,

@@ -12,6 +12,7 @@ from finetune.adapters.lineage import REPORT_FILE
 from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
 from finetune.files import write_json
 from finetune.merge import proof
+from finetune.merge.base import INTO, reference_model
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
@@ -19,8 +20,9 @@ from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, Proof, part_figures
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, stream_merged
+from finetune.moe.nf4_reader import Nf4Reader
 
-__all__ = ["DTYPES", "REPORT_FILE", "MergeReport", "merge"]
+__all__ = ["DTYPES", "INTO", "REPORT_FILE", "MergeReport", "merge"]
 
 
 def merge(
@@ -30,6 +32,7 @@ def merge(
     weights: Sequence[float] | None = None,
     base: Path | None = None,
     dtype: str | None = None,
+    into: str = "original",
     prove: bool = True,
     prompts: Path | None = None,
     resume: bool = False,
@@ -38,12 +41,13 @@ def merge(
     """Write base + adapters to `output`, and prove it before the folder gets its name.
 
     `weights`: of the adapters, 1 each by default. `base` replaces the recorded location only: its fingerprint must
-    still be the recorded one. `dtype`: one of DTYPES. `prove` False leaves out what reads the output again. `prompts`:
+    still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
+    `prove` False leaves out what reads the output again. `prompts`:
     a text file, one a line, in place of the fixed ones. `resume`: go on from what a killed merge into `output` left.
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts))
+    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, into))
     require_free_disk(Path(output), job.nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
         print(_announcement(job, Path(output)), flush=True)
@@ -82,7 +86,7 @@ def _prove(job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: b
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
-    base_model = LayerwiseModel(job.base, base_config, job.adapters, routing, sources.token_rows)
+    base_model = reference_model(job.base, base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, job.added_tokens, bar.update)
@@ -107,7 +111,8 @@ def _report(
         ),
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,
-        into="original",
+        into=job.into,
+        through_nf4=len(job.base.quantized) if isinstance(job.base, Nf4Reader) else 0,
         output=str(output),
         fingerprint=fingerprint(folder),
         dtypes=tuple(sorted({merged.info(key).dtype for key in merged.keys})),

@@ -15,10 +15,10 @@ from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, voc
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
+from finetune.merge.base import open_base
 from finetune.merge.files import merged_config, side_files
 from finetune.merge.stream import Sources
 from finetune.moe.families import Family, family_of
-from finetune.moe.rehearsal import rehearse
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -32,6 +32,7 @@ class Request:
     base: Path | None = None
     dtype: str | None = None  # one of DTYPES; None leaves every tensor in its own
     prompts: Path | None = None
+    into: str = "original"  # or "dequantized"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Job:
     sources: Sources
     family: Family
     fingerprint: str  # of the base
+    into: str  # "original" or "dequantized"
     config: dict[str, Any]  # of the merged model
     eos: int | None  # of the tokenizer that the adapter was trained with; None where it brings none
     specs: list[TensorSpec]
@@ -67,6 +69,7 @@ class Job:
         """What decides the bytes of the output."""
         return {
             "base": self.fingerprint,
+            "into": self.into,
             "adapters": [[each.digest, each.weight] for each in self.adapters],
             "tensors": [[spec.key, spec.dtype, list(spec.shape)] for spec in self.specs],
         }
@@ -76,11 +79,11 @@ def prepare(request: Request) -> Job:
     """Read every header and hold everything against everything else; WeightsError for what does not fit."""
     adapters = _weighted(request)
     folder = base_folder(adapters[0].adapter, request.base)
-    reader = CheckpointReader(folder)
-    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    plain = CheckpointReader(folder)
+    family = family_of(str(plain.config.get("model_type")), str(folder / "config.json"))
     found = fingerprint(folder)
     refuse_unrelated(folder, found, adapters)
-    rehearse(reader, family.transformers_class(), load_in_4bit=False)
+    reader = open_base(plain, family, adapters, request.into, found)
     changes = together(plan(reader, each.adapter, family, each.weight, n) for n, each in enumerate(adapters))
     _refuse_replacing_twice(adapters)
     replacing = next((each.adapter for each in adapters if each.adapter.rows), adapters[-1].adapter)
@@ -97,6 +100,7 @@ def prepare(request: Request) -> Job:
         sources=sources,
         family=family,
         fingerprint=found,
+        into=request.into,
         config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
         eos=eos,
         specs=sources.specs(output_dtype),

@@ -67,7 +67,7 @@ class LayerwiseModel:
         states = {name: [prompt[None] for prompt in prompts] for name in names}
         for index in range(self.num_layers):
             with _quiet():
-                model = self._load(index)
+                model = self.load(index)
             for name in names:
                 if name == "adapted":
                     with _quiet():
@@ -104,21 +104,29 @@ class LayerwiseModel:
         keep = self.routing.record if name == "adapted" else self.routing.replay
         return keep(index, prompt, layer)
 
-    def _load(self, index: int) -> Any:
+    def load(self, index: int) -> Any:
         """The model with one layer in fp32."""
-        settings = self.settings
-        if not self._needs_vocabulary(index):
-            settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        config = transformers.AutoConfig.for_model(**settings)
-        model_class = _one_layer(self._model_class(config), index)
-        tensors = self._layer_tensors(index, config)
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = self.build(index, self.layer_tensors(index, self.reader), dtype=torch.float32)
         if info["missing_keys"]:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         return model.eval()
+
+    def build(
+        self, index: int, tensors: dict[str, torch.Tensor], quantized: Any = None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """What transformers makes of `tensors`, with all layers but one emptied, and what it says of the loading.
+
+        `quantized`: what `config.json` says of tensors that are stored in 4 bits.
+        """
+        settings = self.settings if quantized is None else {**self.settings, "quantization_config": quantized}
+        if not self._needs_vocabulary(index):
+            settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        config = transformers.AutoConfig.for_model(**settings)
+        model_class = _one_layer(self._model_class(config), index)
+        options = {"config": config, "state_dict": tensors, "output_loading_info": True, **options}
+        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(None, **options)
+        return loaded
 
     def _model_class(self, config: Any) -> Any:
         named = self._family.transformers_class()
@@ -155,13 +163,14 @@ class LayerwiseModel:
             raise WeightsError(Problem(folder, what, "save the adapter again", got))
         return adapted.eval()
 
-    def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:
+    def layer_tensors(self, index: int, reader: CheckpointReader) -> dict[str, torch.Tensor]:
+        """What `reader` holds of one layer, and of what is outside of all layers."""
         tensors = {}
-        for key in self.reader.keys:
+        for key in reader.keys:
             if key in (EMBEDDING, HEAD) and not self._needs_vocabulary(index):
-                tensors[key] = torch.zeros(1, config.hidden_size)
+                tensors[key] = torch.zeros(1, reader.info(key).shape[1])
             elif key.startswith(f"model.layers.{index}.") or not key.startswith("model.layers."):
-                tensor = self.reader.read(key)
+                tensor = reader.read(key)
                 tensors[key] = self._token_rows[key].onto(tensor) if key in self._token_rows else tensor
         return tensors
 

@@ -46,7 +46,8 @@ class MergeReport:
     adapters: tuple[Mapping[str, Any], ...]  # name_or_path, sha256 of the weights, weight, base_recorded
     base: str
     base_fingerprint: str
-    into: str  # "original"
+    into: str  # "original", or "dequantized": what 4-bit training saw
+    through_nf4: int  # tensors of the base that hold what their NF4 stands for; 0 into the original
     output: str
     fingerprint: str  # of the merged checkpoint
     dtypes: tuple[str, ...]
@@ -77,6 +78,7 @@ class MergeReport:
         base = "not recorded by the adapter" if unrecorded else "matches what the adapter records"
         rows = [
             ("base fingerprint", f"{self.base_fingerprint[:12]}, {base}"),
+            *_into_lines(self.into, self.through_nf4),
             *_adapter_lines(self.adapters),
             ("adapter tensors", f"{proof.adapter_tensors}, each used exactly once"),
             (
@@ -110,6 +112,10 @@ def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
             relative_rounding=rounding(outcomes),
         )
     return found
+
+
+def _into_lines(into: str, through_nf4: int) -> list[tuple[str, str]]:
+    return [("merged into", f"{into} base: {through_nf4} tensors through NF4")] if through_nf4 else []
 
 
 def _adapter_lines(adapters: tuple[Mapping[str, Any], ...]) -> list[tuple[str, str]]:

@@ -24,8 +24,8 @@ from finetune.moe.families import QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
-# What a checkpoint that was quantised before holds of a weight, below its name: bitsandbytes' own names of what it keeps
-# of a linear layer, and the four tensors of a stack.
+# What a checkpoint that was quantised before holds of a weight, below its name: of a linear layer what bitsandbytes keeps
+# beside it, by its names; of a stack the four tensors of `Nf4Stack`.
 LINEAR_PARTS = (
     "",
     ".absmax",

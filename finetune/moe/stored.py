@@ -1,7 +1,7 @@
-"""NF4 on disk: a checkpoint whose linear layers and expert stacks were quantised before, and loads without doing it again.
+"""NF4 on disk: a checkpoint whose linear layers and expert stacks were quantised before, and load as they are.
 
-A linear layer lies there as bitsandbytes serialises it (`weight`, `weight.absmax`, ...), a stack `[E, O, I]` as the four
-tensors of `Nf4Stack`, below the stack's name in the loaded model; everything else as in the published checkpoint.
+A linear layer lies there as bitsandbytes serialises it (`weight`, `weight.absmax`, ...), a stack `[E, O, I]` as the
+four tensors of `Nf4Stack`, below the stack's name in the loaded model; everything else as in the published checkpoint.
 
 E experts, N bytes and Q blocks of one matrix, S = Q / 256.
 """
@@ -36,7 +36,7 @@ _AGAIN = "write the folder again with finetune merge --requantize nf4"
 
 
 def quantization_config() -> dict[str, Any]:
-    """What `config.json` says of such a checkpoint. No `load_in_4bit`: to transformers that means linear layers only."""
+    """What `config.json` says of such a checkpoint. No `load_in_4bit`: transformers takes that for linear layers."""
     return {"quant_method": QUANT_METHOD, "format": FORMAT}
 
 

@@ -1,0 +1,99 @@
+"""Which base a merge adds to: the 16-bit checkpoint, or the one that 4-bit training saw."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapters.adapter import RECORD_FILE
+from finetune.adapters.lineage import Weighted
+from finetune.adapters.vocabulary import TokenRows
+from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint.reader import read_json
+from finetune.errors import Problem, WeightsError
+from finetune.merge.dequantized import DequantizedReader
+from finetune.merge.logits import LayerwiseModel
+from finetune.merge.reference import QuantizedModel
+from finetune.merge.routing import Routing
+from finetune.moe.families import Family
+from finetune.moe.rehearsal import rehearse
+from finetune.moe.stored import StoredReader, is_stored
+
+INTO = ("original", "dequantized")
+_INTO_ORIGINAL = "merge --into original (the default)"
+
+
+def open_base(
+    plain: CheckpointReader, family: Family, adapters: Sequence[Weighted], into: str, fingerprint: str
+) -> CheckpointReader:
+    """The base that the changes are added to; `fingerprint` is that of `plain`, the checkpoint on disk.
+
+    Raises WeightsError for a checkpoint that would not load, and where training saw another base than is asked for.
+    """
+    stored = is_stored(plain.config)
+    if stored and into == "original":
+        do = "merge --into dequantized, which adds to what the NF4 stands for"
+        raise WeightsError(Problem(str(plain.folder), "the base is stored in NF4 and has no 16-bit weights", do))
+    rehearse(plain, family.transformers_class(), load_in_4bit=stored)
+    if into == "original":
+        return plain
+    dtype = trained_dtype(adapters, fingerprint)
+    return StoredReader(plain.folder, dtype) if stored else DequantizedReader(plain.folder, family, dtype)
+
+
+def reference_model(
+    base: CheckpointReader,
+    config: dict[str, Any],
+    adapters: Sequence[Weighted],
+    routing: Routing | None,
+    token_rows: Mapping[str, TokenRows],
+) -> LayerwiseModel:
+    """Base + adapters as training had them; where the base is read from NF4, as the training's own loader makes it."""
+    if isinstance(base, StoredReader):
+        return QuantizedModel(base.dtype, base, config, adapters, routing, token_rows)
+    if isinstance(base, DequantizedReader):
+        return QuantizedModel(base.dtype, CheckpointReader(base.folder), config, adapters, routing, token_rows)
+    return LayerwiseModel(base, config, adapters, routing, token_rows)
+
+
+def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype:
+    """The type of the computation that all adapters were trained in, on this base in 4 bits.
+
+    Raises WeightsError for an adapter that saw its base otherwise, or saw another base.
+    """
+    records = [_record(each) for each in adapters]
+    problems = [
+        problem
+        for each, record in zip(adapters, records, strict=True)
+        if (problem := _not_seen(each, record, fingerprint))
+    ]
+    if problems:
+        raise WeightsError(problems)
+    found = sorted({str(record["dtype"]) for record in records})
+    if len(found) > 1:
+        what = "the adapters were trained in different number formats, and saw different bases in 4 bits"
+        raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(found)))
+    dtype: torch.dtype = getattr(torch, found[0])
+    return dtype
+
+
+def _record(each: Weighted) -> dict[str, Any]:
+    file = each.adapter.folder / RECORD_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def _not_seen(each: Weighted, record: dict[str, Any], fingerprint: str) -> Problem | None:
+    """Why the dequantised base is not what an adapter was trained on, if it is not."""
+    where = str(Path(each.adapter.folder) / RECORD_FILE)
+    if "quantization" not in record:
+        return Problem(where, "does not say how the base was stored in training", _INTO_ORIGINAL)
+    if record["quantization"] != "nf4":
+        what = "the adapter was trained on the 16-bit base, and never saw a dequantised one"
+        return Problem(where, what, _INTO_ORIGINAL, got=str(record["quantization"]))
+    if record.get("dtype") not in ("float32", "bfloat16", "float16"):
+        return Problem(where, "does not say in which number format was computed", _INTO_ORIGINAL, record.get("dtype"))
+    if each.adapter.base_fingerprint not in (None, fingerprint):
+        what = "the adapter was trained on a merged checkpoint in 4 bits, not on this base in 4 bits"
+        return Problem(where, what, "merge one after the other")
+    return None
