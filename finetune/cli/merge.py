@@ -33,6 +33,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="the base to add to: the 16-bit checkpoint (default), or the values that 4-bit training saw",
     )
     parser.add_argument(
+        "--requantize",
+        choices=("nf4",),
+        help="write the merged model in 4 bits, for training on it and evaluating it with this toolkit",
+    )
+    parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         prove=not args.no_proof,
         prompts=args.prompts,
         resume=args.resume,
+        requantize=args.requantize is not None,
     )
     print(report.table())
     print(f"merged checkpoint in {args.output}")

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
@@ -18,9 +20,11 @@ from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, Proof, part_figures
+from finetune.merge.requantize import SIXTEEN_BITS, nf4_bytes, write_nf4
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, stream_merged
 from finetune.moe.nf4_reader import Nf4Reader
+from finetune.moe.stored import quantization_config
 
 __all__ = ["DTYPES", "INTO", "REPORT_FILE", "MergeReport", "merge"]
 
@@ -36,35 +40,44 @@ def merge(
     prove: bool = True,
     prompts: Path | None = None,
     resume: bool = False,
+    requantize: bool = False,
     show_progress: bool = True,
 ) -> MergeReport:
     """Write base + adapters to `output`, and prove it before the folder gets its name.
 
     `weights`: of the adapters, 1 each by default. `base` replaces the recorded location only: its fingerprint must
     still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
-    `prove` False leaves out what reads the output again. `prompts`:
-    a text file, one a line, in place of the fixed ones. `resume`: go on from what a killed merge into `output` left.
+    `prove` False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed
+    ones. `resume`: go on from what a killed merge into `output` left. `requantize`: write it in NF4 instead of 16 bits.
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, into))
-    require_free_disk(Path(output), job.nbytes, Path(output).parent / f".{Path(output).name}.partial")
+    nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
+    require_free_disk(Path(output), nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
         print(_announcement(job, Path(output)), flush=True)
     with new_folder(output, resumable=True, resume=resume) as folder:
         started = time.monotonic()
-        journal = Journal(folder, job.identity(), resume)
+        merged = folder / SIXTEEN_BITS if requantize else folder
+        merged.mkdir(exist_ok=True)
+        journal = Journal(merged, job.identity(), resume)
         with _bar("merge", "B", job.nbytes, show_progress) as bar:
-            ledger = stream_merged(job.sources, folder, job.specs, journal, bar.update)
+            ledger = stream_merged(job.sources, merged, job.specs, journal, bar.update)
         streamed = time.monotonic()
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
-        proven = _prove(job, ledger, folder, prove, show_progress)
+        proven, reference = _prove(job, ledger, merged, prove, show_progress)
+        config = job.config
+        if requantize:
+            with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
+                proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
+            config = {**config, "quantization_config": quantization_config()}
         journal.remove()
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         write_json(folder / REPORT_FILE, report.as_dict())
         # Last of all: without it no reader takes the folder for a model.
-        write_json(folder / "config.json", job.config)
+        write_json(folder / "config.json", config)
     return report
 
 
@@ -73,32 +86,36 @@ def _announcement(job: Job, output: Path) -> str:
     return f"merge: {changes}; {job.nbytes / 2**30:.2f} GiB go to {output}"
 
 
-def _prove(job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: bool) -> Proof:
-    """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers."""
+def _prove(
+    job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: bool
+) -> tuple[Proof, dict[str, torch.Tensor] | None]:
+    """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers.
+
+    Also returns the logits of base and base + adapter.
+    """
     merged, sources = CheckpointReader(folder), job.sources
     used = proof.prove_usage(ledger, [each.adapter for each in job.adapters], sources.changes)
     tensors = proof.prove_keys(merged, job.specs)
     if not whole:
-        return Proof(used, tensors)
+        return Proof(used, tensors), None
     moved = proof.prove_copies(job.base, merged, sources.fixed)
     proof.prove_rows(job.base, merged, sources.token_rows)
     with _bar("compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys), show_progress) as bar:
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
-    base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
-    base_model = reference_model(job.base, base_config, job.adapters, routing, sources.token_rows)
+    base_model = reference_model(job.base, job.base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
-        figures = proof.measure_logits(base_model, merged_model, job.prompts, job.added_tokens, bar.update)
+        reference = base_model.logits(job.prompts, bar.update)
+        figures = proof.measure_logits(reference, merged_model, job.prompts, job.added_tokens, bar.update)
     float32 = all(merged.info(key).dtype == "F32" for key in merged.keys)
     proof.judge_logits(figures, float32=float32, rounding=proof.rounding(ledger.outcomes.values()))
-    return Proof(used, tensors, changed + len(sources.token_rows), len(moved), figures)
+    return Proof(used, tensors, changed + len(sources.token_rows), len(moved), figures), reference
 
 
 def _report(
     job: Job, ledger: Ledger, proven: Proof, folder: Path, output: Path, stream_seconds: float, proof_seconds: float
 ) -> MergeReport:
-    merged = CheckpointReader(folder)
     return MergeReport(
         adapters=tuple(
             {
@@ -115,7 +132,7 @@ def _report(
         through_nf4=len(job.base.quantized) if isinstance(job.base, Nf4Reader) else 0,
         output=str(output),
         fingerprint=fingerprint(folder),
-        dtypes=tuple(sorted({merged.info(key).dtype for key in merged.keys})),
+        dtypes=tuple(sorted({spec.dtype for spec in job.specs})),
         nbytes=job.nbytes,
         targeted=len(job.sources.changes) + (proven.moved_biases or 0) + len(job.sources.token_rows),
         added_tokens=len(job.added_tokens),

@@ -56,6 +56,11 @@ class Job:
         return self.sources.base
 
     @property
+    def base_config(self) -> dict[str, Any]:
+        """`config.json` of the base with the merged model's vocabulary."""
+        return {**self.base.config, "vocab_size": self.config["vocab_size"]}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weights to be written."""
         return sum(spec.nbytes for spec in self.specs)

@@ -8,7 +8,7 @@ from finetune.adapters.layout import base_layout
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
-from finetune.moe.nf4 import BLOCKSIZE, CHUNK, Nf4Stack, quantize_pieces
+from finetune.moe.nf4 import CHUNK, Nf4Stack, quantize_pieces
 from finetune.moe.nf4_reader import Extent, Matrix
 from finetune.moe.quantized import quantized_weights
 
@@ -44,21 +44,17 @@ def nf4_matrices(base: CheckpointReader, family: Family) -> list[Matrix]:
 
 def quantize(matrix: Matrix, read_rows: ReadRows, dtype: torch.dtype) -> Nf4Stack:
     """A matrix in NF4 as 4-bit loading in `dtype` stores it, as a stack of one; never in memory as a whole before."""
-    stored = quantize_pieces(_pieces(matrix, read_rows, dtype))
+    stored = quantize_pieces(pieces(matrix, read_rows, dtype))
     return Nf4Stack(tuple(part[None] for part in stored), torch.Size((1, matrix.rows, matrix.columns)), dtype)
 
 
-def _pieces(matrix: Matrix, read_rows: ReadRows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """The values in `dtype`, flat, in pieces that end with a block; a few hundred thousand at a time."""
+def pieces(matrix: Matrix, read_rows: ReadRows, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The values in `dtype`, flat, CHUNK of them at a time: whole blocks, but for what the last one has left."""
     step = max(1, CHUNK // matrix.columns)
     left = torch.empty(0, dtype=dtype)
     for part in matrix.parts:
         for start in range(part.first, part.first + part.rows, step):
             rows = read_rows(part.key, start, min(start + step, part.first + part.rows))
-            values = torch.cat([left, rows.to(dtype).reshape(-1)])
-            whole = len(values) // BLOCKSIZE * BLOCKSIZE
-            left = values[whole:]
-            if whole:
-                yield values[:whole]
-    if len(left):
-        yield left
+            *whole, left = torch.split(torch.cat([left, rows.to(dtype).reshape(-1)]), CHUNK)
+            yield from whole
+    yield left

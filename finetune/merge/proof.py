@@ -166,15 +166,17 @@ def prompt_ids(tokenizer: Any, tokens: Sequence[int], texts: Sequence[str] | Non
 
 
 def measure_logits(
-    base: LayerwiseModel,
+    reference: Mapping[str, torch.Tensor],
     merged: LayerwiseModel,
     prompts: list[torch.Tensor],
     tokens: Sequence[int] = (),
     advance: Callable[[int], object] = lambda _: None,
 ) -> LogitFigures:
-    """Logits of base, base + adapter and merged in fp32, one after the other, compared; `tokens`: the added ones."""
-    reference = {name: logits.double() for name, logits in base.logits(prompts, advance).items()}
-    plain, adapted = reference["plain"], reference["adapted"]
+    """Logits of base and base + adapter (the `reference`) and those of the merged model in fp32, compared.
+
+    `tokens`: the added ones.
+    """
+    plain, adapted = reference["plain"].double(), reference["adapted"].double()
     found = {name: logits.double() for name, logits in merged.logits(prompts, advance).items()}
     error, routing = (found["plain"] - adapted).abs(), merged.routing
     added = list(tokens)

@@ -24,6 +24,17 @@ class PartFigures:
 
 
 @dataclass(frozen=True)
+class Nf4Figures:
+    """What writing the merged model in NF4 cost; None for what was not looked at."""
+
+    matrices: int
+    nbytes: int
+    lost: Mapping[str, float | None] | None = None  # by part: norm of what rounding took over norm of the delta
+    logit_error_mean: float | None = None  # written checkpoint against base + adapter
+    base_error_mean: float | None = None  # base in NF4 against base in 16 bits, where there is such a base
+
+
+@dataclass(frozen=True)
 class Proof:
     """What was proven; None for what `--no-proof` left out."""
 
@@ -32,6 +43,7 @@ class Proof:
     changed: int | None = None  # all that are targeted, and no others
     moved_biases: int | None = None  # correction biases of routers, which training had moved
     logits: LogitFigures | None = None
+    nf4: Nf4Figures | None = None  # None for a model that is written in 16 bits or more
 
     @property
     def not_proven(self) -> tuple[str, ...]:
@@ -94,6 +106,7 @@ class MergeReport:
             *_added_lines(self.added_tokens, proof.logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             *_logit_lines(proof.logits),
+            *_nf4_lines(proof.nf4),
             *(("NOT PROVEN", text) for text in proof.not_proven),
             ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
         ]
@@ -151,6 +164,19 @@ def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
         ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
         *_routing_lines(logits),
     ]
+
+
+def _nf4_lines(nf4: Nf4Figures | None) -> list[tuple[str, str]]:
+    if nf4 is None:
+        return []
+    lines = [("written in NF4", f"{nf4.matrices} matrices, {nf4.nbytes / 2**30:.2f} GiB in all")]
+    for part, lost in (nf4.lost or {}).items():
+        lines.append((f"  {part}", "no change" if lost is None else f"NF4 rounds off {lost:.3g} x the delta"))
+    if nf4.logit_error_mean is not None:
+        usual = nf4.base_error_mean
+        beside = "" if usual is None else f"; rounding the base to NF4 makes {usual:.3g}"
+        lines.append(("  logits are off by", f"{nf4.logit_error_mean:.3g} mean{beside}"))
+    return lines
 
 
 def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from finetune.moe.families import QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
-# What a checkpoint that was quantised before holds of a weight, below its name: of a linear layer what bitsandbytes keeps
+# What a checkpoint that was quantised before holds of a weight, below its name: of a linear layer what bitsandbytes has
 # beside it, by its names; of a stack the four tensors of `Nf4Stack`.
 LINEAR_PARTS = (
     "",
