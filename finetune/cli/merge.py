@@ -38,6 +38,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="write the merged model in 4 bits, for training on it and evaluating it with this toolkit",
     )
     parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DATA",
+        help="measure on a data file what merging into either base costs, beside base + adapter as it was trained",
+    )
+    parser.add_argument(
+        "--compare-rows", type=int, default=128, metavar="N", help="use the first N rows of DATA (default: 128)"
+    )
+    parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
@@ -60,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         prompts=args.prompts,
         resume=args.resume,
         requantize=args.requantize is not None,
+        compare=args.compare,
+        compare_rows=args.compare_rows,
     )
     print(report.table())
     print(f"merged checkpoint in {args.output}")

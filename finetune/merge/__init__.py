@@ -15,6 +15,10 @@ from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, requi
 from finetune.files import write_json
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
+from finetune.merge.compare import compare as measure
+from finetune.merge.compare import layers_to_run
+from finetune.merge.compare_rows import COMPARE_ROWS
+from finetune.merge.compare_rows import compare_rows as read_rows
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
@@ -41,6 +45,8 @@ def merge(
     prompts: Path | None = None,
     resume: bool = False,
     requantize: bool = False,
+    compare: Path | None = None,
+    compare_rows: int = COMPARE_ROWS,
     show_progress: bool = True,
 ) -> MergeReport:
     """Write base + adapters to `output`, and prove it before the folder gets its name.
@@ -49,10 +55,12 @@ def merge(
     still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
     `prove` False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed
     ones. `resume`: go on from what a killed merge into `output` left. `requantize`: write it in NF4 instead of 16 bits.
+    `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured.
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, into))
+    rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
     require_free_disk(Path(output), nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
@@ -73,8 +81,11 @@ def merge(
             with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
                 proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
             config = {**config, "quantization_config": quantization_config()}
+        with _bar("measure", "layer", layers_to_run(job) if rows else 0, show_progress and bool(rows)) as bar:
+            compared = measure(job, str(compare), rows, bar.update) if rows else None
         journal.remove()
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
+        report = replace(report, compare=compared)
         write_json(folder / REPORT_FILE, report.as_dict())
         # Last of all: without it no reader takes the folder for a model.
         write_json(folder / "config.json", config)

@@ -76,16 +76,47 @@ class LayerwiseModel:
             advance(1)
         return {name: torch.cat(values, dim=1)[0] for name, values in states.items()}
 
+    def hidden(
+        self, rows: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
+    ) -> list[torch.Tensor]:
+        """What the last layer leaves of each row [T], with the adapters if there are any: [1, T, H]."""
+        name, states = "adapted" if self.adapters else "plain", [row[None] for row in rows]
+        for index in range(self.num_layers):
+            with _quiet():
+                model = self.load(index)
+                model = self._adapted(model, index) if self.adapters else model
+            states = self._step(model, index, name, states, to_the_end=False)
+            advance(1)
+        return states
+
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The function from what the last layer leaves of a row [1, T, H] to its logits [T, V]."""
+        with _quiet():
+            model = self.load(self.num_layers)
+            model = self._adapted(model, self.num_layers) if self.adapters else model
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        last = base.get_decoder().layers[-1]
+
+        @torch.no_grad()
+        def logits(state: torch.Tensor) -> torch.Tensor:
+            with _passing(last, state):
+                found: torch.Tensor = base(inputs_embeds=state, use_cache=False).logits[0]
+            return found
+
+        return logits
+
     @torch.no_grad()
-    def _step(self, model: Any, index: int, name: str, states: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Hidden states [1, T, H] after the layer, or the logits [1, T, V] after the last one."""
+    def _step(
+        self, model: Any, index: int, name: str, states: list[torch.Tensor], to_the_end: bool = True
+    ) -> list[torch.Tensor]:
+        """Hidden states [1, T, H] after the layer; after the last one the logits [1, T, V], if `to_the_end`."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         layer = base.get_decoder().layers[index]
         results = []
         with self._as(name, model):
             for prompt, state in enumerate(states):
                 with self._routed(layer, index, name, prompt), _passing(layer, state if index else None) as left:
-                    if index == self.num_layers - 1:
+                    if index == self.num_layers - 1 and to_the_end:
                         results.append(base(**_given(state, index), use_cache=False).logits)
                     else:
                         base.get_decoder()(**_given(state, index), use_cache=False)
@@ -175,10 +206,12 @@ class LayerwiseModel:
         return tensors
 
     def _needs_vocabulary(self, index: int) -> bool:
-        return index in (0, self.num_layers - 1)
+        return index in (0, self.num_layers - 1, self.num_layers)
 
     def _belongs(self, key: str, index: int) -> bool:
         """Whether an adapter's tensor is of layer `index`, or of what comes before the first or after the last one."""
+        if index == self.num_layers:  # the head alone, whose rows of added tokens stand in the base
+            return ".layers." not in key and not key.endswith(ROWS)
         if key.endswith(ROWS):
             return self._needs_vocabulary(index)
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)

@@ -29,6 +29,8 @@ class QuantizedModel(LayerwiseModel):
     def load(self, index: int) -> Any:
         """The layer in fp32, its linear layers and stacks with what their NF4 stands for, in the training's type."""
         model = super().load(index)
+        if index == self.num_layers:  # the head alone, which stays in 16 bits
+            return model
         dense = dict(model.named_parameters())
         for name, parameter in self._in_4_bits(index).named_parameters():
             if isinstance(parameter.data, Nf4Stack):

@@ -52,6 +52,28 @@ class Proof:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """How a merge, rounded to the output's number format, does on the rows of `--compare`."""
+
+    loss: float  # mean over the supervised tokens, nats
+    kl: float  # mean of KL(trained || merged) over the same tokens, nats
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `--compare` measured. `trained` is base + adapter in the arithmetic of fp32, which all are compared with."""
+
+    data: str
+    rows: int
+    tokens: int  # supervised ones
+    trained_loss: float
+    into: Mapping[str, Candidate]
+    unmeasured: str | None  # why there is one merge only
+    shift: Mapping[str, float]  # by part: norm of (16-bit base - what its NF4 stands for) over norm of the delta
+    advice: str
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """Everything that was measured; every proof in it has passed."""
 
@@ -70,6 +92,7 @@ class MergeReport:
     proof: Proof
     stream_seconds: float
     proof_seconds: float
+    compare: Comparison | None = None
 
     @property
     def logits(self) -> LogitFigures:
@@ -107,6 +130,7 @@ class MergeReport:
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             *_logit_lines(proof.logits),
             *_nf4_lines(proof.nf4),
+            *_compare_lines(self.compare),
             *(("NOT PROVEN", text) for text in proof.not_proven),
             ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
         ]
@@ -164,6 +188,24 @@ def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
         ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
         *_routing_lines(logits),
     ]
+
+
+def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
+    if compare is None:
+        return []
+    lines = [
+        ("compared on", f"{compare.data}: {compare.tokens} supervised tokens of {compare.rows} rows"),
+        ("  base + adapter", f"loss {compare.trained_loss:.4f}"),
+        *(
+            (f"  into {name}", f"loss {each.loss:.4f}, KL {each.kl:.3g} per token from what was trained")
+            for name, each in compare.into.items()
+        ),
+        *(
+            (f"  {part}", f"16 bits to NF4 moves the base by {ratio:.3g} x the delta")
+            for part, ratio in compare.shift.items()
+        ),
+    ]
+    return [*lines, ("  advice", compare.advice)]
 
 
 def _nf4_lines(nf4: Nf4Figures | None) -> list[tuple[str, str]]:

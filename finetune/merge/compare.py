@@ -1,0 +1,126 @@
+"""`--compare`: which base to merge into, measured on rows instead of guessed.
+
+An adapter that was trained on a base in 4 bits has seen other weights than the 16-bit base has. Adding it to those of
+the 16-bit base (`original`) brings back what rounding took, which is usually better and is not what was trained; adding
+it to those that training saw (`dequantized`) is what was trained. Both merges are run on the same rows, in the memory
+of one layer and without writing either of them.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import kl_div, log_softmax, nll_loss
+
+from finetune.adapters.deltas import Change
+from finetune.checkpoint import CheckpointReader
+from finetune.errors import WeightsError
+from finetune.merge.base import INTO, open_base, reference_model, trained_dtype
+from finetune.merge.compare_rows import IGNORED
+from finetune.merge.dequantized import DequantizedReader
+from finetune.merge.job import Job
+from finetune.merge.logits import LayerwiseModel
+from finetune.merge.report import Candidate, Comparison
+from finetune.merge.stream import Sources
+from finetune.merge.view import MergedReader
+from finetune.moe.stored import is_stored
+
+Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]  # ids and labels [T]
+
+
+@dataclass
+class _Sums:
+    """Over supervised tokens, fp64."""
+
+    loss: float = 0.0
+    kl: float = 0.0
+
+
+def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = lambda _: None) -> Comparison:
+    """Loss and KL of the merges into both bases against base + adapter as trained; `advance` is told of each layer."""
+    merges, why = _merges(job)
+    seen = merges.get("dequantized", merges.get("original"))
+    assert seen is not None
+    trained = reference_model(
+        seen.sources.base, job.base_config, job.adapters, routing=None, token_rows=job.sources.token_rows
+    )
+    models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
+    ids = [each for each, _ in rows]
+    reference = trained.hidden(ids, advance)
+    states = {name: model.hidden(ids, advance) for name, model in models.items()}
+    head, heads = trained.head(), {name: model.head() for name, model in models.items()}
+    base, found, tokens = _Sums(), {name: _Sums() for name in models}, 0
+    for index, (_, labels) in enumerate(rows):
+        places = (labels[1:] != IGNORED).nonzero()[:, 0]
+        if not len(places):
+            continue
+        wanted = labels[places + 1]
+        expected = log_softmax(head(reference[index])[places].double(), dim=-1)
+        base.loss += float(nll_loss(expected, wanted, reduction="sum"))
+        tokens += len(places)
+        for name, sums in found.items():
+            merged = log_softmax(heads[name](states[name][index])[places].double(), dim=-1)
+            sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
+            sums.kl += divergence(expected, merged)
+    into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
+    shift = _shift(merges, job.sources.changes)
+    return Comparison(data, len(rows), tokens, base.loss / tokens, into, why, shift, advice(into, why))
+
+
+def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:
+    """Sum over tokens of KL(trained || merged), from log-probabilities [n, V]."""
+    return float(kl_div(merged, trained, reduction="sum", log_target=True))
+
+
+def layers_to_run(job: Job) -> int:
+    """How often `compare` advances."""
+    return (1 + len(_merges(job)[0])) * int(LayerwiseModel(job.base, job.base_config).num_layers)
+
+
+def _merges(job: Job) -> tuple[dict[str, MergedReader], str | None]:
+    """The merges that can be measured, by what they go into, and why there is but one."""
+    plain, stored = CheckpointReader(job.base.folder), False
+    names, why = list(INTO), None
+    if is_stored(plain.config):
+        names, why, stored = ["dequantized"], "the base is stored in NF4, and there is no 16-bit one", True
+    else:
+        try:
+            trained_dtype(job.adapters, job.fingerprint)
+        except WeightsError as error:
+            names, why = ["original"], error.problems[0].what
+    bases = {
+        name: job.base if name == job.into else open_base(plain, job.family, job.adapters, name, job.fingerprint)
+        for name in names
+    }
+    sources = job.sources
+    return {
+        name: MergedReader(
+            Sources(base, sources.changes, sources.fixed, sources.token_rows), job.specs, None if stored else plain
+        )
+        for name, base in bases.items()
+    }, why
+
+
+def _shift(merges: Mapping[str, MergedReader], changes: Mapping[str, Change]) -> dict[str, float]:
+    """By part, how far NF4 moves the base over how far the adapter does, over all tensors that were quantised."""
+    seen = merges.get("dequantized")
+    if seen is None or not isinstance(seen.sources.base, DequantizedReader):
+        return {}
+    shift: dict[str, float] = {}
+    delta: dict[str, float] = {}
+    for key in seen.shift.keys() & seen.sources.base.quantized:
+        part = changes[key].part
+        shift[part] = shift.get(part, 0.0) + seen.shift[key]
+        delta[part] = delta.get(part, 0.0) + seen.delta[key]
+    return {part: math.sqrt(shift[part] / delta[part]) for part in sorted(shift) if delta[part]}
+
+
+def advice(into: Mapping[str, Candidate], why: str | None) -> str:
+    """One line that follows from the figures."""
+    if why is not None:
+        return f"only into {next(iter(into))} was measured: {why}"
+    by_loss, by_kl = (min(into, key=lambda name: getattr(into[name], what)) for what in ("loss", "kl"))
+    if by_loss == by_kl:
+        return f"merge --into {by_loss}: lower loss on these rows, and closer to what was trained"
+    return f"--into {by_loss} has the lower loss on these rows, --into {by_kl} is closer to what was trained"
