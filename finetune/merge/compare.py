@@ -7,11 +7,12 @@ of one layer and without writing either of them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.adapters.deltas import Change
 from finetune.checkpoint import CheckpointReader
@@ -26,6 +27,7 @@ from finetune.merge.stream import Sources
 from finetune.merge.view import MergedReader
 from finetune.moe.stored import is_stored
 
+BATCH_TOKENS = 2048  # that are run through a layer together
 Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]  # ids and labels [T]
 
 
@@ -46,26 +48,44 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
         seen.sources.base, job.base_config, job.adapters, routing=None, token_rows=job.sources.token_rows
     )
     models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
-    ids = [each for each, _ in rows]
+    batches = list(_batches(rows))
+    ids = [pad_sequence([each for each, _ in batch], batch_first=True) for batch in batches]
     reference = trained.hidden(ids, advance)
     states = {name: model.hidden(ids, advance) for name, model in models.items()}
     head, heads = trained.head(), {name: model.head() for name, model in models.items()}
     base, found, tokens = _Sums(), {name: _Sums() for name in models}, 0
-    for index, (_, labels) in enumerate(rows):
-        places = (labels[1:] != IGNORED).nonzero()[:, 0]
-        if not len(places):
-            continue
-        wanted = labels[places + 1]
-        expected = log_softmax(head(reference[index])[places].double(), dim=-1)
-        base.loss += float(nll_loss(expected, wanted, reduction="sum"))
-        tokens += len(places)
-        for name, sums in found.items():
-            merged = log_softmax(heads[name](states[name][index])[places].double(), dim=-1)
-            sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
-            sums.kl += divergence(expected, merged)
+    for number, batch in enumerate(batches):
+        for row, (_, labels) in enumerate(batch):
+            places = (labels[1:] != IGNORED).nonzero()[:, 0]
+            wanted = labels[places + 1]
+            expected = _log_probabilities(head, reference[number][row], places)
+            base.loss += float(nll_loss(expected, wanted, reduction="sum"))
+            tokens += len(places)
+            for name, sums in found.items():
+                merged = _log_probabilities(heads[name], states[name][number][row], places)
+                sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
+                sums.kl += divergence(expected, merged)
     into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
     shift = _shift(merges, job.sources.changes)
     return Comparison(data, len(rows), tokens, base.loss / tokens, into, why, shift, advice(into, why))
+
+
+def _batches(rows: Rows) -> Iterator[Rows]:
+    """Rows of like length together. What fills up the shorter ones stands behind them, where nothing looks at it."""
+    batch: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for row in sorted((row for row in rows if bool((row[1][1:] != IGNORED).any())), key=lambda row: len(row[0])):
+        if batch and (len(batch) + 1) * len(row[0]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(row)
+    yield batch
+
+
+def _log_probabilities(
+    head: Callable[[torch.Tensor], torch.Tensor], state_TH: torch.Tensor, places: torch.Tensor
+) -> torch.Tensor:
+    """Of the tokens that follow `places`, fp64 [n, V]."""
+    return log_softmax(head(state_TH[None, places]).double(), dim=-1)
 
 
 def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:

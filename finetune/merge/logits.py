@@ -77,10 +77,10 @@ class LayerwiseModel:
         return {name: torch.cat(values, dim=1)[0] for name, values in states.items()}
 
     def hidden(
-        self, rows: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
+        self, batches: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
     ) -> list[torch.Tensor]:
-        """What the last layer leaves of each row [T], with the adapters if there are any: [1, T, H]."""
-        name, states = "adapted" if self.adapters else "plain", [row[None] for row in rows]
+        """What the last layer leaves of each batch [B, T], with the adapters if there are any: [B, T, H]."""
+        name, states = "adapted" if self.adapters else "plain", list(batches)
         for index in range(self.num_layers):
             with _quiet():
                 model = self.load(index)

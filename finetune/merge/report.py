@@ -200,10 +200,7 @@ def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
             (f"  into {name}", f"loss {each.loss:.4f}, KL {each.kl:.3g} per token from what was trained")
             for name, each in compare.into.items()
         ),
-        *(
-            (f"  {part}", f"16 bits to NF4 moves the base by {ratio:.3g} x the delta")
-            for part, ratio in compare.shift.items()
-        ),
+        *((f"  {part}", f"NF4 moved the base by {ratio:.3g} x the delta") for part, ratio in compare.shift.items()),
     ]
     return [*lines, ("  advice", compare.advice)]
 
