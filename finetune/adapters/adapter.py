@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, read_header, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
@@ -120,6 +121,7 @@ def read_adapter(folder: Path) -> Adapter:
     """The adapter in `folder`. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
     folder = Path(folder)
     _require_files(folder)
+    verify_sums(folder)
     settings = read_json(folder / CONFIG_FILE)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}

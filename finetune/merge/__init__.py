@@ -11,19 +11,27 @@ import torch
 from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
-from finetune.files import write_json
+from finetune.checkpoint import (
+    CheckpointReader,
+    fingerprint,
+    listed_bytes,
+    new_folder,
+    require_free_disk,
+    verify_sums,
+    write_sums,
+)
+from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
+from finetune.merge.compare import Rows, layers_to_run
 from finetune.merge.compare import compare as measure
-from finetune.merge.compare import layers_to_run
 from finetune.merge.compare_rows import COMPARE_ROWS
 from finetune.merge.compare_rows import compare_rows as read_rows
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.report import MergeReport, Proof, part_figures
+from finetune.merge.report import Comparison, MergeReport, Proof, part_figures
 from finetune.merge.requantize import SIXTEEN_BITS, nf4_bytes, write_nf4
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, stream_merged
@@ -61,6 +69,8 @@ def merge(
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, into))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
+    with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
+        verify_sums(job.base.folder, bar.update)
     nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
     require_free_disk(Path(output), nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
@@ -76,20 +86,25 @@ def merge(
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
         proven, reference = _prove(job, ledger, merged, prove, show_progress)
-        config = job.config
         if requantize:
             with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
                 proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
-            config = {**config, "quantization_config": quantization_config()}
-        with _bar("measure", "layer", layers_to_run(job) if rows else 0, show_progress and bool(rows)) as bar:
-            compared = measure(job, str(compare), rows, bar.update) if rows else None
-        journal.remove()
+        compared = None if compare is None else _compare(job, str(compare), rows, show_progress)
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         report = replace(report, compare=compared)
         write_json(folder / REPORT_FILE, report.as_dict())
+        config = as_json({**job.config, **({"quantization_config": quantization_config()} if requantize else {})})
+        with _bar("checksums", "B", job.nbytes, show_progress) as bar:
+            write_sums(folder, {"config.json": config}, bar.update)
+        journal.remove()
         # Last of all: without it no reader takes the folder for a model.
-        write_json(folder / "config.json", config)
+        write_text(folder / "config.json", config)
     return report
+
+
+def _compare(job: Job, data: str, rows: Rows, show_progress: bool) -> Comparison:
+    with _bar("measure", "layer", layers_to_run(job), show_progress) as bar:
+        return measure(job, data, rows, bar.update)
 
 
 def _announcement(job: Job, output: Path) -> str:
