@@ -32,7 +32,7 @@ from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import Comparison, MergeReport, Proof, part_figures
-from finetune.merge.requantize import SIXTEEN_BITS, nf4_bytes, write_nf4
+from finetune.merge.requantize import nf4_bytes, sixteen_bits, write_nf4
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, stream_merged
 from finetune.moe.nf4_reader import Nf4Reader
@@ -77,8 +77,7 @@ def merge(
         print(_announcement(job, Path(output)), flush=True)
     with new_folder(output, resumable=True, resume=resume) as folder:
         started = time.monotonic()
-        merged = folder / SIXTEEN_BITS if requantize else folder
-        merged.mkdir(exist_ok=True)
+        merged = sixteen_bits(folder) if requantize else folder
         journal = Journal(merged, job.identity(), resume)
         with _bar("merge", "B", job.nbytes, show_progress) as bar:
             ledger = stream_merged(job.sources, merged, job.specs, journal, bar.update)

@@ -44,6 +44,15 @@ SLACK = 1e-3
 SIXTEEN_BITS, FOUR_BITS = ".16-bit", ".nf4"
 
 
+def sixteen_bits(folder: Path) -> Path:
+    """The folder, in an unfinished one, for the merge in 16 bits; whatever else a killed merge left goes away."""
+    for path in folder.iterdir():
+        if path.name != SIXTEEN_BITS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / SIXTEEN_BITS).mkdir(exist_ok=True)
+    return folder / SIXTEEN_BITS
+
+
 def nf4_bytes(job: Job) -> int:
     """Bytes of the copy, before there is anything to copy."""
     taken = {part.key for matrix in nf4_matrices(job.base, job.family) for part in matrix.parts}
@@ -68,7 +77,6 @@ def write_nf4(
     bytes of 16 bits, twice. Raises WeightsError for a copy that is not what rounding to NF4 makes.
     """
     copied = folder / FOUR_BITS
-    shutil.rmtree(copied, ignore_errors=True)  # of a killed merge
     write_json(merged / "config.json", job.config)
     copy = Nf4Copy.of(CheckpointReader(merged), job.family)
     copy.write(copied, advance)

@@ -108,6 +108,10 @@ class _Stored(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: "MoeNf4Quantizer") -> None:
         self.hf_quantizer = hf_quantizer  # by this name transformers knows to leave the tensors' types alone
 
+    def __deepcopy__(self, _: dict[int, Any]) -> "_Stored":
+        """The loader copies a rule for each weight; what is damaged is told to one quantiser."""
+        return self
+
     def convert(
         self,
         input_dict: dict[str, list[torch.Tensor]],

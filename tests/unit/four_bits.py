@@ -17,8 +17,8 @@ def loaded_in_4_bits(folder: Path, dtype: str = "float32") -> Any:
     """The base as a run loads it."""
     family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
     attention = family.attn_implementations[0]
-    settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype=dtype, attn_implementation=attention)
-    return load_base(folder, settings)
+    settings = {"name_or_path": str(folder), "load_in_4bit": True, "dtype": dtype, "attn_implementation": attention}
+    return load_base(folder, ModelSettings.model_validate(settings))
 
 
 def seen_weights(model: Any) -> dict[str, torch.Tensor]:

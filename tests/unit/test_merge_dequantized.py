@@ -10,11 +10,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-import finetune.merge.dequantized
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.dequantized import DequantizedReader
+from finetune.merge.matrices import quantize
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.nf4_reader import Matrix
@@ -82,13 +82,12 @@ def test_head_embeddings_routers_and_norms_do_not_go_through_nf4(base: Path) -> 
 
 def test_rows_and_whole_tensors_are_the_same_from_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[tuple[str, int]] = []
-    real = finetune.merge.dequantized.quantize
 
     def counted(matrix: Matrix, *args: Any) -> Nf4Stack:
         fetched.append((matrix.weight, matrix.expert))
-        return real(matrix, *args)
+        return quantize(matrix, *args)
 
-    monkeypatch.setattr(finetune.merge.dequantized, "quantize", counted)
+    monkeypatch.setattr("finetune.merge.dequantized.quantize", counted)
     folder = save_tiny("gpt_oss", tmp_path)
     wanted = {key: reader_of(folder).read(key) for key in reader_of(folder).keys}
     fetched.clear()
@@ -126,14 +125,13 @@ def test_values_that_training_did_not_see_do_not_pass_the_proof(
     base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The proof's reference comes from the training's own loader, not from the reader."""
-    real = finetune.merge.dequantized.quantize
 
     def without_the_mean(*args: Any) -> Nf4Stack:
-        stack = real(*args)
+        stack = quantize(*args)
         stack.offset_E.zero_()
         return stack
 
-    monkeypatch.setattr(finetune.merge.dequantized, "quantize", without_the_mean)
+    monkeypatch.setattr("finetune.merge.dequantized.quantize", without_the_mean)
     with pytest.raises(WeightsError, match=r"merged model differs from base \+ adapter"):
         merge(adapter, tmp_path / "out", into="dequantized", show_progress=False)
     assert not (tmp_path / "out").exists()
