@@ -1,6 +1,7 @@
 """`--requantize nf4`: the merged model in 4 bits, which loads as it is, and what rounding cost."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from finetune.merge.requantize import judge_nf4
 from finetune.moe import quantizer
 from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.stored import StoredReader
+from finetune.train import train
+from tests.equivalence.sft_runs import recipe, write_rows
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import base_model
@@ -258,3 +261,18 @@ def test_what_is_not_quantised_is_copied(sixteen: Path, four: Path) -> None:
     assert len(kept) == 9
     assert all(torch.equal(plain.read(key), stored.read(key)) for key in kept)
     assert (logits(load(sixteen)) - logits(loaded_in_4_bits(four))).abs().max() > 0.1
+
+
+def test_a_run_trains_on_it_as_on_the_16_bit_model(sixteen: Path, four: Path, tmp_path: Path) -> None:
+    rows, adapters = write_rows(tmp_path / "rows.jsonl"), []
+    for base in (sixteen, four):
+        folder = tmp_path / base.parent.name
+        made = recipe(base, rows, folder, max_steps=2, save_steps=1)
+        train(made, [])
+        shutil.rmtree(folder / "adapter")
+        shutil.rmtree(folder / "checkpoint-2")
+        resumed = made.training.model_copy(update={"resume_from_checkpoint": True})
+        train(made.model_copy(update={"training": resumed}), [])
+        adapters.append(tensors(folder / "adapter"))
+        assert json.loads((folder / "adapter" / "finetune.json").read_text())["base"]["fingerprint"] == fingerprint(base)
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
