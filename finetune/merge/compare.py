@@ -73,7 +73,7 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
 def _batches(rows: Rows) -> Iterator[Rows]:
     """Rows of like length together. What fills up the shorter ones stands behind them, where nothing looks at it."""
     batch: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for row in sorted((row for row in rows if bool((row[1][1:] != IGNORED).any())), key=lambda row: len(row[0])):
+    for row in sorted(rows, key=lambda row: len(row[0])):
         if batch and (len(batch) + 1) * len(row[0]) > BATCH_TOKENS:
             yield batch
             batch = []

@@ -34,8 +34,8 @@ from finetune.moe.quantizer import STACK_PARTS
 from finetune.moe.stored import StoredReader, linear_tensors, quantization_config, stored_specs
 
 # Times the distance of logits that rounding the base to NF4 makes, which is taken on the same prompts: the merged model
-# may be off by so much. 1 is what is to be expected.
-MAX_OF_THE_BASES_OWN = 2.0
+# may be off by so much. 1 is to be expected, and more where training has made the logits larger; 1.5 was measured.
+MAX_OF_THE_BASES_OWN = 3.0
 # What is left of the bound on a single value for the order of operations.
 SLACK = 1e-3
 

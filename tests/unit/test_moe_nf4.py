@@ -1,15 +1,18 @@
 """4-bit expert stacks: the same bits as bitsandbytes expert by expert, quantised while the shards stream in."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import WeightsError
 from finetune.moe import nf4
-from finetune.moe.nf4 import Nf4Stack
+from finetune.moe.nf4 import Nf4Stack, linear_weight
+from finetune.moe.quantizer import MoeNf4Config
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, base_model, dense_twin, logits, trained_model
 
@@ -26,6 +29,44 @@ def test_each_expert_is_what_bitsandbytes_makes_of_it_alone(shape: tuple[int, in
     for index, expert in enumerate(weight):
         packed, state = quantize_4bit(expert, compress_statistics=True, quant_type="nf4", blocksize=64)
         assert torch.equal(stack.expert(index), dequantize_4bit(packed, state))
+
+
+def by_hand(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix through NF4 by the definition: each value the nearest of 16 times the maximum of its block of 64."""
+    packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4", blocksize=64)
+    maxima = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    numbers = torch.stack([packed >> 4, packed & 15], dim=-1).reshape(-1)[: weight.numel()].long()
+    dense: torch.Tensor = state.code[numbers] * maxima.repeat_interleave(64)[: weight.numel()]
+    return dense.reshape(weight.shape)
+
+
+# bitsandbytes 0.50 gives rows of 16 to 48 or of 96 values the maxima of other blocks on CPUs with AVX512.
+WIDTHS = [16, 32, 48, 64, 96, 100, 192]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_blocks_run_through_a_matrix_whatever_the_length_of_its_rows(width: int) -> None:
+    weight = torch.randn(1, 40, width)
+    stack = Nf4Stack.quantize(weight)
+    assert torch.equal(stack.expert(0), by_hand(weight[0]))
+    assert torch.equal(stack.rows(0, 3, 17), by_hand(weight[0])[3:17])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_linear_layer_computes_with_its_own_values(width: int) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=width, num_hidden_layers=1, num_attention_heads=4, vocab_size=50
+    )
+    model = LlamaForCausalLM(config)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        quantised = LlamaForCausalLM.from_pretrained(folder, quantization_config=MoeNf4Config(), dtype=torch.float32)
+    layer, weight = quantised.model.layers[0].mlp.down_proj, model.model.layers[0].mlp.down_proj.weight.data
+    x = torch.randn(3, width, requires_grad=True)
+    layer(x).sum().backward()
+    assert torch.equal(linear_weight(layer.weight), by_hand(weight))
+    torch.testing.assert_close(layer(x), x @ by_hand(weight).T)
+    torch.testing.assert_close(x.grad, by_hand(weight).sum(dim=0).expand(3, width))
 
 
 @pytest.mark.parametrize(
