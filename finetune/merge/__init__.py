@@ -23,9 +23,9 @@ from finetune.checkpoint import (
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
-from finetune.merge.compare import Rows, layers_to_run
 from finetune.merge.compare import compare as measure
-from finetune.merge.compare_rows import COMPARE_ROWS
+from finetune.merge.compare import layers_to_run
+from finetune.merge.compare_rows import COMPARE_ROWS, Rows
 from finetune.merge.compare_rows import compare_rows as read_rows
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare

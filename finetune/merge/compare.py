@@ -7,7 +7,7 @@ of one layer and without writing either of them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from finetune.adapters.deltas import Change
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
 from finetune.merge.base import INTO, open_base, reference_model, trained_dtype
-from finetune.merge.compare_rows import IGNORED
+from finetune.merge.compare_rows import IGNORED, Rows
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
 from finetune.merge.logits import LayerwiseModel
@@ -28,7 +28,6 @@ from finetune.merge.view import MergedReader
 from finetune.moe.stored import is_stored
 
 BATCH_TOKENS = 2048  # that are run through a layer together
-Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]  # ids and labels [T]
 
 
 @dataclass

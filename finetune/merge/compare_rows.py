@@ -1,5 +1,6 @@
 """The rows that `--compare` measures on: read and rendered as the adapter's training read and rendered its own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,21 @@ import torch
 
 from finetune.adapters.adapter import RECORD_FILE
 from finetune.checkpoint.reader import read_json
-from finetune.data import load_tokenizer, prepare
+from finetune.data import load_tokenizer, prepare, prepare_pair_mixture
+from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
 
 COMPARE_ROWS = 128  # rows that are measured where the user does not say
 IGNORED = -100  # label of a token without a loss
+Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
 # Of an adapter that does not say how long its rows were: longer ones are cut.
 MAX_LENGTH = 2048
 
 
-def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> Rows:
     """Ids and labels [T] of the first `count` rows of a data file, by the settings that the adapter records.
+
+    Of pairs of answers the chosen ones are taken.
 
     `tokenizer`: the folder with the merged model's. Raises DataError for a file that cannot be read, and for rows
     with nothing to learn in them.
@@ -35,8 +40,27 @@ def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> list
             "chat_template": None if own else recorded.get("chat_template"),
         }
     )
-    rows = prepare([source], loaded, settings, seed=0).dataset
+    try:
+        rows = prepare([source], loaded, settings, seed=0).dataset
+    except DataError as error:
+        return _chosen(source, loaded, settings, error)
     return [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in rows]
+
+
+def _chosen(source: DataSource, tokenizer: Any, settings: DataSettings, error: DataError) -> Rows:
+    """Of a file of pairs the answers that were chosen; `error` of any other."""
+    of_pairs = settings.model_copy(update={"loss_on": "assistant", "overlong": "truncate"})
+    try:
+        [found] = prepare_pair_mixture([source], tokenizer, of_pairs, seed=0).sets
+    except DataError:
+        raise error from None
+    return [
+        (
+            torch.tensor(row["prompt_ids"] + row["chosen_ids"]),
+            torch.tensor([IGNORED] * len(row["prompt_ids"]) + row["chosen_labels"]),
+        )
+        for row in found.dataset()
+    ]
 
 
 def _recorded(adapter: Path) -> dict[str, Any]:

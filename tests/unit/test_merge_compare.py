@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, log_softmax
 from finetune.errors import FinetuneError
 from finetune.merge import merge
 from finetune.merge.compare import advice, divergence
-from finetune.merge.compare_rows import compare_rows
+from finetune.merge.compare_rows import Rows, compare_rows
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.report import Candidate, MergeReport
 from finetune.moe.families import FAMILIES
@@ -48,7 +48,7 @@ def written(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 @torch.no_grad()
-def by_hand(trained: Any, merged: Any, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float, float]:
+def by_hand(trained: Any, merged: Any, rows: Rows) -> tuple[float, float, float]:
     """Loss of both and mean KL(trained || merged), from whole models, row by row."""
     losses, others, kl, count = 0.0, 0.0, 0.0, 0
     for ids, labels in rows:
@@ -167,6 +167,14 @@ def test_rows_are_read_as_training_read_its_own(base: Path, tmp_path: Path) -> N
         [(_, labels)] = compare_rows(data, 1, adapter, base)
         counts.append(int((labels != -100).sum()))
     assert counts[0] == 2 * counts[1] > 0
+
+
+def test_of_pairs_the_chosen_answers_are_measured(base: Path, adapter: Path, tmp_path: Path) -> None:
+    pair = {"prompt": "light", "chosen": "on and on", "rejected": "off"}
+    single = {"prompt": "light", "completion": "on and on"}
+    [chosen] = compare_rows(written(tmp_path / "pairs.jsonl", pair), 1, adapter, base)
+    [row] = compare_rows(written(tmp_path / "rows.jsonl", single), 1, adapter, base)
+    assert all(torch.equal(one, other) for one, other in zip(chosen, row, strict=True))
 
 
 @pytest.mark.parametrize(
