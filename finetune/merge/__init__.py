@@ -71,10 +71,7 @@ def merge(
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
         verify_sums(job.base.folder, bar.update)
-    nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
-    require_free_disk(Path(output), nbytes, Path(output).parent / f".{Path(output).name}.partial")
-    if show_progress:
-        print(_announcement(job, Path(output)), flush=True)
+    _require_disk(job, Path(output), requantize, show_progress)
     with new_folder(output, resumable=True, resume=resume) as folder:
         started = time.monotonic()
         merged = sixteen_bits(folder) if requantize else folder
@@ -88,22 +85,35 @@ def merge(
         if requantize:
             with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
                 proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
-        compared = None if compare is None else _compare(job, str(compare), rows, show_progress)
+        compared = _compare(job, str(compare), rows, show_progress) if rows else None
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         report = replace(report, compare=compared)
-        write_json(folder / REPORT_FILE, report.as_dict())
-        config = as_json({**job.config, **({"quantization_config": quantization_config()} if requantize else {})})
-        with _bar("checksums", "B", job.nbytes, show_progress) as bar:
-            write_sums(folder, {"config.json": config}, bar.update)
-        journal.remove()
-        # Last of all: without it no reader takes the folder for a model.
-        write_text(folder / "config.json", config)
+        config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
+        _complete(folder, report, as_json(config), journal, show_progress)
     return report
+
+
+def _complete(folder: Path, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:
+    """Write what makes the folder a model."""
+    write_json(folder / REPORT_FILE, report.as_dict())
+    with _bar("checksums", "B", report.nbytes, show_progress) as bar:
+        write_sums(folder, {"config.json": config}, bar.update)
+    journal.remove()
+    # Last of all: without it no reader takes the folder for a model.
+    write_text(folder / "config.json", config)
 
 
 def _compare(job: Job, data: str, rows: Rows, show_progress: bool) -> Comparison:
     with _bar("measure", "layer", layers_to_run(job), show_progress) as bar:
         return measure(job, data, rows, bar.update)
+
+
+def _require_disk(job: Job, output: Path, requantize: bool, show_progress: bool) -> None:
+    """Say what goes where, and refuse where there is no room for it."""
+    nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
+    require_free_disk(output, nbytes, output.parent / f".{output.name}.partial")
+    if show_progress:
+        print(_announcement(job, output), flush=True)
 
 
 def _announcement(job: Job, output: Path) -> str:
