@@ -37,9 +37,23 @@ def open_base(
         raise WeightsError(Problem(str(plain.folder), "the base is stored in NF4 and has no 16-bit weights", do))
     rehearse(plain, family.transformers_class(), load_in_4bit=stored)
     if into == "original":
+        _refuse_dequantized_chain(adapters, fingerprint)
         return plain
     dtype = trained_dtype(adapters, fingerprint)
     return StoredReader(plain.folder, dtype) if stored else DequantizedReader(plain.folder, family, dtype)
+
+
+def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
+    """An adapter that was trained on a merge into the dequantised base does not go onto the 16-bit one."""
+    what = "was trained on a merge into the dequantised base, and this one is into the 16-bit base"
+    problems = [
+        Problem(str(each.adapter.folder), what, "merge it into that merged checkpoint, with --base")
+        for each in adapters
+        if each.adapter.base_fingerprint not in (None, fingerprint)
+        and (each.adapter.base_made_from or {}).get("into") == "dequantized"
+    ]
+    if problems:
+        raise WeightsError(problems)
 
 
 def reference_model(

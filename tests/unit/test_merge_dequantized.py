@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from finetune.checkpoint import CheckpointReader
+from finetune.adapters.lineage import made_from
+from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.dequantized import DequantizedReader
@@ -165,3 +166,19 @@ def test_adapters_that_saw_different_dequantised_bases(base: Path, tmp_path: Pat
     both = [adapter_in_4_bits(base, tmp_path / dtype, dtype, r=r) for r, dtype in ((4, "float32"), (2, "bfloat16"))]
     with pytest.raises(WeightsError, match="saw different bases in 4 bits; got bfloat16, float32; merge one after"):
         merge(both, tmp_path / "out", into="dequantized", show_progress=False)
+
+
+def test_an_adapter_on_a_merge_into_it_does_not_go_onto_the_16_bit_base(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = tmp_path / "merged"
+    merge(adapter, merged, into="dequantized", show_progress=False)
+    then = adapter_in_4_bits(merged, tmp_path / "next", r=2)
+    record = json.loads((then / "finetune.json").read_text())
+    record["base"]["made_from"] = made_from(merged, fingerprint(merged))
+    (then / "finetune.json").write_text(json.dumps(record))
+    with pytest.raises(WeightsError, match="was trained on a merge into the dequantised base, and this one is into"):
+        merge([adapter, then], tmp_path / "out", show_progress=False)
+    with pytest.raises(WeightsError, match="trained on a merged checkpoint in 4 bits, not on this base in 4 bits"):
+        merge([adapter, then], tmp_path / "out", into="dequantized", show_progress=False)
+    assert merge(then, tmp_path / "out", into="dequantized", show_progress=False).logits.merged_error_max < 1e-3
