@@ -85,7 +85,7 @@ def merge(
         if requantize:
             with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
                 proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
-        compared = _compare(job, str(compare), rows, show_progress) if rows else None
+        compared = _compare(job, str(compare), rows, requantize, show_progress) if rows else None
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         report = replace(report, compare=compared)
         config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
@@ -103,9 +103,9 @@ def _complete(folder: Path, report: MergeReport, config: str, journal: Journal, 
     write_text(folder / "config.json", config)
 
 
-def _compare(job: Job, data: str, rows: Rows, show_progress: bool) -> Comparison:
-    with _bar("measure", "layer", layers_to_run(job), show_progress) as bar:
-        return measure(job, data, rows, bar.update)
+def _compare(job: Job, data: str, rows: Rows, in_nf4: bool, show_progress: bool) -> Comparison:
+    with _bar("measure", "layer", layers_to_run(job, in_nf4), show_progress) as bar:
+        return measure(job, data, rows, in_nf4, bar.update)
 
 
 def _require_disk(job: Job, output: Path, requantize: bool, show_progress: bool) -> None:

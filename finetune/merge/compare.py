@@ -22,11 +22,13 @@ from finetune.merge.compare_rows import IGNORED, Rows
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
 from finetune.merge.logits import LayerwiseModel
+from finetune.merge.reference import QuantizedModel
 from finetune.merge.report import Candidate, Comparison
 from finetune.merge.stream import Sources
 from finetune.merge.view import MergedReader
 from finetune.moe.stored import is_stored
 
+IN_NF4 = "in NF4"
 BATCH_TOKENS = 2048  # that are run through a layer together
 
 
@@ -38,8 +40,13 @@ class _Sums:
     kl: float = 0.0
 
 
-def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = lambda _: None) -> Comparison:
-    """Loss and KL of the merges into both bases against base + adapter as trained; `advance` is told of each layer."""
+def compare(
+    job: Job, data: str, rows: Rows, in_nf4: bool = False, advance: Callable[[int], object] = lambda _: None
+) -> Comparison:
+    """Loss and KL of the merges into both bases against base + adapter as trained; `advance` is told of each layer.
+
+    `in_nf4`: also those of the merge that the job writes, as 4-bit loading makes it.
+    """
     merges, why = _merges(job)
     seen = merges.get("dequantized", merges.get("original"))
     assert seen is not None
@@ -47,6 +54,8 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
         seen.sources.base, job.base_config, job.adapters, routing=None, token_rows=job.sources.token_rows
     )
     models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
+    if in_nf4:
+        models[IN_NF4] = QuantizedModel(torch.float32, merges[job.into], job.config)
     batches = list(_batches(rows))
     ids = [pad_sequence([each for each, _ in batch], batch_first=True) for batch in batches]
     reference = trained.hidden(ids, advance)
@@ -64,9 +73,10 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
                 merged = _log_probabilities(heads[name], states[name][number][row], places)
                 sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
                 sums.kl += divergence(expected, merged)
-    into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
-    shift = _shift(merges, job.sources.changes)
-    return Comparison(data, len(rows), tokens, base.loss / tokens, into, why, shift, advice(into, why))
+    measured = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
+    into, shift = {name: measured[name] for name in merges}, _shift(merges, job.sources.changes)
+    said = advice(into, why)
+    return Comparison(data, len(rows), tokens, base.loss / tokens, into, measured.get(IN_NF4), why, shift, said)
 
 
 def _batches(rows: Rows) -> Iterator[Rows]:
@@ -92,9 +102,9 @@ def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:
     return float(kl_div(merged, trained, reduction="sum", log_target=True))
 
 
-def layers_to_run(job: Job) -> int:
+def layers_to_run(job: Job, in_nf4: bool = False) -> int:
     """How often `compare` advances."""
-    return (1 + len(_merges(job)[0])) * int(LayerwiseModel(job.base, job.base_config).num_layers)
+    return (1 + len(_merges(job)[0]) + in_nf4) * int(LayerwiseModel(job.base, job.base_config).num_layers)
 
 
 def _merges(job: Job) -> tuple[dict[str, MergedReader], str | None]:

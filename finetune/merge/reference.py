@@ -12,7 +12,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.merge.logits import LayerwiseModel
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.moe.quantizer import MoeNf4Config
-from finetune.moe.stored import is_stored
+from finetune.moe.stored import StoredReader
 
 
 class QuantizedModel(LayerwiseModel):
@@ -24,7 +24,8 @@ class QuantizedModel(LayerwiseModel):
     def __init__(self, dtype: torch.dtype, reader: CheckpointReader, *args: Any) -> None:
         super().__init__(reader, *args)
         self.dtype = dtype
-        self._plain = CheckpointReader(reader.folder)
+        self._stored = isinstance(reader, StoredReader)
+        self._source = CheckpointReader(reader.folder) if self._stored else reader
 
     def load(self, index: int) -> Any:
         """The layer in fp32, its linear layers and stacks with what their NF4 stands for, in the training's type."""
@@ -40,7 +41,7 @@ class QuantizedModel(LayerwiseModel):
         return model
 
     def _in_4_bits(self, index: int) -> Any:
-        tensors, options = self.layer_tensors(index, self._plain), {"dtype": self.dtype, "device_map": {"": "cpu"}}
-        if is_stored(self._plain.config):
-            return self.build(index, tensors, self._plain.config["quantization_config"], **options)[0]
+        tensors, options = self.layer_tensors(index, self._source), {"dtype": self.dtype, "device_map": {"": "cpu"}}
+        if self._stored:
+            return self.build(index, tensors, self._source.config["quantization_config"], **options)[0]
         return self.build(index, tensors, quantization_config=MoeNf4Config(compute_dtype=self.dtype), **options)[0]

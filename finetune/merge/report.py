@@ -68,6 +68,7 @@ class Comparison:
     tokens: int  # supervised ones
     trained_loss: float
     into: Mapping[str, Candidate]
+    in_nf4: Candidate | None  # the merge that is written, in NF4; None where it is written in 16 bits
     unmeasured: str | None  # why there is one merge only
     shift: Mapping[str, float]  # by part: norm of (16-bit base - what its NF4 stands for) over norm of the delta
     advice: str
@@ -193,12 +194,14 @@ def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
 def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
     if compare is None:
         return []
+    merges = {f"  into {name}": each for name, each in compare.into.items()}
+    merges |= {} if compare.in_nf4 is None else {"  in NF4": compare.in_nf4}
     lines = [
         ("compared on", f"{compare.data}: {compare.tokens} supervised tokens of {compare.rows} rows"),
         ("  base + adapter", f"loss {compare.trained_loss:.4f}"),
         *(
-            (f"  into {name}", f"loss {each.loss:.4f}, KL {each.kl:.3g} per token from what was trained")
-            for name, each in compare.into.items()
+            (name, f"loss {each.loss:.4f}, KL {each.kl:.3g} per token from what was trained")
+            for name, each in merges.items()
         ),
         *((f"  {part}", f"NF4 moved the base by {ratio:.3g} x the delta") for part, ratio in compare.shift.items()),
     ]

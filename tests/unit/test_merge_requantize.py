@@ -277,3 +277,19 @@ def test_a_run_trains_on_it_as_on_the_16_bit_model(sixteen: Path, four: Path, tm
         record = json.loads((folder / "adapter" / "finetune.json").read_text())
         assert (record["base"]["fingerprint"], record["quantization"]) == (fingerprint(base), "nf4")
     assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+
+def test_it_goes_on_after_a_kill_and_what_lay_there_goes_away(adapter: Path, four: Path, tmp_path: Path) -> None:
+    """Killed while the copy was written; then the same merge, and one that is to be in 16 bits after all."""
+    for resumed_in_nf4 in (True, False):
+        partial = tmp_path / ".out.partial"
+        for folder in (".16-bit", ".nf4"):
+            (partial / folder).mkdir(parents=True)
+        (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        (partial / ".nf4" / "model.safetensors").write_bytes(b"half")
+        merge(adapter, tmp_path / "out", requantize=resumed_in_nf4, resume=True, show_progress=False)
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert names == {path.name for path in four.iterdir()}
+        same = (tmp_path / "out" / "model.safetensors").read_bytes() == (four / "model.safetensors").read_bytes()
+        assert same == resumed_in_nf4
+        shutil.rmtree(tmp_path / "out")
