@@ -15,6 +15,7 @@ from finetune.checkpoint import (
     listed_bytes,
     new_folder,
     require_free_disk,
+    sync_files,
     verify_sums,
     write_sums,
 )
@@ -63,6 +64,7 @@ def merge(
         with _bar("merge", "B", job.nbytes, show_progress) as bar:
             ledger = stream_merged(job.sources, folder, job.specs, journal, bar.update)
         streamed = time.monotonic()
+        sync_files(folder)
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
         proven = _prove(job, ledger, folder, prove, show_progress)
