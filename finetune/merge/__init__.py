@@ -163,7 +163,7 @@ def _prove(job: _Job, ledger: Ledger, folder: Path, output: Path, started: float
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, job.rows, bar.update)
     base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
-    base_model = LayerwiseModel(job.base, base_config, job.adapter.folder, routing, job.rows)
+    base_model = LayerwiseModel(job.base, base_config, job.adapter, routing, job.rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar(job, "prove", "layer", base_model.num_layers + merged_model.num_layers) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, _tokens(job.rows), bar.update)

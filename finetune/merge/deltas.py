@@ -5,10 +5,7 @@ more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own ro
 [E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 
@@ -16,7 +13,8 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
 from finetune.merge.factors import FactorReader
-from finetune.merge.layout import BaseLayout, Stack, base_layout
+from finetune.merge.layout import base_layout
+from finetune.merge.targets import Target, targets_of
 from finetune.moe.families import Family
 
 
@@ -34,6 +32,7 @@ class Delta:
     first_row: int  # of the factors' output features
     shape: tuple[int, int]  # of one expert on disk
     transposed: bool = False  # on disk [I, O]
+    at: int | None = None  # the first of its rows on disk, where other rows of the tensor are not its own
 
     @property
     def extent(self) -> int:
@@ -42,7 +41,7 @@ class Delta:
 
     def place(self, start: int) -> tuple[int, int]:
         """The expert that row `start` of the tensor on disk belongs to, and which row of the expert's it is."""
-        expert, row = divmod(start, self.shape[0])
+        expert, row = divmod(start - (self.at or 0), self.shape[0])
         return self.expert + expert, self.first_row + row
 
     def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
@@ -57,25 +56,13 @@ class Delta:
         return (B_nr @ A_rI).mul_(self.scale)
 
 
-@dataclass(frozen=True)
-class _Target:
-    """One module or stacked parameter that the adapter's settings name, and the tensors on disk that make it."""
-
-    name: str  # as PEFT matches patterns
-    path: str  # as PEFT names its factors
-    part: str
-    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
-    experts: int = 1
-    transposed: bool = False
-
-
 def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, Delta]:
     """Every on-disk tensor that the adapter changes.
 
     Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
     and for shapes or ranks that do not fit.
     """
-    targets = list(_targets(base_layout(base, family), adapter, family))
+    targets = list(targets_of(base_layout(base, family), adapter, family))
     where = str(adapter.folder / WEIGHTS_FILE)
     unused = sorted(set(adapter.pairs) - {target.path for target in targets})
     problems = [
@@ -98,9 +85,11 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
     return deltas
 
 
-def _deltas(base: CheckpointReader, adapter: Adapter, target: _Target) -> list[Delta] | Problem:
+def _deltas(base: CheckpointReader, adapter: Adapter, target: Target) -> list[Delta] | Problem:
     # The matrix of one expert, for each of the tensors that lie along its output axis; the first key stands for all.
     shapes = [(int(shape[-2]), int(shape[-1])) for shape in (base.info(key).shape for key in target.keys[0])]
+    if target.piece is not None:
+        shapes = [(target.piece[1], columns) for _, columns in shapes]
     problem = _misfit(adapter, target, shapes)
     if problem is not None:
         return problem
@@ -119,13 +108,14 @@ def _deltas(base: CheckpointReader, adapter: Adapter, target: _Target) -> list[D
                 first_row=first_row,
                 shape=shape,
                 transposed=target.transposed,
+                at=None if target.piece is None else target.piece[0],
             )
             deltas.append(delta)
             first_row += shape[0]
     return deltas
 
 
-def _misfit(adapter: Adapter, target: _Target, shapes: list[tuple[int, int]]) -> Problem | None:
+def _misfit(adapter: Adapter, target: Target, shapes: list[tuple[int, int]]) -> Problem | None:
     """What is wrong with the factors' shapes, if anything."""
     pair, r = adapter.pairs[target.path], adapter.rank(target.name)
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -141,34 +131,3 @@ def _misfit(adapter: Adapter, target: _Target, shapes: list[tuple[int, int]]) ->
     if (pair.a.shape[1], pair.b.shape[0]) == (outputs, inputs) != (inputs, outputs):
         return Problem(where, "made for another layout: input and output are swapped", do, got)
     return Problem(where, "shape or rank does not fit", do, got)
-
-
-def _targets(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[_Target]:
-    """What the adapter's settings name in this base, by PEFT's own matching rules."""
-    transposed = family.moe is not None and family.moe.transposed
-    by_module: dict[str, list[Stack]] = {}
-    for stack in layout.stacks:
-        if _names_parameter(adapter.settings, stack.name):
-            by_module.setdefault(stack.module, []).append(stack)
-    for module, stacks in by_module.items():
-        # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
-        for depth, stack in enumerate(reversed(stacks)):
-            path = module + ".base_layer" * depth
-            yield _Target(stack.name, path, "experts", stack.keys, stack.experts, transposed)
-    for key, module in layout.modules.items():
-        if _names_parameter(adapter.settings, f"{module}.weight"):
-            yield _Target(f"{module}.weight", module, family.part(module), ((key,),))
-        elif _names_module(adapter.settings, module):
-            yield _Target(module, module, family.part(module), ((key,),))
-
-
-def _names_parameter(settings: dict[str, Any], name: str) -> bool:
-    targets = settings.get("target_parameters") or ()
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _names_module(settings: dict[str, Any], name: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    config = SimpleNamespace(**{**settings, "target_modules": settings.get("target_modules") or []})
-    return bool(check_target_module_exists(config, name))

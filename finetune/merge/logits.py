@@ -10,7 +10,6 @@ compared with.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,17 @@ from torch import nn
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
+from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE, Adapter
 from finetune.merge.biases import bias_tensors, moved_biases
 from finetune.merge.routing import Routing
+from finetune.merge.targets import is_unstacked
+from finetune.merge.unstacked import unstacked_adapter
 from finetune.merge.vocabulary import TokenRows
 from finetune.moe.families import family_of
 
 
 class LayerwiseModel:
-    """A causal language model on disk, run layer by layer; `adapter` is a PEFT folder or None.
+    """A causal language model on disk, run layer by layer; `adapter` is None for the base alone, or the merged model.
 
     `config` is the content of its `config.json`. With an adapter `routing` is recorded, without one it is replayed.
     `token_rows`: of added tokens, which a base has not; it is shown with the adapter's, so that what is told apart is
@@ -40,7 +41,7 @@ class LayerwiseModel:
         self,
         reader: CheckpointReader,
         config: dict[str, Any],
-        adapter: Path | None = None,
+        adapter: Adapter | None = None,
         routing: Routing | None = None,
         token_rows: Mapping[str, TokenRows] | None = None,
     ) -> None:
@@ -49,8 +50,9 @@ class LayerwiseModel:
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
-        self._factors = {} if adapter is None else read_header(adapter / WEIGHTS_FILE)
-        self._biases = {} if adapter is None else bias_tensors(adapter)
+        self._factors = {} if adapter is None else read_header(adapter.folder / WEIGHTS_FILE)
+        self._biases = {} if adapter is None else bias_tensors(adapter.folder)
+        self._unmerged: PeftModel | None = None  # an adapter that is in the weights once it is merged
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -96,6 +98,9 @@ class LayerwiseModel:
             with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
                 yield
         else:
+            if self._unmerged is not None:
+                self._unmerged.merge_adapter()
+                self._unmerged = None
             with moved_biases(model, self._biases, self._family):
                 yield
 
@@ -120,27 +125,35 @@ class LayerwiseModel:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         factors = [key for key in self._factors if self._belongs(key, index)]
-        return self._adapted(model.eval(), factors, self._needs_vocabulary(index)) if factors else model.eval()
+        return self._adapted(model.eval(), factors, index) if factors else model.eval()
 
     def _model_class(self, config: Any) -> Any:
         named = self._family.transformers_class()
         automatic = named is transformers.AutoModelForCausalLM
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if automatic else named
 
-    def _adapted(self, model: Any, keys: list[str], with_rows: bool) -> Any:
-        config = PeftConfig.from_pretrained(str(self.adapter))
+    def _adapted(self, model: Any, keys: list[str], index: int) -> Any:
+        assert self.adapter is not None
+        config = PeftConfig.from_pretrained(str(self.adapter.folder))
         config.inference_mode = True
-        if not with_rows:
+        factors = {key: read_tensor(self._factors[key]) for key in keys}
+        if is_unstacked(self.adapter, self._family):
+            self._unmerged, odd = unstacked_adapter(model, index, self._family, config, factors)
+            self._refuse_odd(odd)
+            return model
+        if not self._needs_vocabulary(index):
             config.trainable_token_indices = None
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        factors = {key: read_tensor(self._factors[key]) for key in keys}
         unknown = set_peft_model_state_dict(adapted, factors, low_cpu_mem_usage=True).unexpected_keys
         lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-        if unknown or lacking:
-            what = "the adapter's tensors and the modules that its settings name differ"
-            got = ", ".join(sorted(unknown + lacking)[:3])
-            raise WeightsError(Problem(str(self.adapter), what, "save the adapter again", got))
+        self._refuse_odd(unknown + lacking)
         return adapted.eval()
+
+    def _refuse_odd(self, names: list[str]) -> None:
+        if names and self.adapter is not None:
+            what = "the adapter's tensors and the modules that its settings name differ"
+            got = ", ".join(sorted(names)[:3])
+            raise WeightsError(Problem(str(self.adapter.folder), what, "save the adapter again", got))
 
     def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:
         tensors = {}

@@ -1,0 +1,104 @@
+"""What an adapter's settings name in a base, by PEFT's own matching rules, and the tensors on disk that make it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.merge.adapter import EMBEDDING, HEAD, Adapter
+from finetune.merge.layout import LAYER, BaseLayout, Stack
+from finetune.moe.families import Family
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module or stacked parameter, and the tensors on disk that make it.
+
+    A module of one expert may be rows of a whole stack on disk: `piece` is the first of them and their number.
+    """
+
+    name: str  # as PEFT matches patterns
+    path: str  # as PEFT names its factors
+    part: str
+    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
+    experts: int = 1
+    transposed: bool = False  # rows on disk are input features
+    piece: tuple[int, int] | None = None
+    depth: int = 0  # how many parameters of the same module PEFT wraps around this one
+
+
+def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[Target]:
+    """Everything that the settings name in this base."""
+    if is_unstacked(adapter, family):
+        yield from _unstacked(layout, adapter, family)
+        return
+    transposed = family.moe is not None and family.moe.transposed
+    by_module: dict[str, list[Stack]] = {}
+    for stack in layout.stacks:
+        if _names_parameter(adapter.settings, stack.name):
+            by_module.setdefault(stack.module, []).append(stack)
+    for module, stacks in by_module.items():
+        # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
+        for depth, stack in enumerate(reversed(stacks)):
+            path = module + ".base_layer" * depth
+            yield Target(stack.name, path, "experts", stack.keys, stack.experts, transposed, depth=depth)
+    for key, module in layout.modules.items():
+        if _names_parameter(adapter.settings, f"{module}.weight"):
+            yield Target(f"{module}.weight", module, family.part(module), ((key,),))
+        elif _names_module(adapter, module):
+            yield Target(module, module, family.part(module), ((key,),))
+
+
+def is_unstacked(adapter: Adapter, family: Family) -> bool:
+    """Whether the factors are those of a model of transformers 4: a module for each expert, the router one of them.
+
+    Since transformers 5 both are parameters, which only `target_parameters` can name.
+    """
+    moe = family.moe
+    if moe is None or adapter.settings.get("target_parameters"):
+        return False
+    expert = re.escape(moe.disk_expert.removesuffix(".weight"))
+    expert = expert.replace(r"\{expert\}", r"\d+").replace(r"\{name\}", r"\w+")
+    router = re.escape(moe.disk_router.removesuffix(".weight"))
+    pattern = re.compile(f"{LAYER.pattern}({expert if moe.per_expert else router}|{router})")
+    return any(pattern.fullmatch(path) for path in adapter.pairs)
+
+
+def _unstacked(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[Target]:
+    """The modules of transformers 4, whose names are those on disk."""
+    for stack in layout.stacks:
+        for expert, names in enumerate(stack.modules):
+            for number, name in enumerate(names):
+                if _names_module(adapter, name):
+                    yield _of_one_expert(stack, expert, number)
+    for key, module in layout.modules.items():
+        name = key.removesuffix(".weight")
+        if _names_module(adapter, name):
+            yield Target(name, name, family.part(module), ((key,),))
+
+
+def _of_one_expert(stack: Stack, expert: int, number: int) -> Target:
+    name = stack.modules[expert][number]
+    if len(stack.keys) == stack.experts:
+        return Target(name, name, "experts", ((stack.keys[expert][number],),))
+    rows = stack.rows // len(stack.modules[expert])
+    first = expert * stack.rows + number * rows
+    return Target(name, name, "experts", stack.keys, piece=(first, rows))
+
+
+def _names_parameter(settings: dict[str, Any], name: str) -> bool:
+    targets = settings.get("target_parameters") or ()
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _names_module(adapter: Adapter, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = adapter.settings.get("target_modules") or []
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        # PEFT looks at each module's class; here the factors say which were linear.
+        return name in adapter.pairs and f"{name}.weight" not in (EMBEDDING, HEAD)
+    return bool(check_target_module_exists(SimpleNamespace(**{**adapter.settings, "target_modules": targets}), name))
