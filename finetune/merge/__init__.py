@@ -21,6 +21,7 @@ from finetune.merge.biases import fixed_tensors
 from finetune.merge.deltas import Delta, plan
 from finetune.merge.files import copy_files, end_generation_at, merged_config, side_files
 from finetune.merge.logits import LayerwiseModel
+from finetune.merge.orders import LAYOUTS
 from finetune.merge.report import MergeReport, PartFigures
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, output_specs, stream_merged
@@ -28,7 +29,7 @@ from finetune.merge.vocabulary import TokenRows, refuse_other_tokenizer, token_r
 from finetune.moe.families import Family, family_of
 from finetune.moe.rehearsal import rehearse
 
-__all__ = ["DTYPES", "MergeReport", "merge"]
+__all__ = ["DTYPES", "LAYOUTS", "MergeReport", "merge"]
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 REPORT_FILE = "merge-report.json"
@@ -59,14 +60,21 @@ class _Job:
 
 
 def merge(
-    adapter: Path, output: Path, *, base: Path | None = None, dtype: str | None = None, show_progress: bool = True
+    adapter: Path,
+    output: Path,
+    *,
+    base: Path | None = None,
+    dtype: str | None = None,
+    layout: str | None = None,
+    show_progress: bool = True,
 ) -> MergeReport:
     """Write base + adapter to `output`, and prove it before the folder gets its name.
 
     `base` replaces the recorded location only: its fingerprint must still be the recorded one. `dtype`: one of DTYPES.
+    `layout`: one of LAYOUTS, for an adapter whose files do not say in which order its experts' factors lie.
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
-    job = _prepare(Path(adapter), base, dtype, show_progress)
+    job = _prepare(Path(adapter), base, dtype, layout, show_progress)
     require_free_disk(Path(output), job.nbytes)
     with new_folder(output) as folder:
         started = time.monotonic()
@@ -82,8 +90,10 @@ def merge(
     return report
 
 
-def _prepare(adapter_folder: Path, base: Path | None, dtype: str | None, show_progress: bool) -> _Job:
-    adapter = read_adapter(adapter_folder)
+def _prepare(
+    adapter_folder: Path, base: Path | None, dtype: str | None, layout: str | None, show_progress: bool
+) -> _Job:
+    adapter = read_adapter(adapter_folder, layout)
     folder = _base_folder(adapter, base)
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))

@@ -59,6 +59,7 @@ class FactorPair:
 
     a: TensorInfo
     b: TensorInfo
+    expert_major: bool = False  # columns of a stack's `lora_B` by expert, then rank, instead of by rank, then expert
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class Adapter:
     base_location: str | None
     base_revision: str | None
     base_fingerprint: str | None
+    layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
+    asked_layout: str | None = None  # what the user says of the order of the experts' factors
+
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether the settings bear Unsloth's mark."""
+        mapping = self.settings.get("auto_mapping")
+        return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -104,18 +113,18 @@ class Adapter:
         return values.get(get_pattern_key(list(values), name), self.settings[default])
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
+def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
+    """The adapter in `folder`, its experts' factors in the order `layout` where given. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
     folder = Path(folder)
     _require_files(folder)
     settings = read_json(folder / CONFIG_FILE)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    layout = record.get("layout", {}).get("expert_lora", EXPERT_LAYOUT)
-    if layout != EXPERT_LAYOUT:
+    recorded = record.get("layout", {}).get("expert_lora")
+    if recorded not in (None, EXPERT_LAYOUT):
         do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
         raise WeightsError(
-            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(layout))
+            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(recorded))
         )
     if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
@@ -131,6 +140,8 @@ def read_adapter(folder: Path) -> Adapter:
         base_location=base.get("name_or_path"),
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
+        layout_recorded=recorded is not None,
+        asked_layout=layout,
     )
 
 

@@ -5,7 +5,7 @@ more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own ro
 [E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,8 +13,8 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
 from finetune.merge.factors import FactorReader
-from finetune.merge.layout import base_layout
-from finetune.merge.targets import Target, targets_of
+from finetune.merge.orders import resolved_targets
+from finetune.merge.targets import Target
 from finetune.moe.families import Family
 
 
@@ -62,7 +62,7 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
     Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
     and for shapes or ranks that do not fit.
     """
-    targets = list(targets_of(base_layout(base, family), adapter, family))
+    targets = resolved_targets(base, adapter, family)
     where = str(adapter.folder / WEIGHTS_FILE)
     unused = sorted(set(adapter.pairs) - {target.path for target in targets})
     problems = [
@@ -101,7 +101,7 @@ def _deltas(base: CheckpointReader, adapter: Adapter, target: Target) -> list[De
                 key=key,
                 part=target.part,
                 path=target.path,
-                pair=adapter.pairs[target.path],
+                pair=replace(adapter.pairs[target.path], expert_major=target.order.expert_major),
                 scale=adapter.scale(target.name),
                 experts=target.experts,
                 expert=expert,

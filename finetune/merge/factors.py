@@ -1,7 +1,8 @@
 """Rows and columns of an adapter's factors, by expert, read from disk as they are needed.
 
 E experts, r LoRA rank, n a block of rows. PEFT keeps one pair of factors for all experts of a stack: `lora_A [E*r, in]`
-is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`).
+is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`), or by another
+tool expert-major as well.
 """
 
 from collections import OrderedDict
@@ -45,7 +46,7 @@ def _in_order(pair: FactorPair, experts: int) -> torch.Tensor:
     out, columns = pair.b.shape
     B_EOr: torch.Tensor | None = None
     for start in range(0, out, ROWS_AT_A_TIME):
-        B_Enr = by_expert(read_tensor(pair.b, start, start + ROWS_AT_A_TIME), experts)
+        B_Enr = by_expert(read_tensor(pair.b, start, start + ROWS_AT_A_TIME), experts, pair.expert_major)
         if B_EOr is None:
             B_EOr = B_Enr.new_empty(experts, out, columns // experts)
         B_EOr[:, start : start + ROWS_AT_A_TIME] = B_Enr
@@ -53,6 +54,8 @@ def _in_order(pair: FactorPair, experts: int) -> torch.Tensor:
     return B_EOr
 
 
-def by_expert(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
-    """Rank-major rows of `lora_B` [n, r*E] as [E, n, r]."""
+def by_expert(B_nR: torch.Tensor, experts: int, expert_major: bool = False) -> torch.Tensor:
+    """Rows of `lora_B`, [n, r*E] or, expert-major, [n, E*r], as [E, n, r]."""
+    if expert_major:
+        return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)
     return B_nR.reshape(B_nR.shape[0], -1, experts).permute(2, 0, 1)

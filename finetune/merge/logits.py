@@ -22,11 +22,13 @@ from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE, Adapter
 from finetune.merge.biases import bias_tensors, moved_biases
+from finetune.merge.orders import resolved_targets
+from finetune.merge.rearranged import as_peft
 from finetune.merge.routing import Routing
-from finetune.merge.targets import is_unstacked
+from finetune.merge.targets import StackOrder, Target, is_unstacked
 from finetune.merge.unstacked import unstacked_adapter
 from finetune.merge.vocabulary import TokenRows
-from finetune.moe.families import family_of
+from finetune.moe.families import Family, family_of
 
 
 class LayerwiseModel:
@@ -52,6 +54,7 @@ class LayerwiseModel:
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
         self._factors = {} if adapter is None else read_header(adapter.folder / WEIGHTS_FILE)
         self._biases = {} if adapter is None else bias_tensors(adapter.folder)
+        self._foreign = [] if adapter is None else _foreign_stacks(reader, adapter, self._family)
         self._unmerged: PeftModel | None = None  # an adapter that is in the weights once it is merged
 
     def logits(
@@ -141,6 +144,7 @@ class LayerwiseModel:
             self._unmerged, odd = unstacked_adapter(model, index, self._family, config, factors)
             self._refuse_odd(odd)
             return model
+        factors = as_peft(factors, self._foreign)
         if not self._needs_vocabulary(index):
             config.trainable_token_indices = None
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
@@ -173,6 +177,12 @@ class LayerwiseModel:
         if key.endswith(ROWS):
             return self._needs_vocabulary(index)
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
+
+
+def _foreign_stacks(reader: CheckpointReader, adapter: Adapter, family: Family) -> list[Target]:
+    """The stacks whose factors are not in PEFT's order."""
+    stacks = [target for target in resolved_targets(reader, adapter, family) if target.experts > 1]
+    return [stack for stack in stacks if stack.order != StackOrder() or stack.path != stack.peft_path]
 
 
 def _one_layer(model_class: Any, index: int) -> Any:

@@ -6,11 +6,20 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from finetune.checkpoint import CheckpointReader
 from finetune.merge.adapter import EMBEDDING, HEAD, Adapter
 from finetune.merge.layout import LAYER, BaseLayout, Stack
 from finetune.moe.families import Family
 
 ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class StackOrder:
+    """How the factors of a stack of experts lie in their two matrices, where it is not as PEFT 0.21 has it."""
+
+    swapped: bool = False  # `lora_A` [E*r, out] and `lora_B` [in, E*r] instead of [E*r, in] and [out, E*r]
+    expert_major: bool = False  # columns of `lora_B` by expert, then rank, instead of by rank, then expert
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,14 @@ class Target:
     experts: int = 1
     transposed: bool = False  # rows on disk are input features
     piece: tuple[int, int] | None = None
-    depth: int = 0  # how many parameters of the same module PEFT wraps around this one
+    order: StackOrder = StackOrder()
+    peft_path: str = ""  # of a stack: as PEFT 0.21 would name its factors
+
+    def features(self, base: CheckpointReader) -> tuple[int, int]:
+        """Inputs and outputs of one expert, by its shape on disk."""
+        rows = sum(base.info(key).shape[-2] for key in self.keys[0])
+        columns = base.info(self.keys[0][0]).shape[-1]
+        return (rows, columns) if self.transposed else (columns, rows)
 
 
 def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[Target]:
@@ -44,7 +60,7 @@ def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
         # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
         for depth, stack in enumerate(reversed(stacks)):
             path = module + ".base_layer" * depth
-            yield Target(stack.name, path, "experts", stack.keys, stack.experts, transposed, depth=depth)
+            yield Target(stack.name, path, "experts", stack.keys, stack.experts, transposed, peft_path=path)
     for key, module in layout.modules.items():
         if _names_parameter(adapter.settings, f"{module}.weight"):
             yield Target(f"{module}.weight", module, family.part(module), ((key,),))
