@@ -11,27 +11,29 @@ from finetune.errors import Problem, WeightsError
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
 
     `target` must be absent or an empty folder. What a killed process left behind is removed first: a lock that dies
-    with its process tells a dead writer from a live one. Raises WeightsError.
+    with its process tells a dead writer from a live one. A caller that can go on from it says so by `resumable` (an
+    interrupt by the keyboard then leaves the same as a kill), and by `resume` that it will. Raises WeightsError.
     """
     target = Path(target).absolute()
     _refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.partial"
     with _lock(target):
-        if temporary.exists():
+        if temporary.exists() and not resume:
             shutil.rmtree(temporary)
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=resume)
         try:
             yield temporary
             _sync(temporary)
             _refuse_existing(target)
             os.rename(temporary, target)  # replaces an empty folder
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if not (resumable and isinstance(error, KeyboardInterrupt)):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(target.parent)
 
@@ -78,12 +80,16 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def require_free_disk(folder: Path, nbytes: int) -> None:
-    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free."""
+def require_free_disk(folder: Path, nbytes: int, unfinished: Path | None = None) -> None:
+    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free.
+
+    What lies in the folder `unfinished` is taken for free: it is written over or removed.
+    """
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    held = unfinished.iterdir() if unfinished is not None and unfinished.is_dir() else ()
+    free = shutil.disk_usage(existing).free + sum(file.stat().st_blocks * 512 for file in held)
     if free < nbytes:
         do = "free space or write to another disk"
         got = f"{free / 2**30:.2f} GiB free"

@@ -55,8 +55,10 @@ class CheckpointWriter:
         specs: Sequence[TensorSpec],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
+        resume: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        """`resume`: the files are those of an earlier writer with the same arguments, and keep what is in them."""
+        self.folder, self._resume = Path(folder), resume
         self.folder.mkdir(parents=True, exist_ok=True)
         if len({spec.key for spec in specs}) != len(specs):
             raise WeightsError(Problem(str(folder), "a tensor is announced twice", "give every key once"))
@@ -82,7 +84,7 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)
         for spec in shard:
             self._slots[spec.key].offset += 8 + len(text)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o644)
         self._descriptors.append(descriptor)
         _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
         os.ftruncate(descriptor, 8 + len(text) + offset)
@@ -131,6 +133,15 @@ class CheckpointWriter:
         _write_at(self._descriptors[slot.shard], offset, raw_B.numpy().data)
         slot.written += raw_B.numel()
 
+    def mark_written(self, key: str) -> None:
+        """Take a tensor for whole that an earlier writer has put into the file."""
+        self._slots[key].written = self._slots[key].spec.nbytes
+
+    def sync(self) -> None:
+        """Wait until the disk has everything that was written so far."""
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
+
     def close(self) -> None:
         """Check that everything arrived, flush to disk, write the index."""
         missing = [slot.spec.key for slot in self._slots.values() if slot.written != slot.spec.nbytes]
@@ -140,8 +151,7 @@ class CheckpointWriter:
             raise WeightsError(
                 Problem(str(self.folder), f"{len(missing)} tensors were not written", "write them all", got)
             )
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
+        self.sync()
         self.abort()
         if len(self.files) > 1:
             self._write_index()

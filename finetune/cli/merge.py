@@ -1,4 +1,4 @@
-"""`finetune merge`: adapter + base -> a full checkpoint, proven."""
+"""`finetune merge`: adapters + base -> a full checkpoint, proven."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,18 @@ LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
     parser = subparsers.add_parser("merge", help="merge an adapter into its base checkpoint, and prove the result")
-    parser.add_argument("adapter", type=Path, help="adapter folder, such as runs/my-run/adapter")
+    parser.add_argument(
+        "adapters",
+        type=Path,
+        nargs="+",
+        metavar="ADAPTER",
+        help="adapter folder, such as runs/my-run/adapter; several are added up in one pass, each trained on the base "
+        "or on the model that the ones before it make",
+    )
     parser.add_argument("--output", type=Path, required=True, help="new folder for the merged checkpoint")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="one for each adapter, in their order (default: 1)"
+    )
     parser.add_argument(
         "--base", type=Path, help="where the base checkpoint lies now, if not where it was trained from"
     )
@@ -19,9 +29,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        help="order of the experts' factors, for an adapter of another tool that does not say: as PEFT, PEFT 0.17 and "
-        "0.18, Unsloth, or Unsloth with those wrote it",
+        nargs="+",
+        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
+        "and 0.18, Unsloth, or Unsloth with those wrote it",
     )
+    parser.add_argument(
+        "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
+    )
+    parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
+    parser.add_argument("--resume", action="store_true", help="go on from what a killed merge into OUTPUT left")
     parser.set_defaults(run=run)
 
 
@@ -29,7 +45,17 @@ def run(args: argparse.Namespace) -> int:
     """Merge, print the figures."""
     from finetune.merge import merge
 
-    report = merge(args.adapter, args.output, base=args.base, dtype=args.dtype, layout=args.layout)
+    report = merge(
+        args.adapters,
+        args.output,
+        weights=args.weights,
+        base=args.base,
+        dtype=args.dtype,
+        layouts=args.layout,
+        prove=not args.no_proof,
+        prompts=args.prompts,
+        resume=args.resume,
+    )
     print(report.table())
     print(f"merged checkpoint in {args.output}")
     return 0

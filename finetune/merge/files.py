@@ -1,7 +1,7 @@
 """What stands beside the weights: configuration, tokenizer, chat template, generation settings."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ GENERATION_FILE = "generation_config.json"
 CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def side_files(base: Path, adapter: Path) -> list[Path]:
-    """The files to copy: tokenizer, template, generation settings; the adapter's where it holds them, else the base's.
+def side_files(base: Path, adapters: Sequence[Path]) -> list[Path]:
+    """The files to copy: tokenizer, template, generation settings; the last adapter's that has them, else the base's.
 
-    A tokenizer is taken whole from one of the two folders. Raises WeightsError when neither has one.
+    A tokenizer is taken whole from one folder. Raises WeightsError when none has one.
     """
-    source = adapter if (adapter / "tokenizer_config.json").is_file() else base
+    with_tokenizer = [folder for folder in adapters if (folder / "tokenizer_config.json").is_file()]
+    source, adapter = (with_tokenizer or [base])[-1], (with_tokenizer or list(adapters))[-1]
     files = _held(source, TOKENIZER_FILES)
     if not files:
         do = "the base folder needs its tokenizer files: the proof reads text with them"

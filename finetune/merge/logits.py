@@ -17,24 +17,24 @@ import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from finetune.checkpoint import CheckpointReader
+from finetune.adapters.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
+from finetune.adapters.biases import bias_tensors, moved_biases
+from finetune.adapters.lineage import Weighted
+from finetune.adapters.targets import is_unstacked
+from finetune.adapters.vocabulary import TokenRows
+from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_header, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE, Adapter
-from finetune.merge.biases import bias_tensors, moved_biases
-from finetune.merge.orders import resolved_targets
-from finetune.merge.rearranged import as_peft
+from finetune.merge.rearranged import as_peft, foreign_stacks
 from finetune.merge.routing import Routing
-from finetune.merge.targets import StackOrder, Target, is_unstacked
-from finetune.merge.unstacked import unstacked_adapter
-from finetune.merge.vocabulary import TokenRows
-from finetune.moe.families import Family, family_of
+from finetune.merge.unstacked import unstacked_modules
+from finetune.moe.families import family_of
 
 
 class LayerwiseModel:
-    """A causal language model on disk, run layer by layer; `adapter` is None for the base alone, or the merged model.
+    """A causal language model on disk, run layer by layer; with adapters, each of them applied by stock PEFT.
 
-    `config` is the content of its `config.json`. With an adapter `routing` is recorded, without one it is replayed.
+    `config` is the content of its `config.json`. With adapters `routing` is recorded, without any it is replayed.
     `token_rows`: of added tokens, which a base has not; it is shown with the adapter's, so that what is told apart is
     the factors' effect.
     """
@@ -43,19 +43,16 @@ class LayerwiseModel:
         self,
         reader: CheckpointReader,
         config: dict[str, Any],
-        adapter: Adapter | None = None,
+        adapters: Sequence[Weighted] = (),
         routing: Routing | None = None,
         token_rows: Mapping[str, TokenRows] | None = None,
     ) -> None:
-        self.reader, self.adapter, self.routing = reader, adapter, routing
+        self.reader, self.adapters, self.routing = reader, tuple(adapters), routing
         self._token_rows = token_rows or {}
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
-        self._factors = {} if adapter is None else read_header(adapter.folder / WEIGHTS_FILE)
-        self._biases = {} if adapter is None else bias_tensors(adapter.folder)
-        self._foreign = [] if adapter is None else _foreign_stacks(reader, adapter, self._family)
-        self._unmerged: PeftModel | None = None  # an adapter that is in the weights once it is merged
+        self._biases = {name: bias for each in adapters for name, bias in bias_tensors(each.adapter.folder).items()}
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -66,7 +63,7 @@ class LayerwiseModel:
         disk under the recorded routing. Raises WeightsError for weights that the architecture needs and are not there.
         """
         names = ["plain"]
-        if self.adapter is not None:
+        if self.adapters:
             names.append("adapted")
         elif self.routing is not None:
             names.append("rerouted")
@@ -74,7 +71,11 @@ class LayerwiseModel:
         for index in range(self.num_layers):
             with _quiet():
                 model = self._load(index)
-            states = {name: self._step(model, index, name, states[name]) for name in names}
+            for name in names:
+                if name == "adapted":
+                    with _quiet():
+                        model = self._adapted(model, index)
+                states[name] = self._step(model, index, name, states[name])
             advance(1)
         return {name: torch.cat(values, dim=1)[0] for name, values in states.items()}
 
@@ -96,16 +97,9 @@ class LayerwiseModel:
 
     @contextmanager
     def _as(self, name: str, model: Any) -> Iterator[None]:
-        """The model with everything that training made, or as its weights on disk are."""
-        if name == "plain":
-            with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-                yield
-        else:
-            if self._unmerged is not None:
-                self._unmerged.merge_adapter()
-                self._unmerged = None
-            with moved_biases(model, self._biases, self._family):
-                yield
+        """The model with the correction biases that training moved, or with those on disk."""
+        with nullcontext() if name == "plain" else moved_biases(model, self._biases, self._family):
+            yield
 
     def _routed(self, layer: nn.Module, index: int, name: str, prompt: int) -> AbstractContextManager[None]:
         if self.routing is None or name == "plain":
@@ -114,7 +108,7 @@ class LayerwiseModel:
         return keep(index, prompt, layer)
 
     def _load(self, index: int) -> Any:
-        """The model with one layer in fp32, under the adapter if that has anything for it."""
+        """The model with one layer in fp32."""
         settings = self.settings
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
@@ -127,37 +121,51 @@ class LayerwiseModel:
         if info["missing_keys"]:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
-        factors = [key for key in self._factors if self._belongs(key, index)]
-        return self._adapted(model.eval(), factors, index) if factors else model.eval()
+        return model.eval()
 
     def _model_class(self, config: Any) -> Any:
         named = self._family.transformers_class()
         automatic = named is transformers.AutoModelForCausalLM
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if automatic else named
 
-    def _adapted(self, model: Any, keys: list[str], index: int) -> Any:
-        assert self.adapter is not None
-        config = PeftConfig.from_pretrained(str(self.adapter.folder))
-        config.inference_mode = True
-        factors = {key: read_tensor(self._factors[key]) for key in keys}
-        if is_unstacked(self.adapter, self._family):
-            self._unmerged, odd = unstacked_adapter(model, index, self._family, config, factors)
-            self._refuse_odd(odd)
-            return model
-        factors = as_peft(factors, self._foreign)
-        if not self._needs_vocabulary(index):
-            config.trainable_token_indices = None
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        unknown = set_peft_model_state_dict(adapted, factors, low_cpu_mem_usage=True).unexpected_keys
-        lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-        self._refuse_odd(unknown + lacking)
-        return adapted.eval()
+    def _adapted(self, model: Any, index: int) -> Any:
+        """The model under its adapters: each merged in by PEFT itself, but for the last, which PEFT runs beside it."""
+        held = []
+        for each in self.adapters:
+            header = read_header(each.adapter.folder / WEIGHTS_FILE)
+            if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
+                held.append((each, factors))
+        for number, (each, factors) in enumerate(held):
+            model = self._with_adapter(model, each, factors, index)
+            if number < len(held) - 1:
+                model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        return model.eval()
 
-    def _refuse_odd(self, names: list[str]) -> None:
-        if names and self.adapter is not None:
+    def _with_adapter(self, model: Any, each: Weighted, factors: dict[str, TensorInfo], index: int) -> Any:
+        """The model under one adapter; where that is of transformers 4, its weights with it merged in."""
+        config = PeftConfig.from_pretrained(str(each.adapter.folder))
+        config.inference_mode, config.base_model_name_or_path = True, None
+        values = {key: read_tensor(info) for key, info in factors.items()}
+        values = {key: value * each.weight if "lora_B" in key else value for key, value in values.items()}
+        unstacked = is_unstacked(each.adapter, self._family)
+        if unstacked:
+            config.task_type = None  # a plain tree of modules has no `generate`
+            adapted = PeftModel(unstacked_modules(model, index, self._family, config), config, low_cpu_mem_usage=True)
+        else:
+            values = as_peft(values, foreign_stacks(self.reader, each.adapter, self._family))
+            if not self._needs_vocabulary(index):
+                config.trainable_token_indices = None
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        unknown = set_peft_model_state_dict(adapted, values, low_cpu_mem_usage=True).unexpected_keys
+        lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
+        if unknown or lacking:
             what = "the adapter's tensors and the modules that its settings name differ"
-            got = ", ".join(sorted(names)[:3])
-            raise WeightsError(Problem(str(self.adapter.folder), what, "save the adapter again", got))
+            got = ", ".join(sorted(unknown + lacking)[:3])
+            raise WeightsError(Problem(str(each.adapter.folder), what, "save the adapter again", got))
+        if unstacked:
+            adapted.merge_adapter()
+            return model
+        return adapted.eval()
 
     def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -177,12 +185,6 @@ class LayerwiseModel:
         if key.endswith(ROWS):
             return self._needs_vocabulary(index)
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
-
-
-def _foreign_stacks(reader: CheckpointReader, adapter: Adapter, family: Family) -> list[Target]:
-    """The stacks whose factors are not in PEFT's order."""
-    stacks = [target for target in resolved_targets(reader, adapter, family) if target.experts > 1]
-    return [stack for stack in stacks if stack.order != StackOrder() or stack.path != stack.peft_path]
 
 
 def _one_layer(model_class: Any, index: int) -> Any:

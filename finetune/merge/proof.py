@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.adapter import Adapter
+from finetune.adapters.deltas import Change
+from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import Adapter
-from finetune.merge.deltas import Delta
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.stream import Ledger, blocks
-from finetune.merge.vocabulary import TokenRows
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -56,19 +56,27 @@ class LogitFigures:
     added_error_mean: float | None = None
 
 
-def prove_usage(ledger: Ledger, adapter: Adapter, deltas: Mapping[str, Delta]) -> int:
-    """Every row of every expert of every factor pair went into exactly one row on disk; returns their tensors."""
-    by_path = {delta.path: delta for delta in deltas.values()}
-    problems = []
-    for path, pair in adapter.pairs.items():
-        count, extent = (by_path[path].experts, by_path[path].extent) if path in by_path else (1, pair.b.shape[0])
-        for expert in range(count):
-            if not _tiles(ledger.used.get((path, expert), []), extent):
-                got = f"expert {expert} of {count}"
-                problems.append(Problem(path, "adapter tensor was not used exactly once", "report this bug", got))
+def prove_usage(ledger: Ledger, adapters: Sequence[Adapter], changes: Mapping[str, Change]) -> int:
+    """Every row of every expert of every factor pair went into one row on disk; returns the adapters' tensors."""
+    by_path = {(delta.owner, delta.path): delta for change in changes.values() for delta in change.deltas}
+    used, problems = ledger.used(), []
+    for owner, adapter in enumerate(adapters):
+        for path, pair in adapter.pairs.items():
+            delta = by_path.get((owner, path))
+            count, extent = (1, pair.b.shape[0]) if delta is None else (delta.experts, delta.extent)
+            for expert in range(count):
+                if not _tiles(used.get((owner, path, expert), []), extent):
+                    got = f"expert {expert} of {count}"
+                    problems.append(Problem(path, "adapter tensor was not used exactly once", "report this bug", got))
     if problems:
         raise WeightsError(problems)
-    return 2 * len(adapter.pairs)
+    return sum(2 * len(adapter.pairs) + len(adapter.rows) for adapter in adapters)
+
+
+def rounding(ledger: Ledger) -> float:
+    """Norm of what rounding lost over the norm of the delta, over all parts; 0 without any delta."""
+    delta = sum(outcome.delta for outcome in ledger.outcomes.values())
+    return math.sqrt(sum(outcome.rounding for outcome in ledger.outcomes.values()) / delta) if delta else 0.0
 
 
 def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:
@@ -142,9 +150,13 @@ def prove_changes(
     return len(changed)
 
 
-def prompt_ids(tokenizer: Any, tokens: Sequence[int]) -> list[torch.Tensor]:
-    """The fixed prompts as token ids [T], and with added `tokens` one in which they stand between words."""
-    prompts = [torch.tensor(tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS]) for text in PROMPTS]
+def prompt_ids(tokenizer: Any, tokens: Sequence[int], texts: Sequence[str] | None = None) -> list[torch.Tensor]:
+    """The prompts (the fixed ones where `texts` is None) as token ids [T], cut to MAX_PROMPT_TOKENS.
+
+    With added `tokens` also one in which they stand between words.
+    """
+    encoded = (tokenizer(text)["input_ids"][:MAX_PROMPT_TOKENS] for text in texts or PROMPTS)
+    prompts = [torch.tensor(ids) for ids in encoded if ids]
     if tokens:
         words = prompts[0][: MAX_PROMPT_TOKENS // 2]
         added = torch.tensor([tokens[place % len(tokens)] for place in range(len(words))])

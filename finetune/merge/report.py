@@ -1,10 +1,17 @@
 """The figures of a merge: what `merge-report.json` holds and what the command prints."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.merge.proof import LogitFigures
+from finetune.merge.stream import Ledger
+
+NOT_PROVEN = (
+    "that no other tensor changed, and that each change survived rounding",
+    "that the merged model gives the logits of base + adapter",
+)
 
 
 @dataclass(frozen=True)
@@ -17,54 +24,99 @@ class PartFigures:
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What was proven; None for what `--no-proof` left out."""
+
+    adapter_tensors: int  # each used exactly once
+    tensors: int  # on disk, with the names and shapes of the base
+    changed: int | None = None  # all that are targeted, and no others
+    moved_biases: int | None = None  # correction biases of routers, which training had moved
+    logits: LogitFigures | None = None
+
+    @property
+    def not_proven(self) -> tuple[str, ...]:
+        """What nobody has looked at, as phrases."""
+        return NOT_PROVEN if self.logits is None else ()
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """Everything that was measured; every proof in it has passed."""
 
-    adapter: str
+    adapters: tuple[Mapping[str, Any], ...]  # name_or_path, sha256 of the weights, weight, base_recorded
     base: str
     base_fingerprint: str
-    fingerprint_recorded: bool  # False: the adapter does not say which base it was trained on
+    into: str  # "original"
     output: str
+    fingerprint: str  # of the merged checkpoint
     dtypes: tuple[str, ...]
     nbytes: int
-    adapter_tensors: int
-    tensors: int
     targeted: int
-    changed: int
-    moved_biases: int  # correction biases of routers, which training had moved
     added_tokens: int  # whose rows of embedding and head are the adapter's
     parts: Mapping[str, PartFigures]
-    logits: LogitFigures
+    proof: Proof
     stream_seconds: float
     proof_seconds: float
 
+    @property
+    def logits(self) -> LogitFigures:
+        """The logits' distances; ValueError where nobody has looked at them."""
+        if self.proof.logits is None:
+            raise ValueError("the merge was not proven")
+        return self.proof.logits
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        found = asdict(self)
+        return {**found, "proof": {**found["proof"], "not_proven": list(self.proof.not_proven)}}
 
     def table(self) -> str:
         """A small table to print: one line a proof, one line a part."""
-        logits = self.logits
-        base = "matches the adapter's record" if self.fingerprint_recorded else "not recorded by the adapter"
+        proof = self.proof
+        unrecorded = [each for each in self.adapters if not each["base_recorded"]]
+        base = "not recorded by the adapter" if unrecorded else "matches what the adapter records"
         rows = [
             ("base fingerprint", f"{self.base_fingerprint[:12]}, {base}"),
-            ("adapter tensors", f"{self.adapter_tensors}, each used exactly once"),
+            *_adapter_lines(self.adapters),
+            ("adapter tensors", f"{proof.adapter_tensors}, each used exactly once"),
             (
                 "tensors on disk",
-                f"{self.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), as in the base",
+                f"{proof.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), as in the base",
             ),
-            ("tensors changed", f"{self.changed} of {self.targeted} targeted, no others"),
-            *_bias_lines(self.moved_biases),
-            *_added_lines(self.added_tokens, logits),
+            *(
+                []
+                if proof.changed is None
+                else [("tensors changed", f"{proof.changed} of {self.targeted} targeted, no others")]
+            ),
+            *_bias_lines(proof.moved_biases),
+            *_added_lines(self.added_tokens, proof.logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
-            ("logits", f"{logits.tokens} tokens, fp32"),
-            ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
-            ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
-            *_routing_lines(logits),
+            *_logit_lines(proof.logits),
+            *(("NOT PROVEN", text) for text in proof.not_proven),
             ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
         ]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
+    """The figures of each part that has a change."""
+    found = {}
+    for part, outcomes in ledger.parts().items():
+        base, delta = sum(each.base for each in outcomes), sum(each.delta for each in outcomes)
+        rounding = sum(each.rounding for each in outcomes)
+        found[part] = PartFigures(
+            tensors=len(outcomes),
+            relative_delta=math.sqrt(delta / base) if base else 0.0,
+            relative_rounding=math.sqrt(rounding / delta) if delta else None,
+        )
+    return found
+
+
+def _adapter_lines(adapters: tuple[Mapping[str, Any], ...]) -> list[tuple[str, str]]:
+    if len(adapters) == 1 and adapters[0]["weight"] == 1:
+        return []
+    return [("adapter", f"{each['weight']:g} x {each['name_or_path']} ({each['sha256'][:12]})") for each in adapters]
 
 
 def _part_line(part: PartFigures) -> str:
@@ -72,15 +124,28 @@ def _part_line(part: PartFigures) -> str:
     return line if part.relative_rounding is None else f"{line}, {part.relative_rounding:.2%} of it rounded off"
 
 
-def _bias_lines(count: int) -> list[tuple[str, str]]:
+def _bias_lines(count: int | None) -> list[tuple[str, str]]:
     return [("  correction biases", f"{count} tensors, as training left them")] if count else []
 
 
-def _added_lines(count: int, logits: LogitFigures) -> list[tuple[str, str]]:
+def _added_lines(count: int, logits: LogitFigures | None) -> list[tuple[str, str]]:
     if not count:
         return []
-    off = f"their logits are off by {logits.added_error_mean:.3g} of {logits.added_mean:.3g}"
+    off = (
+        f"their logits are off by {logits.added_error_mean:.3g} of {logits.added_mean:.3g}" if logits else "not proven"
+    )
     return [("  added tokens", f"{count}, with the rows that training left; {off}")]
+
+
+def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
+    if logits is None:
+        return []
+    return [
+        ("logits", f"{logits.tokens} tokens, fp32"),
+        ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
+        ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
+        *_routing_lines(logits),
+    ]
 
 
 def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:

@@ -1,54 +1,94 @@
-"""Stream a base checkpoint into a merged one, a block of rows at a time; nothing larger than a block is in memory."""
+"""Stream a base checkpoint into a merged one: several tensors at a time, each a block of rows at a time.
+
+Nothing larger than a few blocks a thread is in memory. What is done with a tensor is recorded where it is done; the
+record goes into the journal of the unfinished folder once its bytes are on disk, so that a killed merge can go on.
+"""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from finetune.adapters.adapter import FLOATS
+from finetune.adapters.deltas import Change
+from finetune.adapters.factors import FactorReader
+from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import FLOATS
-from finetune.merge.deltas import Delta
-from finetune.merge.factors import FactorReader
-from finetune.merge.vocabulary import TokenRows
+from finetune.merge.journal import Journal
 
-# Elements of a block: 4 MiB in fp32, of which a handful are in memory at a time.
-BLOCK_ELEMENTS = 2**20
+# Elements of a block: 1 MiB in fp32, a few of which fit a core's own cache.
+BLOCK_ELEMENTS = 2**18
+# What may be lost by a kill: after so many bytes the disk is waited for and the journal says so.
+BYTES_BETWEEN_ENTRIES = 2**28
 
 
-@dataclass
-class PartNorms:
-    """Sums of squares over all targeted tensors of one part of the model, fp64."""
+@dataclass(frozen=True)
+class Outcome:
+    """What was done to one tensor with a change: sums of squares in fp64, and which rows of which factors went in."""
 
-    base: float = 0.0
-    delta: float = 0.0
-    rounding: float = 0.0  # of what rounding to the output dtype lost
+    key: str
+    part: str
+    base: float
+    delta: float
+    rounding: float  # of what rounding to the output dtype lost
+    changed: bool  # the change is not zero throughout
+    used: tuple[tuple[int, str, int, int, int], ...]  # adapter, path, expert, first row, row past the last
 
 
 @dataclass
 class Ledger:
-    """What the stream did, recorded where it did it; the proof is read from here."""
+    """What the stream did, tensor by tensor; the proof is read from here."""
 
-    used: dict[tuple[str, int], list[tuple[int, int]]] = field(default_factory=dict)  # path, expert -> (row, past it)
-    targeted: set[str] = field(default_factory=set)  # tensors whose change is not zero
-    norms: dict[str, PartNorms] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def targeted(self) -> set[str]:
+        """Tensors whose change is not zero."""
+        return {key for key, outcome in self.outcomes.items() if outcome.changed}
+
+    def used(self) -> dict[tuple[int, str, int], list[tuple[int, int]]]:
+        """By adapter, path and expert, the rows of its change that went to disk: (row, past it)."""
+        found: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+        for outcome in self.outcomes.values():
+            for owner, path, expert, row, past in outcome.used:
+                found.setdefault((owner, path, expert), []).append((row, past))
+        return found
+
+    def parts(self) -> dict[str, list[Outcome]]:
+        """The outcomes by part of the model."""
+        found: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes.values():
+            found.setdefault(outcome.part, []).append(outcome)
+        return dict(sorted(found.items()))
 
 
-def output_specs(
-    base: CheckpointReader, dtype: str | None, fixed: Mapping[str, TensorInfo], rows: Mapping[str, TokenRows]
-) -> list[TensorSpec]:
-    """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there.
+@dataclass(frozen=True)
+class Sources:
+    """What the merged checkpoint is made from.
 
-    `rows`: of added tokens, for which a matrix may be longer than the base's.
+    Tensors in `fixed` are copied from there; `token_rows` come in place of the base's or behind them.
     """
-    infos = [base.info(key) for key in base.keys]
-    specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
-    specs = [replace(spec, dtype=fixed[spec.key].dtype) if spec.key in fixed else spec for spec in specs]
-    return [replace(spec, shape=rows[spec.key].shape) if spec.key in rows else spec for spec in specs]
+
+    base: CheckpointReader
+    changes: Mapping[str, Change]
+    fixed: Mapping[str, TensorInfo] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+
+    def specs(self, dtype: str | None) -> list[TensorSpec]:
+        """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there."""
+        infos = [self.base.info(key) for key in self.base.keys]
+        specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
+        specs = [replace(spec, dtype=self.fixed[spec.key].dtype) if spec.key in self.fixed else spec for spec in specs]
+        rows = self.token_rows
+        return [replace(spec, shape=rows[spec.key].shape) if spec.key in rows else spec for spec in specs]
 
 
 def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
@@ -61,41 +101,120 @@ def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
 
 
 def stream_merged(
-    base: CheckpointReader,
-    deltas: Mapping[str, Delta],
+    sources: Sources,
     folder: Path,
     specs: Sequence[TensorSpec],
-    fixed: Mapping[str, TensorInfo],
-    token_rows: Mapping[str, TokenRows],
+    journal: Journal | None = None,
     advance: Callable[[int], object] = lambda _: None,
+    threads: int | None = None,
 ) -> Ledger:
-    """Write base + deltas to `folder` as `specs` says; arithmetic in fp32.
+    """Write base + changes to `folder` as `specs` says; arithmetic in fp32, rounded once.
 
-    Tensors in `fixed` are copied from there, `token_rows` put in place of the base's or behind them. `advance` is told
-    the bytes as they pass. Raises WeightsError for a result that is not finite.
+    Tensors that the `journal` has are left as they are on disk. `advance` is told the bytes as they pass, from several
+    threads. `threads`: tensors at a time, by default the processors. Raises WeightsError for a result that is not
+    finite.
     """
     ledger, factors = Ledger(), FactorReader()
-    with CheckpointWriter(folder, specs, shard_bytes(base, specs)) as writer:
+    done = {} if journal is None else journal.done
+    resume = journal is not None and journal.resumed
+    with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), resume=resume) as writer:
+        work = _Work(sources, writer, factors, advance)
         for spec in specs:
-            info = fixed.get(spec.key, base.info(spec.key))
-            delta = deltas.get(spec.key)
-            out = TORCH_DTYPES[spec.dtype]
-            for start, stop in blocks(info, None if delta is None else delta.shape[0]):
-                rows = read_tensor(info.as_rows(), start, stop)
-                if delta is None:
-                    merged = rows.to(out)
-                else:
-                    merged = _merge_rows(rows, delta.rows(start, stop, factors), delta, start, out, ledger)
-                if spec.key in token_rows:
-                    merged = token_rows[spec.key].put(merged, start)
-                _require_finite(merged, spec.key)
-                writer.write_rows(spec.key, start, merged)
-                advance(rows.numel() * rows.itemsize)
-            if spec.key in token_rows:
-                beyond = token_rows[spec.key].beyond(out)
-                _require_finite(beyond, spec.key)
-                writer.write_rows(spec.key, token_rows[spec.key].base_rows, beyond)
+            if spec.key in done:
+                writer.mark_written(spec.key)
+                advance(spec.nbytes)
+        _note(ledger, [None if entry is None else _outcome(entry) for entry in done.values()])
+        for finished in _batches(work, [spec for spec in specs if spec.key not in done], threads or _threads()):
+            _note(ledger, [outcome for _, outcome in finished])
+            if journal is not None:
+                writer.sync()
+                journal.add({spec.key: None if outcome is None else vars(outcome) for spec, outcome in finished})
     return ledger
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _note(ledger: Ledger, outcomes: Sequence[Outcome | None]) -> None:
+    ledger.outcomes.update({outcome.key: outcome for outcome in outcomes if outcome is not None})
+
+
+def _outcome(entry: Mapping[str, object]) -> Outcome:
+    used = tuple(tuple(each) for each in entry["used"])  # type: ignore[attr-defined]
+    return Outcome(**{**entry, "used": used})  # type: ignore[arg-type]
+
+
+Finished = tuple[TensorSpec, Outcome | None]
+
+
+def _batches(work: "_Work", specs: Sequence[TensorSpec], threads: int) -> Iterator[list[Finished]]:
+    """Merge the tensors in their order, `threads` at a time; yields those that are whole after every so many bytes."""
+    with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
+        waiting: dict[Future[Outcome | None], TensorSpec] = {}
+        finished: list[Finished] = []
+        try:
+            for spec in [*specs, None]:
+                if spec is not None:
+                    waiting[pool.submit(work.merge, spec)] = spec
+                # Few are handed out ahead: the first failure should be the last tensor that is begun.
+                while waiting and (spec is None or len(waiting) > threads):
+                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                        finished.append((waiting.pop(future), future.result()))
+                if sum(each.nbytes for each, _ in finished) >= BYTES_BETWEEN_ENTRIES or (spec is None and finished):
+                    yield finished
+                    finished = []
+        finally:
+            work.stopped = True
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Within it an operation of torch stays on its own thread: the tensors are what runs side by side."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class _Work:
+    """What every thread needs to merge one tensor."""
+
+    sources: Sources
+    writer: CheckpointWriter
+    factors: FactorReader
+    advance: Callable[[int], object]
+    stopped: bool = False
+
+    def merge(self, spec: TensorSpec) -> Outcome | None:
+        """Write one tensor; what was done to it, or None for one that was only copied."""
+        sources, out = self.sources, TORCH_DTYPES[spec.dtype]
+        change = sources.changes.get(spec.key)
+        info = sources.fixed.get(spec.key, sources.base.info(spec.key))
+        sums = _Sums(change, out)
+        for start, stop in blocks(info, None if change is None else change.step):
+            if self.stopped:  # another tensor has failed
+                return None
+            rows = self._base_rows(spec.key, info, start, stop)
+            merged = rows.to(out) if change is None else sums.add(rows, start, stop, self.factors)
+            if spec.key in sources.token_rows:
+                merged = sources.token_rows[spec.key].put(merged, start)
+            _require_finite(merged, spec.key)
+            self.writer.write_rows(spec.key, start, merged)
+            self.advance(merged.numel() * merged.itemsize)
+        if spec.key in sources.token_rows:
+            beyond = sources.token_rows[spec.key].beyond(out)
+            _require_finite(beyond, spec.key)
+            self.writer.write_rows(spec.key, sources.token_rows[spec.key].base_rows, beyond)
+        return None if change is None else sums.outcome()
+
+    def _base_rows(self, key: str, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
+        if key in self.sources.fixed:
+            return read_tensor(info.as_rows(), start, stop)
+        return self.sources.base.read_rows(key, start, stop)
 
 
 def blocks(info: TensorInfo, within: int | None = None) -> Iterator[tuple[int, int]]:
@@ -114,23 +233,52 @@ def blocks(info: TensorInfo, within: int | None = None) -> Iterator[tuple[int, i
             yield start, min(start + step, first + within)
 
 
-def _merge_rows(
-    rows: torch.Tensor, delta_nI: torch.Tensor, delta: Delta, start: int, dtype: torch.dtype, ledger: Ledger
-) -> torch.Tensor:
-    """Base rows from `start` on plus their change, added in fp32 and rounded once; the ledger learns what was done."""
-    base_nI = rows.to(torch.float32, copy=True)
-    norms = ledger.norms.setdefault(delta.part, PartNorms())
-    norms.base += _square(base_nI)
-    delta_square = _square(delta_nI)
-    norms.delta += delta_square
-    if delta_square or bool(delta_nI.any()):  # a square can underflow
-        ledger.targeted.add(delta.key)
-    exact_nI = base_nI.add_(delta_nI)
-    merged = exact_nI.to(dtype)
-    norms.rounding += _square(torch.sub(exact_nI, merged, out=delta_nI))
-    expert, row = delta.place(start)
-    ledger.used.setdefault((delta.path, expert), []).append((row, row + len(rows)))
-    return merged
+class _Sums:
+    """Adds the change of one tensor to its rows, and keeps the sums of squares."""
+
+    def __init__(self, change: Change | None, dtype: torch.dtype) -> None:
+        self.change, self.dtype = change, dtype
+        self.base = self.delta = self.rounding = 0.0
+        self.changed = False
+        self.used: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+
+    def add(self, rows: torch.Tensor, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
+        """Base rows `start:stop` plus their change, added in fp32 and rounded once."""
+        assert self.change is not None
+        delta_nI = self.change.rows(start, stop, factors)
+        base_nI = rows.to(torch.float32, copy=True)
+        self.base += _square(base_nI)
+        delta_square = _square(delta_nI)
+        self.delta += delta_square
+        self.changed |= bool(delta_square) or bool(delta_nI.any())  # a square can underflow
+        exact_nI = base_nI.add_(delta_nI)
+        merged = exact_nI.to(self.dtype)
+        self.rounding += _square(torch.sub(exact_nI, merged, out=delta_nI))
+        for delta in self.change.at(start):
+            expert, row = delta.place(start)
+            self._use((delta.owner, delta.path, expert), row, row + stop - start)
+        return merged
+
+    def _use(self, factors: tuple[int, str, int], row: int, past: int) -> None:
+        """Note rows of one expert's factors; those that go on where others ended are one range with them."""
+        ranges = self.used.setdefault(factors, [])
+        if ranges and ranges[-1][1] == row:
+            ranges[-1] = ranges[-1][0], past
+        else:
+            ranges.append((row, past))
+
+    def outcome(self) -> Outcome:
+        """What was done, of a tensor that is whole."""
+        assert self.change is not None
+        return Outcome(
+            key=self.change.key,
+            part=self.change.part,
+            base=self.base,
+            delta=self.delta,
+            rounding=self.rounding,
+            changed=self.changed,
+            used=tuple((*factors, *each) for factors, ranges in self.used.items() for each in ranges),
+        )
 
 
 def _square(x: torch.Tensor) -> float:

@@ -6,39 +6,28 @@ merges there is in the model. PEFT's own conversion of such adapters takes no dr
 rank-stabilised ones otherwise than they were trained.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig
 from torch import nn
 
-from finetune.merge.targets import ALL_LINEAR
+from finetune.adapters.targets import ALL_LINEAR
 from finetune.moe.families import Family
 
 
-def unstacked_adapter(
-    model: Any, index: int, family: Family, config: PeftConfig, factors: Mapping[str, torch.Tensor]
-) -> tuple[PeftModel, list[str]]:
-    """The adapter on layer `index` of `model`, and what of it or of its modules is without a partner.
+def unstacked_modules(model: Any, index: int, family: Family, config: PeftConfig) -> nn.Module:
+    """The linear modules and embeddings of `model` as a tree, with those of transformers 4 for the stacks and router.
 
-    Its `merge_adapter` changes the weights of `model`.
+    Only decoder layer `index` of the model is whole.
     """
-    config.task_type = None  # a plain tree of modules has no `generate`
-    adapted = PeftModel(_modules(model, index, family, config), config, low_cpu_mem_usage=True)
-    unknown = set_peft_model_state_dict(adapted, dict(factors), low_cpu_mem_usage=True).unexpected_keys
-    return adapted, unknown + [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-
-
-def _modules(model: Any, index: int, family: Family, config: PeftConfig) -> nn.Module:
-    """The linear modules and embeddings of the model as a tree; those of transformers 4 in place of the stacks."""
     root = nn.Module()
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             _put(root, path, module)
-    layer, prefix = model.get_decoder().layers[index], f"model.layers.{index}."
-    for name, weight in _matrices(layer, family):
-        _put(root, prefix + name, _linear(weight))
+    for name, weight in _matrices(model.get_decoder().layers[index], family):
+        _put(root, f"model.layers.{index}.{name}", _linear(weight))
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         root._modules.pop("lm_head", None)  # PEFT leaves it out of a whole model

@@ -1,6 +1,5 @@
 """An adapter that an earlier run has saved, from which another goes on: whether it fits, and its weights."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.families import Family
 from finetune.moe.router_bias import BIAS_FILE, load_biases
-from finetune.moe.same_adapter import WEIGHTS_FILE, refuse_other_adapter
+from finetune.moe.same_adapter import WEIGHTS_FILE, adapter_digest, refuse_other_adapter
 from finetune.moe.targets import ADAPTER
 from finetune.recipe import LoraSettings, Recipe
 
@@ -41,12 +40,7 @@ class EarlierAdapter:
 
     def digest(self) -> str:
         """SHA-256 of its weights."""
-        digest = hashlib.sha256()
-        for name in (WEIGHTS_FILE, BIAS_FILE):
-            if (self.folder / name).is_file():
-                with (self.folder / name).open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return adapter_digest(self.folder)
 
     def load_into(self, model: PeftModel, family: Family) -> None:
         """Put its weights in the place of a fresh adapter's; WeightsError where it has other factors."""

@@ -3,6 +3,7 @@
 PEFT loads what fits and only warns of the rest, so that a part of the adapter would stay as it was initialised.
 """
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
+from finetune.moe.router_bias import BIAS_FILE
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 
@@ -34,6 +36,16 @@ def refuse_other_adapter(model: PeftModel, folder: Path) -> None:
             problems.append(Problem(f"{file}: {key}", what, do, got=str(list(found[key]))))
     if problems:
         raise WeightsError(problems[:5])
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 (hex) over the adapter's weights: its factors and the correction biases beside them."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS_FILE, BIAS_FILE):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _state_of(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def test_the_run_says_what_it_trains_and_the_merge_moves_nothing_else(workspace:
         "head": (2, 2 * 64),
     }
     report = merge(one, workspace / "merged", base=workspace / "model", show_progress=False)
-    assert (report.added_tokens, report.changed) == (2, report.targeted)
+    assert (report.added_tokens, report.proof.changed) == (2, report.targeted)
     merged, base = weights(workspace / "merged", "model"), weights(workspace / "model", "model")
     for key, trained_rows in rows(one).items():
         assert torch.equal(merged[key][:KNOWN], base[key]), "no row of the base has moved"

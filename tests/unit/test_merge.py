@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-import finetune.merge.adapter
-import finetune.merge.deltas
-import finetune.merge.factors
+import finetune.adapters.adapter
+import finetune.adapters.deltas
+import finetune.adapters.factors
+import finetune.merge.job
+from finetune.adapters.deltas import Delta
 from finetune.errors import WeightsError
 from finetune.merge import merge, proof
-from finetune.merge.deltas import Delta
 from finetune.merge.stream import stream_merged
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 from tests.unit.merge_adapters import EVERYTHING, EXPERTS, ROUTER, load, logits, save_adapter
@@ -48,7 +49,7 @@ def test_merged_equals_base_plus_adapter(base: Path, tmp_path: Path, lora: dict[
     assert (adapted - logits(load(base))).abs().max() > 0.1
     assert (logits(load(tmp_path / "out")) - adapted).abs().max() < 1e-4
     assert report.logits.merged_error_max <= 1e-4
-    assert report.changed == report.targeted > 0
+    assert report.proof.changed == report.targeted > 0
 
 
 @pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]}])
@@ -58,7 +59,7 @@ def test_a_dense_model_is_the_easy_case_of_the_same_path(tmp_path: Path, lora: d
     report = merge(folder, tmp_path / "out", show_progress=False)
     assert (logits(load(tmp_path / "out")) - logits(load(base, folder))).abs().max() < 1e-4
     assert set(report.parts) == {"attention", "mlp"}
-    assert report.changed == 2 * 5
+    assert report.proof.changed == 2 * 5
 
 
 def test_a_16_bit_base_gives_a_16_bit_model_that_is_rounded_once(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_the_output_dtype_can_be_chosen_and_the_config_says_it(tmp_path: Path) -
 def test_a_fresh_adapter_gives_the_base_exactly(base: Path, tmp_path: Path) -> None:
     folder = save_adapter(base, tmp_path / "adapter", b_std=0)
     report = merge(folder, tmp_path / "out", show_progress=False)
-    assert (report.targeted, report.changed) == (34, 0)
+    assert (report.targeted, report.proof.changed) == (34, 0)
     assert report.logits.merged_error_max == report.logits.adapter_effect_mean == 0
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(base)))
 
@@ -95,14 +96,14 @@ def test_the_report_stands_beside_the_weights(base: Path, adapter: Path, tmp_pat
     report = merge(adapter, tmp_path / "out", show_progress=False)
     written = json.loads((tmp_path / "out" / "merge-report.json").read_text())
     assert written == json.loads(json.dumps(report.as_dict()))
-    assert written["adapter_tensors"] == 2 * (2 * (4 + 2 + 1))
+    assert written["proof"]["adapter_tensors"] == 2 * (2 * (4 + 2 + 1))
     assert {name: part["tensors"] for name, part in written["parts"].items()} == {
         "attention": 2 * 4,
         "experts": 2 * 4 * 3,
         "router": 2,
     }
     assert all(0 < part["relative_delta"] < 1 for part in written["parts"].values())
-    assert written["logits"]["other_experts"] == 0
+    assert written["proof"]["logits"]["other_experts"] == 0
     assert "34 of 34 targeted, no others" in report.table()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
@@ -134,15 +135,15 @@ def refused(adapter: Path, output: Path, message: str, dtype: str | None = None)
 
 
 def test_the_logits_refuse_a_wrong_scale(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = finetune.merge.adapter.Adapter.scale
-    monkeypatch.setattr(finetune.merge.adapter.Adapter, "scale", lambda self, name: 2 * scale(self, name))
+    scale = finetune.adapters.adapter.Adapter.scale
+    monkeypatch.setattr(finetune.adapters.adapter.Adapter, "scale", lambda self, name: 2 * scale(self, name))
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter; got mean difference")
 
 
 def test_the_logits_refuse_a_wrong_router(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", r=4, lora_alpha=8, target_parameters=[ROUTER])
-    scale = finetune.merge.adapter.Adapter.scale
-    monkeypatch.setattr(finetune.merge.adapter.Adapter, "scale", lambda self, name: -scale(self, name))
+    scale = finetune.adapters.adapter.Adapter.scale
+    monkeypatch.setattr(finetune.adapters.adapter.Adapter, "scale", lambda self, name: -scale(self, name))
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter")
 
 
@@ -152,17 +153,19 @@ def test_the_logits_refuse_a_confused_order_of_experts(
     def expert_major(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
         return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)
 
-    monkeypatch.setattr(finetune.merge.factors, "by_expert", expert_major)
+    monkeypatch.setattr(finetune.adapters.factors, "by_expert", expert_major)
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter")
 
 
 def test_the_count_refuses_an_expert_left_out(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = finetune.merge.deltas.plan
+    plan = finetune.adapters.deltas.plan
 
-    def without_one(*args: Any) -> dict[str, Delta]:
-        return {key: delta for key, delta in plan(*args).items() if "layers.1.block_sparse_moe.experts.2.w3" not in key}
+    def without_one(*args: Any) -> dict[str, list[Delta]]:
+        return {
+            key: deltas for key, deltas in plan(*args).items() if "layers.1.block_sparse_moe.experts.2.w3" not in key
+        }
 
-    monkeypatch.setattr(finetune.merge, "plan", without_one)
+    monkeypatch.setattr(finetune.merge.job, "plan", without_one)
     message = r"layers.1.mlp.experts.base_layer: adapter tensor was not used exactly once; got expert 2 of 4"
     refused(adapter, tmp_path / "out", message)
     # And without that count the logits see it, too.
@@ -176,7 +179,7 @@ def test_the_comparison_refuses_a_tensor_changed_without_a_delta(
 
     def with_damage(*args: Any) -> Any:
         ledger = stream_merged(*args)
-        with (args[2] / "model.safetensors").open("r+b") as file:
+        with (args[1] / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x11")
         return ledger

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import MergeReport, merge, proof
-from finetune.merge.vocabulary import TokenRows
 from finetune.moe.vocabulary import grow_vocabulary
 from tests.support import tiny_tokenizer
 from tests.unit.added_tokens import BASES, IDS, KNOWN, MARKS, NEW, TURNS, base_of, recipe_for, saved
@@ -96,7 +96,7 @@ def test_merged_equals_the_adapter_on_new_tokens(kind: str, tmp_path: Path) -> N
         assert torch.equal(after[key][others], before[key][others])
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == len(after[EMBEDDING])
     assert report.added_tokens == 2
-    assert report.changed == report.targeted
+    assert report.proof.changed == report.targeted
     assert report.logits.added_error_mean is not None
     assert report.logits.added_error_mean < 1e-4
     assert "added tokens" in report.table()
@@ -270,9 +270,9 @@ def test_a_config_that_keeps_the_old_size_is_seen(
     base_and_adapter: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, adapter = base_and_adapter
-    monkeypatch.setattr("finetune.merge.vocab_size", lambda *_: KNOWN)
+    monkeypatch.setattr("finetune.merge.job.vocab_size", lambda *_: KNOWN)
     assert f"a token is outside the model's vocabulary; got id {NEW[1]} for {KNOWN} entries" in refusal(adapter)
-    monkeypatch.setattr("finetune.merge.refuse_other_tokenizer", lambda *_: None)
+    monkeypatch.setattr("finetune.merge.job.refuse_other_tokenizer", lambda *_: None)
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         merged(adapter)
     assert not (adapter.parent / "merged").exists()

@@ -41,6 +41,6 @@ def test_merged_equals_base_plus_adapter(model_type: str, tmp_path: Path) -> Non
     assert before.keys() == merged.keys() == stock.keys()
     for key, value in stock.items():
         assert torch.allclose(merged[key], value, atol=1e-5), key
-    assert sum(not torch.equal(value, merged[key]) for key, value in before.items()) == report.changed
-    assert report.changed == report.targeted > 0
+    assert sum(not torch.equal(value, merged[key]) for key, value in before.items()) == report.proof.changed
+    assert report.proof.changed == report.targeted > 0
     assert {"attention", "experts", "router"} <= set(report.parts)

@@ -76,7 +76,7 @@ def test_a_base_named_as_on_the_hub_is_found_where_it_was_downloaded(
     with pytest.raises(WeightsError, match="the recorded base is not on this machine; got maker/tiny"):
         merge(adapter, tmp_path / "out", show_progress=False)
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"revision": "v1"}))
-    assert merge(adapter, tmp_path / "out", show_progress=False).fingerprint_recorded
+    assert merge(adapter, tmp_path / "out", show_progress=False).adapters[0]["base_recorded"]
 
 
 def test_a_sharded_base_gives_a_sharded_model(adapter: Path, base: Path, tmp_path: Path) -> None:

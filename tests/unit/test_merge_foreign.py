@@ -1,19 +1,14 @@
 """Adapters of transformers 4, with a module for each expert, merged into bases of either layout."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
-from finetune.errors import WeightsError
 from finetune.merge import merge
-from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.foreign_adapters import PREFIX, random_factors, write_adapter
-from tests.unit.merge_adapters import load, tensors
+from tests.unit.merge_adapters import tensors
 
 
 def linear_modules(base: Path, names: str) -> dict[str, tuple[int, ...]]:
@@ -50,5 +45,5 @@ def test_a_mixtral_adapter_with_dropout(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", factors)
     report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
     assert_merged(base, tmp_path / "out", changed_by(adapter, 16 / 4))
-    assert report.adapter_tensors == 2 * len(modules)
-    assert report.changed == report.targeted == len(modules)
+    assert report.proof.adapter_tensors == 2 * len(modules)
+    assert report.proof.changed == report.targeted == len(modules)

@@ -22,9 +22,9 @@ import json, re, sys
 from pathlib import Path
 import torch
 from finetune.checkpoint import CheckpointReader
-from finetune.merge.adapter import read_adapter
-from finetune.merge.deltas import plan
-from finetune.merge.stream import output_specs, stream_merged
+from finetune.adapters.adapter import read_adapter
+from finetune.adapters.deltas import plan, together
+from finetune.merge.stream import Sources, stream_merged
 from finetune.moe.families import family_of
 import peft.tuners.tuners_utils
 
@@ -37,8 +37,9 @@ def resident(which):
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = resident("VmRSS")
 reader = CheckpointReader(Path(base))
-deltas = plan(reader, read_adapter(Path(adapter)), family_of(reader.config["model_type"], "test"))
-ledger = stream_merged(reader, deltas, Path(output), output_specs(reader, dtype or None, {}, {}), {}, {})
+family = family_of(reader.config["model_type"], "test")
+sources = Sources(reader, together([plan(reader, read_adapter(Path(adapter)), family)]))
+ledger = stream_merged(sources, Path(output), sources.specs(dtype or None), threads=2)
 growth = resident("VmHWM") - before
 print(json.dumps({"growth": growth, "targeted": len(ledger.targeted)}))
 """

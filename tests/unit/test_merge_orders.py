@@ -1,7 +1,6 @@
-"""In which order a file holds the factors of its experts: as declared, as the shapes say, or as asked; never guessed."""
+"""In which order a file holds its experts' factors: as declared, as the shapes say, or as asked; never guessed."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune.cli.merge
-import finetune.merge.orders
 from finetune.errors import WeightsError
 from finetune.merge import LAYOUTS, merge
 from tests.families import save_tiny
-from tests.unit.merge_adapters import adapter_on_all, load, save_adapter, tensors
+from tests.unit.merge_adapters import adapter_on_all, tensors
 
 Tensors = dict[str, torch.Tensor]
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -25,9 +23,7 @@ def rewritten(adapter: Path, folder: Path, layout: str, nested: bool = True, **s
     tensors = load_file(adapter / "adapter_model.safetensors")
     for name in [name for name in tensors if ".experts" in name and ".lora_A." in name]:
         A, B = tensors[name], tensors[name.replace("lora_A", "lora_B")]
-        pairs = [
-            (A[e * (len(A) // experts) : (e + 1) * (len(A) // experts)], B[:, e::experts]) for e in range(experts)
-        ]
+        pairs = [(A[e * (len(A) // experts) : (e + 1) * (len(A) // experts)], B[:, e::experts]) for e in range(experts)]
         if layout.endswith("0.18"):
             pairs = [(B_e.T, A_e.T) for A_e, B_e in pairs]
         tensors[name] = torch.cat([A_e for A_e, _ in pairs])
@@ -65,7 +61,7 @@ def merged(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory) 
 def refused(adapter: Path, base: Path, message: str, layout: str | None = None) -> None:
     before = sorted(adapter.parent.iterdir())
     with pytest.raises(WeightsError, match=message):
-        merge(adapter, adapter.parent / "out", base=base, layout=layout, show_progress=False)
+        merge(adapter, adapter.parent / "out", base=base, layouts=[layout] if layout else None, show_progress=False)
     assert sorted(adapter.parent.iterdir()) == before
 
 
@@ -75,7 +71,7 @@ def test_every_layout_comes_to_the_same(
     layout: str, nested: bool, base: Path, adapter: Path, merged: Path, tmp_path: Path
 ) -> None:
     foreign = rewritten(adapter, tmp_path / "foreign", layout, nested, peft_version=None)
-    merge(foreign, tmp_path / "out", base=base, layout=layout, show_progress=False)
+    merge(foreign, tmp_path / "out", base=base, layouts=[layout], show_progress=False)
     ours, theirs = tensors(merged), tensors(tmp_path / "out")
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():

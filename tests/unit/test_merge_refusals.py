@@ -74,7 +74,7 @@ def test_no_record_of_the_base(adapter: Path, base: Path, tmp_path: Path) -> Non
     (adapter / "finetune.json").unlink()
     refused(adapter, r"does not record its base \(finetune.json\); name the base checkpoint with --base")
     report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
-    assert not report.fingerprint_recorded
+    assert not report.adapters[0]["base_recorded"]
     assert "not recorded by the adapter" in report.table()
 
 

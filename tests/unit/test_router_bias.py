@@ -47,7 +47,7 @@ def test_a_merged_model_has_the_moved_biases_and_the_adapter(model_type: str, tm
     wanted = logits(adapted)
     assert (wanted - without).abs().max() > 0.01, "the biases matter"
     torch.testing.assert_close(logits(load(tmp_path / "merged")), wanted, atol=1e-4, rtol=1e-4)
-    assert report.changed == report.targeted
+    assert report.proof.changed == report.targeted
 
 
 def test_a_small_step_on_a_large_bias_is_not_lost_in_a_16_bit_model() -> None:

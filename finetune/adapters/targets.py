@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+from finetune.adapters.adapter import EMBEDDING, HEAD, Adapter
+from finetune.adapters.layout import LAYER, BaseLayout, Stack
 from finetune.checkpoint import CheckpointReader
-from finetune.merge.adapter import EMBEDDING, HEAD, Adapter
-from finetune.merge.layout import LAYER, BaseLayout, Stack
 from finetune.moe.families import Family
 
 ALL_LINEAR = "all-linear"

@@ -1,9 +1,9 @@
 """In which order the two factors of a stack of experts hold experts, ranks, inputs and outputs.
 
-PEFT lays `lora_A` out by expert, then rank, and `lora_B` by rank, then expert. Unsloth trains through kernels of its own
-that read `lora_B` by expert, then rank; the shapes are the same. PEFT 0.17 and 0.18 took the inputs of a stack for its
-outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the right norm and the wrong values, so nothing is
-guessed here: what neither the file declares nor its shapes say must be asked for.
+PEFT lays `lora_A` out by expert, then rank, and `lora_B` by rank, then expert. Unsloth trains through kernels of its
+own that read `lora_B` by expert, then rank; the shapes are the same. PEFT 0.17 and 0.18 took the inputs of a stack for
+its outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the right norm and the wrong values, so
+nothing is guessed here: what neither the file declares nor its shapes say must be asked for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from dataclasses import replace
 
 from packaging.version import InvalidVersion, Version
 
+from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, Adapter
+from finetune.adapters.layout import base_layout
+from finetune.adapters.targets import StackOrder, Target, targets_of
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import CONFIG_FILE, RECORD_FILE, Adapter
-from finetune.merge.layout import base_layout
-from finetune.merge.targets import StackOrder, Target, targets_of
 from finetune.moe.families import Family
 
 # What `--layout` can name: the order, and who writes it.
@@ -38,9 +38,6 @@ def resolved_targets(base: CheckpointReader, adapter: Adapter, family: Family) -
     others = [target for target in targets if target.experts == 1]
     stacks = _nested([target for target in targets if target.experts > 1], base, adapter)
     if not stacks:
-        if adapter.asked_layout is not None:
-            what = "the adapter has no stacks of experts whose order --layout could name"
-            raise WeightsError(Problem(str(adapter.folder), what, "leave --layout out", got=adapter.asked_layout))
         return targets
     ways = {swapped for swapped in (False, True) if all(_fits(stack, base, adapter, swapped) for stack in stacks)}
     order = _order(adapter, ways, stacks)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from finetune.adapters.adapter import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, WEIGHTS_FILE, Adapter
 from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, WEIGHTS_FILE, Adapter
 
 _OTHER_BASE = "merge into the base it was trained on"
 

@@ -1,43 +1,49 @@
-"""Which rows of which adapter factors change which tensor on disk, and the change itself.
+"""Which rows of which adapters' factors change which tensor on disk, and the change itself.
 
 E experts, O output and I input features, r LoRA rank, n a block of rows. On disk a stack of experts is E times one or
 more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own rows of `lora_B`), or one tensor
 [E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from finetune.adapters.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
+from finetune.adapters.factors import FactorReader
+from finetune.adapters.orders import resolved_targets
+from finetune.adapters.targets import Target
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
-from finetune.merge.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
-from finetune.merge.factors import FactorReader
-from finetune.merge.orders import resolved_targets
-from finetune.merge.targets import Target
 from finetune.moe.families import Family
 
 
 @dataclass(frozen=True)
 class Delta:
-    """The change of one tensor on disk: `scale * B_e @ A_e` for each expert that it holds."""
+    """The change of one tensor on disk by one adapter: `scale * B_e @ A_e` for each expert that it holds."""
 
     key: str
     part: str  # as `Family.part` names it
+    owner: int  # which of the merge's adapters
     path: str
     pair: FactorPair
-    scale: float
+    scale: float  # the adapter's own times its weight in the merge
     experts: int  # of the factors
     expert: int  # the first one in this tensor
     first_row: int  # of the factors' output features
     shape: tuple[int, int]  # of one expert on disk
     transposed: bool = False  # on disk [I, O]
-    at: int | None = None  # the first of its rows on disk, where other rows of the tensor are not its own
+    at: int | None = None  # the first of its rows on disk, where the tensor has others too
 
     @property
     def extent(self) -> int:
         """How many rows of one expert all tensors of this delta's path must take together."""
         return self.pair.a.shape[1] if self.transposed else self.pair.b.shape[0]
+
+    def covers(self, start: int) -> bool:
+        """Whether row `start` of the tensor on disk is one that it changes."""
+        return self.at is None or self.at <= start < self.at + self.shape[0]
 
     def place(self, start: int) -> tuple[int, int]:
         """The expert that row `start` of the tensor on disk belongs to, and which row of the expert's it is."""
@@ -56,8 +62,47 @@ class Delta:
         return (B_nr @ A_rI).mul_(self.scale)
 
 
-def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, Delta]:
-    """Every on-disk tensor that the adapter changes.
+@dataclass(frozen=True)
+class Change:
+    """Everything that is added to one tensor on disk: the deltas of one or more adapters."""
+
+    key: str
+    part: str
+    deltas: tuple[Delta, ...]
+
+    @property
+    def step(self) -> int:
+        """A block of rows within a multiple of this is of one expert, and of one matrix of it."""
+        return min(delta.shape[0] for delta in self.deltas)
+
+    def at(self, start: int) -> list[Delta]:
+        """The deltas of row `start`, and so of its block."""
+        return [delta for delta in self.deltas if delta.covers(start)]
+
+    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
+        """Rows `start:stop` of the sum, fp32."""
+        found = [delta.rows(start, stop, factors) for delta in self.at(start)]
+        if not found:  # of an expert that no adapter changes
+            return torch.zeros(stop - start, self.deltas[0].shape[1])
+        first, *others = found
+        for other in others:
+            first += other
+        return first
+
+
+def together(plans: Iterable[Mapping[str, Sequence[Delta]]]) -> dict[str, Change]:
+    """The plans of several adapters as one."""
+    found: dict[str, list[Delta]] = {}
+    for each in plans:
+        for key, deltas in each.items():
+            found.setdefault(key, []).extend(deltas)
+    return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in found.items()}
+
+
+def plan(
+    base: CheckpointReader, adapter: Adapter, family: Family, weight: float = 1.0, owner: int = 0
+) -> dict[str, list[Delta]]:
+    """Every on-disk tensor that the adapter changes, `weight` times; several deltas where they are of single experts.
 
     Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
     and for shapes or ranks that do not fit.
@@ -69,23 +114,26 @@ def plan(base: CheckpointReader, adapter: Adapter, family: Family) -> dict[str, 
         Problem(where, "tensor matches nothing in the base", "merge into the base it was trained on", f"{PREFIX}{path}")
         for path in unused
     ]
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, list[Delta]] = {}
     for target in targets:
         if target.path not in adapter.pairs:
             do = "the adapter is incomplete: save it again"
             problems.append(Problem(where, f"has no factors for {target.name}, which its settings name", do))
             continue
-        found = _deltas(base, adapter, target)
+        found = _deltas(base, adapter, target, weight, owner)
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            deltas |= {delta.key: delta for delta in found}
+            for delta in found:
+                deltas.setdefault(delta.key, []).append(delta)
     if problems:
         raise WeightsError(problems)
     return deltas
 
 
-def _deltas(base: CheckpointReader, adapter: Adapter, target: Target) -> list[Delta] | Problem:
+def _deltas(
+    base: CheckpointReader, adapter: Adapter, target: Target, weight: float, owner: int
+) -> list[Delta] | Problem:
     # The matrix of one expert, for each of the tensors that lie along its output axis; the first key stands for all.
     shapes = [(int(shape[-2]), int(shape[-1])) for shape in (base.info(key).shape for key in target.keys[0])]
     if target.piece is not None:
@@ -100,9 +148,10 @@ def _deltas(base: CheckpointReader, adapter: Adapter, target: Target) -> list[De
             delta = Delta(
                 key=key,
                 part=target.part,
+                owner=owner,
                 path=target.path,
                 pair=replace(adapter.pairs[target.path], expert_major=target.order.expert_major),
-                scale=adapter.scale(target.name),
+                scale=weight * adapter.scale(target.name),
                 experts=target.experts,
                 expert=expert,
                 first_row=first_row,

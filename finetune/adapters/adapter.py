@@ -9,6 +9,8 @@ from typing import Any
 
 from finetune.checkpoint.reader import TensorInfo, read_header, read_json
 from finetune.errors import Problem, WeightsError
+from finetune.moe.router_bias import BIAS_FILE
+from finetune.moe.same_adapter import adapter_digest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -79,6 +81,7 @@ class Adapter:
     base_location: str | None
     base_revision: str | None
     base_fingerprint: str | None
+    base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
     layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
     asked_layout: str | None = None  # what the user says of the order of the experts' factors
 
@@ -87,6 +90,15 @@ class Adapter:
         """Whether the settings bear Unsloth's mark."""
         mapping = self.settings.get("auto_mapping")
         return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether correction biases that training moved lie beside it."""
+        return (self.folder / BIAS_FILE).is_file()
+
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        return adapter_digest(self.folder)
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -114,7 +126,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
-    """The adapter in `folder`, its experts' factors in the order `layout` where given. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
+    """The adapter in `folder`, its experts' factors in the order that `layout` names, if any.
+
+    Raises WeightsError for pickles, other PEFT methods, and factors without a partner.
+    """
     folder = Path(folder)
     _require_files(folder)
     settings = read_json(folder / CONFIG_FILE)
@@ -140,6 +155,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
         base_location=base.get("name_or_path"),
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
+        base_made_from=base.get("made_from"),
         layout_recorded=recorded is not None,
         asked_layout=layout,
     )

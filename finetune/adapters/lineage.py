@@ -1,0 +1,78 @@
+"""Whether adapters belong on a base, alone, beside each other, or each on what the ones before it made.
+
+An adapter records the fingerprint of the base that it was trained on. Where that was itself a merged checkpoint, the
+record also says from which base and which adapters it was merged (`base.made_from`), so that a chain of adapters (SFT,
+then DPO on the merged model) is known to be one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.adapter import Adapter
+from finetune.checkpoint.reader import read_json
+from finetune.errors import Problem, WeightsError
+
+REPORT_FILE = "merge-report.json"
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """One of the adapters of a merge, `weight` times; `digest` is the SHA-256 of its weights."""
+
+    adapter: Adapter
+    weight: float
+    digest: str
+
+
+def made_from(base: Path, found: str) -> dict[str, Any] | None:
+    """What a merged checkpoint in `base` was made from; None for any other. `found`: its fingerprint.
+
+    A report whose fingerprint is another one is not of these weights, and says nothing.
+    """
+    if not (base / REPORT_FILE).is_file():
+        return None
+    report = read_json(base / REPORT_FILE)
+    if report.get("fingerprint") != found:
+        return None
+    adapters = [{"sha256": each["sha256"], "weight": each["weight"]} for each in report["adapters"]]
+    return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
+
+
+def refuse_unrelated(base: Path, found: str, adapters: Sequence[Weighted]) -> None:
+    """Raise WeightsError unless each adapter was trained on this base, or on what the ones before it make of it.
+
+    `found`: the base's fingerprint. An adapter that records nothing is taken at the user's word.
+    """
+    problems = []
+    for number, each in enumerate(adapters):
+        recorded = each.adapter.base_fingerprint
+        if recorded in (None, found):
+            continue
+        before = adapters[:number]
+        if each.adapter.base_made_from is None:
+            do = "give the base that the adapter was trained on with --base"
+            got = f"{found[:12]} where the adapter records {str(recorded)[:12]}"
+            problems.append(Problem(str(base), "base fingerprint differs", do, got))
+        elif problem := _chain_problem(each.adapter, found, before):
+            problems.append(problem)
+    if problems:
+        raise WeightsError(problems)
+
+
+def _chain_problem(adapter: Adapter, found: str, before: Sequence[Weighted]) -> Problem | None:
+    """What is wrong with an adapter that was trained on a merged checkpoint, given the ones before it."""
+    source = adapter.base_made_from or {}
+    trained_on = [(each["sha256"], each["weight"]) for each in source["adapters"]]
+    where = str(adapter.folder)
+    if source["base_fingerprint"] != found:
+        what = "was trained on a checkpoint that was merged from another base"
+        got = f"{found[:12]} where the record says {source['base_fingerprint'][:12]}"
+        return Problem(where, what, "give that base with --base, or the merged checkpoint itself", got)
+    if trained_on != [(each.digest, each.weight) for each in before]:
+        names = ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in trained_on)
+        given = ", ".join(f"{each.digest[:12]} x {each.weight:g}" for each in before) or "none"
+        what = f"was trained on a checkpoint with these adapters merged in: {names}"
+        return Problem(where, what, "name just these before it, in this order and with these weights", given)
+    return None

@@ -1,0 +1,199 @@
+"""Everything about a merge that is known, and refused where it is wrong, before the first byte is written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
+from finetune.adapters.biases import fixed_tensors
+from finetune.adapters.deltas import plan, together
+from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
+from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
+from finetune.errors import Problem, WeightsError
+from finetune.merge import proof
+from finetune.merge.files import merged_config, side_files
+from finetune.merge.stream import Sources
+from finetune.moe.families import Family, family_of
+from finetune.moe.rehearsal import rehearse
+
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; `base` replaces the recorded location only."""
+
+    adapters: tuple[Path, ...]
+    weights: tuple[float, ...]
+    base: Path | None = None
+    dtype: str | None = None  # one of DTYPES; None leaves every tensor in its own
+    prompts: Path | None = None
+    layouts: tuple[str, ...] = ()  # of the adapters' factors, by their place; empty where the files say
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything known before the first byte is written."""
+
+    adapters: tuple[Weighted, ...]
+    sources: Sources
+    family: Family
+    fingerprint: str  # of the base
+    config: dict[str, Any]  # of the merged model
+    eos: int | None  # of the tokenizer that the adapter was trained with; None where it brings none
+    specs: list[TensorSpec]
+    files: list[Path]
+    prompts: list[torch.Tensor]
+
+    @property
+    def base(self) -> CheckpointReader:
+        """Where the base's tensors come from."""
+        return self.sources.base
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights to be written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def added_tokens(self) -> list[int]:
+        """The tokens of which an adapter holds rows."""
+        return sorted({token for each in self.sources.token_rows.values() for token in each.tokens})
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the output."""
+        return {
+            "base": self.fingerprint,
+            "adapters": [[each.digest, each.weight, each.adapter.asked_layout] for each in self.adapters],
+            "tensors": [[spec.key, spec.dtype, list(spec.shape)] for spec in self.specs],
+        }
+
+
+def prepare(request: Request) -> Job:
+    """Read every header and hold everything against everything else; WeightsError for what does not fit."""
+    adapters = _weighted(request)
+    folder = base_folder(adapters[0].adapter, request.base)
+    reader = CheckpointReader(folder)
+    family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
+    found = fingerprint(folder)
+    refuse_unrelated(folder, found, adapters)
+    rehearse(reader, family.transformers_class(), load_in_4bit=False)
+    changes = together(plan(reader, each.adapter, family, each.weight, n) for n, each in enumerate(adapters))
+    if request.layouts and not any(delta.experts > 1 for change in changes.values() for delta in change.deltas):
+        what = "no adapter has stacks of experts, whose order it could name"
+        raise WeightsError(Problem("--layout", what, "leave it out", got=" ".join(request.layouts)))
+    _refuse_replacing_twice(adapters)
+    replacing = next((each.adapter for each in adapters if each.adapter.rows), adapters[-1].adapter)
+    rows = token_rows(reader, replacing, changes)
+    biased = next((each.adapter for each in adapters if each.adapter.has_biases), adapters[-1].adapter)
+    sources = Sources(reader, changes, fixed_tensors(reader, biased.folder, family), rows)
+    files = side_files(folder, [each.adapter.folder for each in adapters])
+    tokenizer = _tokenizer(files[0].parent, vocab_size(reader, rows), replacing)
+    eos = None if files[0].parent == folder else tokenizer.eos_token_id
+    output_dtype = None if request.dtype is None else DTYPES[request.dtype]
+    tokens = sorted({token for each in rows.values() for token in each.tokens})
+    return Job(
+        adapters=adapters,
+        sources=sources,
+        family=family,
+        fingerprint=found,
+        config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
+        eos=eos,
+        specs=sources.specs(output_dtype),
+        files=files,
+        prompts=proof.prompt_ids(tokenizer, tokens, _prompt_texts(request.prompts)),
+    )
+
+
+def _weighted(request: Request) -> tuple[Weighted, ...]:
+    if len(request.weights) != len(request.adapters):
+        do = "give one weight for each adapter, in their order"
+        got = f"{len(request.weights)} for {len(request.adapters)} adapters"
+        raise WeightsError(Problem("--weights", "number of weights differs from that of the adapters", do, got))
+    if request.layouts and len(request.layouts) != len(request.adapters):
+        do = "give one layout for each adapter, in their order"
+        got = f"{len(request.layouts)} for {len(request.adapters)} adapters"
+        raise WeightsError(Problem("--layout", "number of layouts differs from that of the adapters", do, got))
+    layouts = request.layouts or (None,) * len(request.adapters)
+    found = [read_adapter(Path(folder), layout) for folder, layout in zip(request.adapters, layouts, strict=True)]
+    digests = [adapter.digest() for adapter in found]
+    twice = sorted(str(each.folder) for each, digest in zip(found, digests, strict=True) if digests.count(digest) > 1)
+    if twice:
+        do = "name it once, with the sum of the weights in --weights"
+        raise WeightsError(Problem(twice[0], "the same adapter is given twice", do, ", ".join(twice)))
+    return tuple(map(Weighted, found, request.weights, digests))
+
+
+def _refuse_replacing_twice(adapters: Sequence[Weighted]) -> None:
+    """What replaces values of the base, instead of adding to them, can be neither added up nor weighted."""
+    kinds: Mapping[str, Any] = {
+        "rows of added tokens": lambda adapter: bool(adapter.rows),
+        "moved correction biases of routers": lambda adapter: adapter.has_biases,
+    }
+    problems = []
+    for name, holds in kinds.items():
+        holding = [each for each in adapters if holds(each.adapter)]
+        if len(holding) > 1:
+            got = ", ".join(str(each.adapter.folder) for each in holding)
+            problems.append(Problem("adapters", f"more than one has {name}", "merge one after the other", got))
+        problems += [
+            Problem(
+                str(each.adapter.folder),
+                f"has {name}, which cannot be weighted",
+                "give it weight 1",
+                f"{each.weight:g}",
+            )
+            for each in holding
+            if each.weight != 1
+        ]
+    if problems:
+        raise WeightsError(problems)
+
+
+def _tokenizer(folder: Path, size: int, adapter: Adapter) -> Any:
+    """The merged model's tokenizer; refused unless it fits the model and the adapter."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    refuse_other_tokenizer(tokenizer, str(folder), size, adapter)
+    return tokenizer
+
+
+def _prompt_texts(file: Path | None) -> list[str] | None:
+    """The user's prompts, one a line; None for the fixed ones."""
+    if file is None:
+        return None
+    try:
+        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(
+            Problem(str(file), "cannot be read", "give a text file, one prompt a line", str(error))
+        ) from error
+    if not texts:
+        raise WeightsError(Problem(str(file), "holds no prompt", "write one prompt a line"))
+    return texts
+
+
+def base_folder(adapter: Adapter, base: Path | None) -> Path:
+    """Where the base checkpoint lies: `base`, or where the adapter's record says; WeightsError if that is not here."""
+    if base is not None:
+        return Path(base)
+    location = adapter.base_location
+    if location is None:
+        do = "name the base checkpoint with --base"
+        raise WeightsError(Problem(str(adapter.folder), f"does not record its base ({RECORD_FILE})", do))
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:  # A name on the hub: only what was downloaded for training, never a network call.
+        return Path(snapshot_download(location, revision=adapter.base_revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        do = "name the folder of the base checkpoint with --base"
+        where = str(adapter.folder / RECORD_FILE)
+        raise WeightsError(Problem(where, "the recorded base is not on this machine", do, got=location)) from error
