@@ -91,9 +91,18 @@ def _unstacked(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
                 if _names_module(adapter, name):
                     yield _of_one_expert(stack, expert, number)
     for key, module in layout.modules.items():
-        name = key.removesuffix(".weight")
+        name = _old_name(module, family)
         if _names_module(adapter, name):
             yield Target(name, name, family.part(module), ((key,),))
+
+
+def _old_name(module: str, family: Family) -> str:
+    """What transformers 4 called a module that is no expert: as now, but for some routers."""
+    layer = LAYER.match(module)
+    moe = family.moe
+    if layer and moe is not None and module == layer[0] + moe.router_parameter.removesuffix(".weight"):
+        return layer[0] + moe.disk_router.removesuffix(".weight")
+    return module
 
 
 def _of_one_expert(stack: Stack, expert: int, number: int) -> Target:
