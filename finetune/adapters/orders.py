@@ -116,7 +116,7 @@ def _unknown(adapter: Adapter, fitting: Mapping[str, StackOrder]) -> Problem:
     got = "the mark of Unsloth" if adapter.by_unsloth else "neither a record nor a version of PEFT"
     what = "nothing says in which order the factors of its experts lie, and read in another they are wrong"
     where = str(adapter.folder / CONFIG_FILE)
-    return Problem(where, what, f"name the tool that trained it with --layout: {_choices(fitting)}", got)
+    return Problem(where, what, f"say which tool trained it, with --layout: {_choices(fitting)}", got)
 
 
 def _choices(fitting: Mapping[str, StackOrder]) -> str:
