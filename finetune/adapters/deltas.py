@@ -50,16 +50,19 @@ class Delta:
         expert, row = divmod(start - (self.at or 0), self.shape[0])
         return self.expert + expert, self.first_row + row
 
-    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
-        """Rows `start:stop` of the change, all of one expert, fp32 [n, I], or [n, O] where transposed."""
-        expert, row = self.place(start)
+    def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
+        """The change of the expert that row `start` on disk belongs to: left [rows on disk, r], scaled, and right.
+
+        Their product are the rows of this expert in this tensor from `start` on, fp32; right is [r, I], or [r, O] where
+        transposed.
+        """
+        expert, first = self.place(start)
         A_rI = factors.a(self.pair, self.experts, expert)
-        past = row + stop - start
+        past = self.first_row + self.shape[0]
         if self.transposed:
             B_Or = factors.b(self.pair, self.experts, expert, 0, self.pair.b.shape[0])
-            return (A_rI[:, row:past].T @ B_Or.T).mul_(self.scale)
-        B_nr = factors.b(self.pair, self.experts, expert, row, past)
-        return (B_nr @ A_rI).mul_(self.scale)
+            return A_rI[:, first:past].T * self.scale, B_Or.T
+        return factors.b(self.pair, self.experts, expert, first, past) * self.scale, A_rI
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,19 @@ class Change:
         return min(delta.shape[0] for delta in self.deltas)
 
     def at(self, start: int) -> list[Delta]:
-        """The deltas of row `start`, and so of its block."""
+        """The deltas of row `start`, and so of its block; none where it is of an expert that no adapter changes."""
         return [delta for delta in self.deltas if delta.covers(start)]
 
-    def rows(self, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
-        """Rows `start:stop` of the sum, fp32."""
-        found = [delta.rows(start, stop, factors) for delta in self.at(start)]
-        if not found:  # of an expert that no adapter changes
-            return torch.zeros(stop - start, self.deltas[0].shape[1])
-        first, *others = found
-        for other in others:
-            first += other
-        return first
+    def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Left [step, R] and right [R, columns], fp32, of the rows from `start`, where a step begins: all deltas.
+
+        R is the sum of the ranks: a sum of products is one product.
+        """
+        pairs = [delta.factors(start, factors) for delta in self.at(start)]
+        if not pairs:
+            return torch.zeros(self.step, 0), torch.zeros(0, self.deltas[0].shape[1])
+        lefts, rights = [left[: self.step] for left, _ in pairs], [right for _, right in pairs]
+        return (lefts[0], rights[0]) if len(pairs) == 1 else (torch.cat(lefts, dim=1), torch.cat(rights))
 
 
 def together(plans: Iterable[Mapping[str, Sequence[Delta]]]) -> dict[str, Change]:

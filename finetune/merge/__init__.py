@@ -90,7 +90,7 @@ def _prove(job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: b
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, job.added_tokens, bar.update)
     float32 = all(merged.info(key).dtype == "F32" for key in merged.keys)
-    proof.judge_logits(figures, float32=float32, rounding=proof.rounding(ledger))
+    proof.judge_logits(figures, float32=float32, rounding=proof.rounding(ledger.outcomes.values()))
     return Proof(used, tensors, changed + len(sources.token_rows), len(moved), figures)
 
 

@@ -5,7 +5,7 @@ loaded again and their logits compared with the adapter's own, through stock tra
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.stream import Ledger, blocks
+from finetune.merge.stream import Ledger, Outcome, blocks
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -73,10 +73,11 @@ def prove_usage(ledger: Ledger, adapters: Sequence[Adapter], changes: Mapping[st
     return sum(2 * len(adapter.pairs) + len(adapter.rows) for adapter in adapters)
 
 
-def rounding(ledger: Ledger) -> float:
-    """Norm of what rounding lost over the norm of the delta, over all parts; 0 without any delta."""
-    delta = sum(outcome.delta for outcome in ledger.outcomes.values())
-    return math.sqrt(sum(outcome.rounding for outcome in ledger.outcomes.values()) / delta) if delta else 0.0
+def rounding(outcomes: Iterable[Outcome]) -> float | None:
+    """Norm of what rounding lost over the norm of the delta; None without any delta."""
+    found = list(outcomes)
+    delta = sum(outcome.rounded_delta for outcome in found)
+    return math.sqrt(sum(outcome.rounding for outcome in found) / delta) if delta else None
 
 
 def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:
@@ -190,10 +191,11 @@ def measure_logits(
     )
 
 
-def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
+def judge_logits(figures: LogitFigures, float32: bool, rounding: float | None) -> None:
     """Raise WeightsError unless the merged model computes what base + adapter computes.
 
-    `float32`: the output is float32 throughout; `rounding`: norm of what rounding took, over the norm of the delta.
+    `float32`: the output is float32 throughout; `rounding`: norm of what rounding took, over the norm of the delta
+    (None without a delta).
     """
     if not all(math.isfinite(value) for value in asdict(figures).values() if value is not None):
         raise WeightsError(Problem("proof: logits", "not finite", "check the base and the adapter", str(figures)))
@@ -213,7 +215,7 @@ def judge_logits(figures: LogitFigures, float32: bool, rounding: float) -> None:
     if rerouted is not None and others is not None:
         got += f" ({rerouted:.3g} under the adapter's routing, {others:.2%} of the choices of experts differ)"
     do = "report this bug"
-    if not float32 and rounding > COARSE_ROUNDING:
+    if not float32 and rounding is not None and rounding > COARSE_ROUNDING:
         do = (
             "the adapter's change is below the resolution of the number format (rounding error is "
             f"{rounding:.0%} of the change): merge with --dtype float32"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.merge.proof import LogitFigures
+from finetune.merge.proof import LogitFigures, rounding
 from finetune.merge.stream import Ledger
 
 NOT_PROVEN = (
@@ -20,7 +20,7 @@ class PartFigures:
 
     tensors: int
     relative_delta: float  # norm of the delta over norm of the base
-    relative_rounding: float | None  # norm of what rounding lost over norm of the delta; None without a delta
+    relative_rounding: float | None  # norm of what rounding lost over norm of the delta, sampled; None without a delta
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,10 @@ def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
     found = {}
     for part, outcomes in ledger.parts().items():
         base, delta = sum(each.base for each in outcomes), sum(each.delta for each in outcomes)
-        rounding = sum(each.rounding for each in outcomes)
         found[part] = PartFigures(
             tensors=len(outcomes),
             relative_delta=math.sqrt(delta / base) if base else 0.0,
-            relative_rounding=math.sqrt(rounding / delta) if delta else None,
+            relative_rounding=rounding(outcomes),
         )
     return found
 

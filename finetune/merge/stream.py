@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -26,6 +27,12 @@ from finetune.merge.journal import Journal
 
 # Elements of a block: 1 MiB in fp32, a few of which fit a core's own cache.
 BLOCK_ELEMENTS = 2**18
+# Sums of squares from here on are too near to the end of fp32 to say that every value is finite.
+MAX_SQUARE = 1e37
+# What rounding loses is the same all over a tensor: it is measured in one block of so many.
+ROUNDING_SAMPLE = 4
+# Share of the bound on a change's square under which sums of products say nothing of it.
+EXACT_BELOW = 1e-12
 # What may be lost by a kill: after so many bytes the disk is waited for and the journal says so.
 BYTES_BETWEEN_ENTRIES = 2**28
 
@@ -38,7 +45,8 @@ class Outcome:
     part: str
     base: float
     delta: float
-    rounding: float  # of what rounding to the output dtype lost
+    rounding: float  # of what rounding to the output dtype lost, in one of every ROUNDING_SAMPLE blocks
+    rounded_delta: float  # of the change in the same blocks
     changed: bool  # the change is not zero throughout
     used: tuple[tuple[int, str, int, int, int], ...]  # adapter, path, expert, first row, row past the last
 
@@ -194,15 +202,16 @@ class _Work:
         sources, out = self.sources, TORCH_DTYPES[spec.dtype]
         change = sources.changes.get(spec.key)
         info = sources.fixed.get(spec.key, sources.base.info(spec.key))
-        sums = _Sums(change, out)
+        sums = _Sums(change, out, self.factors)
         for start, stop in blocks(info, None if change is None else change.step):
             if self.stopped:  # another tensor has failed
                 return None
             rows = self._base_rows(spec.key, info, start, stop)
-            merged = rows.to(out) if change is None else sums.add(rows, start, stop, self.factors)
+            merged = rows.to(out) if change is None else sums.add(rows, start, stop)
             if spec.key in sources.token_rows:
                 merged = sources.token_rows[spec.key].put(merged, start)
-            _require_finite(merged, spec.key)
+            if change is None:
+                _require_finite(merged, spec.key)
             self.writer.write_rows(spec.key, start, merged)
             self.advance(merged.numel() * merged.itemsize)
         if spec.key in sources.token_rows:
@@ -236,28 +245,52 @@ def blocks(info: TensorInfo, within: int | None = None) -> Iterator[tuple[int, i
 class _Sums:
     """Adds the change of one tensor to its rows, and keeps the sums of squares."""
 
-    def __init__(self, change: Change | None, dtype: torch.dtype) -> None:
-        self.change, self.dtype = change, dtype
-        self.base = self.delta = self.rounding = 0.0
-        self.changed = False
+    def __init__(self, change: Change | None, dtype: torch.dtype, factors: FactorReader) -> None:
+        self.change, self.dtype, self.reader = change, dtype, factors
+        self.base = self.delta = self.rounding = self.rounded_delta = 0.0
+        self._blocks = 0
         self.used: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+        self._first: int | None = None  # row on disk at which the expert begins whose factors are at hand
 
-    def add(self, rows: torch.Tensor, start: int, stop: int, factors: FactorReader) -> torch.Tensor:
-        """Base rows `start:stop` plus their change, added in fp32 and rounded once."""
+    def add(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Base rows `start:stop` plus their change, added in fp32 and rounded once. Not finite: WeightsError."""
         assert self.change is not None
-        delta_nI = self.change.rows(start, stop, factors)
-        base_nI = rows.to(torch.float32, copy=True)
-        self.base += _square(base_nI)
-        delta_square = _square(delta_nI)
-        self.delta += delta_square
-        self.changed |= bool(delta_square) or bool(delta_nI.any())  # a square can underflow
-        exact_nI = base_nI.add_(delta_nI)
+        first = start - start % self.change.step
+        if first != self._first:
+            self._take_factors(first)
+        exact_nI = rows.to(torch.float32, copy=True)
+        base = _square(exact_nI)
+        change = float(self._squares_n[start - first : stop - first].sum())
+        exact_nI.addmm_(self._left_nR[start - first : stop - first], self._right_RI)
         merged = exact_nI.to(self.dtype)
-        self.rounding += _square(torch.sub(exact_nI, merged, out=delta_nI))
+        # Both squares are finite only if all values are, and far from the end of the range; fp16 has one of its own.
+        if not math.isfinite(base) or not change < MAX_SQUARE:
+            _refuse_not_finite(self.change.key)
+        if self.dtype == torch.float16:
+            _require_finite(merged, self.change.key)
+        self.base, self.delta = self.base + base, self.delta + change
+        if self._blocks % ROUNDING_SAMPLE == 0:
+            self.rounding += _square(exact_nI - merged)
+            self.rounded_delta += change
+        self._blocks += 1
         for delta in self.change.at(start):
             expert, row = delta.place(start)
             self._use((delta.owner, delta.path, expert), row, row + stop - start)
         return merged
+
+    def _take_factors(self, first: int) -> None:
+        """Those of the expert that begins at row `first`, and the squares of its change's rows.
+
+        Of L R they are the diagonal of L (R R^T) L^T, in fp64; the change itself is not formed.
+        """
+        assert self.change is not None
+        self._first = first
+        self._left_nR, self._right_RI = self.change.factors(first, self.reader)
+        left_nR, right_RI = self._left_nR.double(), self._right_RI.double()
+        gram_RR = right_RI @ right_RI.T
+        self._squares_n = ((left_nR @ gram_RR) * left_nR).sum(dim=1)
+        if float(self._squares_n.sum()) < EXACT_BELOW * float(left_nR.square().sum()) * float(gram_RR.trace()):
+            self._squares_n = torch.stack([(row_R @ right_RI).square().sum() for row_R in left_nR])
 
     def _use(self, factors: tuple[int, str, int], row: int, past: int) -> None:
         """Note rows of one expert's factors; those that go on where others ended are one range with them."""
@@ -276,7 +309,8 @@ class _Sums:
             base=self.base,
             delta=self.delta,
             rounding=self.rounding,
-            changed=self.changed,
+            rounded_delta=self.rounded_delta,
+            changed=self.delta > 0,
             used=tuple((*factors, *each) for factors, ranges in self.used.items() for each in ranges),
         )
 
@@ -286,7 +320,10 @@ def _square(x: torch.Tensor) -> float:
 
 
 def _require_finite(rows: torch.Tensor, key: str) -> None:
-    # A sum in fp32 is finite exactly when its terms are (short of 1e32), at a third of the price of looking at each.
-    if rows.is_floating_point() and not math.isfinite(float(rows.sum(dtype=torch.float32))):
-        do = "check the base, the adapter (a run that diverged?) and, with --dtype float16, the range of the weights"
-        raise WeightsError(Problem(key, "merged tensor is not finite", do))
+    if rows.is_floating_point() and not bool(torch.stack(torch.aminmax(rows)).isfinite().all()):
+        _refuse_not_finite(key)
+
+
+def _refuse_not_finite(key: str) -> NoReturn:
+    do = "check the base, the adapter (a run that diverged?) and, with --dtype float16, the range of the weights"
+    raise WeightsError(Problem(key, "merged tensor is not finite", do))
