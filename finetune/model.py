@@ -240,7 +240,7 @@ def save_adapter(
     model: PeftModel,
     folder: Path,
     recipe: Recipe,
-    base: dict[str, str],
+    base: dict[str, Any],
     choice: ExpertChoice | None = None,
     earlier: EarlierAdapter | None = None,
 ) -> None:

@@ -107,7 +107,7 @@ def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
     return run
 
 
-def _earlier_adapter(recipe: Recipe, base: dict[str, str], tokenizer: Any) -> "EarlierAdapter | None":
+def _earlier_adapter(recipe: Recipe, base: dict[str, Any], tokenizer: Any) -> "EarlierAdapter | None":
     """The adapter that the run goes on from, refused where it was made on something else."""
     from finetune.moe.earlier import read_earlier, refuse_unfit
 
@@ -175,18 +175,21 @@ def _audit(model: Any, family: "Family", recipe: Recipe, rows: "MethodRows", run
         raise RunError(problems)
 
 
-def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, str]:
-    """Name and fingerprint of the base, which one process takes for all."""
+def _base_provenance(checkpoint: Path, recipe: Recipe) -> dict[str, Any]:
+    """Name and fingerprint of the base, which one process takes for all; of a merged one also what it was made from."""
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from finetune.adapters.lineage import made_from
     from finetune.checkpoint import fingerprint
 
     taken = [fingerprint(checkpoint) if PartialState().is_main_process else ""]
-    return {"name_or_path": recipe.model.name_or_path, "fingerprint": broadcast_object_list(taken)[0]}
+    found = {"name_or_path": recipe.model.name_or_path, "fingerprint": broadcast_object_list(taken)[0]}
+    source = made_from(checkpoint, found["fingerprint"])
+    return found if source is None else {**found, "made_from": source}
 
 
-def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, str], command_line: Sequence[str]) -> None:
+def _write_provenance(run: "RunFolder", recipe: Recipe, base: dict[str, Any], command_line: Sequence[str]) -> None:
     from finetune.run import collect_provenance
 
     write_text(run.recipe, dump_recipe(recipe))
@@ -198,7 +201,7 @@ def _save(
     trainer: Any,
     tokenizer: Any,
     recipe: Recipe,
-    base: dict[str, str],
+    base: dict[str, Any],
     choice: "ExpertChoice | None",
     earlier: "EarlierAdapter | None",
 ) -> None:

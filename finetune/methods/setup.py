@@ -24,7 +24,7 @@ class TrainerSetup:
     tokenizer: Any
     rows: MethodRows
     earlier: EarlierAdapter | None
-    base: Mapping[str, str]
+    base: Mapping[str, Any]
     dashboards: Dashboards
 
     @cached_property
