@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from finetune.adapters.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
+from finetune.adapters.adapter import WEIGHTS_FILE, Adapter
+from finetune.adapters.contents import PREFIX, FactorPair
 from finetune.adapters.factors import FactorReader
 from finetune.adapters.orders import resolved_targets
 from finetune.adapters.targets import Target

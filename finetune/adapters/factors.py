@@ -10,7 +10,7 @@ from threading import Lock
 
 import torch
 
-from finetune.adapters.adapter import FactorPair
+from finetune.adapters.contents import FactorPair
 from finetune.checkpoint.reader import read_tensor
 
 # One expert's part of `lora_B` is every E-th column: taken from disk each time, all experts' would be read for each

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from finetune.adapters.adapter import EMBEDDING, HEAD, Adapter
+from finetune.adapters.adapter import Adapter
+from finetune.adapters.contents import EMBEDDING, HEAD
 from finetune.adapters.layout import LAYER, BaseLayout, Stack
 from finetune.checkpoint import CheckpointReader
 from finetune.moe.families import Family
@@ -65,7 +66,7 @@ def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
         if _names_parameter(adapter.settings, f"{module}.weight"):
             yield Target(f"{module}.weight", module, family.part(module), ((key,),))
         elif _names_module(adapter, module):
-            yield Target(module, module, family.part(module), ((key,),))
+            yield _of_module(module, key, adapter, family.part(module))
 
 
 def is_unstacked(adapter: Adapter, family: Family) -> bool:
@@ -93,7 +94,7 @@ def _unstacked(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
     for key, module in layout.modules.items():
         name = _old_name(module, family)
         if _names_module(adapter, name):
-            yield Target(name, name, family.part(module), ((key,),))
+            yield _of_module(name, key, adapter, family.part(module))
 
 
 def _old_name(module: str, family: Family) -> str:
@@ -114,6 +115,11 @@ def _of_one_expert(stack: Stack, expert: int, number: int) -> Target:
     return Target(name, name, "experts", stack.keys, piece=(first, rows))
 
 
+def _of_module(name: str, key: str, adapter: Adapter, part: str) -> Target:
+    pair = adapter.pairs.get(name)
+    return Target(name, name, part, ((key,),), transposed=pair is not None and pair.embedding)
+
+
 def _names_parameter(settings: dict[str, Any], name: str) -> bool:
     targets = settings.get("target_parameters") or ()
     return any(name == target or name.endswith(f".{target}") for target in targets)
@@ -126,4 +132,6 @@ def _names_module(adapter: Adapter, name: str) -> bool:
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         # PEFT looks at each module's class; here the factors say which were linear.
         return name in adapter.pairs and f"{name}.weight" not in (EMBEDDING, HEAD)
+    if adapter.settings.get("ensure_weight_tying") and f"{name}.weight" == HEAD and name in adapter.pairs:
+        return True  # PEFT adapts the head with the embedding, and leaves it out of the settings
     return bool(check_target_module_exists(SimpleNamespace(**{**adapter.settings, "target_modules": targets}), name))

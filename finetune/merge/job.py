@@ -11,6 +11,7 @@ from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
 from finetune.adapters.biases import fixed_tensors
 from finetune.adapters.deltas import plan, together
 from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.replaced import ReplacedBase, with_replaced
 from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.errors import Problem, WeightsError
@@ -82,6 +83,7 @@ def prepare(request: Request) -> Job:
     found = fingerprint(folder)
     refuse_unrelated(folder, found, adapters)
     rehearse(reader, family.transformers_class(), load_in_4bit=False)
+    reader = with_replaced(reader, adapters, family)
     changes = together(plan(reader, each.adapter, family, each.weight, n) for n, each in enumerate(adapters))
     if request.layouts and not any(delta.experts > 1 for change in changes.values() for delta in change.deltas):
         what = "no adapter has stacks of experts, whose order it could name"
@@ -96,6 +98,7 @@ def prepare(request: Request) -> Job:
     eos = None if files[0].parent == folder else tokenizer.eos_token_id
     output_dtype = None if request.dtype is None else DTYPES[request.dtype]
     tokens = sorted({token for each in rows.values() for token in each.tokens})
+    specs = sources.specs(output_dtype)
     return Job(
         adapters=adapters,
         sources=sources,
@@ -103,7 +106,7 @@ def prepare(request: Request) -> Job:
         fingerprint=found,
         config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
         eos=eos,
-        specs=sources.specs(output_dtype),
+        specs=specs if output_dtype or not isinstance(reader, ReplacedBase) else reader.in_own_formats(specs),
         files=files,
         prompts=proof.prompt_ids(tokenizer, tokens, _prompt_texts(request.prompts)),
     )

@@ -14,20 +14,19 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 
-from finetune.adapters.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
+from finetune.adapters.adapter import WEIGHTS_FILE
 from finetune.adapters.biases import bias_tensors, moved_biases
+from finetune.adapters.contents import EMBEDDING, HEAD, ROWS
 from finetune.adapters.lineage import Weighted
-from finetune.adapters.targets import is_unstacked
 from finetune.adapters.vocabulary import TokenRows
-from finetune.checkpoint import CheckpointReader, TensorInfo
-from finetune.checkpoint.reader import read_header, read_tensor
+from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
-from finetune.merge.rearranged import as_peft, foreign_stacks
+from finetune.merge.applied import with_adapter
 from finetune.merge.routing import Routing
-from finetune.merge.unstacked import unstacked_modules
 from finetune.moe.families import family_of
 
 
@@ -136,36 +135,10 @@ class LayerwiseModel:
             if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
                 held.append((each, factors))
         for number, (each, factors) in enumerate(held):
-            model = self._with_adapter(model, each, factors, index)
+            model = with_adapter(model, each, factors, index, self.reader, self._family)
             if number < len(held) - 1:
                 model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         return model.eval()
-
-    def _with_adapter(self, model: Any, each: Weighted, factors: dict[str, TensorInfo], index: int) -> Any:
-        """The model under one adapter; where that is of transformers 4, its weights with it merged in."""
-        config = PeftConfig.from_pretrained(str(each.adapter.folder))
-        config.inference_mode, config.base_model_name_or_path = True, None
-        values = {key: read_tensor(info) for key, info in factors.items()}
-        values = {key: value * each.weight if "lora_B" in key else value for key, value in values.items()}
-        unstacked = is_unstacked(each.adapter, self._family)
-        if unstacked:
-            config.task_type = None  # a plain tree of modules has no `generate`
-            adapted = PeftModel(unstacked_modules(model, index, self._family, config), config, low_cpu_mem_usage=True)
-        else:
-            values = as_peft(values, foreign_stacks(self.reader, each.adapter, self._family))
-            if not self._needs_vocabulary(index):
-                config.trainable_token_indices = None
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        unknown = set_peft_model_state_dict(adapted, values, low_cpu_mem_usage=True).unexpected_keys
-        lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-        if unknown or lacking:
-            what = "the adapter's tensors and the modules that its settings name differ"
-            got = ", ".join(sorted(unknown + lacking)[:3])
-            raise WeightsError(Problem(str(each.adapter.folder), what, "save the adapter again", got))
-        if unstacked:
-            adapted.merge_adapter()
-            return model
-        return adapted.eval()
 
     def _layer_tensors(self, index: int, config: Any) -> dict[str, torch.Tensor]:
         tensors = {}
@@ -184,6 +157,8 @@ class LayerwiseModel:
         """Whether an adapter's tensor is of layer `index`, or of what comes before the first or after the last one."""
         if key.endswith(ROWS):
             return self._needs_vocabulary(index)
+        if f".{EMBEDDING.removesuffix('weight')}" in key:
+            return index == 0
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
 
 

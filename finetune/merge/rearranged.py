@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from finetune.adapters.adapter import PREFIX, Adapter
+from finetune.adapters.adapter import Adapter
+from finetune.adapters.contents import PREFIX
 from finetune.adapters.orders import resolved_targets
 from finetune.adapters.targets import StackOrder, Target
 from finetune.checkpoint import CheckpointReader

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from finetune.adapters.adapter import FLOATS
+from finetune.adapters.contents import FLOATS
 from finetune.adapters.deltas import Change
 from finetune.adapters.factors import FactorReader
 from finetune.adapters.vocabulary import TokenRows
