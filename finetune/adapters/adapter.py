@@ -57,7 +57,7 @@ class Adapter:
 
     `rows` are those of single tokens, [n, H], by the path of embedding or head; `tokens` says which, by PEFT's names of
     the same modules (their last parts); `added_tokens` are the recipe's, with their ids. `whole` are
-    tensors of the base's kind, by their names in the loaded model.
+    tensors of the base's kind, by their names in the loaded model; `spare` tensors say nothing that others do not.
     """
 
     folder: Path
@@ -65,6 +65,7 @@ class Adapter:
     pairs: dict[str, FactorPair]
     rows: dict[str, TensorInfo]
     whole: dict[str, TensorInfo]
+    spare: tuple[str, ...]
     tokens: dict[str, tuple[int, ...]]
     added_tokens: dict[str, int]
     base_location: str | None
@@ -146,6 +147,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
         pairs=contents.pairs,
         rows=contents.rows,
         whole=contents.whole,
+        spare=contents.spare,
         tokens=_tokens(folder / CONFIG_FILE, settings.get("trainable_token_indices")),
         added_tokens={str(token): int(number) for token, number in (record.get("added_tokens") or {}).items()},
         base_location=base.get("name_or_path"),

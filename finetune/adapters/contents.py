@@ -4,12 +4,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.checkpoint.reader import TensorInfo, read_header
+import torch
+
+from finetune.checkpoint.reader import TensorInfo, read_header, read_tensor
 from finetune.errors import Problem, WeightsError
 
 PREFIX = "base_model.model."
 # By their names in the file, and what each is of B A. An embedding's factors are those of its transposed matrix.
 FACTORS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
+# Where training also made the vocabulary longer, PEFT saves a module that was trained whole once more, and the one that
+# it stands in front of.
+AGAIN, BEFORE = "modules_to_save.weight", "original_module.weight"
 ROWS = ".token_adapter.trainable_tokens_delta"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -31,11 +36,15 @@ class FactorPair:
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors of an adapter file by the module they belong to; `whole` by the name of the base's tensor."""
+    """The tensors of an adapter file by the module they belong to; `whole` by the name of the base's tensor.
+
+    `spare`: tensors that say nothing that others do not say.
+    """
 
     pairs: dict[str, FactorPair]
     rows: dict[str, TensorInfo]
     whole: dict[str, TensorInfo]
+    spare: tuple[str, ...]
 
 
 def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
@@ -47,6 +56,7 @@ def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
     factors: dict[str, dict[str, TensorInfo]] = {}
     rows: dict[str, TensorInfo] = {}
     whole: dict[str, TensorInfo] = {}
+    spare: dict[str, TensorInfo] = {}
     problems: list[Problem] = []
     for key, info in read_header(file).items():
         path, suffix = _split(key)
@@ -58,6 +68,8 @@ def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
             factors.setdefault(path, {})[suffix] = info
         elif suffix == "weight" and _is_whole(path, modules_to_save):
             whole[f"{path}.weight"] = info
+        elif suffix in (AGAIN, BEFORE) and _is_whole(path, modules_to_save):
+            spare[key] = info
         else:
             do = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight can be merged"
             problems.append(Problem(str(file), "tensor is not a LoRA factor", do, got=key))
@@ -66,18 +78,18 @@ def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
             what = "rows are not" if suffix == ROWS else "factor is not" if suffix in FACTORS else "tensor is not"
             got = f"{info.dtype}{list(info.shape)}"
             problems.append(Problem(f"{file}: {key}", f"{what} a floating-point matrix", "save it again", got))
-    problems += _partners(file, factors)
+    problems += _partners(file, factors) + _not_again(file, whole, spare)
     if not factors and not problems:
         problems.append(Problem(str(file), "holds no factors", "save the adapter again"))
     if problems:
         raise WeightsError(problems)
-    return Contents({path: _pair(each) for path, each in factors.items()}, rows, whole)
+    return Contents({path: _pair(each) for path, each in factors.items()}, rows, whole, tuple(spare))
 
 
 def _split(key: str) -> tuple[str, str]:
     """The module that a tensor belongs to, and what it is of it."""
     name = key.removeprefix(PREFIX)
-    for suffix in (ROWS, *FACTORS):
+    for suffix in (ROWS, *FACTORS, AGAIN, BEFORE):
         if name.endswith(suffix):
             return name.removesuffix(suffix).removesuffix("."), suffix
     module, _, last = name.rpartition(".")
@@ -87,6 +99,18 @@ def _split(key: str) -> tuple[str, str]:
 def _is_whole(path: str, modules_to_save: Collection[str]) -> bool:
     saved = any(f".{path}".endswith(f".{name}") for name in modules_to_save)
     return saved or f"{path}.weight" in (EMBEDDING, HEAD)
+
+
+def _not_again(file: Path, whole: Mapping[str, TensorInfo], spare: Mapping[str, TensorInfo]) -> list[Problem]:
+    """Tensors that should be another one once more, and are not."""
+    problems = []
+    for key, info in spare.items():
+        path, suffix = _split(key)
+        one = whole.get(f"{path}.weight")
+        if one is None or (suffix == AGAIN and not torch.equal(read_tensor(one), read_tensor(info))):
+            what, do = f"differs from {PREFIX}{path}.weight, which is the same module", "save the adapter again"
+            problems.append(Problem(f"{file}: {key}", what, do))
+    return problems
 
 
 def _partners(file: Path, factors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Problem]:

@@ -68,6 +68,14 @@ class ReplacedBase(CheckpointReader):
             config["vocab_size"] = self.whole[EMBEDDING].shape[0]
         return config | ({"tie_word_embeddings": False} if self.untied else {})
 
+    def before(self) -> "ReplacedBase":
+        """The base without the whole tensors, but for those that make it another size: what PEFT loads them into."""
+        resized = {key: info for key, info in self.whole.items() if info.shape != self._shape_before(key)}
+        return ReplacedBase(self._base, resized, self.untied)
+
+    def _shape_before(self, key: str) -> tuple[int, ...]:
+        return self._base.info(key if self._base.holds(key) else EMBEDDING).shape
+
     def in_own_formats(self, specs: Sequence[TensorSpec]) -> list[TensorSpec]:
         """What is written, with the base's number format for tensors that an adapter has in another."""
         kept = {key: self._base.info(key).dtype for key in self.whole if self._base.holds(key)}
@@ -121,7 +129,9 @@ def _fitting(
             continue
         shape = base.info(key if base.holds(key) else EMBEDDING).shape
         if info.shape != shape and (key not in (EMBEDDING, HEAD) or info.shape[1] != shape[1]):
-            problems.append(Problem(where, "shape does not fit the base", _OTHER_BASE, f"{info.shape} for {shape}"))
+            problems.append(
+                Problem(where, "shape does not fit the base", _OTHER_BASE, f"{list(info.shape)} for {list(shape)}")
+            )
         elif adapter.trains_whole(name) or not _is_copy(base, key if base.holds(key) else EMBEDDING, info):
             found[key] = info
     return found

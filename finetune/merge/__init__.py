@@ -85,7 +85,7 @@ def _prove(job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: b
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
-    base_model = LayerwiseModel(job.base, base_config, job.adapters, routing, sources.token_rows)
+    base_model = LayerwiseModel(job.trained_on, base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, job.added_tokens, bar.update)
@@ -117,6 +117,8 @@ def _report(
         nbytes=job.nbytes,
         targeted=len(job.sources.changes) + (proven.moved_biases or 0) + len(job.sources.token_rows),
         added_tokens=len(job.added_tokens),
+        whole_tensors=job.whole_tensors,
+        untied=job.untied,
         parts=part_figures(ledger),
         proof=proven,
         stream_seconds=round(stream_seconds, 3),

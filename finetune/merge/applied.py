@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from finetune.adapters.contents import EMBEDDING, HEAD, PREFIX
@@ -30,13 +31,12 @@ def with_adapter(
     """
     config = PeftConfig.from_pretrained(str(each.adapter.folder))
     config.inference_mode, config.base_model_name_or_path = True, None
-    values = {key: _weighted(key, read_tensor(info), each.weight) for key, info in tensors.items()}
+    used = {key: info for key, info in tensors.items() if key not in each.adapter.spare}
+    values = {key: _weighted(key, read_tensor(info), each.weight) for key, info in used.items()}
     _name_what_is_there(config, values)
     unstacked = is_unstacked(each.adapter, family)
     if unstacked:
-        # Whole tensors are in the base already, and a plain tree of modules has no `generate`.
-        config.modules_to_save = config.task_type = None
-        values = {key: value for key, value in values.items() if "lora_" in key}
+        config.task_type = None  # a plain tree of modules has no `generate`
         adapted = PeftModel(unstacked_modules(model, index, family, config), config, low_cpu_mem_usage=True)
     else:
         values = as_peft(values, foreign_stacks(base, each.adapter, family))
@@ -49,6 +49,7 @@ def with_adapter(
         raise WeightsError(Problem(str(each.adapter.folder), what, "save the adapter again", got))
     if unstacked:
         adapted.merge_adapter()
+        _keep_whole(adapted)
         return model
     return adapted.eval()
 
@@ -70,6 +71,14 @@ def _name_what_is_there(config: Any, values: Mapping[str, torch.Tensor]) -> None
         targets = config.target_modules
         config.target_modules = rf"(?:{targets}|lm_head)" if isinstance(targets, str) else {*targets, "lm_head"}
     config.ensure_weight_tying = False
+
+
+def _keep_whole(adapted: nn.Module) -> None:
+    """Copy what was trained whole into the modules that it stands in front of."""
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name, parameter in module.original_module.named_parameters():
+                parameter.data.copy_(module.modules_to_save["default"].get_parameter(name))
 
 
 def _fill_vocabulary(adapted: nn.Module) -> list[str]:

@@ -56,6 +56,21 @@ class Job:
         return self.sources.base
 
     @property
+    def trained_on(self) -> CheckpointReader:
+        """The base without anything of the adapters, in the shapes that these need."""
+        return self.base.before() if isinstance(self.base, ReplacedBase) else self.base
+
+    @property
+    def whole_tensors(self) -> tuple[str, ...]:
+        """Tensors that an adapter brings in place of the base's."""
+        return tuple(sorted(self.base.whole)) if isinstance(self.base, ReplacedBase) else ()
+
+    @property
+    def untied(self) -> bool:
+        """Whether embedding and head become two matrices, of one in the base."""
+        return isinstance(self.base, ReplacedBase) and self.base.untied
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weights to be written."""
         return sum(spec.nbytes for spec in self.specs)
