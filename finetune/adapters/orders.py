@@ -6,10 +6,9 @@ its outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the ri
 nothing is guessed here: what neither the file declares nor its shapes say must be asked for.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-from packaging.version import InvalidVersion, Version
 
 from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, Adapter
 from finetune.adapters.layout import base_layout
@@ -26,7 +25,8 @@ LAYOUTS = {
     "expert-major-0.18": (StackOrder(swapped=True, expert_major=True), "Unsloth with PEFT 0.17 or 0.18"),
 }
 # PEFT swapped inputs and outputs before this version, and has named itself in the settings since 0.18.
-UNSWAPPED_SINCE = Version("0.19")
+UNSWAPPED_SINCE = (0, 19)
+RELEASE = re.compile(r"(\d+)\.(\d+)\.\d+(@.*)?")
 
 
 def resolved_targets(base: CheckpointReader, adapter: Adapter, family: Family) -> list[Target]:
@@ -123,10 +123,7 @@ def _choices(fitting: Mapping[str, StackOrder]) -> str:
     return ", ".join(f"{name} ({LAYOUTS[name][1]})" for name in fitting)
 
 
-def _version(adapter: Adapter) -> Version | None:
+def _version(adapter: Adapter) -> tuple[int, int] | None:
     """The release of PEFT that saved the adapter; None where it is not said, or between two releases."""
-    try:
-        version = Version(str(adapter.settings.get("peft_version")).partition("@")[0])
-    except InvalidVersion:
-        return None
-    return None if version.is_prerelease else version
+    match = RELEASE.fullmatch(str(adapter.settings.get("peft_version")))
+    return None if match is None else (int(match[1]), int(match[2]))

@@ -203,6 +203,9 @@ def base_folder(adapter: Adapter, base: Path | None) -> Path:
     location = adapter.base_location
     if location is None:
         do = "name the base checkpoint with --base"
+        named = adapter.settings.get("base_model_name_or_path")
+        if named and Path(str(named)).is_dir():
+            do += f": its settings name {named}, without saying what was in it"
         raise WeightsError(Problem(str(adapter.folder), f"does not record its base ({RECORD_FILE})", do))
     if Path(location).is_dir():
         return Path(location)

@@ -3,9 +3,12 @@
     python -m tests.foreign.make transformers-4     (transformers 4.46.3, peft 0.13.2)
     python -m tests.foreign.make peft-0.18          (transformers 5.0.0, peft 0.18.1)
 
-A folder gets the adapter as PEFT saved it, and the logits of base and adapter as these versions computed them.
+A folder gets the settings that PEFT saved, the names and shapes of the tensors beside them, whose values follow from
+these, and the logits of base and adapter as these versions computed them.
 """
 
+import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,10 +16,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.foreign.model import COLUMNS, DIMENSIONS, IDS, published_tensors, values
+from tests.foreign.model import COLUMNS, DIMENSIONS, IDS, factor, factors, published_tensors
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "transformers-4": {
@@ -46,13 +49,20 @@ def main(kind: str) -> None:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(values(name, tuple(parameter.shape), 0.3))
-        logits = adapted(torch.tensor([IDS])).logits[0, :, :COLUMNS].contiguous()
+                parameter.copy_(factor(name.replace(".default", ""), tuple(parameter.shape)))
+        logits = adapted(torch.tensor([IDS])).logits[0, :, :COLUMNS]
     folder = Path(__file__).parent / kind
     adapted.peft_config["default"].base_model_name_or_path = "mistralai/Mixtral-8x7B-v0.1"
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)
-    save_file({"logits": logits}, folder / "logits.safetensors")
+    with tempfile.TemporaryDirectory() as saved:
+        adapted.save_pretrained(saved, save_embedding_layers=False)
+        tensors = load_file(f"{saved}/adapter_model.safetensors")
+        folder.mkdir(exist_ok=True)
+        shutil.copy(f"{saved}/adapter_config.json", folder)
+    shapes = {name: list(value.shape) for name, value in sorted(tensors.items())}
+    for name, value in factors(shapes).items():
+        assert torch.equal(value, tensors[name]), name
+    rounded = [[round(value, 6) for value in row] for row in logits.tolist()]
+    (folder / "made.json").write_text(json.dumps({"shapes": shapes, "logits": rounded}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A tiny Mixtral whose weights follow from the names of its tensors: the same in every version of every library."""
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,16 @@ def values(name: str, shape: tuple[int, ...], size: float) -> torch.Tensor:
     """Values between -size and size that look random and depend on the name."""
     count = torch.arange(torch.Size(shape).numel(), dtype=torch.float64)
     return (size * torch.sin(count * 12.9898 + zlib.crc32(name.encode()) % 10007)).float().reshape(shape)
+
+
+def factor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of an adapter by its name in the file."""
+    return values(name, shape, 0.3)
+
+
+def factors(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
+    """All tensors of an adapter's file."""
+    return {name: factor(name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def published_tensors() -> dict[str, torch.Tensor]:

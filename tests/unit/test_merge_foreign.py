@@ -1,6 +1,8 @@
 """Adapters of transformers 4, with a module for each expert, merged into bases of either layout."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import tests.foreign
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from tests.families import save_tiny
-from tests.foreign.model import COLUMNS, DIMENSIONS, IDS, published_tensors
+from tests.foreign.model import COLUMNS, DIMENSIONS, IDS, factors, published_tensors
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 from tests.unit.foreign_adapters import (
     assert_merged,
@@ -25,7 +27,7 @@ from tests.unit.foreign_adapters import (
     stacked_as_loaded,
     write_adapter,
 )
-from tests.unit.merge_adapters import load, tensors
+from tests.unit.merge_adapters import load
 
 MIXTRAL = "q_proj k_proj v_proj o_proj w1 w2 w3 gate"
 
@@ -47,11 +49,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def on_mixtral(base: Path, folder: Path, rank: Callable[[str], int] = lambda _: 4, **settings: Any) -> Path:
     modules = linear_modules(base, MIXTRAL)
-    factors = random_factors((path, shape, rank(path)) for path, shape in modules.items())
-    return write_adapter(folder, factors, **settings)
+    pairs = random_factors((path, shape, rank(path)) for path, shape in modules.items())
+    return write_adapter(folder, pairs, **settings)
 
 
-def refused(adapter: Path, base: Path, message: str) -> None:
+def refused(adapter: Path, base: Path | None, message: str) -> None:
     before = sorted(adapter.parent.iterdir())
     with pytest.raises(WeightsError, match=message):
         merge(adapter, adapter.parent / "out", base=base, show_progress=False)
@@ -62,10 +64,13 @@ def refused(adapter: Path, base: Path, message: str) -> None:
 @pytest.mark.parametrize("made", ["transformers-4", "peft-0.18"])
 def test_what_other_versions_made_and_computed(made: str, stacked: bool, tmp_path: Path) -> None:
     base, given = save_named_mixtral(tmp_path / "base", stacked), Path(str(tests.foreign.__file__)).parent / made
-    report = merge(given, tmp_path / "out", base=base, show_progress=False)
+    content = json.loads((given / "made.json").read_text())
+    adapter = Path(shutil.copytree(given, tmp_path / "adapter"))
+    save_file(factors(content["shapes"]), adapter / "adapter_model.safetensors")
+    report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
     with torch.no_grad():
         logits = load(tmp_path / "out")(torch.tensor([IDS])).logits[0, :, :COLUMNS]
-    torch.testing.assert_close(logits, tensors(given)["logits"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, torch.tensor(content["logits"]), rtol=1e-4, atol=1e-4)
     assert report.logits.adapter_effect_mean > 0.05
     assert report.logits.merged_error_max < 1e-4
 
@@ -110,8 +115,8 @@ def test_targets_as_people_write_them(targets: Any, stacked: bool, base: Path, t
 def test_some_experts_only(stacked: bool, base: Path, tmp_path: Path) -> None:
     some = r"model\.layers\.1\.block_sparse_moe\.experts\.[02]\.w[13]"
     modules = {path: shape for path, shape in linear_modules(base, "w1 w3").items() if re.fullmatch(some, path)}
-    factors = random_factors((path, shape, 4) for path, shape in modules.items())
-    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=some)
+    pairs = random_factors((path, shape, 4) for path, shape in modules.items())
+    adapter = write_adapter(tmp_path / "adapter", pairs, target_modules=some)
     into = stacked_as_loaded(base, tmp_path / "stacked") if stacked else base
     report = merge(adapter, tmp_path / "out", base=into, show_progress=False)
     assert report.proof.changed == (1 if stacked else 4)
@@ -136,8 +141,8 @@ def test_other_architectures(model_type: str, names: str, tmp_path: Path) -> Non
     """Dense layers and shared experts have modules of the same last names; each factor goes to its own."""
     base = save_tiny(model_type, tmp_path / "base")
     modules = linear_modules(base, names)
-    factors = random_factors((path, shape, 4) for path, shape in modules.items())
-    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=names.split())
+    pairs = random_factors((path, shape, 4) for path, shape in modules.items())
+    adapter = write_adapter(tmp_path / "adapter", pairs, target_modules=names.split())
     report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
     assert_merged(base, tmp_path / "out", changed_by(adapter, 16 / 4))
     assert report.proof.changed == len(modules)
@@ -146,8 +151,8 @@ def test_other_architectures(model_type: str, names: str, tmp_path: Path) -> Non
 def test_a_router_alone_by_its_module(tmp_path: Path) -> None:
     """It is a parameter now, which PEFT adapts without dropout only."""
     base = save_tiny("qwen3_moe", tmp_path / "base")
-    factors = random_factors((path, shape, 4) for path, shape in linear_modules(base, "gate").items())
-    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["gate"])
+    pairs = random_factors((path, shape, 4) for path, shape in linear_modules(base, "gate").items())
+    adapter = write_adapter(tmp_path / "adapter", pairs, target_modules=["gate"])
     merge(adapter, tmp_path / "out", base=base, show_progress=False)
     assert_merged(base, tmp_path / "out", changed_by(adapter, 16 / 4))
 
@@ -201,3 +206,10 @@ def test_the_logits_refuse_a_scale_without_its_pattern(
     adapter = on_mixtral(base, tmp_path / "adapter", alpha_pattern={"w3": 64})
     monkeypatch.setattr(finetune.adapters.adapter.Adapter, "scale", lambda *_: 16 / 4)
     refused(adapter, base, r"merged model differs from base \+ adapter")
+
+
+def test_a_base_that_only_the_settings_name_is_proposed_and_not_taken(base: Path, tmp_path: Path) -> None:
+    adapter = on_mixtral(base, tmp_path / "adapter", base_model_name_or_path=str(base))
+    refused(adapter, None, rf"does not record its base \(finetune.json\); .* with --base: its settings name {base}, wi")
+    elsewhere = on_mixtral(base, tmp_path / "elsewhere", base_model_name_or_path="mistralai/Mixtral-8x7B-v0.1")
+    refused(elsewhere, None, r"does not record its base \(finetune.json\); name the base checkpoint with --base$")
