@@ -1,5 +1,6 @@
 """Floor 0: the errors a user can meet. Each says where, what was found, and what to do."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,9 @@ def as_expected(error: FinetuneError | OSError) -> FinetuneError:
     """The error as it is printed. A path that the system refuses becomes a line; any other OSError is raised again."""
     if isinstance(error, FinetuneError):
         return error
+    if error.errno == errno.ENOSPC:
+        where = "the disk being written to" if error.filename is None else str(error.filename)
+        return FinetuneError(Problem(where, "the disk is full", "free space, or write to another disk"))
     if error.filename is None:
         raise error
     what = f"the system refuses this path ({error.strerror})"

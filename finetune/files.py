@@ -24,6 +24,11 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def as_json(value: Any) -> str:
+    """JSON text as `write_json` writes it; NaN and infinity are refused (ValueError): they are not JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step; NaN and infinity are refused (ValueError): they are not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON in one step."""
+    write_text(path, as_json(value))

@@ -206,13 +206,14 @@ def _save(
     earlier: "EarlierAdapter | None",
 ) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
-    from finetune.checkpoint import new_folder
+    from finetune.checkpoint import new_folder, write_sums
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load
 
     with new_folder(run.adapter) as folder:
         save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice, earlier)
         tokenizer.save_pretrained(folder)
+        write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
     draw_router_load(run.router_load, run.router_load_picture)
     print(f"adapter: {run.adapter}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
+from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
@@ -127,6 +128,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     """
     folder = Path(folder)
     _require_files(folder)
+    verify_sums(folder)
     settings = read_json(folder / CONFIG_FILE)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}

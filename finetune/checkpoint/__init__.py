@@ -1,17 +1,23 @@
 """Floor 2: safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
+from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.fingerprint import fingerprint
-from finetune.checkpoint.folder import new_folder, require_free_disk
+from finetune.checkpoint.folder import UnfinishedError, new_folder, require_free_disk
 from finetune.checkpoint.reader import CheckpointReader, TensorInfo, read_json
 from finetune.checkpoint.writer import CheckpointWriter, TensorSpec
 
 __all__ = [
+    "SUMS_FILE",
     "CheckpointReader",
     "CheckpointWriter",
     "TensorInfo",
     "TensorSpec",
+    "UnfinishedError",
     "fingerprint",
+    "listed_bytes",
     "new_folder",
     "read_json",
     "require_free_disk",
+    "verify_sums",
+    "write_sums",
 ]

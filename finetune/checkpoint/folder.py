@@ -10,6 +10,10 @@ from pathlib import Path
 from finetune.errors import Problem, WeightsError
 
 
+class UnfinishedError(WeightsError):
+    """A refusal to go on with what lies unfinished there, which stays as it was found."""
+
+
 @contextmanager
 def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
@@ -32,7 +36,7 @@ def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> I
             _refuse_existing(target)
             os.rename(temporary, target)  # replaces an empty folder
         except BaseException as error:
-            if not (resumable and isinstance(error, KeyboardInterrupt)):
+            if not (resumable and isinstance(error, KeyboardInterrupt | UnfinishedError)):
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(target.parent)

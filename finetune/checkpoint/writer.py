@@ -87,7 +87,7 @@ class CheckpointWriter:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o644)
         self._descriptors.append(descriptor)
         _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
-        os.ftruncate(descriptor, 8 + len(text) + offset)
+        _reserve(file, descriptor, 8 + len(text) + offset)
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor; its dtype and shape must be the announced ones."""
@@ -198,6 +198,16 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _reserve(file: Path, descriptor: int, nbytes: int) -> None:
+    """Take the file's whole space on disk now: a disk that others fill meanwhile cannot stop the stream half-way."""
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        do = "free space or write to another disk"
+        what = f"{nbytes / 2**30:.2f} GiB cannot be reserved"
+        raise WeightsError(Problem(str(file), what, do, got=os.strerror(error.errno or 0))) from error
 
 
 def _write_at(descriptor: int, offset: int, data: memoryview) -> None:

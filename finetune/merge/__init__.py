@@ -10,8 +10,16 @@ from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
 from finetune.adapters.orders import LAYOUTS
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, require_free_disk
-from finetune.files import write_json
+from finetune.checkpoint import (
+    CheckpointReader,
+    fingerprint,
+    listed_bytes,
+    new_folder,
+    require_free_disk,
+    verify_sums,
+    write_sums,
+)
+from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
@@ -47,6 +55,8 @@ def merge(
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, tuple(layouts or ())))
+    with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
+        verify_sums(job.base.folder, bar.update)
     require_free_disk(Path(output), job.nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
         print(_announcement(job, Path(output)), flush=True)
@@ -62,8 +72,11 @@ def merge(
         journal.remove()
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         write_json(folder / REPORT_FILE, report.as_dict())
+        config = as_json(job.config)
+        with _bar("checksums", "B", job.nbytes, show_progress) as bar:
+            write_sums(folder, {"config.json": config}, bar.update)
         # Last of all: without it no reader takes the folder for a model.
-        write_json(folder / "config.json", job.config)
+        write_text(folder / "config.json", config)
     return report
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Problem, WeightsError
+from finetune.checkpoint import UnfinishedError
+from finetune.errors import Problem
 from finetune.files import write_text
 
 JOURNAL_FILE = ".merge-journal.jsonl"
@@ -41,7 +42,7 @@ class Journal:
             differs = sorted(key for key in job if begun.get(key) != job[key])
             what = "the unfinished merge there is another one"
             do = "give the same adapters, base and options, or leave out --resume to begin anew"
-            raise WeightsError(Problem(str(self.path.parent), what, do, got=f"another {', '.join(differs)}"))
+            raise UnfinishedError(Problem(str(self.path.parent), what, do, got=f"another {', '.join(differs)}"))
         for entry in entries:
             self.done |= entry
         # Without what was cut short, so that the next line stands alone.

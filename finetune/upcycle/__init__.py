@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune import __version__
-from finetune.checkpoint import new_folder, require_free_disk
+from finetune.checkpoint import new_folder, require_free_disk, write_sums
 from finetune.errors import Problem, RecipeError
 from finetune.files import write_json
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
@@ -46,6 +46,7 @@ def upcycle(source: Path, out: Path, options: Options) -> Report:
         # So that the same model can be made again.
         origin = {"source": source.name, "moe_finetune": __version__, **asdict(options)}
         write_json(folder / "upcycle.json", origin)
+        write_sums(folder)
     return Report(out, parameters, nbytes, time.monotonic() - started)
 
 

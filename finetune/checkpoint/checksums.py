@@ -1,0 +1,80 @@
+"""A list of SHA-256 sums beside the files of a folder, in the format of `sha256sum`, and the check against it."""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from finetune.errors import Problem, WeightsError
+from finetune.files import write_text
+
+SUMS_FILE = "SHA256SUMS"
+NOT_LISTED = (SUMS_FILE, "README.md")  # people write in the latter
+CHUNK_BYTES = 2**20
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
+
+
+def write_sums(
+    folder: Path, to_come: Mapping[str, str] | None = None, advance: Callable[[int], object] = lambda _: None
+) -> None:
+    """List every file of the folder but its README; `to_come`: content of files that will be written after this one."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in NOT_LISTED)
+    sums = dict(zip((file.name for file in files), _sums(files, advance), strict=True))
+    sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (to_come or {}).items()}
+    write_text(folder / SUMS_FILE, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+
+def listed_bytes(folder: Path) -> int:
+    """Bytes of the files that `verify_sums` will read; 0 without a list."""
+    return sum((folder / name).stat().st_size for name in _read(folder) if (folder / name).is_file())
+
+
+def verify_sums(folder: Path, advance: Callable[[int], object] = lambda _: None) -> bool:
+    """Hold the folder's files against its list; False where it has none. WeightsError for each that differs."""
+    wanted = _read(folder)
+    if not wanted:
+        return False
+    problems = [
+        Problem(str(folder / name), f"is missing, and {SUMS_FILE} lists it", "fetch or copy the folder again")
+        for name in wanted
+        if not (folder / name).is_file()
+    ]
+    present = [folder / name for name in wanted if (folder / name).is_file()]
+    do = f"fetch or copy the file again; if it was changed on purpose, take its line out of {SUMS_FILE}"
+    problems += [
+        Problem(str(file), f"differs from its sum in {SUMS_FILE}", do, got=found[:12])
+        for file, found in zip(present, _sums(present, advance), strict=True)
+        if found != wanted[file.name]
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return True
+
+
+def _read(folder: Path) -> dict[str, str]:
+    file = folder / SUMS_FILE
+    if not file.is_file():
+        return {}
+    sums = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        if match is None or Path(match[2]).name != match[2]:
+            what, do = "is not a SHA-256 sum and the name of a file beside it", "fetch or copy the folder again"
+            raise WeightsError(Problem(f"{file}:{number}", what, do, got=line[:80]))
+        sums[match[2]] = match[1]
+    return sums
+
+
+def _sums(files: list[Path], advance: Callable[[int], object]) -> list[str]:
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+        return list(pool.map(lambda file: _sum(file, advance), files))
+
+
+def _sum(file: Path, advance: Callable[[int], object]) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            advance(count)
+    return digest.hexdigest()
