@@ -27,7 +27,7 @@ from tests.unit.foreign_adapters import (
     stacked_as_loaded,
     write_adapter,
 )
-from tests.unit.merge_adapters import load
+from tests.unit.merge_adapters import load, save_adapter, tensors
 
 MIXTRAL = "q_proj k_proj v_proj o_proj w1 w2 w3 gate"
 
@@ -206,6 +206,20 @@ def test_the_logits_refuse_a_scale_without_its_pattern(
     adapter = on_mixtral(base, tmp_path / "adapter", alpha_pattern={"w3": 64})
     monkeypatch.setattr(finetune.adapters.adapter.Adapter, "scale", lambda *_: 16 / 4)
     refused(adapter, base, r"merged model differs from base \+ adapter")
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["per expert", "stacked"])
+@pytest.mark.parametrize("last", ["of now", "of then"])
+def test_an_adapter_of_then_and_one_of_now_in_one_pass(stacked: bool, last: str, base: Path, tmp_path: Path) -> None:
+    into = stacked_as_loaded(base, tmp_path / "stacked") if stacked else base
+    then, now = on_mixtral(base, tmp_path / "then"), save_adapter(base, tmp_path / "now", record=False)
+    merge(now, tmp_path / "one", base=into, show_progress=False)
+    merge(then, tmp_path / "two", base=tmp_path / "one", show_progress=False)
+    adapters, weights = ([then, now], [0.5, 1.0]) if last == "of now" else ([now, then], [1.0, 0.5])
+    merge(adapters, tmp_path / "sum", weights=weights, base=into, show_progress=False)
+    one, two, both = (tensors(tmp_path / name) for name in ("one", "two", "sum"))
+    for key, value in both.items():
+        torch.testing.assert_close(value, (one[key] + two[key]) / 2, msg=key)
 
 
 def test_a_base_that_only_the_settings_name_is_proposed_and_not_taken(base: Path, tmp_path: Path) -> None:
