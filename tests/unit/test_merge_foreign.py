@@ -135,6 +135,7 @@ def test_some_experts_only(stacked: bool, base: Path, tmp_path: Path) -> None:
         ("hunyuan_v1_moe", "q_proj gate_proj up_proj down_proj wg"),
         ("ernie4_5_moe", "q_proj gate_proj up_proj down_proj gate"),
         ("minimax_m2", "q_proj w1 w2 w3 gate"),
+        ("granitemoe", "q_proj layer"),
     ],
 )
 def test_other_architectures(model_type: str, names: str, tmp_path: Path) -> None:
@@ -220,6 +221,18 @@ def test_an_adapter_of_then_and_one_of_now_in_one_pass(stacked: bool, last: str,
     one, two, both = (tensors(tmp_path / name) for name in ("one", "two", "sum"))
     for key, value in both.items():
         torch.testing.assert_close(value, (one[key] + two[key]) / 2, msg=key)
+
+
+def test_what_stock_peft_makes_of_one_comes_to_the_same(base: Path, tmp_path: Path) -> None:
+    """PEFT 0.21 converts such an adapter as it loads it, given one rank for all and no dropout."""
+    then = on_mixtral(base, tmp_path / "then", lora_dropout=0.0)
+    load(base, then).save_pretrained(str(tmp_path / "now"), save_embedding_layers=False)
+    assert any(".mlp.experts.base_layer.lora_A" in name for name in tensors(tmp_path / "now"))
+    for name in ("then", "now"):
+        merge(tmp_path / name, tmp_path / f"out of {name}", base=base, show_progress=False)
+    one, other = tensors(tmp_path / "out of then"), tensors(tmp_path / "out of now")
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, msg=key)
 
 
 def test_a_base_that_only_the_settings_name_is_proposed_and_not_taken(base: Path, tmp_path: Path) -> None:
