@@ -46,8 +46,12 @@ NEUTRAL_SETTINGS = frozenset(
         "trainable_token_indices",
         "modules_to_save",
         "ensure_weight_tying",
+        "lora_B_layout",
     }
 )
+# What Unsloth writes since it says in which order it trained the columns of a stack's `lora_B`; true: by expert, then
+# rank. Until then it only left a mark in `auto_mapping`.
+DECLARED_ORDERS = {"rank_major": False, "grouped_by_expert": True}
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
 NEUTRAL_INITS = (True, False, "gaussian", "eva")
 
@@ -75,6 +79,11 @@ class Adapter:
     base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
     layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
     asked_layout: str | None = None  # what the user says of the order of the experts' factors
+
+    @property
+    def expert_major(self) -> bool | None:
+        """Whether columns of a stack's `lora_B` go by expert, then rank, as the settings say; None: they do not."""
+        return DECLARED_ORDERS.get(str(self.settings.get("lora_B_layout")))
 
     @property
     def by_unsloth(self) -> bool:
@@ -184,6 +193,10 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name not in NEUTRAL_SETTINGS and value not in (None, False, "none", [], {}):
             problems.append(Problem(f"{where}: {name}", "setting is not supported by the merge", do, json.dumps(value)))
+    declared = settings.get("lora_B_layout")
+    if declared is not None and declared not in DECLARED_ORDERS:
+        where_it_is, do = f"{where}: lora_B_layout", f"only {' and '.join(DECLARED_ORDERS)} are known"
+        problems.append(Problem(where_it_is, "unknown order of the experts' factors", do, got=json.dumps(declared)))
     types: dict[str, Callable[[Any], bool]] = {
         "r": lambda value: isinstance(value, int) and value > 0,
         "lora_alpha": lambda value: isinstance(value, int | float),

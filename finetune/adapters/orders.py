@@ -1,9 +1,10 @@
 """In which order the two factors of a stack of experts hold experts, ranks, inputs and outputs.
 
-PEFT lays `lora_A` out by expert, then rank, and `lora_B` by rank, then expert. Unsloth trains through kernels of its
-own that read `lora_B` by expert, then rank; the shapes are the same. PEFT 0.17 and 0.18 took the inputs of a stack for
-its outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the right norm and the wrong values, so
-nothing is guessed here: what neither the file declares nor its shapes say must be asked for.
+PEFT lays `lora_A` out by expert, then rank, and `lora_B` by rank, then expert. Unsloth trained through kernels of its
+own that read `lora_B` by expert, then rank, until September 2026 (unslothai/unsloth-zoo#1269), and has named the order
+in the settings since about then (#1232); the shapes are the same. PEFT 0.17 and 0.18 took the inputs of a stack for its
+outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the right norm and the wrong values, so nothing is
+guessed here: what neither the file declares nor its shapes say must be asked for.
 """
 
 import re
@@ -19,10 +20,10 @@ from finetune.moe.families import Family
 
 # What `--layout` can name: the order, and who writes it.
 LAYOUTS = {
-    "peft": (StackOrder(), "PEFT since 0.19"),
+    "peft": (StackOrder(), "PEFT since 0.19, Unsloth since September 2026"),
     "peft-0.18": (StackOrder(swapped=True), "PEFT 0.17 and 0.18, which took inputs for outputs"),
-    "expert-major": (StackOrder(expert_major=True), "Unsloth, which reads lora_B by expert, then rank"),
-    "expert-major-0.18": (StackOrder(swapped=True, expert_major=True), "Unsloth with PEFT 0.17 or 0.18"),
+    "expert-major": (StackOrder(expert_major=True), "Unsloth before: lora_B by expert, then rank"),
+    "expert-major-0.18": (StackOrder(swapped=True, expert_major=True), "the same with PEFT 0.17 or 0.18"),
 }
 # PEFT swapped inputs and outputs before this version, and has named itself in the settings since 0.18.
 UNSWAPPED_SINCE = (0, 19)
@@ -90,10 +91,13 @@ def _order(adapter: Adapter, ways: set[bool], stacks: Sequence[Target]) -> Stack
     declared = fitting
     if adapter.layout_recorded:
         declared = {name: order for name, order in fitting.items() if order == StackOrder()}
+    elif adapter.expert_major is not None:
+        declared = {name: order for name, order in fitting.items() if order.expert_major == adapter.expert_major}
     elif version is not None and not adapter.by_unsloth:
         declared = {name: order for name, order in fitting.items() if not order.expert_major}
     if adapter.asked_layout is not None:
-        return _asked(adapter, declared if adapter.layout_recorded else fitting, transposed)
+        says = adapter.layout_recorded or adapter.expert_major is not None
+        return _asked(adapter, declared if says else fitting, transposed)
     if len(declared) > 1:
         raise WeightsError(_unknown(adapter, declared))
     return next(iter(declared.values()), StackOrder())

@@ -31,7 +31,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=LAYOUTS,
         nargs="+",
         help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
-        "and 0.18, Unsloth, or Unsloth with those wrote it",
+        "and 0.18, Unsloth until September 2026, or that with those wrote it",
     )
     parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"

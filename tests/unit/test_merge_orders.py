@@ -97,11 +97,15 @@ def test_experts_with_one_rank_have_no_order(base: Path, tmp_path: Path) -> None
         ("peft", {"peft_version": "0.21.2"}),
         ("peft", {"peft_version": "0.19.1@3f1c9a2"}),
         ("peft-0.18", {"peft_version": "0.18.1"}),
+        ("peft", {"auto_mapping": UNSLOTH, "lora_B_layout": "rank_major"}),
+        ("expert-major", {"auto_mapping": UNSLOTH, "lora_B_layout": "grouped_by_expert"}),
+        ("expert-major-0.18", {"lora_B_layout": "grouped_by_expert", "peft_version": None}),
     ],
 )
-def test_stock_peft_declares_the_order_by_its_version(
+def test_the_settings_declare_the_order(
     layout: str, settings: dict[str, Any], base: Path, adapter: Path, merged: Path, tmp_path: Path
 ) -> None:
+    """Stock PEFT by its version, Unsloth by a setting of its own."""
     foreign = rewritten(adapter, tmp_path / "foreign", layout, **settings)
     merge(foreign, tmp_path / "out", base=base, show_progress=False)
     for key, value in tensors(merged).items():
@@ -115,14 +119,19 @@ def test_stock_peft_declares_the_order_by_its_version(
             "peft",
             {"peft_version": None},
             r"adapter_config.json: nothing says .* got neither a record nor a version of PEFT; say which tool "
-            r"trained it, with --layout: peft \(PEFT since 0.19\), expert-major \(Unsloth, which",
+            r"trained it, with --layout: peft \(PEFT since 0.19, Unsloth .*\), expert-major \(Unsloth before: ",
         ),
         (
             "peft-0.18",
             {"peft_version": None},
-            r"--layout: peft-0.18 \(PEFT 0.17 and 0.18, .*\), expert-major-0.18 \(Unsloth with PEFT 0.17 or 0.18\)$",
+            r"--layout: peft-0.18 \(PEFT 0.17 and 0.18, .*\), expert-major-0.18 \(the same with PEFT 0.17 or 0.18\)$",
         ),
         ("expert-major", {"auto_mapping": UNSLOTH}, r"got the mark of Unsloth; .*: peft \(.*\), expert-major \("),
+        (
+            "peft",
+            {"lora_B_layout": "by_rank"},
+            'order of the experts\' factors; got "by_rank"; only rank_major and grouped',
+        ),
         ("peft", {"peft_version": "0.18.2.dev0"}, r"got neither a record nor a version of PEFT"),
         ("peft", {"peft_version": "a fork"}, r"got neither a record nor a version of PEFT"),
         (
@@ -136,6 +145,7 @@ def test_stock_peft_declares_the_order_by_its_version(
         "no version",
         "no version, swapped",
         "Unsloth",
+        "other word",
         "between releases",
         "no number",
         "swapped later",
@@ -162,6 +172,12 @@ def test_an_order_that_is_not_declared_is_refused(
             "expert-major",
             {"peft_version": None},
             "than --layout says; got expert-major;",
+        ),
+        (
+            "peft",
+            "expert-major",
+            {"lora_B_layout": "rank_major"},
+            r"than --layout says; got expert-major; .* give peft \(",
         ),
         ("peft", "peft-0.18", {"peft_version": "0.21.2"}, "than --layout says; got peft-0.18"),
     ],
