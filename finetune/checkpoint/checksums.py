@@ -18,8 +18,9 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 def write_sums(
     folder: Path, to_come: Mapping[str, str] | None = None, advance: Callable[[int], object] = lambda _: None
 ) -> None:
-    """List every file of the folder but its README; `to_come`: content of files that will be written after this one."""
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in NOT_LISTED)
+    """List every file of the folder but its README and hidden ones; `to_come`: contents that will be written after."""
+    visible = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = sorted(file for file in visible if file.name not in NOT_LISTED)
     sums = dict(zip((file.name for file in files), _sums(files, advance), strict=True))
     sums |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (to_come or {}).items()}
     write_text(folder / SUMS_FILE, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))

@@ -69,12 +69,12 @@ def merge(
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
         proven = _prove(job, ledger, folder, prove, show_progress)
-        journal.remove()
         report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
         write_json(folder / REPORT_FILE, report.as_dict())
         config = as_json(job.config)
         with _bar("checksums", "B", job.nbytes, show_progress) as bar:
             write_sums(folder, {"config.json": config}, bar.update)
+        journal.remove()
         # Last of all: without it no reader takes the folder for a model.
         write_text(folder / "config.json", config)
     return report

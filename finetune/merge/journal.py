@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,26 @@ class Journal:
         """`job`: everything that decides the output; a journal of another job is a WeightsError on resuming."""
         self.path = folder / JOURNAL_FILE
         self.done: dict[str, dict[str, Any] | None] = {}
-        self.resumed = resume and self.path.is_file()
+        lines = self._lines() if resume else []
+        self.resumed = bool(lines)
         begun = json.loads(json.dumps(job))
         if self.resumed:
-            self._read(begun)
+            self._go_on(begun, lines)
         else:
+            _empty(folder)  # what a kill left that nothing is known of
             self._append(begun)
 
-    def _read(self, job: dict[str, Any]) -> None:
+    def _lines(self) -> list[dict[str, Any]]:
+        """What can be read: a line that a kill cut short is the last one, and what it would say is made again."""
         lines: list[dict[str, Any]] = []
-        for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break  # a line that the kill cut short: what it would say is made again
-        begun, entries = (lines[0], lines[1:]) if lines else ({}, [])
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                with suppress(ValueError):
+                    lines.append(json.loads(text))
+        return lines
+
+    def _go_on(self, job: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        begun, *entries = lines
         if begun != job:
             differs = sorted(key for key in job if begun.get(key) != job[key])
             what = "the unfinished merge there is another one"
@@ -61,3 +67,8 @@ class Journal:
     def remove(self) -> None:
         """Take the file away: the weights are complete."""
         self.path.unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()

@@ -31,7 +31,8 @@ def test_tokenizer_template_and_generation_settings_come_from_the_base(
 ) -> None:
     merge(adapter, tmp_path / "out", show_progress=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()} | {
-        "merge-report.json"
+        "merge-report.json",
+        "SHA256SUMS",
     }
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
