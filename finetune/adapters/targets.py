@@ -117,6 +117,7 @@ def _of_one_expert(stack: Stack, expert: int, number: int) -> Target:
 
 def _of_module(name: str, key: str, adapter: Adapter, part: str) -> Target:
     pair = adapter.pairs.get(name)
+    part = "vocabulary" if key in (EMBEDDING, HEAD) else part
     return Target(name, name, part, ((key,),), transposed=pair is not None and pair.embedding)
 
 

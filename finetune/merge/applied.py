@@ -1,6 +1,6 @@
 """One adapter on a loaded model through stock PEFT, whoever wrote it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,11 @@ from torch import nn
 
 from finetune.adapters.contents import EMBEDDING, HEAD, PREFIX
 from finetune.adapters.lineage import Weighted
-from finetune.adapters.targets import is_unstacked
-from finetune.checkpoint import CheckpointReader, TensorInfo
+from finetune.adapters.targets import Target, is_unstacked
+from finetune.checkpoint import TensorInfo
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.rearranged import as_peft, foreign_stacks
+from finetune.merge.rearranged import as_peft
 from finetune.merge.unstacked import unstacked_modules
 from finetune.moe.families import Family
 
@@ -22,12 +22,13 @@ VOCABULARY = tuple(f".{key.removesuffix('.weight')}." for key in (EMBEDDING, HEA
 
 
 def with_adapter(
-    model: Any, each: Weighted, tensors: Mapping[str, TensorInfo], index: int, base: CheckpointReader, family: Family
+    model: Any, each: Weighted, tensors: Mapping[str, TensorInfo], index: int, foreign: Sequence[Target], family: Family
 ) -> Any:
     """The model, of which decoder layer `index` is whole, under one adapter.
 
-    `tensors`: of the adapter, those for what the model holds. An adapter of transformers 4 is merged into the model,
-    whose parameters its modules are parts of; any other one is left to PEFT's own forward.
+    `tensors`: of the adapter, those for what the model holds; `foreign`: its stacks in another order. An adapter of
+    transformers 4 is merged into the model, whose parameters its modules are parts of; any other one is left to PEFT's
+    own forward.
     """
     config = PeftConfig.from_pretrained(str(each.adapter.folder))
     config.inference_mode, config.base_model_name_or_path = True, None
@@ -39,7 +40,7 @@ def with_adapter(
         config.task_type = None  # a plain tree of modules has no `generate`
         adapted = PeftModel(unstacked_modules(model, index, family, config), config, low_cpu_mem_usage=True)
     else:
-        values = as_peft(values, foreign_stacks(base, each.adapter, family))
+        values = as_peft(values, foreign)
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     unknown = set_peft_model_state_dict(adapted, values, low_cpu_mem_usage=True).unexpected_keys
     lacking = _fill_vocabulary(adapted)

@@ -26,6 +26,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
 from finetune.merge.applied import with_adapter
+from finetune.merge.rearranged import foreign_stacks
 from finetune.merge.routing import Routing
 from finetune.moe.families import family_of
 
@@ -51,6 +52,7 @@ class LayerwiseModel:
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
+        self._foreign = [foreign_stacks(reader, each.adapter, self._family) for each in adapters]
         self._biases = {name: bias for each in adapters for name, bias in bias_tensors(each.adapter.folder).items()}
 
     def logits(
@@ -130,12 +132,12 @@ class LayerwiseModel:
     def _adapted(self, model: Any, index: int) -> Any:
         """The model under its adapters: each merged in by PEFT itself, but for the last, which PEFT runs beside it."""
         held = []
-        for each in self.adapters:
+        for each, foreign in zip(self.adapters, self._foreign, strict=True):
             header = read_header(each.adapter.folder / WEIGHTS_FILE)
             if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
-                held.append((each, factors))
-        for number, (each, factors) in enumerate(held):
-            model = with_adapter(model, each, factors, index, self.reader, self._family)
+                held.append((each, factors, foreign))
+        for number, (each, factors, foreign) in enumerate(held):
+            model = with_adapter(model, each, factors, index, foreign, self._family)
             if number < len(held) - 1:
                 model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         return model.eval()
@@ -216,6 +218,10 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
             # A layer without experts, or without attention, under an adapter that names both.
             warnings.filterwarnings("ignore", message="target_(modules|parameters)=", category=RuntimeWarning)
+            # Settings of other versions and tools: `read_adapter` has judged each of them.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)
+            # What it says of tied matrices is why a base with an adapter on one of them gets two (`adapters.replaced`).
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
             # PEFT asks transformers for a property by its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             yield

@@ -105,7 +105,7 @@ def test_experts_with_one_rank_have_no_order(base: Path, tmp_path: Path) -> None
 def test_the_settings_declare_the_order(
     layout: str, settings: dict[str, Any], base: Path, adapter: Path, merged: Path, tmp_path: Path
 ) -> None:
-    """Stock PEFT by its version, Unsloth by a setting of its own."""
+    """Stock PEFT by its version, Unsloth by a setting of its own, which PEFT does not know."""
     foreign = rewritten(adapter, tmp_path / "foreign", layout, **settings)
     merge(foreign, tmp_path / "out", base=base, show_progress=False)
     for key, value in tensors(merged).items():

@@ -78,12 +78,13 @@ def test_merged_computes_what_the_adapter_does(name: str, base: Path, tmp_path: 
 def test_the_change_is_that_of_the_transposed_factors(tmp_path: Path) -> None:
     base = save_tiny_mixtral(tmp_path / "base")
     adapter = adapter_on(base, tmp_path / "adapter", **SETTINGS["both"])
-    merge(adapter, tmp_path / "out", base=base, show_progress=False)
+    report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
     before, after, factors = tensors(base), tensors(tmp_path / "out"), tensors(adapter)
     A, B = (factors[f"base_model.model.model.embed_tokens.lora_embedding_{name}"] for name in "AB")
     torch.testing.assert_close(after[EMBED], before[EMBED] + 6 / 3 * (B @ A).T)
     A, B = (factors[f"base_model.model.lm_head.lora_{name}.weight"] for name in "AB")
     torch.testing.assert_close(after[HEAD], before[HEAD] + 6 / 4 * (B @ A))
+    assert report.parts["vocabulary"].tensors == 2
 
 
 def test_a_tied_base_gets_two_matrices_only_where_it_must(tied: Path, tmp_path: Path) -> None:
