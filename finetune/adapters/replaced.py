@@ -16,6 +16,7 @@ from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from finetune.adapters.contents import EMBEDDING, HEAD, PREFIX
 from finetune.adapters.layout import base_layout
 from finetune.adapters.lineage import Weighted
+from finetune.adapters.targets import old_name
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
@@ -118,8 +119,8 @@ def _fitting(
     base: CheckpointReader, adapter: Adapter, family: Family, tied: bool, problems: list[Problem]
 ) -> dict[str, TensorInfo]:
     """The whole tensors of an adapter that are not the base's own, by key on disk."""
-    keys = {f"{module}.weight": key for key, module in base_layout(base, family).modules.items()}
-    keys |= {key: key for key in base_layout(base, family).modules}
+    modules = base_layout(base, family).modules.items()
+    keys = {f"{name}.weight": key for key, module in modules for name in (module, old_name(module, family))}
     found = {}
     for name, info in adapter.whole.items():
         where = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{name}"

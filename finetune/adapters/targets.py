@@ -92,12 +92,12 @@ def _unstacked(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
                 if _names_module(adapter, name):
                     yield _of_one_expert(stack, expert, number)
     for key, module in layout.modules.items():
-        name = _old_name(module, family)
+        name = old_name(module, family)
         if _names_module(adapter, name):
             yield _of_module(name, key, adapter, family.part(module))
 
 
-def _old_name(module: str, family: Family) -> str:
+def old_name(module: str, family: Family) -> str:
     """What transformers 4 called a module that is no expert: as now, but for some routers."""
     layer = LAYER.match(module)
     moe = family.moe

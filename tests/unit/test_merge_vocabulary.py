@@ -15,7 +15,14 @@ import finetune.merge.job
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from tests.support import save_tiny_mixtral
-from tests.unit.foreign_adapters import changed_by, linear_modules, random_factors, write_adapter
+from tests.unit.foreign_adapters import (
+    as_published,
+    changed_by,
+    linear_modules,
+    random_factors,
+    stacked_as_loaded,
+    write_adapter,
+)
 from tests.unit.merge_adapters import load, logits, tensors
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -154,7 +161,8 @@ def test_whole_tensors_take_the_number_format_of_the_base(tmp_path: Path) -> Non
     assert torch.equal(tensors(tmp_path / "wide")[HEAD], whole)
 
 
-def test_factors_of_transformers_4_beside_a_whole_embedding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stacked", [False, True], ids=["per expert", "stacked"])
+def test_factors_of_transformers_4_beside_a_whole_embedding(stacked: bool, tmp_path: Path) -> None:
     base = save_tiny_mixtral(tmp_path / "base", tie_word_embeddings=True)
     modules = linear_modules(base, "q_proj w1 w2 w3")
     factors = random_factors((path, shape, 4) for path, shape in modules.items())
@@ -167,13 +175,13 @@ def test_factors_of_transformers_4_beside_a_whole_embedding(tmp_path: Path) -> N
         target_modules=["q_proj", "w1", "w2", "w3"],
         modules_to_save=["embed_tokens", "gate"],
     )
-    report = merge(adapter, tmp_path / "out", base=base, show_progress=False)
+    into = stacked_as_loaded(base, tmp_path / "stacked") if stacked else base
+    report = merge(adapter, tmp_path / "out", base=into, show_progress=False)
     assert report.untied
-    before = tensors(base)
-    after = {key: value for key, value in tensors(tmp_path / "out").items() if key != HEAD}
-    assert torch.equal(tensors(tmp_path / "out")[HEAD], before[EMBED])
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert torch.equal(after.pop(HEAD), before[EMBED])
     deltas = changed_by(adapter, 16 / 4)
-    for key, value in after.items():
+    for key, value in (as_published(after) if stacked else after).items():
         torch.testing.assert_close(value, whole.get(key, before[key]) + deltas.get(key, 0), msg=key)
 
 
