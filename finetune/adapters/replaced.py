@@ -5,7 +5,7 @@ factors or more rows than the base. A base with one matrix for embedding and hea
 an adapter of one of them what only two matrices can hold; PEFT's own merge then changes both. V rows, H hidden.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,17 +24,21 @@ from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
 
 ROWS_AT_A_TIME = 4096
+VOCABULARY = {EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")}
 _OTHER_BASE = "merge into the base it was trained on"
 
 
 class ReplacedBase(CheckpointReader):
     """A base of which some tensors lie elsewhere: `whole` in an adapter's file, and maybe the head, in the embedding.
 
-    `base` is what the others are read through.
+    `base` is what the others are read through. `trained`: those of `whole` that were trained so, and not only saved.
     """
 
-    def __init__(self, base: CheckpointReader, whole: Mapping[str, TensorInfo], untied: bool) -> None:
+    def __init__(
+        self, base: CheckpointReader, whole: Mapping[str, TensorInfo], trained: Collection[str], untied: bool
+    ) -> None:
         self.folder, self._base, self.whole, self.untied = base.folder, base, dict(whole), untied
+        self._trained = trained
         self._takes_embedding = untied and not base.holds(HEAD) and HEAD not in self.whole
         self.keys = [*base.keys, *([HEAD] if untied and not base.holds(HEAD) else [])]
 
@@ -70,9 +74,13 @@ class ReplacedBase(CheckpointReader):
         return config | ({"tie_word_embeddings": False} if self.untied else {})
 
     def before(self) -> "ReplacedBase":
-        """The base without the whole tensors, but for those that make it another size: what PEFT loads them into."""
-        resized = {key: info for key, info in self.whole.items() if info.shape != self._shape_before(key)}
-        return ReplacedBase(self._base, resized, self.untied)
+        """The base without what was trained whole, unless that makes it another size: what PEFT loads into."""
+        kept = {
+            key: info
+            for key, info in self.whole.items()
+            if key not in self._trained or info.shape != self._shape_before(key)
+        }
+        return ReplacedBase(self._base, kept, self._trained, self.untied)
 
     def _shape_before(self, key: str) -> tuple[int, ...]:
         return self._base.info(key if self._base.holds(key) else EMBEDDING).shape
@@ -91,6 +99,7 @@ def with_replaced(base: CheckpointReader, adapters: Sequence[Weighted], family: 
     """
     tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
     whole: dict[str, TensorInfo] = {}
+    trained: set[str] = set()
     problems: list[Problem] = []
     for each in adapters:
         found = _fitting(base, each.adapter, family, tied, problems)
@@ -101,16 +110,16 @@ def with_replaced(base: CheckpointReader, adapters: Sequence[Weighted], family: 
             what, do = "more than one adapter brings this tensor whole", "merge one after the other"
             problems.append(Problem(str(each.adapter.folder), what, do, twice[0]))
         whole |= found
+        trained |= {key for key in found if each.adapter.trains_whole(key)}
     if problems:
         raise WeightsError(problems)
-    if tied and _equal(whole):  # trained as one matrix: one it stays
-        whole = {key: info for key, info in whole.items() if key != HEAD or base.holds(HEAD)}
-        untied = False
-    else:
-        untied = tied and any(_changes_one(each.adapter, whole) for each in adapters)
+    factors = any(VOCABULARY & each.adapter.pairs.keys() for each in adapters)
+    untied = tied and (factors or _become_two(whole, trained))
+    if tied:
+        whole = _of_tied(whole, trained, untied, base.holds(HEAD))
     if not whole and not untied:
         return base
-    found_base = ReplacedBase(base, whole, untied)
+    found_base = ReplacedBase(base, whole, trained, untied)
     _refuse_odd_vocabulary(found_base, adapters)
     return found_base
 
@@ -151,16 +160,23 @@ def _is_copy(base: CheckpointReader, key: str, info: TensorInfo) -> bool:
     return True
 
 
-def _equal(whole: Mapping[str, TensorInfo]) -> bool:
-    """Whether embedding and head are both there and one and the same."""
-    if EMBEDDING not in whole or HEAD not in whole:
-        return False
-    return torch.equal(read_tensor(whole[EMBEDDING]), read_tensor(whole[HEAD]))
+def _become_two(whole: Mapping[str, TensorInfo], trained: Collection[str]) -> bool:
+    """Whether whole tensors alone make two matrices of a tied one: where one was trained, and the other not as it."""
+    if EMBEDDING in whole and HEAD in whole:
+        return not torch.equal(read_tensor(whole[EMBEDDING]), read_tensor(whole[HEAD]))
+    return bool({EMBEDDING, HEAD} & set(trained))
 
 
-def _changes_one(adapter: Adapter, whole: Mapping[str, TensorInfo]) -> bool:
-    ends = {name.removesuffix(".weight") for name in (EMBEDDING, HEAD)}
-    return bool(ends & adapter.pairs.keys()) or bool({EMBEDDING, HEAD} & whole.keys())
+def _of_tied(
+    whole: dict[str, TensorInfo], trained: Collection[str], untied: bool, holds_head: bool
+) -> dict[str, TensorInfo]:
+    """What is replaced of a tied base: a saved copy, which nobody trained, is of the one matrix and so of both."""
+    saved = [whole[key] for key in (EMBEDDING, HEAD) if key in whole and key not in trained]
+    if saved:
+        whole = {EMBEDDING: saved[0], HEAD: saved[0]} | whole
+    if not untied and not holds_head:
+        whole = {key: info for key, info in whole.items() if key != HEAD}
+    return whole
 
 
 def _refuse_odd_vocabulary(base: ReplacedBase, adapters: Sequence[Weighted]) -> None:

@@ -125,6 +125,22 @@ def test_a_vocabulary_of_another_length(name: str, rows: int, tmp_path: Path) ->
     assert (logits(load(tmp_path / "out")) - logits(whole)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(("name", "apart"), [("neither", False), ("embedding", True), ("whole embedding", None)])
+def test_a_tied_vocabulary_of_another_length(name: str, apart: bool | None, tied: Path, tmp_path: Path) -> None:
+    """What was saved and not trained is of the one matrix; a head that nobody saved is known by it alone."""
+    settings = SETTINGS.get(name, {"target_modules": ["q_proj"]})
+    adapter = adapter_on(tied, tmp_path / "adapter", 520, **settings)
+    if apart is None:
+        respell(adapter, {"base_model.model.lm_head.weight": None})
+        refused(adapter, tied, "embedding and head would differ in their rows; got .*weight 520, lm_head.weight 512")
+        return
+    assert merge(adapter, tmp_path / "out", base=tied, show_progress=False).untied is apart
+    model = load(tied)
+    model.resize_token_embeddings(520, mean_resizing=False)
+    whole = PeftModel.from_pretrained(model, adapter).eval()
+    assert (logits(load(tmp_path / "out")) - logits(whole)).abs().max() < 1e-4
+
+
 def respell(adapter: Path, changes: dict[str, torch.Tensor | None]) -> None:
     """Add tensors to an adapter's file, or take out those that are None."""
     file = adapter / "adapter_model.safetensors"
