@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
+LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -26,6 +27,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the output (default: the base's own)")
     parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        nargs="+",
+        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
+        "and 0.18, Unsloth until September 2026, or that with those wrote it",
+    )
+    parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
@@ -43,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         weights=args.weights,
         base=args.base,
         dtype=args.dtype,
+        layouts=args.layout,
         prove=not args.no_proof,
         prompts=args.prompts,
         resume=args.resume,

@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
+from finetune.adapters.orders import LAYOUTS
 from finetune.checkpoint import (
     CheckpointReader,
     fingerprint,
@@ -29,7 +30,7 @@ from finetune.merge.report import MergeReport, Proof, part_figures
 from finetune.merge.routing import Routing
 from finetune.merge.stream import Ledger, stream_merged
 
-__all__ = ["DTYPES", "REPORT_FILE", "MergeReport", "merge"]
+__all__ = ["DTYPES", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 
 
 def merge(
@@ -39,6 +40,7 @@ def merge(
     weights: Sequence[float] | None = None,
     base: Path | None = None,
     dtype: str | None = None,
+    layouts: Sequence[str] | None = None,
     prove: bool = True,
     prompts: Path | None = None,
     resume: bool = False,
@@ -47,12 +49,13 @@ def merge(
     """Write base + adapters to `output`, and prove it before the folder gets its name.
 
     `weights`: of the adapters, 1 each by default. `base` replaces the recorded location only: its fingerprint must
-    still be the recorded one. `dtype`: one of DTYPES. `prove` False leaves out what reads the output again. `prompts`:
+    still be the recorded one. `dtype`: one of DTYPES. `layouts`: of LAYOUTS, one for each adapter, the order of its
+    experts' factors where its files do not say. `prove` False leaves out what reads the output again. `prompts`:
     a text file, one a line, in place of the fixed ones. `resume`: go on from what a killed merge into `output` left.
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts))
+    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, tuple(layouts or ())))
     with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
         verify_sums(job.base.folder, bar.update)
     require_free_disk(Path(output), job.nbytes, Path(output).parent / f".{Path(output).name}.partial")
@@ -97,7 +100,7 @@ def _prove(job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: b
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_config = {**job.base.config, "vocab_size": job.config["vocab_size"]}
-    base_model = LayerwiseModel(job.base, base_config, job.adapters, routing, sources.token_rows)
+    base_model = LayerwiseModel(job.trained_on, base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
         figures = proof.measure_logits(base_model, merged_model, job.prompts, job.added_tokens, bar.update)
@@ -129,6 +132,8 @@ def _report(
         nbytes=job.nbytes,
         targeted=len(job.sources.changes) + (proven.moved_biases or 0) + len(job.sources.token_rows),
         added_tokens=len(job.added_tokens),
+        whole_tensors=job.whole_tensors,
+        untied=job.untied,
         parts=part_figures(ledger),
         proof=proven,
         stream_seconds=round(stream_seconds, 3),

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from finetune.adapters.adapter import FLOATS
+from finetune.adapters.contents import FLOATS
 from finetune.adapters.deltas import Change
 from finetune.adapters.factors import FactorReader
 from finetune.adapters.vocabulary import TokenRows
@@ -281,7 +281,7 @@ class _Sums:
             self.rounding += _square(exact_nI - merged)
             self.rounded_delta += change
         self._blocks += 1
-        for delta in self.change.deltas:
+        for delta in self.change.at(start):
             expert, row = delta.place(start)
             self._use((delta.owner, delta.path, expert), row, row + stop - start)
         return merged
@@ -297,7 +297,7 @@ class _Sums:
         left_nR, right_RI = self._left_nR.double(), self._right_RI.double()
         gram_RR = right_RI @ right_RI.T
         self._squares_n = ((left_nR @ gram_RR) * left_nR).sum(dim=1)
-        if float(self._squares_n.sum()) <= EXACT_BELOW * float(left_nR.square().sum()) * float(gram_RR.trace()):
+        if float(self._squares_n.sum()) < EXACT_BELOW * float(left_nR.square().sum()) * float(gram_RR.trace()):
             self._squares_n = torch.stack([(row_R @ right_RI).square().sum() for row_R in left_nR])
 
     def _use(self, factors: tuple[int, str, int], row: int, past: int) -> None:
