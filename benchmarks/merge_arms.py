@@ -1,7 +1,7 @@
 """The arms of `benchmarks.merge`: each merges once in a process of its own and prints what it took, as JSON.
 
-The peak is that of resident memory since the imports, as Linux counts it (`VmHWM` after `clear_refs`): `ru_maxrss` holds
-the imports' own peak.
+The peak is that of resident memory since the imports, as Linux counts it (`VmHWM` after `clear_refs`): `ru_maxrss`
+holds the imports' own peak.
 """
 
 import json

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
 from finetune.checkpoint import verify_sums
-from finetune.checkpoint.reader import TensorInfo, read_header, read_json
+from finetune.checkpoint.reader import TensorInfo, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
 from finetune.moe.same_adapter import adapter_digest
@@ -17,15 +18,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "finetune.json"
 EXPERT_LAYOUT = "A:expert-major,B:rank-major"
-PREFIX = "base_model.model."
-FACTORS = ("lora_A", "lora_B")
-ROWS = ".token_adapter.trainable_tokens_delta"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-FLOATS = ("F32", "BF16", "F16")
-
-# Settings that leave W + scale * B A as it is, and `trainable_token_indices`, which is read apart. Any other one that
-# is switched on changes what the adapter computes.
+# Settings that leave W + scale * B A as it is, and `trainable_token_indices` and `modules_to_save`, which are read
+# apart. Any other one that is switched on changes what the adapter computes.
 NEUTRAL_SETTINGS = frozenset(
     {
         "peft_type",
@@ -50,18 +44,16 @@ NEUTRAL_SETTINGS = frozenset(
         "megatron_core",
         "qalora_group_size",
         "trainable_token_indices",
+        "modules_to_save",
+        "ensure_weight_tying",
+        "lora_B_layout",
     }
 )
+# What Unsloth writes since it says in which order it trained the columns of a stack's `lora_B`; true: by expert, then
+# rank. Until then it only left a mark in `auto_mapping`.
+DECLARED_ORDERS = {"rank_major": False, "grouped_by_expert": True}
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
 NEUTRAL_INITS = (True, False, "gaussian", "eva")
-
-
-@dataclass(frozen=True)
-class FactorPair:
-    """`lora_A` [rows, in] and `lora_B` [out, rows] of one wrapped module; rows are r, or E*r for a stack of experts."""
-
-    a: TensorInfo
-    b: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -69,19 +61,35 @@ class Adapter:
     """One adapter folder; `pairs` by the wrapped module's path in the loaded model (`base_layer` nesting included).
 
     `rows` are those of single tokens, [n, H], by the path of embedding or head; `tokens` says which, by PEFT's names of
-    the same modules (their last parts); `added_tokens` are the recipe's, with their ids.
+    the same modules (their last parts); `added_tokens` are the recipe's, with their ids. `whole` are
+    tensors of the base's kind, by their names in the loaded model; `spare` tensors say nothing that others do not.
     """
 
     folder: Path
     settings: dict[str, Any]
     pairs: dict[str, FactorPair]
     rows: dict[str, TensorInfo]
+    whole: dict[str, TensorInfo]
+    spare: tuple[str, ...]
     tokens: dict[str, tuple[int, ...]]
     added_tokens: dict[str, int]
     base_location: str | None
     base_revision: str | None
     base_fingerprint: str | None
     base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
+    layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
+    asked_layout: str | None = None  # what the user says of the order of the experts' factors
+
+    @property
+    def expert_major(self) -> bool | None:
+        """Whether columns of a stack's `lora_B` go by expert, then rank, as the settings say; None: they do not."""
+        return DECLARED_ORDERS.get(str(self.settings.get("lora_B_layout")))
+
+    @property
+    def by_unsloth(self) -> bool:
+        """Whether the settings bear Unsloth's mark."""
+        mapping = self.settings.get("auto_mapping")
+        return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
 
     @property
     def has_biases(self) -> bool:
@@ -91,6 +99,11 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 of its weights."""
         return adapter_digest(self.folder)
+
+    def trains_whole(self, name: str) -> bool:
+        """Whether the settings name the module of a whole tensor as one that was trained so."""
+        path = name.removesuffix(".weight")
+        return any(f".{path}".endswith(f".{each}") for each in self.settings.get("modules_to_save") or [])
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -117,35 +130,43 @@ class Adapter:
         return values.get(get_pattern_key(list(values), name), self.settings[default])
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """The adapter in `folder`. Raises WeightsError for pickles, other PEFT methods, and factors without a partner."""
+def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
+    """The adapter in `folder`, its experts' factors in the order that `layout` names, if any.
+
+    Raises WeightsError for pickles, other PEFT methods, and factors without a partner.
+    """
     folder = Path(folder)
     _require_files(folder)
     verify_sums(folder)
     settings = read_json(folder / CONFIG_FILE)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    layout = record.get("layout", {}).get("expert_lora", EXPERT_LAYOUT)
-    if layout != EXPERT_LAYOUT:
+    recorded = record.get("layout", {}).get("expert_lora")
+    if recorded not in (None, EXPERT_LAYOUT):
         do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
         raise WeightsError(
-            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(layout))
+            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(recorded))
         )
     if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
         raise WeightsError(Problem(str(folder / str(named)), what, "copy the whole adapter folder of the run"))
     base = record.get("base", {})
+    contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
         settings=settings,
-        pairs=_pairs(folder / WEIGHTS_FILE),
-        rows=_rows(folder / WEIGHTS_FILE),
+        pairs=contents.pairs,
+        rows=contents.rows,
+        whole=contents.whole,
+        spare=contents.spare,
         tokens=_tokens(folder / CONFIG_FILE, settings.get("trainable_token_indices")),
         added_tokens={str(token): int(number) for token, number in (record.get("added_tokens") or {}).items()},
         base_location=base.get("name_or_path"),
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
         base_made_from=base.get("made_from"),
+        layout_recorded=recorded is not None,
+        asked_layout=layout,
     )
 
 
@@ -172,6 +193,10 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if name not in NEUTRAL_SETTINGS and value not in (None, False, "none", [], {}):
             problems.append(Problem(f"{where}: {name}", "setting is not supported by the merge", do, json.dumps(value)))
+    declared = settings.get("lora_B_layout")
+    if declared is not None and declared not in DECLARED_ORDERS:
+        where_it_is, do = f"{where}: lora_B_layout", f"only {' and '.join(DECLARED_ORDERS)} are known"
+        problems.append(Problem(where_it_is, "unknown order of the experts' factors", do, got=json.dumps(declared)))
     types: dict[str, Callable[[Any], bool]] = {
         "r": lambda value: isinstance(value, int) and value > 0,
         "lora_alpha": lambda value: isinstance(value, int | float),
@@ -185,43 +210,13 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
         raise WeightsError(problems)
 
 
-def _pairs(file: Path) -> dict[str, FactorPair]:
-    found: dict[str, dict[str, TensorInfo]] = {}
-    problems: list[Problem] = []
-    for key, info in read_header(file).items():
-        if key.endswith(ROWS):
-            continue
-        path, _, factor = key.removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or not key.endswith(".weight") or factor not in FACTORS:
-            do = f"only {PREFIX}<module>.lora_A.weight and .lora_B.weight can be merged"
-            problems.append(Problem(str(file), "tensor is not a LoRA factor", do, got=key))
-        elif info.dtype not in FLOATS or len(info.shape) != 2:
-            got = f"{info.dtype}{list(info.shape)}"
-            problems.append(Problem(f"{file}: {key}", "factor is not a floating-point matrix", "save it again", got))
-        else:
-            found.setdefault(path.removeprefix(PREFIX), {})[factor] = info
-    for path, factors in found.items():
-        for missing in set(FACTORS) - set(factors):
-            do = "the file is incomplete: save the adapter again"
-            problems.append(Problem(str(file), f"{path} has no {missing}", do, got=f"only {next(iter(factors))}"))
-    if not found and not problems:
-        problems.append(Problem(str(file), "holds no tensors", "save the adapter again"))
-    if problems:
-        raise WeightsError(problems)
-    return {path: FactorPair(factors["lora_A"], factors["lora_B"]) for path, factors in found.items()}
-
-
-def _rows(file: Path) -> dict[str, TensorInfo]:
-    """Where the rows of single tokens lie, by the path of their module."""
-    found = {key: info for key, info in read_header(file).items() if key.endswith(ROWS)}
-    problems = [
-        Problem(f"{file}: {key}", "rows are not a floating-point matrix", "save it again", f"{i.dtype}{list(i.shape)}")
-        for key, i in found.items()
-        if i.dtype not in FLOATS or len(i.shape) != 2
-    ]
-    if problems:
-        raise WeightsError(problems)
-    return {key.removeprefix(PREFIX).removesuffix(ROWS): info for key, info in found.items()}
+def _modules_to_save(where: Path, settings: dict[str, Any]) -> list[str]:
+    """Last parts of the modules that were trained whole."""
+    value = settings.get("modules_to_save") or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        what = "must be a list of names of modules"
+        raise WeightsError(Problem(f"{where}: modules_to_save", what, "save the adapter again", json.dumps(value)))
+    return value
 
 
 def _tokens(where: Path, setting: Any) -> dict[str, tuple[int, ...]]:

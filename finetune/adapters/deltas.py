@@ -5,16 +5,16 @@ more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own ro
 [E, O, I], or [E, I, O] where the architecture multiplies from the right.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from finetune.adapters.adapter import PREFIX, WEIGHTS_FILE, Adapter, FactorPair
+from finetune.adapters.adapter import WEIGHTS_FILE, Adapter
+from finetune.adapters.contents import PREFIX, FactorPair
 from finetune.adapters.factors import FactorReader
-from finetune.adapters.layout import BaseLayout, Stack, base_layout
+from finetune.adapters.orders import resolved_targets
+from finetune.adapters.targets import Target
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
@@ -35,25 +35,31 @@ class Delta:
     first_row: int  # of the factors' output features
     shape: tuple[int, int]  # of one expert on disk
     transposed: bool = False  # on disk [I, O]
+    at: int | None = None  # the first of its rows on disk, where the tensor has others too
 
     @property
     def extent(self) -> int:
         """How many rows of one expert all tensors of this delta's path must take together."""
         return self.pair.a.shape[1] if self.transposed else self.pair.b.shape[0]
 
+    def covers(self, start: int) -> bool:
+        """Whether row `start` of the tensor on disk is one that it changes."""
+        return self.at is None or self.at <= start < self.at + self.shape[0]
+
     def place(self, start: int) -> tuple[int, int]:
         """The expert that row `start` of the tensor on disk belongs to, and which row of the expert's it is."""
-        expert, row = divmod(start, self.shape[0])
+        expert, row = divmod(start - (self.at or 0), self.shape[0])
         return self.expert + expert, self.first_row + row
 
     def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
         """The change of the expert that row `start` on disk belongs to: left [rows on disk, r], scaled, and right.
 
-        Their product are all rows of this expert in this tensor, fp32; right is [r, I], or [r, O] where transposed.
+        Their product are the rows of this expert in this tensor from `start` on, fp32; right is [r, I], or [r, O] where
+        transposed.
         """
-        expert, _ = self.place(start)
+        expert, first = self.place(start)
         A_rI = factors.a(self.pair, self.experts, expert)
-        first, past = self.first_row, self.first_row + self.shape[0]
+        past = self.first_row + self.shape[0]
         if self.transposed:
             B_Or = factors.b(self.pair, self.experts, expert, 0, self.pair.b.shape[0])
             return A_rI[:, first:past].T * self.scale, B_Or.T
@@ -70,57 +76,50 @@ class Change:
 
     @property
     def step(self) -> int:
-        """A block of rows within a multiple of this is of one expert."""
+        """A block of rows within a multiple of this is of one expert, and of one matrix of it."""
         return min(delta.shape[0] for delta in self.deltas)
 
+    def at(self, start: int) -> list[Delta]:
+        """The deltas of row `start`, and so of its block; none where it is of an expert that no adapter changes."""
+        return [delta for delta in self.deltas if delta.covers(start)]
+
     def factors(self, start: int, factors: FactorReader) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left [step, R] and right [R, columns], fp32, of the expert that row `start` belongs to: all deltas.
+        """Left [step, R] and right [R, columns], fp32, of the rows from `start`, where a step begins: all deltas.
 
         R is the sum of the ranks: a sum of products is one product.
         """
-        pairs = [delta.factors(start, factors) for delta in self.deltas]
-        if len(pairs) == 1:
-            return pairs[0]
-        return torch.cat([left for left, _ in pairs], dim=1), torch.cat([right for _, right in pairs])
+        pairs = [delta.factors(start, factors) for delta in self.at(start)]
+        if not pairs:
+            return torch.zeros(self.step, 0), torch.zeros(0, self.deltas[0].shape[1])
+        lefts, rights = [left[: self.step] for left, _ in pairs], [right for _, right in pairs]
+        return (lefts[0], rights[0]) if len(pairs) == 1 else (torch.cat(lefts, dim=1), torch.cat(rights))
 
 
-def together(plans: Iterable[Mapping[str, Delta]]) -> dict[str, Change]:
+def together(plans: Iterable[Mapping[str, Sequence[Delta]]]) -> dict[str, Change]:
     """The plans of several adapters as one."""
     found: dict[str, list[Delta]] = {}
     for each in plans:
-        for key, delta in each.items():
-            found.setdefault(key, []).append(delta)
+        for key, deltas in each.items():
+            found.setdefault(key, []).extend(deltas)
     return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in found.items()}
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One module or stacked parameter that the adapter's settings name, and the tensors on disk that make it."""
-
-    name: str  # as PEFT matches patterns
-    path: str  # as PEFT names its factors
-    part: str
-    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
-    experts: int = 1
-    transposed: bool = False
 
 
 def plan(
     base: CheckpointReader, adapter: Adapter, family: Family, weight: float = 1.0, owner: int = 0
-) -> dict[str, Delta]:
-    """Every on-disk tensor that the adapter changes, `weight` times.
+) -> dict[str, list[Delta]]:
+    """Every on-disk tensor that the adapter changes, `weight` times; several deltas where they are of single experts.
 
     Raises WeightsError (all problems at once) for factors that match nothing in the base, for targets without factors,
     and for shapes or ranks that do not fit.
     """
-    targets = list(_targets(base_layout(base, family), adapter, family))
+    targets = resolved_targets(base, adapter, family)
     where = str(adapter.folder / WEIGHTS_FILE)
     unused = sorted(set(adapter.pairs) - {target.path for target in targets})
     problems = [
         Problem(where, "tensor matches nothing in the base", "merge into the base it was trained on", f"{PREFIX}{path}")
         for path in unused
     ]
-    deltas: dict[str, Delta] = {}
+    deltas: dict[str, list[Delta]] = {}
     for target in targets:
         if target.path not in adapter.pairs:
             do = "the adapter is incomplete: save it again"
@@ -130,17 +129,20 @@ def plan(
         if isinstance(found, Problem):
             problems.append(found)
         else:
-            deltas |= {delta.key: delta for delta in found}
+            for delta in found:
+                deltas.setdefault(delta.key, []).append(delta)
     if problems:
         raise WeightsError(problems)
     return deltas
 
 
 def _deltas(
-    base: CheckpointReader, adapter: Adapter, target: _Target, weight: float, owner: int
+    base: CheckpointReader, adapter: Adapter, target: Target, weight: float, owner: int
 ) -> list[Delta] | Problem:
     # The matrix of one expert, for each of the tensors that lie along its output axis; the first key stands for all.
     shapes = [(int(shape[-2]), int(shape[-1])) for shape in (base.info(key).shape for key in target.keys[0])]
+    if target.piece is not None:
+        shapes = [(target.piece[1], columns) for _, columns in shapes]
     problem = _misfit(adapter, target, shapes)
     if problem is not None:
         return problem
@@ -153,20 +155,21 @@ def _deltas(
                 part=target.part,
                 owner=owner,
                 path=target.path,
-                pair=adapter.pairs[target.path],
+                pair=replace(adapter.pairs[target.path], expert_major=target.order.expert_major),
                 scale=weight * adapter.scale(target.name),
                 experts=target.experts,
                 expert=expert,
                 first_row=first_row,
                 shape=shape,
                 transposed=target.transposed,
+                at=None if target.piece is None else target.piece[0],
             )
             deltas.append(delta)
             first_row += shape[0]
     return deltas
 
 
-def _misfit(adapter: Adapter, target: _Target, shapes: list[tuple[int, int]]) -> Problem | None:
+def _misfit(adapter: Adapter, target: Target, shapes: list[tuple[int, int]]) -> Problem | None:
     """What is wrong with the factors' shapes, if anything."""
     pair, r = adapter.pairs[target.path], adapter.rank(target.name)
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -182,34 +185,3 @@ def _misfit(adapter: Adapter, target: _Target, shapes: list[tuple[int, int]]) ->
     if (pair.a.shape[1], pair.b.shape[0]) == (outputs, inputs) != (inputs, outputs):
         return Problem(where, "made for another layout: input and output are swapped", do, got)
     return Problem(where, "shape or rank does not fit", do, got)
-
-
-def _targets(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[_Target]:
-    """What the adapter's settings name in this base, by PEFT's own matching rules."""
-    transposed = family.moe is not None and family.moe.transposed
-    by_module: dict[str, list[Stack]] = {}
-    for stack in layout.stacks:
-        if _names_parameter(adapter.settings, stack.name):
-            by_module.setdefault(stack.module, []).append(stack)
-    for module, stacks in by_module.items():
-        # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
-        for depth, stack in enumerate(reversed(stacks)):
-            path = module + ".base_layer" * depth
-            yield _Target(stack.name, path, "experts", stack.keys, stack.experts, transposed)
-    for key, module in layout.modules.items():
-        if _names_parameter(adapter.settings, f"{module}.weight"):
-            yield _Target(f"{module}.weight", module, family.part(module), ((key,),))
-        elif _names_module(adapter.settings, module):
-            yield _Target(module, module, family.part(module), ((key,),))
-
-
-def _names_parameter(settings: dict[str, Any], name: str) -> bool:
-    targets = settings.get("target_parameters") or ()
-    return any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _names_module(settings: dict[str, Any], name: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    config = SimpleNamespace(**{**settings, "target_modules": settings.get("target_modules") or []})
-    return bool(check_target_module_exists(config, name))

@@ -1,7 +1,8 @@
 """Rows and columns of an adapter's factors, by expert, read from disk as they are needed.
 
 E experts, r LoRA rank, n a block of rows. PEFT keeps one pair of factors for all experts of a stack: `lora_A [E*r, in]`
-is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`).
+is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`), with
+another tool expert-major as well.
 """
 
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from threading import Lock
 
 import torch
 
-from finetune.adapters.adapter import FactorPair
+from finetune.adapters.contents import FactorPair
 from finetune.checkpoint.reader import read_tensor
 
 # One expert's part of `lora_B` is every E-th column: taken from disk each time, all experts' would be read for each
@@ -52,7 +53,8 @@ def _in_order(pair: FactorPair, experts: int) -> torch.Tensor:
     out, columns = pair.b.shape
     B_EOr: torch.Tensor | None = None
     for start in range(0, out, ROWS_AT_A_TIME):
-        B_Enr = by_expert(read_tensor(pair.b, start, start + ROWS_AT_A_TIME), experts)
+        B_nR = read_tensor(pair.b, start, start + ROWS_AT_A_TIME)
+        B_Enr = contiguous_ranks(B_nR, experts) if pair.expert_major else by_expert(B_nR, experts)
         if B_EOr is None:
             B_EOr = B_Enr.new_empty(experts, out, columns // experts)
         B_EOr[:, start : start + ROWS_AT_A_TIME] = B_Enr
@@ -63,3 +65,8 @@ def _in_order(pair: FactorPair, experts: int) -> torch.Tensor:
 def by_expert(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
     """Rank-major rows of `lora_B` [n, r*E] as [E, n, r]."""
     return B_nR.reshape(B_nR.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def contiguous_ranks(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
+    """Expert-major rows of `lora_B` [n, E*r] as [E, n, r]."""
+    return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 
 from finetune.checkpoint import CheckpointReader
-from finetune.moe.families import Family, MoeLayout
+from finetune.moe.families import ExpertStack, Family, MoeLayout
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -21,6 +21,8 @@ class Stack:
     parameter: str
     keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
     experts: int
+    rows: int  # of one expert on disk, over the tensors along its output axis
+    modules: tuple[tuple[str, ...], ...] = ()  # as transformers 4 called them, by expert; empty where it had stacks too
 
     @property
     def name(self) -> str:
@@ -93,4 +95,14 @@ def _stack(base: CheckpointReader, moe: MoeLayout, prefix: str, number: int, cou
             for expert in tensors
         )
     first = base.info(keys[0][0]).shape
-    return Stack(module, stack.parameter, keys, first[0] if len(first) == 3 else len(keys))
+    experts = first[0] if len(first) == 3 else len(keys)
+    rows = sum(base.info(key).shape[-2] for key in keys[0])
+    return Stack(module, stack.parameter, keys, experts, rows, _modules(moe, stack, prefix, experts))
+
+
+def _modules(moe: MoeLayout, stack: ExpertStack, prefix: str, experts: int) -> tuple[tuple[str, ...], ...]:
+    """A published checkpoint with a tensor for each expert has the names that transformers 4 gave to their modules."""
+    if not moe.per_expert:
+        return ()
+    name = prefix + moe.disk_expert.removesuffix(".weight")
+    return tuple(tuple(name.format(expert=e, name=each) for each in stack.disk_names) for e in range(experts))

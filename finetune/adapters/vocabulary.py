@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from finetune.adapters.adapter import CONFIG_FILE, EMBEDDING, HEAD, PREFIX, WEIGHTS_FILE, Adapter
+from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from finetune.adapters.contents import EMBEDDING, HEAD, PREFIX
 from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError

@@ -2,7 +2,7 @@
 
 from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.fingerprint import fingerprint
-from finetune.checkpoint.folder import UnfinishedError, new_folder, require_free_disk
+from finetune.checkpoint.folder import UnfinishedError, new_folder, require_free_disk, sync_files
 from finetune.checkpoint.reader import CheckpointReader, TensorInfo, read_json
 from finetune.checkpoint.writer import CheckpointWriter, TensorSpec
 
@@ -18,6 +18,7 @@ __all__ = [
     "new_folder",
     "read_json",
     "require_free_disk",
+    "sync_files",
     "verify_sums",
     "write_sums",
 ]

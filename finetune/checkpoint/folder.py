@@ -75,8 +75,14 @@ def _lock(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Wait until the disk has the contents of every file in the folder."""
+    for file in folder.iterdir():
+        _sync(file)
+
+
 def _sync(folder: Path) -> None:
-    """Make the folder's entries survive a power cut."""
+    """Make a folder's entries, or a file's contents, survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

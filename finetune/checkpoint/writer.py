@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 import torch
@@ -56,9 +57,13 @@ class CheckpointWriter:
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
         resume: bool = False,
+        wait: bool = True,
     ) -> None:
-        """`resume`: the files are those of an earlier writer with the same arguments, and keep what is in them."""
-        self.folder, self._resume = Path(folder), resume
+        """`resume`: the files are those of an earlier writer with the same arguments, and keep what is in them.
+
+        `wait`: at the end, until the disk has everything; else whoever asked for less has to see to it.
+        """
+        self.folder, self._resume, self._wait = Path(folder), resume, wait
         self.folder.mkdir(parents=True, exist_ok=True)
         if len({spec.key for spec in specs}) != len(specs):
             raise WeightsError(Problem(str(folder), "a tensor is announced twice", "give every key once"))
@@ -66,6 +71,7 @@ class CheckpointWriter:
         self.files = [self.folder / name for name in _shard_names(len(shards))]
         self._slots: dict[str, _Slot] = {}
         self._descriptors: list[int] = []
+        self._locks: list[Lock] = []
         for number, (file, shard) in enumerate(zip(self.files, shards, strict=True)):
             self._begin_shard(number, file, shard, metadata or {"format": "pt"})
 
@@ -86,6 +92,7 @@ class CheckpointWriter:
             self._slots[spec.key].offset += 8 + len(text)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o644)
         self._descriptors.append(descriptor)
+        self._locks.append(Lock())
         _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
         _reserve(file, descriptor, 8 + len(text) + offset)
 
@@ -130,7 +137,9 @@ class CheckpointWriter:
         raw_B = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if slot.written + raw_B.numel() > slot.spec.nbytes:
             raise WeightsError(Problem(slot.spec.key, "tensor is written twice", "write each tensor once"))
-        _write_at(self._descriptors[slot.shard], offset, raw_B.numpy().data)
+        # The system takes one writer a file at a time, and lets the others spin.
+        with self._locks[slot.shard]:
+            _write_at(self._descriptors[slot.shard], offset, raw_B.numpy().data)
         slot.written += raw_B.numel()
 
     def mark_written(self, key: str) -> None:
@@ -151,7 +160,8 @@ class CheckpointWriter:
             raise WeightsError(
                 Problem(str(self.folder), f"{len(missing)} tensors were not written", "write them all", got)
             )
-        self.sync()
+        if self._wait:
+            self.sync()
         self.abort()
         if len(self.files) > 1:
             self._write_index()

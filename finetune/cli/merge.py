@@ -5,6 +5,7 @@ from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTO = ("original", "dequantized")
+LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +48,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--compare-rows", type=int, default=128, metavar="N", help="use the first N rows of DATA (default: 128)"
     )
     parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        nargs="+",
+        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
+        "and 0.18, Unsloth until September 2026, or that with those wrote it",
+    )
+    parser.add_argument(
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
@@ -65,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         base=args.base,
         dtype=args.dtype,
         into=args.into,
+        layouts=args.layout,
         prove=not args.no_proof,
         prompts=args.prompts,
         resume=args.resume,

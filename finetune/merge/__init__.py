@@ -11,12 +11,14 @@ import torch
 from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
+from finetune.adapters.orders import LAYOUTS
 from finetune.checkpoint import (
     CheckpointReader,
     fingerprint,
     listed_bytes,
     new_folder,
     require_free_disk,
+    sync_files,
     verify_sums,
     write_sums,
 )
@@ -38,7 +40,7 @@ from finetune.merge.stream import Ledger, stream_merged
 from finetune.moe.nf4_reader import Nf4Reader
 from finetune.moe.stored import quantization_config
 
-__all__ = ["DTYPES", "INTO", "REPORT_FILE", "MergeReport", "merge"]
+__all__ = ["DTYPES", "INTO", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 
 
 def merge(
@@ -49,6 +51,7 @@ def merge(
     base: Path | None = None,
     dtype: str | None = None,
     into: str = "original",
+    layouts: Sequence[str] | None = None,
     prove: bool = True,
     prompts: Path | None = None,
     resume: bool = False,
@@ -61,13 +64,15 @@ def merge(
 
     `weights`: of the adapters, 1 each by default. `base` replaces the recorded location only: its fingerprint must
     still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
-    `prove` False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed
-    ones. `resume`: go on from what a killed merge into `output` left. `requantize`: write it in NF4 instead of 16 bits.
-    `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured.
-    Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
+    `layouts`: of LAYOUTS, one for each adapter, the order of its experts' factors where its files do not say. `prove`
+    False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed ones.
+    `resume`: go on from what a killed merge into `output` left. `requantize`: write it in NF4 instead of 16 bits.
+    `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured. Raises
+    WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, into))
+    by_weight, by_layout = tuple(weights or [1.0] * len(given)), tuple(layouts or ())
+    job = prepare(Request(given, by_weight, base, dtype, prompts, by_layout, into))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
         verify_sums(job.base.folder, bar.update)
@@ -79,6 +84,7 @@ def merge(
         with _bar("merge", "B", job.nbytes, show_progress) as bar:
             ledger = stream_merged(job.sources, merged, job.specs, journal, bar.update)
         streamed = time.monotonic()
+        sync_files(folder)
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
         proven, reference = _prove(job, ledger, merged, prove, show_progress)
@@ -138,7 +144,7 @@ def _prove(
     with _bar("compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys), show_progress) as bar:
         changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
-    base_model = reference_model(job.base, job.base_config, job.adapters, routing, sources.token_rows)
+    base_model = reference_model(job.opened, job.before, job.base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
     with _bar("prove", "layer", base_model.num_layers + merged_model.num_layers, show_progress) as bar:
         reference = base_model.logits(job.prompts, bar.update)
@@ -164,13 +170,15 @@ def _report(
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,
         into=job.into,
-        through_nf4=len(job.base.quantized) if isinstance(job.base, Nf4Reader) else 0,
+        through_nf4=len(job.opened.quantized) if isinstance(job.opened, Nf4Reader) else 0,
         output=str(output),
         fingerprint=fingerprint(folder),
         dtypes=tuple(sorted({spec.dtype for spec in job.specs})),
         nbytes=job.nbytes,
         targeted=len(job.sources.changes) + (proven.moved_biases or 0) + len(job.sources.token_rows),
         added_tokens=len(job.added_tokens),
+        whole_tensors=job.whole_tensors,
+        untied=job.untied,
         parts=part_figures(ledger),
         proof=proven,
         stream_seconds=round(stream_seconds, 3),

@@ -1,6 +1,6 @@
 """Which base a merge adds to: the 16-bit checkpoint, or the one that 4-bit training saw."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from finetune.merge.logits import LayerwiseModel
 from finetune.merge.reference import QuantizedModel
 from finetune.merge.routing import Routing
 from finetune.moe.families import Family
+from finetune.moe.nf4_reader import Nf4Reader
 from finetune.moe.rehearsal import rehearse
 from finetune.moe.stored import StoredReader, is_stored
 
@@ -57,18 +58,22 @@ def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) ->
 
 
 def reference_model(
-    base: CheckpointReader,
+    opened: CheckpointReader,
+    over: Callable[[CheckpointReader], CheckpointReader],
     config: dict[str, Any],
     adapters: Sequence[Weighted],
     routing: Routing | None,
     token_rows: Mapping[str, TokenRows],
 ) -> LayerwiseModel:
-    """Base + adapters as training had them; where the base is read from NF4, as the training's own loader makes it."""
-    if isinstance(base, StoredReader):
-        return QuantizedModel(base.dtype, base, config, adapters, routing, token_rows)
-    if isinstance(base, DequantizedReader):
-        return QuantizedModel(base.dtype, CheckpointReader(base.folder), config, adapters, routing, token_rows)
-    return LayerwiseModel(base, config, adapters, routing, token_rows)
+    """Base + adapters as training had them; where the base is read from NF4, as the training's own loader makes it.
+
+    `over` gives a reader of the base the shapes that the adapters need.
+    """
+    if not isinstance(opened, Nf4Reader):
+        return LayerwiseModel(over(opened), config, adapters, routing, token_rows)
+    on_disk = over(CheckpointReader(opened.folder))
+    shown = over(opened) if isinstance(opened, StoredReader) else on_disk
+    return QuantizedModel(opened.dtype, on_disk, shown, config, adapters, routing, token_rows)
 
 
 def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from finetune.adapters.deltas import Change
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
-from finetune.merge.base import INTO, open_base, reference_model, trained_dtype
+from finetune.merge.base import reference_model, trained_dtype
 from finetune.merge.compare_rows import IGNORED, Rows
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
@@ -26,7 +26,7 @@ from finetune.merge.reference import QuantizedModel
 from finetune.merge.report import Candidate, Comparison
 from finetune.merge.stream import Sources
 from finetune.merge.view import MergedReader
-from finetune.moe.stored import is_stored
+from finetune.moe.stored import StoredReader, is_stored
 
 IN_NF4 = "in NF4"
 BATCH_TOKENS = 2048  # that are run through a layer together
@@ -47,15 +47,13 @@ def compare(
 
     `in_nf4`: also those of the merge that the job writes, as 4-bit loading makes it.
     """
-    merges, why = _merges(job)
-    seen = merges.get("dequantized", merges.get("original"))
-    assert seen is not None
-    trained = reference_model(
-        seen.sources.base, job.base_config, job.adapters, routing=None, token_rows=job.sources.token_rows
-    )
+    bases, why = _bases(job)
+    merges = {name: _merge_into(job, base) for name, base in bases.items()}
+    opened = bases.get("dequantized", job.opened)
+    trained = reference_model(opened, job.before, job.base_config, job.adapters, None, job.sources.token_rows)
     models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
     if in_nf4:
-        models[IN_NF4] = QuantizedModel(torch.float32, merges[job.into], job.config)
+        models[IN_NF4] = QuantizedModel(torch.float32, merges[job.into], merges[job.into], job.config)
     batches = list(_batches(rows))
     ids = [pad_sequence([each for each, _ in batch], batch_first=True) for batch in batches]
     reference = trained.hidden(ids, advance)
@@ -74,7 +72,7 @@ def compare(
                 sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
                 sums.kl += divergence(expected, merged)
     measured = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
-    into, shift = {name: measured[name] for name in merges}, _shift(merges, job.sources.changes)
+    into, shift = {name: measured[name] for name in merges}, _shift(opened, merges, job.sources.changes)
     said = advice(into, why)
     return Comparison(data, len(rows), tokens, base.loss / tokens, into, measured.get(IN_NF4), why, shift, said)
 
@@ -104,41 +102,37 @@ def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:
 
 def layers_to_run(job: Job, in_nf4: bool = False) -> int:
     """How often `compare` advances."""
-    return (1 + len(_merges(job)[0]) + in_nf4) * int(LayerwiseModel(job.base, job.base_config).num_layers)
+    return (1 + len(_bases(job)[0]) + in_nf4) * int(LayerwiseModel(job.base, job.base_config).num_layers)
 
 
-def _merges(job: Job) -> tuple[dict[str, MergedReader], str | None]:
-    """The merges that can be measured, by what they go into, and why there is but one."""
-    plain, stored = CheckpointReader(job.base.folder), False
-    names, why = list(INTO), None
+def _bases(job: Job) -> tuple[dict[str, CheckpointReader], str | None]:
+    """The bases that can be merged into, by name, and why there is but one."""
+    plain = CheckpointReader(job.base.folder)
     if is_stored(plain.config):
-        names, why, stored = ["dequantized"], "the base is stored in NF4, and there is no 16-bit one", True
-    else:
-        try:
-            trained_dtype(job.adapters, job.fingerprint)
-        except WeightsError as error:
-            names, why = ["original"], error.problems[0].what
-    bases = {
-        name: job.base if name == job.into else open_base(plain, job.family, job.adapters, name, job.fingerprint)
-        for name in names
-    }
+        return {"dequantized": job.opened}, "the base is stored in NF4, and there is no 16-bit one"
+    try:
+        dtype = trained_dtype(job.adapters, job.fingerprint)
+    except WeightsError as error:
+        return {"original": job.opened}, error.problems[0].what
+    return {"original": plain, "dequantized": DequantizedReader(plain.folder, job.family, dtype)}, None
+
+
+def _merge_into(job: Job, base: CheckpointReader) -> MergedReader:
     sources = job.sources
-    return {
-        name: MergedReader(
-            Sources(base, sources.changes, sources.fixed, sources.token_rows), job.specs, None if stored else plain
-        )
-        for name, base in bases.items()
-    }, why
+    beside = None if isinstance(base, StoredReader) else job.over(CheckpointReader(base.folder))
+    return MergedReader(Sources(job.over(base), sources.changes, sources.fixed, sources.token_rows), job.specs, beside)
 
 
-def _shift(merges: Mapping[str, MergedReader], changes: Mapping[str, Change]) -> dict[str, float]:
+def _shift(
+    opened: CheckpointReader, merges: Mapping[str, MergedReader], changes: Mapping[str, Change]
+) -> dict[str, float]:
     """By part, how far NF4 moves the base over how far the adapter does, over all tensors that were quantised."""
-    seen = merges.get("dequantized")
-    if seen is None or not isinstance(seen.sources.base, DequantizedReader):
+    if not isinstance(opened, DequantizedReader):
         return {}
+    seen = merges["dequantized"]
     shift: dict[str, float] = {}
     delta: dict[str, float] = {}
-    for key in seen.shift.keys() & seen.sources.base.quantized:
+    for key in seen.shift.keys() & opened.quantized:
         part = changes[key].part
         shift[part] = shift.get(part, 0.0) + seen.shift[key]
         delta[part] = delta.get(part, 0.0) + seen.delta[key]

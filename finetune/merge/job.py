@@ -11,6 +11,7 @@ from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
 from finetune.adapters.biases import fixed_tensors
 from finetune.adapters.deltas import plan, together
 from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.replaced import ReplacedBase, with_replaced
 from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.errors import Problem, WeightsError
@@ -32,6 +33,7 @@ class Request:
     base: Path | None = None
     dtype: str | None = None  # one of DTYPES; None leaves every tensor in its own
     prompts: Path | None = None
+    layouts: tuple[str, ...] = ()  # of the adapters' factors, by their place; empty where the files say
     into: str = "original"  # or "dequantized"
 
 
@@ -40,6 +42,7 @@ class Job:
     """Everything known before the first byte is written."""
 
     adapters: tuple[Weighted, ...]
+    opened: CheckpointReader  # the base as it is read, without anything of the adapters
     sources: Sources
     family: Family
     fingerprint: str  # of the base
@@ -60,6 +63,24 @@ class Job:
         """`config.json` of the base with the merged model's vocabulary."""
         return {**self.base.config, "vocab_size": self.config["vocab_size"]}
 
+    def over(self, opened: CheckpointReader) -> CheckpointReader:
+        """Another opening of the base, with the whole tensors that the adapters bring."""
+        return self.base.over(opened) if isinstance(self.base, ReplacedBase) else opened
+
+    def before(self, opened: CheckpointReader) -> CheckpointReader:
+        """An opening of the base without anything of the adapters, in the shapes that these need."""
+        return self.base.over(opened).before() if isinstance(self.base, ReplacedBase) else opened
+
+    @property
+    def whole_tensors(self) -> tuple[str, ...]:
+        """Tensors that an adapter brings in place of the base's."""
+        return tuple(sorted(self.base.whole)) if isinstance(self.base, ReplacedBase) else ()
+
+    @property
+    def untied(self) -> bool:
+        """Whether embedding and head become two matrices, of one in the base."""
+        return isinstance(self.base, ReplacedBase) and self.base.untied
+
     @property
     def nbytes(self) -> int:
         """Bytes of weights to be written."""
@@ -75,7 +96,7 @@ class Job:
         return {
             "base": self.fingerprint,
             "into": self.into,
-            "adapters": [[each.digest, each.weight] for each in self.adapters],
+            "adapters": [[each.digest, each.weight, each.adapter.asked_layout] for each in self.adapters],
             "tensors": [[spec.key, spec.dtype, list(spec.shape)] for spec in self.specs],
         }
 
@@ -88,8 +109,12 @@ def prepare(request: Request) -> Job:
     family = family_of(str(plain.config.get("model_type")), str(folder / "config.json"))
     found = fingerprint(folder)
     refuse_unrelated(folder, found, adapters)
-    reader = open_base(plain, family, adapters, request.into, found)
+    opened = open_base(plain, family, adapters, request.into, found)
+    reader = with_replaced(opened, adapters, family)
     changes = together(plan(reader, each.adapter, family, each.weight, n) for n, each in enumerate(adapters))
+    if request.layouts and not any(delta.experts > 1 for change in changes.values() for delta in change.deltas):
+        what = "no adapter has stacks of experts, whose order it could name"
+        raise WeightsError(Problem("--layout", what, "leave it out", got=" ".join(request.layouts)))
     _refuse_replacing_twice(adapters)
     replacing = next((each.adapter for each in adapters if each.adapter.rows), adapters[-1].adapter)
     rows = token_rows(reader, replacing, changes)
@@ -100,15 +125,17 @@ def prepare(request: Request) -> Job:
     eos = None if files[0].parent == folder else tokenizer.eos_token_id
     output_dtype = None if request.dtype is None else DTYPES[request.dtype]
     tokens = sorted({token for each in rows.values() for token in each.tokens})
+    specs = sources.specs(output_dtype)
     return Job(
         adapters=adapters,
+        opened=opened,
         sources=sources,
         family=family,
         fingerprint=found,
         into=request.into,
         config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
         eos=eos,
-        specs=sources.specs(output_dtype),
+        specs=specs if output_dtype or not isinstance(reader, ReplacedBase) else reader.in_own_formats(specs),
         files=files,
         prompts=proof.prompt_ids(tokenizer, tokens, _prompt_texts(request.prompts)),
     )
@@ -119,7 +146,12 @@ def _weighted(request: Request) -> tuple[Weighted, ...]:
         do = "give one weight for each adapter, in their order"
         got = f"{len(request.weights)} for {len(request.adapters)} adapters"
         raise WeightsError(Problem("--weights", "number of weights differs from that of the adapters", do, got))
-    found = [read_adapter(Path(folder)) for folder in request.adapters]
+    if request.layouts and len(request.layouts) != len(request.adapters):
+        do = "give one layout for each adapter, in their order"
+        got = f"{len(request.layouts)} for {len(request.adapters)} adapters"
+        raise WeightsError(Problem("--layout", "number of layouts differs from that of the adapters", do, got))
+    layouts = request.layouts or (None,) * len(request.adapters)
+    found = [read_adapter(Path(folder), layout) for folder, layout in zip(request.adapters, layouts, strict=True)]
     digests = [adapter.digest() for adapter in found]
     twice = sorted(str(each.folder) for each, digest in zip(found, digests, strict=True) if digests.count(digest) > 1)
     if twice:
@@ -185,6 +217,9 @@ def base_folder(adapter: Adapter, base: Path | None) -> Path:
     location = adapter.base_location
     if location is None:
         do = "name the base checkpoint with --base"
+        named = adapter.settings.get("base_model_name_or_path")
+        if named and Path(str(named)).is_dir():
+            do += f": its settings name {named}, without saying what was in it"
         raise WeightsError(Problem(str(adapter.folder), f"does not record its base ({RECORD_FILE})", do))
     if Path(location).is_dir():
         return Path(location)

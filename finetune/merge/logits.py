@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
 
-from finetune.adapters.adapter import EMBEDDING, HEAD, ROWS, WEIGHTS_FILE
+from finetune.adapters.adapter import WEIGHTS_FILE
 from finetune.adapters.biases import bias_tensors, moved_biases
+from finetune.adapters.contents import EMBEDDING, HEAD, ROWS
 from finetune.adapters.lineage import Weighted
 from finetune.adapters.vocabulary import TokenRows
-from finetune.checkpoint import CheckpointReader, TensorInfo
-from finetune.checkpoint.reader import read_header, read_tensor
+from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
+from finetune.merge.applied import with_adapter
+from finetune.merge.rearranged import foreign_stacks
 from finetune.merge.routing import Routing
 from finetune.moe.families import family_of
 
@@ -49,6 +52,7 @@ class LayerwiseModel:
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
+        self._foreign = [foreign_stacks(reader, each.adapter, self._family) for each in adapters]
         self._biases = {name: bias for each in adapters for name, bias in bias_tensors(each.adapter.folder).items()}
 
     def logits(
@@ -167,32 +171,15 @@ class LayerwiseModel:
     def _adapted(self, model: Any, index: int) -> Any:
         """The model under its adapters: each merged in by PEFT itself, but for the last, which PEFT runs beside it."""
         held = []
-        for each in self.adapters:
+        for each, foreign in zip(self.adapters, self._foreign, strict=True):
             header = read_header(each.adapter.folder / WEIGHTS_FILE)
             if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
-                held.append((each, factors))
-        for number, (each, factors) in enumerate(held):
-            model = self._with_adapter(model, each, factors, self._needs_vocabulary(index))
+                held.append((each, factors, foreign))
+        for number, (each, factors, foreign) in enumerate(held):
+            model = with_adapter(model, each, factors, index, foreign, self._family)
             if number < len(held) - 1:
-                model = model.merge_and_unload()
+                model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         return model.eval()
-
-    def _with_adapter(self, model: Any, each: Weighted, factors: dict[str, TensorInfo], with_rows: bool) -> Any:
-        folder = str(each.adapter.folder)
-        config = PeftConfig.from_pretrained(folder)
-        config.inference_mode, config.base_model_name_or_path = True, None
-        if not with_rows:
-            config.trainable_token_indices = None
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        values = {key: read_tensor(info) for key, info in factors.items()}
-        values = {key: value * each.weight if "lora_B" in key else value for key, value in values.items()}
-        unknown = set_peft_model_state_dict(adapted, values, low_cpu_mem_usage=True).unexpected_keys
-        lacking = [name for name, parameter in adapted.named_parameters() if parameter.is_meta]
-        if unknown or lacking:
-            what = "the adapter's tensors and the modules that its settings name differ"
-            got = ", ".join(sorted(unknown + lacking)[:3])
-            raise WeightsError(Problem(folder, what, "save the adapter again", got))
-        return adapted.eval()
 
     def layer_tensors(self, index: int, reader: CheckpointReader) -> dict[str, torch.Tensor]:
         """What `reader` holds of one layer, and of what is outside of all layers."""
@@ -214,6 +201,8 @@ class LayerwiseModel:
             return ".layers." not in key and not key.endswith(ROWS)
         if key.endswith(ROWS):
             return self._needs_vocabulary(index)
+        if f".{EMBEDDING.removesuffix('weight')}" in key:
+            return index == 0
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
 
 
@@ -271,6 +260,10 @@ def _quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern", category=RuntimeWarning)
             # A layer without experts, or without attention, under an adapter that names both.
             warnings.filterwarnings("ignore", message="target_(modules|parameters)=", category=RuntimeWarning)
+            # Settings of other versions and tools: `read_adapter` has judged each of them.
+            warnings.filterwarnings("ignore", message="Unexpected keyword arguments", category=UserWarning)
+            # What it says of tied matrices is why a base with an adapter on one of them gets two (`adapters.replaced`).
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
             # PEFT asks transformers for a property by its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             yield

@@ -70,7 +70,9 @@ def prove_usage(ledger: Ledger, adapters: Sequence[Adapter], changes: Mapping[st
                     problems.append(Problem(path, "adapter tensor was not used exactly once", "report this bug", got))
     if problems:
         raise WeightsError(problems)
-    return sum(2 * len(adapter.pairs) + len(adapter.rows) for adapter in adapters)
+    return sum(
+        2 * len(adapter.pairs) + len(adapter.rows) + len(adapter.whole) + len(adapter.spare) for adapter in adapters
+    )
 
 
 def rounding(outcomes: Iterable[Outcome]) -> float | None:

@@ -12,20 +12,19 @@ from finetune.checkpoint import CheckpointReader
 from finetune.merge.logits import LayerwiseModel
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.moe.quantizer import MoeNf4Config
-from finetune.moe.stored import StoredReader
 
 
 class QuantizedModel(LayerwiseModel):
     """A `LayerwiseModel` whose layers are loaded in 4 bits as for training in `dtype`.
 
-    `reader` shows a 16-bit checkpoint, or one that is stored in NF4 as if it were one.
+    `on_disk` is what the 4-bit loader is given; `shown` the same checkpoint in 16 bits, which is another reader only
+    where it is stored in NF4.
     """
 
-    def __init__(self, dtype: torch.dtype, reader: CheckpointReader, *args: Any) -> None:
-        super().__init__(reader, *args)
-        self.dtype = dtype
-        self._stored = isinstance(reader, StoredReader)
-        self._source = CheckpointReader(reader.folder) if self._stored else reader
+    def __init__(self, dtype: torch.dtype, on_disk: CheckpointReader, shown: CheckpointReader, *args: Any) -> None:
+        super().__init__(shown, *args)
+        self.dtype, self._on_disk = dtype, on_disk
+        self._stored = on_disk.config["quantization_config"] if on_disk is not shown else None
 
     def load(self, index: int) -> Any:
         """The layer in fp32, its linear layers and stacks with what their NF4 stands for, in the training's type."""
@@ -41,7 +40,7 @@ class QuantizedModel(LayerwiseModel):
         return model
 
     def _in_4_bits(self, index: int) -> Any:
-        tensors, options = self.layer_tensors(index, self._source), {"dtype": self.dtype, "device_map": {"": "cpu"}}
-        if self._stored:
-            return self.build(index, tensors, self._source.config["quantization_config"], **options)[0]
+        tensors, options = self.layer_tensors(index, self._on_disk), {"dtype": self.dtype, "device_map": {"": "cpu"}}
+        if self._stored is not None:
+            return self.build(index, tensors, self._stored, **options)[0]
         return self.build(index, tensors, quantization_config=MoeNf4Config(compute_dtype=self.dtype), **options)[0]

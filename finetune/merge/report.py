@@ -89,6 +89,8 @@ class MergeReport:
     nbytes: int
     targeted: int
     added_tokens: int  # whose rows of embedding and head are the adapter's
+    whole_tensors: tuple[str, ...]  # that are an adapter's, be they changed by factors or not
+    untied: bool  # embedding and head are two matrices, of one in the base
     parts: Mapping[str, PartFigures]
     proof: Proof
     stream_seconds: float
@@ -127,6 +129,7 @@ class MergeReport:
                 else [("tensors changed", f"{proof.changed} of {self.targeted} targeted, no others")]
             ),
             *_bias_lines(proof.moved_biases),
+            *_whole_lines(self.whole_tensors, self.untied),
             *_added_lines(self.added_tokens, proof.logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
             *_logit_lines(proof.logits),
@@ -169,6 +172,11 @@ def _part_line(part: PartFigures) -> str:
 
 def _bias_lines(count: int | None) -> list[tuple[str, str]]:
     return [("  correction biases", f"{count} tensors, as training left them")] if count else []
+
+
+def _whole_lines(whole: tuple[str, ...], untied: bool) -> list[tuple[str, str]]:
+    found = [("  whole tensors", f"{len(whole)} are the adapter's: {', '.join(whole[:3])}")] if whole else []
+    return [*found, ("  embedding, head", "two matrices: the base's one cannot hold both")] if untied else found
 
 
 def _added_lines(count: int, logits: LogitFigures | None) -> list[tuple[str, str]]:

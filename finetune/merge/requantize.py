@@ -96,16 +96,16 @@ def write_nf4(
 
 def _logit_errors(job: Job, copied: Path, reference: Mapping[str, torch.Tensor]) -> tuple[float, float | None]:
     """Mean distance of logits: of the copy to base + adapter, and of the base in NF4 to the base in 16 bits."""
-    stored = QuantizedModel(torch.float32, StoredReader(copied), job.config)
+    stored = QuantizedModel(torch.float32, CheckpointReader(copied), StoredReader(copied), job.config)
     found = stored.logits(job.prompts)["plain"]
     off = float((found - reference["adapted"]).abs().mean())
-    if isinstance(job.base, StoredReader):
+    if isinstance(job.opened, StoredReader):
         return off, None
-    plain, rows = CheckpointReader(job.base.folder), job.sources.token_rows
-    if isinstance(job.base, DequantizedReader):
+    plain, rows = job.before(CheckpointReader(job.base.folder)), job.sources.token_rows
+    if isinstance(job.opened, DequantizedReader):
         other = LayerwiseModel(plain, job.base_config, token_rows=rows)
     else:
-        other = QuantizedModel(torch.float32, plain, job.base_config, (), None, rows)
+        other = QuantizedModel(torch.float32, plain, plain, job.base_config, (), None, rows)
     return off, float((other.logits(job.prompts)["plain"] - reference["plain"]).abs().mean())
 
 

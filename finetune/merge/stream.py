@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from finetune.adapters.adapter import FLOATS
+from finetune.adapters.contents import FLOATS
 from finetune.adapters.deltas import Change
 from finetune.adapters.factors import FactorReader
 from finetune.adapters.vocabulary import TokenRows
@@ -30,11 +30,13 @@ BLOCK_ELEMENTS = 2**18
 # Sums of squares from here on are too near to the end of fp32 to say that every value is finite.
 MAX_SQUARE = 1e37
 # What rounding loses is the same all over a tensor: it is measured in one block of so many.
-ROUNDING_SAMPLE = 4
+ROUNDING_SAMPLE = 16
 # Share of the bound on a change's square under which sums of products say nothing of it.
 EXACT_BELOW = 1e-12
-# What may be lost by a kill: after so many bytes the disk is waited for and the journal says so.
-BYTES_BETWEEN_ENTRIES = 2**28
+# What may be lost by a kill, and what if the machine stops: after so many bytes the journal is written, and the disk
+# waited for.
+BYTES_BETWEEN_ENTRIES = 2**27
+BYTES_BETWEEN_WAITS = 2**33
 
 
 @dataclass(frozen=True)
@@ -125,18 +127,24 @@ def stream_merged(
     ledger, factors = Ledger(), FactorReader()
     done = {} if journal is None else journal.done
     resume = journal is not None and journal.resumed
-    with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), resume=resume) as writer:
+    with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), resume=resume, wait=False) as writer:
         work = _Work(sources, writer, factors, advance)
         for spec in specs:
             if spec.key in done:
                 writer.mark_written(spec.key)
                 advance(spec.nbytes)
         _note(ledger, [None if entry is None else _outcome(entry) for entry in done.values()])
+        waiting = 0
         for finished in _batches(work, [spec for spec in specs if spec.key not in done], threads or _threads()):
             _note(ledger, [outcome for _, outcome in finished])
-            if journal is not None:
+            if journal is None:
+                continue
+            journal.add({spec.key: None if outcome is None else vars(outcome) for spec, outcome in finished})
+            waiting += sum(spec.nbytes for spec, _ in finished)
+            if waiting >= BYTES_BETWEEN_WAITS:
+                waiting = 0
                 writer.sync()
-                journal.add({spec.key: None if outcome is None else vars(outcome) for spec, outcome in finished})
+                journal.on_disk()
     return ledger
 
 
@@ -273,7 +281,7 @@ class _Sums:
             self.rounding += _square(exact_nI - merged)
             self.rounded_delta += change
         self._blocks += 1
-        for delta in self.change.deltas:
+        for delta in self.change.at(start):
             expert, row = delta.place(start)
             self._use((delta.owner, delta.path, expert), row, row + stop - start)
         return merged
@@ -289,7 +297,7 @@ class _Sums:
         left_nR, right_RI = self._left_nR.double(), self._right_RI.double()
         gram_RR = right_RI @ right_RI.T
         self._squares_n = ((left_nR @ gram_RR) * left_nR).sum(dim=1)
-        if float(self._squares_n.sum()) <= EXACT_BELOW * float(left_nR.square().sum()) * float(gram_RR.trace()):
+        if float(self._squares_n.sum()) < EXACT_BELOW * float(left_nR.square().sum()) * float(gram_RR.trace()):
             self._squares_n = torch.stack([(row_R @ right_RI).square().sum() for row_R in left_nR])
 
     def _use(self, factors: tuple[int, str, int], row: int, past: int) -> None:

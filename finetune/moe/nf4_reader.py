@@ -71,6 +71,8 @@ class Nf4Reader(CheckpointReader):
     several threads: each keeps the matrix that it last read from, and a few are kept for all.
     """
 
+    dtype: torch.dtype  # of the values
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self._places: dict[str, list[_Place]] = defaultdict(list)

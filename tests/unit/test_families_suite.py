@@ -169,9 +169,10 @@ def test_routers_are_found_captured_and_balanced(specimen: Specimen) -> None:
 def test_the_merge_finds_a_place_on_disk_for_every_factor(specimen: Specimen) -> None:
     """That it puts the right values there is shown for the same targets in `test_merge_families.py`."""
     adapter = read_adapter(specimen.adapter)
-    deltas = plan(CheckpointReader(specimen.folder), adapter, specimen.family)
-    assert {delta.path for delta in deltas.values()} == set(adapter.pairs)
-    assert {delta.part for delta in deltas.values()} == set(specimen.family.targets)
+    planned = plan(CheckpointReader(specimen.folder), adapter, specimen.family)
+    deltas = [delta for each in planned.values() for delta in each]
+    assert {delta.path for delta in deltas} == set(adapter.pairs)
+    assert {delta.part for delta in deltas} == set(specimen.family.targets)
 
 
 def test_checkpointing_changes_no_gradient(specimen: Specimen) -> None:

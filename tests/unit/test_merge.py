@@ -160,8 +160,10 @@ def test_the_logits_refuse_a_confused_order_of_experts(
 def test_the_count_refuses_an_expert_left_out(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = finetune.adapters.deltas.plan
 
-    def without_one(*args: Any) -> dict[str, Delta]:
-        return {key: delta for key, delta in plan(*args).items() if "layers.1.block_sparse_moe.experts.2.w3" not in key}
+    def without_one(*args: Any) -> dict[str, list[Delta]]:
+        return {
+            key: deltas for key, deltas in plan(*args).items() if "layers.1.block_sparse_moe.experts.2.w3" not in key
+        }
 
     monkeypatch.setattr(finetune.merge.job, "plan", without_one)
     message = r"layers.1.mlp.experts.base_layer: adapter tensor was not used exactly once; got expert 2 of 4"

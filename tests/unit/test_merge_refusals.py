@@ -107,7 +107,7 @@ def test_no_record_of_the_base(adapter: Path, base: Path, tmp_path: Path) -> Non
             r"mlp.experts: shape or rank does not fit; got A \[16, 95\]",
         ),
         (
-            lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(2, 2)},
+            lambda t: t | {"base_model.model.model.norm.weight": torch.zeros(2, 2)},
             "tensor is not a LoRA factor; got base_model",
         ),
         (
@@ -128,7 +128,11 @@ def test_factors_that_do_not_fit(adapter: Path, change: Callable[[Tensors], Tens
         ({"peft_type": "IA3"}, "peft_type: adapter is not LoRA; got IA3"),
         ({"use_dora": True}, "use_dora: setting is not supported by the merge; got true"),
         ({"bias": "all"}, 'bias: setting is not supported by the merge; got "all"'),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: setting is not supported by the merge"),
+        (
+            {"modules_to_save": ["lm_head"]},
+            "has no tensors of lm_head, which its settings name; save the",
+        ),
+        ({"modules_to_save": "lm_head"}, 'modules_to_save: must be a list of names of modules; got "lm_head"'),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: this start changes the base weights; got pissa"),
         ({"r": None}, "r: missing or not a number; got None"),
         ({"r": 8}, "shape or rank does not fit"),

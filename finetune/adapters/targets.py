@@ -1,0 +1,138 @@
+"""What an adapter's settings name in a base, by PEFT's own matching rules, and the tensors on disk that make it."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from finetune.adapters.adapter import Adapter
+from finetune.adapters.contents import EMBEDDING, HEAD
+from finetune.adapters.layout import LAYER, BaseLayout, Stack
+from finetune.checkpoint import CheckpointReader
+from finetune.moe.families import Family
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class StackOrder:
+    """How the factors of a stack of experts lie in their two matrices, where it is not as PEFT 0.21 has it."""
+
+    swapped: bool = False  # `lora_A` [E*r, out] and `lora_B` [in, E*r] instead of [E*r, in] and [out, E*r]
+    expert_major: bool = False  # columns of `lora_B` by expert, then rank, instead of by rank, then expert
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module or stacked parameter, and the tensors on disk that make it.
+
+    A module of one expert may be rows of a whole stack on disk: `piece` is the first of them and their number.
+    """
+
+    name: str  # as PEFT matches patterns
+    path: str  # as PEFT names its factors
+    part: str
+    keys: tuple[tuple[str, ...], ...]  # by tensor along the expert axis, then along the output axis
+    experts: int = 1
+    transposed: bool = False  # rows on disk are input features
+    piece: tuple[int, int] | None = None
+    order: StackOrder = StackOrder()
+    peft_path: str = ""  # of a stack: as PEFT 0.21 would name its factors
+
+    def features(self, base: CheckpointReader) -> tuple[int, int]:
+        """Inputs and outputs of one expert, by its shape on disk."""
+        rows = sum(base.info(key).shape[-2] for key in self.keys[0])
+        columns = base.info(self.keys[0][0]).shape[-1]
+        return (rows, columns) if self.transposed else (columns, rows)
+
+
+def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[Target]:
+    """Everything that the settings name in this base."""
+    if is_unstacked(adapter, family):
+        yield from _unstacked(layout, adapter, family)
+        return
+    transposed = family.moe is not None and family.moe.transposed
+    by_module: dict[str, list[Stack]] = {}
+    for stack in layout.stacks:
+        if _names_parameter(adapter.settings, stack.name):
+            by_module.setdefault(stack.module, []).append(stack)
+    for module, stacks in by_module.items():
+        # PEFT wraps the parameters of one module in their order, each around the one before: the last is outermost.
+        for depth, stack in enumerate(reversed(stacks)):
+            path = module + ".base_layer" * depth
+            yield Target(stack.name, path, "experts", stack.keys, stack.experts, transposed, peft_path=path)
+    for key, module in layout.modules.items():
+        if _names_parameter(adapter.settings, f"{module}.weight"):
+            yield Target(f"{module}.weight", module, family.part(module), ((key,),))
+        elif _names_module(adapter, module):
+            yield _of_module(module, key, adapter, family.part(module))
+
+
+def is_unstacked(adapter: Adapter, family: Family) -> bool:
+    """Whether the factors are those of a model of transformers 4: a module for each expert, the router one of them.
+
+    Since transformers 5 both are parameters, which only `target_parameters` can name.
+    """
+    moe = family.moe
+    if moe is None or adapter.settings.get("target_parameters"):
+        return False
+    expert = re.escape(moe.disk_expert.removesuffix(".weight"))
+    expert = expert.replace(r"\{expert\}", r"\d+").replace(r"\{name\}", r"\w+")
+    router = re.escape(moe.disk_router.removesuffix(".weight"))
+    pattern = re.compile(f"{LAYER.pattern}({expert if moe.per_expert else router}|{router})")
+    return any(pattern.fullmatch(path) for path in adapter.pairs)
+
+
+def _unstacked(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator[Target]:
+    """The modules of transformers 4, whose names are those on disk."""
+    for stack in layout.stacks:
+        for expert, names in enumerate(stack.modules):
+            for number, name in enumerate(names):
+                if _names_module(adapter, name):
+                    yield _of_one_expert(stack, expert, number)
+    for key, module in layout.modules.items():
+        name = old_name(module, family)
+        if _names_module(adapter, name):
+            yield _of_module(name, key, adapter, family.part(module))
+
+
+def old_name(module: str, family: Family) -> str:
+    """What transformers 4 called a module that is no expert: as now, but for some routers."""
+    layer = LAYER.match(module)
+    moe = family.moe
+    if layer and moe is not None and module == layer[0] + moe.router_parameter.removesuffix(".weight"):
+        return layer[0] + moe.disk_router.removesuffix(".weight")
+    return module
+
+
+def _of_one_expert(stack: Stack, expert: int, number: int) -> Target:
+    name = stack.modules[expert][number]
+    if len(stack.keys) == stack.experts:
+        return Target(name, name, "experts", ((stack.keys[expert][number],),))
+    rows = stack.rows // len(stack.modules[expert])
+    first = expert * stack.rows + number * rows
+    return Target(name, name, "experts", stack.keys, piece=(first, rows))
+
+
+def _of_module(name: str, key: str, adapter: Adapter, part: str) -> Target:
+    pair = adapter.pairs.get(name)
+    part = "vocabulary" if key in (EMBEDDING, HEAD) else part
+    return Target(name, name, part, ((key,),), transposed=pair is not None and pair.embedding)
+
+
+def _names_parameter(settings: dict[str, Any], name: str) -> bool:
+    targets = settings.get("target_parameters") or ()
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _names_module(adapter: Adapter, name: str) -> bool:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    targets = adapter.settings.get("target_modules") or []
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        # PEFT looks at each module's class; here the factors say which were linear.
+        return name in adapter.pairs and f"{name}.weight" not in (EMBEDDING, HEAD)
+    if adapter.settings.get("ensure_weight_tying") and f"{name}.weight" == HEAD and name in adapter.pairs:
+        return True  # PEFT adapts the head with the embedding, and leaves it out of the settings
+    return bool(check_target_module_exists(SimpleNamespace(**{**adapter.settings, "target_modules": targets}), name))
