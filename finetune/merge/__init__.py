@@ -25,10 +25,11 @@ from finetune.merge import proof
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
+from finetune.merge.ledger import Ledger
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import MergeReport, Proof, part_figures
 from finetune.merge.routing import Routing
-from finetune.merge.stream import Ledger, stream_merged
+from finetune.merge.stream import stream_merged
 
 __all__ = ["DTYPES", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 

@@ -17,7 +17,7 @@ from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.files import merged_config, side_files
-from finetune.merge.stream import Sources
+from finetune.merge.sources import Sources
 from finetune.moe.families import Family, family_of
 from finetune.moe.rehearsal import rehearse
 
