@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from finetune.adapters.adapter import FLOATS
+from finetune.adapters.contents import FLOATS
 from finetune.adapters.deltas import Change
 from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
