@@ -27,6 +27,24 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--base", type=Path, help="where the base checkpoint lies now, if not where it was trained from"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="number format of the output (default: the base's own)")
+    _add_base_options(parser)
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        nargs="+",
+        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
+        "and 0.18, Unsloth until September 2026, or that with those wrote it",
+    )
+    parser.add_argument(
+        "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
+    )
+    parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
+    parser.add_argument("--resume", action="store_true", help="go on from what a killed merge into OUTPUT left")
+    parser.set_defaults(run=run)
+
+
+def _add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Which base, what the choice costs, and 4 bits instead of 16."""
     parser.add_argument(
         "--into",
         choices=INTO,
@@ -47,19 +65,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--compare-rows", type=int, default=128, metavar="N", help="use the first N rows of DATA (default: 128)"
     )
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        nargs="+",
-        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
-        "and 0.18, Unsloth until September 2026, or that with those wrote it",
-    )
-    parser.add_argument(
-        "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
-    )
-    parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
-    parser.add_argument("--resume", action="store_true", help="go on from what a killed merge into OUTPUT left")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

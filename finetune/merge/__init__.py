@@ -32,11 +32,12 @@ from finetune.merge.compare_rows import compare_rows as read_rows
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
+from finetune.merge.ledger import Ledger
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.report import Comparison, MergeReport, Proof, part_figures
 from finetune.merge.requantize import nf4_bytes, sixteen_bits, write_nf4
 from finetune.merge.routing import Routing
-from finetune.merge.stream import Ledger, stream_merged
+from finetune.merge.stream import stream_merged
 from finetune.moe.nf4_reader import Nf4Reader
 from finetune.moe.stored import quantization_config
 

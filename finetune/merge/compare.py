@@ -24,7 +24,7 @@ from finetune.merge.job import Job
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.reference import QuantizedModel
 from finetune.merge.report import Candidate, Comparison
-from finetune.merge.stream import Sources
+from finetune.merge.sources import Sources
 from finetune.merge.view import MergedReader
 from finetune.moe.stored import StoredReader, is_stored
 

@@ -18,7 +18,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.base import open_base
 from finetune.merge.files import merged_config, side_files
-from finetune.merge.stream import Sources
+from finetune.merge.sources import Sources
 from finetune.moe.families import Family, family_of
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

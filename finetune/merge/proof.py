@@ -18,8 +18,9 @@ from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.merge.ledger import Ledger, Outcome
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.stream import Ledger, Outcome, blocks
+from finetune.merge.stream import blocks
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.merge.ledger import Ledger
 from finetune.merge.proof import LogitFigures, rounding
-from finetune.merge.stream import Ledger
 
 NOT_PROVEN = (
     "that no other tensor changed, and that each change survived rounding",

@@ -21,11 +21,12 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
+from finetune.merge.ledger import Ledger, Outcome
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.matrices import nf4_matrices, pieces, quantize
 from finetune.merge.reference import QuantizedModel
 from finetune.merge.report import Nf4Figures
-from finetune.merge.stream import Ledger, Outcome, blocks
+from finetune.merge.stream import blocks
 from finetune.moe.families import Family
 from finetune.moe.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
 from finetune.moe.nf4_reader import Extent, Matrix

@@ -6,24 +6,24 @@ record goes into the journal of the unfinished folder once its bytes are on disk
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from finetune.adapters.contents import FLOATS
 from finetune.adapters.deltas import Change
 from finetune.adapters.factors import FactorReader
-from finetune.adapters.vocabulary import TokenRows
-from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, TensorSpec
+from finetune.checkpoint import CheckpointWriter, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.journal import Journal
+from finetune.merge.ledger import Ledger, Outcome
+from finetune.merge.sources import Sources, shard_bytes
 
 # Elements of a block: 1 MiB in fp32, a few of which fit a core's own cache.
 BLOCK_ELEMENTS = 2**18
@@ -37,77 +37,6 @@ EXACT_BELOW = 1e-12
 # waited for.
 BYTES_BETWEEN_ENTRIES = 2**27
 BYTES_BETWEEN_WAITS = 2**33
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was done to one tensor with a change: sums of squares in fp64, and which rows of which factors went in."""
-
-    key: str
-    part: str
-    base: float
-    delta: float
-    rounding: float  # of what rounding to the output dtype lost, in one of every ROUNDING_SAMPLE blocks
-    rounded_delta: float  # of the change in the same blocks
-    changed: bool  # the change is not zero throughout
-    used: tuple[tuple[int, str, int, int, int], ...]  # adapter, path, expert, first row, row past the last
-
-
-@dataclass
-class Ledger:
-    """What the stream did, tensor by tensor; the proof is read from here."""
-
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-
-    @property
-    def targeted(self) -> set[str]:
-        """Tensors whose change is not zero."""
-        return {key for key, outcome in self.outcomes.items() if outcome.changed}
-
-    def used(self) -> dict[tuple[int, str, int], list[tuple[int, int]]]:
-        """By adapter, path and expert, the rows of its change that went to disk: (row, past it)."""
-        found: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
-        for outcome in self.outcomes.values():
-            for owner, path, expert, row, past in outcome.used:
-                found.setdefault((owner, path, expert), []).append((row, past))
-        return found
-
-    def parts(self) -> dict[str, list[Outcome]]:
-        """The outcomes by part of the model."""
-        found: dict[str, list[Outcome]] = {}
-        for outcome in self.outcomes.values():
-            found.setdefault(outcome.part, []).append(outcome)
-        return dict(sorted(found.items()))
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What the merged checkpoint is made from.
-
-    Tensors in `fixed` are copied from there; `token_rows` come in place of the base's or behind them.
-    """
-
-    base: CheckpointReader
-    changes: Mapping[str, Change]
-    fixed: Mapping[str, TensorInfo] = field(default_factory=dict)
-    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
-
-    def specs(self, dtype: str | None) -> list[TensorSpec]:
-        """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there."""
-        infos = [self.base.info(key) for key in self.base.keys]
-        specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
-        specs = [replace(spec, dtype=self.fixed[spec.key].dtype) if spec.key in self.fixed else spec for spec in specs]
-        rows = self.token_rows
-        return [replace(spec, shape=rows[spec.key].shape) if spec.key in rows else spec for spec in specs]
-
-
-def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
-    """The largest shard of the output when it is cut as the base is: one file stays one, several stay as many or so."""
-    sizes: dict[Path, int] = {}
-    for spec in specs:
-        file = base.info(spec.key).file
-        sizes[file] = sizes.get(file, 0) + spec.nbytes
-    return max(sizes.values())
 
 
 def stream_merged(
@@ -133,7 +62,7 @@ def stream_merged(
             if spec.key in done:
                 writer.mark_written(spec.key)
                 advance(spec.nbytes)
-        _note(ledger, [None if entry is None else _outcome(entry) for entry in done.values()])
+        _note(ledger, [None if entry is None else Outcome.from_json(entry) for entry in done.values()])
         waiting = 0
         for finished in _batches(work, [spec for spec in specs if spec.key not in done], threads or _threads()):
             _note(ledger, [outcome for _, outcome in finished])
@@ -154,11 +83,6 @@ def _threads() -> int:
 
 def _note(ledger: Ledger, outcomes: Sequence[Outcome | None]) -> None:
     ledger.outcomes.update({outcome.key: outcome for outcome in outcomes if outcome is not None})
-
-
-def _outcome(entry: Mapping[str, object]) -> Outcome:
-    used = tuple(tuple(each) for each in entry["used"])  # type: ignore[attr-defined]
-    return Outcome(**{**entry, "used": used})  # type: ignore[arg-type]
 
 
 Finished = tuple[TensorSpec, Outcome | None]
@@ -328,7 +252,7 @@ def _square(x: torch.Tensor) -> float:
 
 
 def _require_finite(rows: torch.Tensor, key: str) -> None:
-    if rows.is_floating_point() and not bool(torch.stack(torch.aminmax(rows)).isfinite().all()):
+    if rows.is_floating_point() and rows.numel() and not bool(torch.stack(torch.aminmax(rows)).isfinite().all()):
         _refuse_not_finite(key)
 
 

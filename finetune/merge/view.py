@@ -8,7 +8,7 @@ from finetune.adapters.factors import FactorReader
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
-from finetune.merge.stream import Sources
+from finetune.merge.sources import Sources
 
 
 class MergedReader(CheckpointReader):
