@@ -34,7 +34,7 @@ from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.journal import Journal
 from finetune.merge.ledger import Ledger
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.report import Comparison, MergeReport, Proof, part_figures
+from finetune.merge.report import Comparison, MergeReport, Nf4Figures, Proof, part_figures
 from finetune.merge.requantize import nf4_bytes, sixteen_bits, write_nf4
 from finetune.merge.routing import Routing
 from finetune.merge.stream import stream_merged
@@ -72,8 +72,8 @@ def merge(
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    by_weight, by_layout = tuple(weights or [1.0] * len(given)), tuple(layouts or ())
-    job = prepare(Request(given, by_weight, base, dtype, prompts, by_layout, into))
+    by_weight = tuple(weights or [1.0] * len(given))
+    job = prepare(Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
         verify_sums(job.base.folder, bar.update)
@@ -81,20 +81,17 @@ def merge(
     with new_folder(output, resumable=True, resume=resume) as folder:
         started = time.monotonic()
         merged = sixteen_bits(folder) if requantize else folder
-        journal = Journal(merged, job.identity(), resume)
-        with _bar("merge", "B", job.nbytes, show_progress) as bar:
-            ledger = stream_merged(job.sources, merged, job.specs, journal, bar.update)
+        journal, ledger = _stream(job, merged, resume, show_progress)
         streamed = time.monotonic()
         sync_files(folder)
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
         proven, reference = _prove(job, ledger, merged, prove, show_progress)
         if requantize:
-            with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
-                proven = replace(proven, nf4=write_nf4(job, ledger, merged, folder, reference, bar.update))
+            proven = replace(proven, nf4=_to_nf4(job, ledger, merged, folder, reference, show_progress))
         compared = _compare(job, str(compare), rows, requantize, show_progress) if rows else None
-        report = _report(job, ledger, proven, folder, Path(output), streamed - started, time.monotonic() - streamed)
-        report = replace(report, compare=compared)
+        seconds = streamed - started, time.monotonic() - streamed
+        report = _report(job, ledger, proven, compared, folder, Path(output), *seconds)
         config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
         _complete(folder, report, as_json(config), journal, show_progress)
     return report
@@ -108,6 +105,24 @@ def _complete(folder: Path, report: MergeReport, config: str, journal: Journal, 
     journal.remove()
     # Last of all: without it no reader takes the folder for a model.
     write_text(folder / "config.json", config)
+
+
+def _stream(job: Job, folder: Path, resume: bool, show_progress: bool) -> tuple[Journal, Ledger]:
+    journal = Journal(folder, job.identity(), resume)
+    with _bar("merge", "B", job.nbytes, show_progress) as bar:
+        return journal, stream_merged(job.sources, folder, job.specs, journal, bar.update)
+
+
+def _to_nf4(
+    job: Job,
+    ledger: Ledger,
+    merged: Path,
+    folder: Path,
+    reference: dict[str, torch.Tensor] | None,
+    show_progress: bool,
+) -> Nf4Figures:
+    with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
+        return write_nf4(job, ledger, merged, folder, reference, bar.update)
 
 
 def _compare(job: Job, data: str, rows: Rows, in_nf4: bool, show_progress: bool) -> Comparison:
@@ -156,7 +171,14 @@ def _prove(
 
 
 def _report(
-    job: Job, ledger: Ledger, proven: Proof, folder: Path, output: Path, stream_seconds: float, proof_seconds: float
+    job: Job,
+    ledger: Ledger,
+    proven: Proof,
+    compared: Comparison | None,
+    folder: Path,
+    output: Path,
+    stream_seconds: float,
+    proof_seconds: float,
 ) -> MergeReport:
     return MergeReport(
         adapters=tuple(
@@ -182,6 +204,7 @@ def _report(
         untied=job.untied,
         parts=part_figures(ledger),
         proof=proven,
+        compare=compared,
         stream_seconds=round(stream_seconds, 3),
         proof_seconds=round(proof_seconds, 3),
     )
