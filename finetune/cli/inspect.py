@@ -1,0 +1,21 @@
+"""`finetune inspect`: what a folder is, on one screen."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "inspect", help="say what an adapter, a checkpoint or a run is, how it was made, and whether it can be merged"
+    )
+    parser.add_argument("path", type=Path, help="the folder")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the lines."""
+    from finetune.inspect import inspect
+
+    print(inspect(args.path))
+    return 0

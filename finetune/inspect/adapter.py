@@ -1,0 +1,90 @@
+"""An adapter folder: whose, for which base, trained how, and whether a merge with it can be proven."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
+from finetune.checkpoint.reader import read_header, read_json
+from finetune.errors import WeightsError
+from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
+from finetune.merge.job import Request, prepare
+from finetune.moe.same_adapter import WEIGHTS_FILE
+
+
+def adapter_lines(folder: Path) -> list[Line]:
+    """What `finetune inspect` says of an adapter."""
+    adapter = read_adapter(folder)
+    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+    infos = read_header(folder / WEIGHTS_FILE).values()
+    count = sum(math.prod(info.shape) for info in infos)
+    nbytes = sum(info.nbytes for info in infos)
+    dtypes = "/".join(sorted({info.dtype for info in infos}))
+    return [
+        ("what", f"LoRA adapter, {_maker(adapter, record)}"),
+        ("tensors", f"{len(infos)}, {count / 1e6:.2f} M parameters, {dtypes}, {size(nbytes)}"),
+        ("weights", f"SHA-256 {adapter.digest()}"),
+        checksum_line(folder),
+        ("base", named(record["base"]) if record.get("base") else _unrecorded(adapter)),
+        *_record_lines(adapter, record),
+        ("experts' factors", _order(adapter)),
+        *_extras(adapter),
+        ("merge", _provable(folder)),
+    ]
+
+
+def _maker(adapter: Adapter, record: dict[str, Any]) -> str:
+    versions = record.get("versions")
+    if versions:
+        made = ", ".join(f"{name} {version}" for name, version in versions.items())
+        return f"trained by this toolkit ({made})"
+    tool = "Unsloth" if adapter.by_unsloth else "another tool"
+    version = adapter.settings.get("peft_version")
+    return f"made by {tool}" + (f" with peft {version}" if version else "; its peft version is not recorded")
+
+
+def _unrecorded(adapter: Adapter) -> str:
+    name = adapter.settings.get("base_model_name_or_path")
+    return "not recorded" + (f"; its settings name {name}, without a fingerprint" if name else "")
+
+
+def _record_lines(adapter: Adapter, record: dict[str, Any]) -> list[Line]:
+    if not record.get("recipe"):
+        return [("LoRA", f"r {adapter.settings['r']}, lora_alpha {adapter.settings['lora_alpha']:g}")]
+    earlier, chosen = record.get("adapter"), record.get("experts")
+    quantized = "NF4" if record.get("quantization") == "nf4" else "not quantised"
+    template = record.get("template_sha256")
+    return [
+        ("base in training", f"{quantized}, computed in {record['dtype']}"),
+        *([("went on from", f"{earlier['name_or_path']}, SHA-256 {earlier['sha256'][:12]}")] if earlier else []),
+        *recipe_lines(record["recipe"]),
+        *([("experts", f"chosen by score, {len(chosen)} entries in {RECORD_FILE}")] if chosen else []),
+        *[(f"last {split}", figures(metrics)) for split, metrics in (record.get("metrics") or {}).items()],
+        *([("chat template", f"SHA-256 {template[:12]}")] if template else []),
+    ]
+
+
+def _order(adapter: Adapter) -> str:
+    if adapter.layout_recorded:
+        return "A expert-major, B rank-major (PEFT's), recorded"
+    if adapter.expert_major is not None:
+        return f"B {'expert' if adapter.expert_major else 'rank'}-major, declared in the settings"
+    return "not declared; the merge says what it can tell from shapes and peft version"
+
+
+def _extras(adapter: Adapter) -> list[Line]:
+    return [
+        *([("added tokens", ", ".join(adapter.added_tokens))] if adapter.added_tokens else []),
+        *([("whole tensors", ", ".join(adapter.whole))] if adapter.whole else []),
+        *([("router biases", "moved in training; they lie beside the factors")] if adapter.has_biases else []),
+    ]
+
+
+def _provable(folder: Path) -> str:
+    """Whether everything that a merge needs is here and fits."""
+    try:
+        job = prepare(Request((folder,), (1.0,)))
+    except WeightsError as error:
+        return "cannot be proven as things are: " + "; ".join(map(str, error.problems))
+    changes = f"{len(job.sources.changes)} of its {len(job.specs)} tensors would change"
+    return f"can be proven: the base is here in {job.base.folder}, and all factors fit it; {changes}"

@@ -1,0 +1,80 @@
+"""A checkpoint folder: which model, in which numbers, made how, and what was proven of it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.lineage import REPORT_FILE
+from finetune.checkpoint import CheckpointReader, fingerprint
+from finetune.checkpoint.reader import read_json
+from finetune.errors import WeightsError
+from finetune.inspect.lines import Line, checksum_line, size
+from finetune.moe.families import family_of
+
+UPCYCLE_FILE = "upcycle.json"
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call the experts
+
+
+def checkpoint_lines(folder: Path) -> list[Line]:
+    """What `finetune inspect` says of a checkpoint."""
+    reader = CheckpointReader(folder)
+    infos = [reader.info(key) for key in reader.keys]
+    found, files = fingerprint(folder), len({info.file for info in infos})
+    numbers = "/".join(sorted({info.dtype for info in infos}))
+    stored = "" if files == 1 else f" in {files} files"
+    values, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
+    return [
+        ("what", f"checkpoint of a {_model(reader.config)}"),
+        ("weights", f"{len(infos)} tensors{stored}, {values / 1e6:,.1f} M values, {numbers}, {size(nbytes)}"),
+        ("fingerprint", found),
+        checksum_line(folder),
+        *_origin(folder, found),
+        ("training", _trainable(reader)),
+    ]
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    experts = next((config[name] for name in _COUNTS if config.get(name)), 0)
+    of_experts = f", {experts} experts, top {config.get('num_experts_per_tok')}" if experts else ""
+    layers, hidden = config.get("num_hidden_layers"), config.get("hidden_size")
+    return f"{config.get('model_type')}: {layers} layers of {hidden}{of_experts}, vocabulary {config.get('vocab_size')}"
+
+
+def _origin(folder: Path, found: str) -> list[Line]:
+    if (folder / REPORT_FILE).is_file():
+        return _merged(read_json(folder / REPORT_FILE), found)
+    if (folder / UPCYCLE_FILE).is_file():
+        told = read_json(folder / UPCYCLE_FILE)
+        experts = f"{told['num_experts']} experts, top {told['top_k']}, noise {told['noise']:g}, seed {told['seed']}"
+        return [("made by", f"finetune upcycle {told['moe_finetune']} from {told['source']}: {experts}")]
+    return [("made by", "not recorded; neither a merge nor an upcycling of this toolkit")]
+
+
+def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
+    if report.get("fingerprint") != found:
+        of = f"of weights {str(report['fingerprint'])[:12]}" if "fingerprint" in report else "by an earlier version"
+        return [("made by", f"a merge; but {REPORT_FILE} is {of}, and says nothing that can be held against these")]
+    base = f"{report['base']} ({report['base_fingerprint'][:12]})"
+    lines = [("made by", f"finetune merge into the {report['into']} base {base}")]
+    for each in report["adapters"]:
+        lines.append(("adapter", f"{each['weight']:g} x {each['name_or_path']}, SHA-256 {each['sha256'][:12]}"))
+    parts = report["parts"].items()
+    changed = (f"{name} {part['tensors']} tensors by {part['relative_delta']:.2%}" for name, part in parts)
+    lines.append(("changed", ", ".join(changed)))
+    proof, logits = report["proof"], report["proof"]["logits"]
+    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors as in the base"
+    lines.append(("proven", proven))
+    if logits is not None:
+        off, effect = f"{logits['merged_error_mean']:.3g}", f"{logits['adapter_effect_mean']:.3g}"
+        text = f"off by {off} in the mean where the adapter's effect is {effect}, on {logits['tokens']} tokens"
+        lines.append(("logits", text))
+    return lines + [("NOT PROVEN", text) for text in proof["not_proven"]]
+
+
+def _trainable(reader: CheckpointReader) -> str:
+    try:
+        family = family_of(str(reader.config.get("model_type")), "config.json")
+    except WeightsError as error:
+        return "; ".join(problem.what for problem in error.problems)
+    return f"lora.targets: {', '.join(family.targets)}"

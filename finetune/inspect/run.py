@@ -1,0 +1,56 @@
+"""A run folder: what the recipe was, how far it came, and what lies in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.checkpoint.reader import read_json
+from finetune.inspect.lines import Line, figures, named, recipe_lines
+from finetune.recipe import load_recipe
+from finetune.run import RunFolder
+from finetune.run.metrics import read_metrics
+
+_SHOWN = ("step", "loss", "eval_loss", "balance_loss", "rewards/margins", "rewards/accuracies")
+
+
+def run_lines(folder: Path) -> list[Line]:
+    """What `finetune inspect` says of a run."""
+    run = RunFolder(folder)
+    lines: list[Line] = [("what", f"run, {_state(run)}")]
+    if run.provenance.is_file():
+        told = read_json(run.provenance)
+        git = told.get("git") or {}
+        commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
+        packages = ", ".join(f"{name} {told['packages'][name]}" for name in ("torch", "transformers", "peft", "trl"))
+        lines += [("started", f"{told['started']}{commit}; {packages}"), ("base", named(told["base"]))]
+    if run.recipe.is_file():
+        lines += recipe_lines(load_recipe(run.recipe).model_dump(mode="json"))
+    if run.audit.is_file():
+        lines += [(f"  {part['part']}", _part(part)) for part in _parts(run)]
+    logged = read_metrics(run.metrics) if run.metrics.is_file() else []
+    for name, key in (("last train", "loss"), ("last eval", "eval_loss")):
+        last = next((line for line in reversed(logged) if key in line), None)
+        if last is not None:
+            lines.append((name, figures({each: last[each] for each in _SHOWN if each in last})))
+    return [*lines, ("merge", _merge(run))]
+
+
+def _state(run: RunFolder) -> str:
+    if run.adapter.is_dir():
+        return "finished"
+    steps = sorted(int(path.name.rpartition("-")[2]) for path in run.path.glob("checkpoint-*") if path.is_dir())
+    return f"not finished; it can go on from step {steps[-1]}" if steps else "not finished, without a checkpoint"
+
+
+def _parts(run: RunFolder) -> list[dict[str, Any]]:
+    """The parts of the model that it has."""
+    return [part for part in json.loads(run.audit.read_text(encoding="utf-8"))["parts"] if part["parameters"]]
+
+
+def _part(part: dict[str, Any]) -> str:
+    stored = ", ".join(f"{count} {kind}" for kind, count in part["stored_as"].items())
+    return f"{stored}; adapted {part['adapted']} of {part['adaptable']}; {part['trained']:,} trained"
+
+
+def _merge(run: RunFolder) -> str:
+    return f"see finetune inspect {run.adapter}" if run.adapter.is_dir() else "there is no adapter yet"
