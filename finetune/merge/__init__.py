@@ -56,9 +56,8 @@ def merge(
     Raises WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    job = prepare(Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, tuple(layouts or ())))
-    with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
-        verify_sums(job.base.folder, bar.update)
+    request = Request(given, tuple(weights or [1.0] * len(given)), base, dtype, prompts, tuple(layouts or ()))
+    job = prepare(request, lambda folder: _verify(folder, show_progress))
     require_free_disk(Path(output), job.nbytes, Path(output).parent / f".{Path(output).name}.partial")
     if show_progress:
         print(_announcement(job, Path(output)), flush=True)
@@ -81,6 +80,11 @@ def merge(
         # Last of all: without it no reader takes the folder for a model.
         write_text(folder / "config.json", config)
     return report
+
+
+def _verify(base: Path, show_progress: bool) -> None:
+    with _bar("verify", "B", listed_bytes(base), show_progress) as bar:
+        verify_sums(base, bar.update)
 
 
 def _announcement(job: Job, output: Path) -> str:
