@@ -9,7 +9,7 @@ from typing import Any
 
 from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
 from finetune.checkpoint import verify_sums
-from finetune.checkpoint.reader import TensorInfo, read_json
+from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
 from finetune.moe.same_adapter import adapter_digest
@@ -176,9 +176,9 @@ def _require_files(folder: Path) -> None:
         raise WeightsError(Problem(str(folder), f"is not an adapter folder: it has no {CONFIG_FILE}", do))
     if (folder / WEIGHTS_FILE).is_file():
         return
-    if (folder / "adapter_model.bin").is_file():
+    if pickles := pickles_in(folder):
         do = "save it again as safetensors: pickle files can run code and are never opened here"
-        raise WeightsError(Problem(str(folder), "the adapter is in pickle format", do, got="adapter_model.bin"))
+        raise WeightsError(Problem(str(folder), "the adapter is in pickle format", do, got=", ".join(pickles[:3])))
     raise WeightsError(Problem(str(folder), f"has no {WEIGHTS_FILE}", "give the folder that the run wrote"))
 
 

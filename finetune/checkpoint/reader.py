@@ -35,6 +35,11 @@ class TensorInfo:
         return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
 
+def pickles_in(folder: Path) -> list[str]:
+    """Names of the files that only pickle could open; nothing here does."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; anything else is a WeightsError that names the file."""
     try:
@@ -130,8 +135,7 @@ class CheckpointReader:
         where = str(self.folder)
         if not self.folder.is_dir():
             return Problem(where, "is not a folder", "give the folder that holds config.json and the weights")
-        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
+        if pickles := pickles_in(self.folder):
             do = "convert the checkpoint to safetensors: pickle files can run code and are never opened here"
             return Problem(where, "holds no safetensors weights", do, got=", ".join(pickles[:3]))
         return Problem(where, f"holds neither {SINGLE_FILE} nor {INDEX_FILE}", "give the folder that holds the weights")

@@ -73,10 +73,9 @@ def merge(
     """
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     by_weight = tuple(weights or [1.0] * len(given))
-    job = prepare(Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into))
+    request = Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into)
+    job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
-    with _bar("verify", "B", listed_bytes(job.base.folder), show_progress) as bar:
-        verify_sums(job.base.folder, bar.update)
     _require_disk(job, Path(output), requantize, show_progress)
     with new_folder(output, resumable=True, resume=resume) as folder:
         started = time.monotonic()
@@ -136,6 +135,11 @@ def _require_disk(job: Job, output: Path, requantize: bool, show_progress: bool)
     require_free_disk(output, nbytes, output.parent / f".{output.name}.partial")
     if show_progress:
         print(_announcement(job, output), flush=True)
+
+
+def _verify(base: Path, show_progress: bool) -> None:
+    with _bar("verify", "B", listed_bytes(base), show_progress) as bar:
+        verify_sums(base, bar.update)
 
 
 def _announcement(job: Job, output: Path) -> str:

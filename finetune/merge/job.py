@@ -1,6 +1,6 @@
 """Everything about a merge that is known, and refused where it is wrong, before the first byte is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,14 @@ class Job:
         }
 
 
-def prepare(request: Request) -> Job:
-    """Read every header and hold everything against everything else; WeightsError for what does not fit."""
+def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) -> Job:
+    """Read every header and hold everything against everything else; WeightsError for what does not fit.
+
+    `check` is given the base's folder before anything else is made of it.
+    """
     adapters = _weighted(request)
     folder = base_folder(adapters[0].adapter, request.base)
+    check(folder)
     plain = CheckpointReader(folder)
     family = family_of(str(plain.config.get("model_type")), str(folder / "config.json"))
     found = fingerprint(folder)

@@ -187,3 +187,26 @@ def test_a_second_merge_into_the_same_folder_is_refused(base: Path, adapter: Pat
     assert "another process is writing this folder" in refusal or "output folder is not empty" in refusal
     assert verify_sums(tmp_path / "merged")
     assert [file.name for file in tmp_path.iterdir()] == ["merged"]
+
+
+FILLED_MEANWHILE = """
+mount -t tmpfs -o size=110m tmpfs "$1" || exit 77
+"$2" -m finetune.cli.main merge "$3" --output "$1/merged" > "$4" 2>&1 &
+while [ ! -s "$1/.merged.partial/model.safetensors" ]; do sleep 0.01; kill -0 $! || break; done
+dd if=/dev/zero of="$1/filler" bs=64k 2> /dev/null
+wait $!
+echo "$?" $(ls -A "$1")
+"""
+
+
+def test_another_disk_that_fills_up_meanwhile(adapter: Path, tmp_path: Path) -> None:
+    """A disk of its own in memory: 10 MB more than the weights take, which something else then writes full."""
+    disk, log = tmp_path / "disk", tmp_path / "log"
+    disk.mkdir()
+    words = ["unshare", "-Urm", "sh", "-c", FILLED_MEANWHILE, "sh", str(disk), sys.executable, str(adapter), str(log)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip(f"no disk of one's own here: {done.stderr.strip()}")
+    assert done.stdout.split() == ["1", "filler"], log.read_text()
+    assert "the disk is full; free space, or write to another disk" in log.read_text()
+    assert "Traceback" not in log.read_text()

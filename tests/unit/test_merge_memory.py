@@ -70,6 +70,7 @@ def measure(folder: Path, model_type: str, shapes: Shapes, experts: int, dtype: 
     write(folder / "adapter", factors, torch.float32, "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",
+        "peft_version": "0.21.2",
         "r": RANK,
         "lora_alpha": 16,
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
