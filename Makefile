@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install check test quickstart quickstart-dpo bench bench-data bench-dpo bench-gpu
+.PHONY: help install check test quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -55,6 +55,9 @@ bench-dpo: install ## preference tuning beside SFT on this CPU: steps, memory, l
 
 bench-data: install ## packing, preparing rows and checking a million of them, beside what people use; ten minutes
 	$(BIN)/python -m benchmarks.data
+
+bench-merge: install ## merging 3.4 GB beside a copy of the file and beside PEFT: time and memory; ten minutes, 11 GB of disk
+	$(BIN)/python -m benchmarks.merge
 
 # BENCH_PYTHON: a Python that has CUDA. The environment above is made for the CPU.
 BENCH_PYTHON ?= python3
