@@ -92,4 +92,3 @@ def refuse_existing(output: Path) -> None:
     """Raise WeightsError where something of this name is there."""
     if output.exists() or output.is_symlink():
         raise WeightsError(Problem(str(output), "output exists", "name a new file, or remove this one yourself"))
-

@@ -56,7 +56,12 @@ class LoraFolder:
     def settings(self, adapter: Adapter) -> dict[str, Any]:
         """`adapter_config.json`; without patterns, which some readers pass over."""
         alpha = self.scale * self.r
-        modules = {pair.name.rpartition(".")[2] for pair in self.pairs if pair.experts == 1}
+        names = [pair.name for pair in self.pairs if pair.experts == 1]
+        modules = {
+            name.rpartition(".")[2]
+            for name in names
+            if not any(f"{name}.weight".endswith(f".{parameter}") for parameter in self.parameters)
+        }
         changes: dict[str, Any] = {
             "r": self.r,
             "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
@@ -99,8 +104,15 @@ def prepare(adapter: Adapter, base: CheckpointReader, family: Family) -> LoraFol
         r=max(ranks),
         scale=1.0 if folded else scales.pop(),
         folded=folded,
-        parameters=tuple({stack.name.partition(".layers.")[2].partition(".")[2] for stack in stacks if rules.stacked}),
+        parameters=_parameters(stacks, by_path, family) if rules.stacked else (),
     )
+
+
+def _parameters(stacks: Sequence[Stack], by_path: Mapping[str, Delta], family: Family) -> tuple[str, ...]:
+    """PEFT's `target_parameters` for stacks that are written whole, and for the router, which is no linear module."""
+    assert family.moe is not None
+    routers = {family.moe.router_parameter} if any(delta.part == "router" for delta in by_path.values()) else set()
+    return (*(f"{family.moe.experts_module}.{name}" for name in {s.parameter for s in stacks}), *routers)
 
 
 def _rank(delta: Delta) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,18 @@ from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = ROOT / "data" / "lm-eval"
+QUICKSTART = ROOT / "data" / "lm-eval" / "quickstart.yaml"
 PROMPTS = ("turn on the kitchen light", "set the timer", "light", "ten minutes")
+TASK: dict[str, Any] = {
+    "task": "tiny",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "generation_kwargs": {"do_sample": False, "max_gen_toks": 8, "until": ["<|im_end|>"]},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +40,21 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "merged"
 
 
-def lm_eval(model: Path, task: str, tasks: Path, output: Path, *words: str) -> dict[str, Any]:
-    """What the command measures, and each of its samples."""
-    arguments = ["--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
-    arguments += ["--tasks", task, "--include_path", str(tasks), "--output_path", str(output), "--log_samples", *words]
+@pytest.fixture(scope="module")
+def results(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the command measures on two tasks, `<task>` and `<task> samples`."""
+    tasks, output = tmp_path_factory.mktemp("tasks"), tmp_path_factory.mktemp("results")
+    # Three answers as the model gives them and one that it does not: 75 %, neither none nor all.
+    rows = [{"question": prompt, "answer": greedy(merged, prompt, 8)} for prompt in PROMPTS]
+    rows[-1]["answer"] = "something else"
+    (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "tiny.yaml").write_text(
+        yaml.safe_dump(TASK | {"dataset_kwargs": {"data_files": {"test": str(tasks / "rows.jsonl")}}})
+    )
+    shutil.copy(QUICKSTART, tasks)
+    arguments = ["--model", "hf", "--model_args", f"pretrained={merged},dtype=float32", "--device", "cpu"]
+    arguments += ["--tasks", "tiny,quickstart", "--include_path", str(tasks), "--apply_chat_template"]
+    arguments += ["--output_path", str(output), "--log_samples", "--limit", str(len(PROMPTS))]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "lm_eval", "run", *arguments],
         capture_output=True,
@@ -41,16 +63,17 @@ def lm_eval(model: Path, task: str, tasks: Path, output: Path, *words: str) -> d
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    (results,) = output.rglob("results_*.json")
-    (samples,) = output.rglob("samples_*.jsonl")
-    measured: dict[str, Any] = json.loads(results.read_text())["results"][task]
-    return {**measured, "samples": [json.loads(line) for line in samples.read_text().splitlines()]}
+    (file,) = output.rglob("results_*.json")
+    samples = {path.name.split("_")[1]: path.read_text().splitlines() for path in output.rglob("samples_*.jsonl")}
+    measured: dict[str, Any] = json.loads(file.read_text())["results"]
+    return measured | {f"{task} samples": [json.loads(line) for line in lines] for task, lines in samples.items()}
 
 
 def greedy(folder: Path, prompt: str, tokens: int) -> str:
-    """What transformers makes of the prompt."""
+    """What transformers makes of the prompt as a user's turn."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    turn = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=False)
     with torch.no_grad():
         out = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0][ids.shape[1] :]
     text: str = tokenizer.decode(out, skip_special_tokens=True)
@@ -58,36 +81,17 @@ def greedy(folder: Path, prompt: str, tokens: int) -> str:
 
 
 @pytest.mark.slow
-def test_lm_eval_measures_a_merged_model_on_a_local_task(merged: Path, tmp_path: Path) -> None:
-    # Three answers as the model gives them and one that it does not: 75 %, neither none nor all.
-    answers = [greedy(merged, prompt, 8).strip() for prompt in PROMPTS]
-    rows = [{"question": prompt, "answer": answer} for prompt, answer in zip(PROMPTS, answers, strict=True)]
-    rows[-1]["answer"] = "something else"
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "tiny",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{answer}}",
-        "generation_kwargs": {"do_sample": False, "max_gen_toks": 8, "until": ["<|im_end|>"]},
-        "filter_list": [{"name": "stripped", "filter": [{"function": "regex", "regex_pattern": r"(?s)^\s*(.*?)\s*$"}]}],
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(task))
-    result = lm_eval(merged, "tiny", tmp_path, tmp_path / "results")
-    assert result["exact_match,stripped"] == 0.75
+def test_lm_eval_measures_a_merged_model_on_a_local_task(results: dict[str, Any]) -> None:
+    assert results["tiny"]["exact_match,none"] == 0.75
 
 
 @pytest.mark.slow
-def test_the_task_of_the_quickstart_asks_and_expects_what_its_rows_say(merged: Path, tmp_path: Path) -> None:
-    result = lm_eval(merged, "quickstart", TASKS, tmp_path, "--apply_chat_template", "--limit", "2", "--gen_kwargs", "max_gen_toks=1")
+def test_the_task_of_the_quickstart_asks_and_expects_what_its_rows_say(results: dict[str, Any]) -> None:
     rows = [json.loads(line) for line in (ROOT / "data/quickstart/eval.jsonl").read_text().splitlines()]
-    assert result["exact_match,none"] == 0.0
-    for sample, row in zip(result["samples"], rows, strict=False):
-        question, answer = (message["content"] for message in row["messages"])
+    assert results["quickstart"]["exact_match,none"] == 0.0
+    assert len(results["quickstart samples"]) == len(PROMPTS)
+    for sample in results["quickstart samples"]:
+        question, answer = (message["content"] for message in rows[sample["doc_id"]]["messages"])
         asked = sample["arguments"]["gen_args_0"]["arg_0"]
         assert asked == f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         assert sample["target"] == answer
