@@ -208,8 +208,8 @@ def _save(
 ) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder, write_sums
-    from finetune.model import save_adapter
     from finetune.merge.card import adapter_card, read_record
+    from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
     counts = {split: stats.as_dict() for split, stats in rows.stats.items()}

@@ -13,8 +13,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "export",
         help="write an adapter for PEFT or vLLM, or a model as GGUF",
         description="peft: the adapter as it was saved, whole. vllm: a LoRA folder with the factors of each expert, "
-        "as vLLM's fused-MoE LoRA reads them. gguf: one file for llama.cpp, from a merged folder, or from an adapter's, "
-        "which is merged and proven first.",
+        "as vLLM's fused-MoE LoRA reads them. gguf: one file for llama.cpp, from a merged folder; an adapter is merged "
+        "and proven first.",
     )
     parser.add_argument("path", type=Path, help="adapter folder; for gguf also the folder of a merged model")
     parser.add_argument("--format", required=True, choices=FORMATS)

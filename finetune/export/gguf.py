@@ -4,9 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from hashlib import sha256
 from base64 import urlsafe_b64encode
 from collections import Counter
+from hashlib import sha256
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 

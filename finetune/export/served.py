@@ -28,7 +28,7 @@ class Served:
     head: bool = False  # wraps lm_head
     without: Mapping[str, str] = field(default_factory=dict)  # modules that are not wrapped, and why
 
-    def refused(self, path: str, part: Part) -> str | None:
+    def refused(self, path: str, part: str) -> str | None:
         """Why factors of the module at `path` cannot be served; None where they can."""
         for name, reason in self.without.items():
             if f".{name}." in f".{path}.":

@@ -154,7 +154,8 @@ def _linear(delta: Delta, family: Family, rules: Served) -> Pair:
 def _of_stack(stack: Stack, delta: Delta | None, base: CheckpointReader, family: Family, rules: Served) -> list[Pair]:
     """All pairs of one stack of experts; `delta` (any of its tensors') None where it was not trained."""
     layer, moe = LAYER.match(stack.module), family.moe
-    assert layer is not None and moe is not None
+    assert layer is not None
+    assert moe is not None
     inputs, outputs = _sizes(stack, base, moe.transposed)
     if rules.stacked:
         number = [each.parameter for each in moe.stacks].index(stack.parameter)

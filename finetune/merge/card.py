@@ -1,4 +1,4 @@
-"""Model cards: `README.md` of merged folders, adapters and exports, from plain facts, without a path of this machine."""
+"""Model cards: `README.md` of merged folders, adapters and exports; from plain facts, without this machine's paths."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from finetune.run.metrics import read_metrics
 from finetune.run.folder import RunFolder
+from finetune.run.metrics import read_metrics
 
 # Of the speed of this machine, or of the moment.
 _NOT_OF_THE_MODEL = ("epoch", "time", "learning_rate", "grad_norm", "runtime", "per_second", "total_flos")

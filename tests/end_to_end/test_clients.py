@@ -93,7 +93,8 @@ parameters.model.path, parameters.n_ctx, parameters.warmup = sys.argv[1], 512, F
 # In 16 bits, its default, near ties fall otherwise.
 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 server = xllamacpp.Server(parameters)
-asked = {"prompt": json.loads(sys.argv[2]), "max_tokens": int(sys.argv[3]), "temperature": 0.0, "ignore_eos": True, "logprobs": 5}
+asked = {"prompt": json.loads(sys.argv[2]), "max_tokens": int(sys.argv[3]), "temperature": 0.0}
+asked |= {"ignore_eos": True, "logprobs": 5}
 print(json.dumps(server.handle_completions(asked)))
 """
     return _run(script, str(file), json.dumps(prompt), str(tokens))

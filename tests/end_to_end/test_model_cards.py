@@ -43,13 +43,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("merged") / "tiny-merged"
-    return json.loads(json.dumps(merge(run / "adapter", output, show_progress=False).as_dict()))
+    merged = merge(run / "adapter", output, show_progress=False)
+    report: dict[str, Any] = json.loads(json.dumps(merged.as_dict()))
+    return report
 
 
 def read_card(text: str) -> tuple[Mapping[str, Any], str]:
     """Front matter and text, as the hub's own library reads them."""
     card = ModelCard(text)
-    data: Mapping[str, Any] = card.data.to_dict()
+    data: Mapping[str, Any] = vars(card.data)
     return data, card.text
 
 

@@ -144,7 +144,7 @@ def test_every_kind_of_adapter_gives_the_same_logits(base: Path, tmp_path: Path,
     adapter = save_adapter(base, tmp_path / "adapter", **{**EVERYTHING, **lora})
     export(adapter, tmp_path / "lora", "vllm")
     settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
-    assert not (settings["rank_pattern"] or settings["alpha_pattern"] or settings["use_rslora"])
+    assert not any(settings[name] for name in ("rank_pattern", "alpha_pattern", "use_rslora"))
     adapted = logits(load(base, adapter))
     assert (adapted - logits(load(base))).abs().max() > 0.05
     assert (logits(load(base, tmp_path / "lora")) - adapted).abs().max() < 1e-4
@@ -230,7 +230,7 @@ def test_an_architecture_that_vllm_is_not_known_to_serve_is_refused(tmp_path: Pa
 
 def test_rows_of_added_tokens_and_moved_biases_are_refused_together(tmp_path: Path) -> None:
     base = save_tiny("deepseek_v3", tmp_path / "base")
-    lora = {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"], "trainable_token_indices": {"embed_tokens": [5]}}
+    lora: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"], "trainable_token_indices": {"embed_tokens": [5]}}
     adapter = save_adapter(base, tmp_path / "adapter", **lora)
     (adapter / "router_bias.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     with pytest.raises(WeightsError) as error:
