@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder
+from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
@@ -58,11 +58,13 @@ def _peft(adapter: Adapter, output: Path) -> Exported:
         raise WeightsError(Problem(str(adapter.folder), f"does not record its base ({RECORD_FILE})", do))
     with new_folder(output) as folder:
         names = peft.copy(adapter, folder)
+        verify_sums(folder)  # the copy, against the list that training wrote
     lines = (f"{len(names)} files: {', '.join(names)}", f"PeftModel.from_pretrained(base, {str(output)!r})")
     return Exported(output, lines)
 
 
 def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
+    verify_sums(adapter.folder)
     reader = CheckpointReader(base_folder(adapter, base))
     found, digest = fingerprint(reader.folder), adapter.digest()
     refuse_unrelated(reader.folder, found, (Weighted(adapter, 1.0, digest),))
@@ -79,6 +81,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
         vllm.write(folder, adapter, lora)
         write_json(folder / EXPORT_FILE, record)
         write_text(folder / "README.md", vllm_card(read_record(adapter.folder), record))
+        write_sums(folder)
     scale = "scales are multiplied into B, " if lora.folded else ""
     lines = (
         f"{2 * len(lora.pairs)} tensors, {scale}r={lora.r}: {CONFIG_FILE}, {WEIGHTS_FILE}",
@@ -110,6 +113,7 @@ def _whole_model(source: Path, base: Path | None) -> Path:
     if not (source / _MODEL_CONFIG).is_file():
         do = "give a merged folder, or an adapter's"
         raise WeightsError(Problem(str(source), f"holds neither {_MODEL_CONFIG} nor {CONFIG_FILE}", do))
+    verify_sums(source)
     return source
 
 

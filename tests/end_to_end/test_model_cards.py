@@ -151,9 +151,9 @@ def test_several_adapters_each_have_their_part_and_their_weight(run: Path, repor
     ("name", "folder", "shown"),
     [
         ("mistralai/Mixtral-8x7B-v0.1", "/cache/models--mistralai--Mixtral-8x7B-v0.1/snapshots/abc", None),
-        ("models/quickstart-moe", "/home/me/project/models/quickstart-moe", "quickstart-moe"),
+        ("models/quickstart-moe", "/srv/me/project/models/quickstart-moe", "quickstart-moe"),
         ("models/quickstart-moe", "models/quickstart-moe", "quickstart-moe"),
-        ("/home/me/bases/moe", "/home/me/bases/moe", "moe"),
+        ("/srv/me/bases/moe", "/srv/me/bases/moe", "moe"),
         ("../bases/moe/", "../bases/moe", "moe"),
     ],
 )

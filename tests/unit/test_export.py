@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.checkpoint import write_sums
 from finetune.checkpoint.reader import read_header
 from finetune.cli.main import main
 from finetune.errors import WeightsError
@@ -230,8 +231,8 @@ def test_an_architecture_that_vllm_is_not_known_to_serve_is_refused(tmp_path: Pa
 
 def test_rows_of_added_tokens_and_moved_biases_are_refused_together(tmp_path: Path) -> None:
     base = save_tiny("deepseek_v3", tmp_path / "base")
-    lora: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"], "trainable_token_indices": {"embed_tokens": [5]}}
-    adapter = save_adapter(base, tmp_path / "adapter", **lora)
+    lora: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    adapter = save_adapter(base, tmp_path / "adapter", **lora, trainable_token_indices={"embed_tokens": [5]})
     (adapter / "router_bias.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
     with pytest.raises(WeightsError) as error:
         export(adapter, tmp_path / "out", "vllm")
@@ -275,6 +276,16 @@ def test_factors_that_are_not_finite_are_not_handed_on(base: Path, tmp_path: Pat
     next(iter(held.values()))[0, 0] = float("nan")
     save_file(held, adapter / "adapter_model.safetensors")
     refused(adapter, "not finite", tmp_path, "peft")
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_an_adapter_that_changed_since_it_was_written_is_not_handed_on(base: Path, tmp_path: Path, form: str) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter")
+    write_sums(adapter)
+    with (adapter / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    refused(adapter, "differs from its sum in SHA256SUMS", tmp_path, form)
 
 
 # The command
