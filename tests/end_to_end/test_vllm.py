@@ -28,7 +28,7 @@ PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(PYTHON is None, reason="needs VLLM_PYTHON")]
 
 # vLLM's attention on a CPU wants heads of 64.
-WIDE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+WIDE: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
 LOADED = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "ernie4_5_moe", "granitemoe", "gpt_oss")
 SCRIPT = """
 import sys
@@ -73,7 +73,8 @@ def loaded_by_vllm(base: Path, adapter: Path, file: Path) -> dict[str, torch.Ten
     command = [str(PYTHON), "-P", "-c", SCRIPT, str(base), str(adapter), str(file)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    return load_file(file)
+    held: dict[str, torch.Tensor] = load_file(file)
+    return held
 
 
 @pytest.mark.parametrize("model_type", LOADED)

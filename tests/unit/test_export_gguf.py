@@ -13,6 +13,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
 from finetune.export import export, gguf
 from finetune.merge import merge
+from finetune.merge.card import merged_card, read_record
 from tests.support import save_tiny_mixtral, save_tiny_sentencepiece
 from tests.unit.merge_adapters import save_adapter, tensors
 
@@ -54,6 +55,16 @@ def test_the_number_format_can_be_chosen(base: Path, tmp_path: Path, outtype: st
 
 def test_by_default_it_is_the_models_own(base: Path) -> None:
     assert gguf.own_type(CheckpointReader(base)) == "f32"
+
+
+def test_a_merged_folder_with_its_card_is_taken(adapter: Path, tmp_path: Path) -> None:
+    # The converter reads the card's front matter.
+    report = merge(adapter, tmp_path / "merged", show_progress=False)
+    (tmp_path / "merged" / "README.md").write_text(merged_card(report.as_dict(), [read_record(adapter)]))
+    export(tmp_path / "merged", tmp_path / "model.gguf", "gguf")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert "moe-finetune" in fields["general.tags"].contents()
+    assert fields["general.base_model.0.name"].contents()
 
 
 def test_what_the_converter_does_not_take_is_one_line_with_its_last_words(tmp_path: Path) -> None:
