@@ -35,7 +35,7 @@ class Served:
                 return reason
         if part in _PARTS or (self.head and path == "lm_head"):
             return None
-        return f"vLLM {VERSION} does not wrap it"
+        return f"not among what vLLM {VERSION} is known to wrap"
 
 
 _GRANITE = Served(

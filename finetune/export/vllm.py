@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.adapter import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Adapter
+from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from finetune.adapters.contents import PREFIX
 from finetune.adapters.deltas import Delta, plan
-from finetune.adapters.factors import FactorReader, by_expert
+from finetune.adapters.factors import FactorReader
 from finetune.adapters.layout import LAYER, Stack, base_layout
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import SINGLE_FILE, read_tensor
+from finetune.checkpoint.reader import SINGLE_FILE
 from finetune.errors import Problem, WeightsError
 from finetune.export.served import MERGE, RANKS, Served, served
 from finetune.files import write_json
@@ -85,14 +86,17 @@ class LoraFolder:
 def prepare(adapter: Adapter, base: CheckpointReader, family: Family) -> LoraFolder:
     """What the folder will hold, from headers. Raises WeightsError (all problems at once) for what cannot be served."""
     rules = served(family, str(adapter.folder))
+    _refuse_contents(adapter)
     deltas = plan(base, adapter, family)
-    by_path = {delta.path: delta for delta in deltas.values()}
-    _refuse(adapter, by_path, rules)
-    stacks = base_layout(base, family).stacks
-    of_stack = {stack.name: next((deltas[k] for k in _keys(stack) if k in deltas), None) for stack in stacks}
-    trained = {stack.module for stack in stacks if of_stack[stack.name]}
-    stacks = tuple(stack for stack in stacks if stack.module in trained)
-    in_stacks = {delta.path for delta in of_stack.values() if delta}
+    by_path = {delta.path: delta for each in deltas.values() for delta in each}
+    of_stack = {
+        stack.name: {delta.path: delta for key in _keys(stack) for delta in deltas.get(key, [])}
+        for stack in base_layout(base, family).stacks
+    }
+    _refuse(adapter, by_path, rules, family)
+    trained = {stack.module for stack in base_layout(base, family).stacks if of_stack[stack.name]}
+    stacks = tuple(stack for stack in base_layout(base, family).stacks if stack.module in trained)
+    in_stacks = {path for found in of_stack.values() for path in found}
     pairs = [_linear(delta, family, rules) for path, delta in by_path.items() if path not in in_stacks]
     for stack in stacks:
         pairs += _of_stack(stack, of_stack[stack.name], base, family, rules)
@@ -123,15 +127,29 @@ def _keys(stack: Stack) -> Iterator[str]:
     return (key for keys in stack.keys for key in keys)
 
 
-def _refuse(adapter: Adapter, by_path: Mapping[str, Delta], rules: Served) -> None:
+def _refuse_contents(adapter: Adapter) -> None:
+    """What is no factor at all."""
     where, problems = str(adapter.folder), []
+    if adapter.whole:
+        got = ", ".join(sorted(adapter.whole)[:3])
+        problems.append(Problem(where, "vLLM cannot serve modules that were trained whole", MERGE, got))
     if adapter.rows:
         got = ", ".join(sorted(adapter.rows))
         problems.append(Problem(where, "vLLM cannot serve rows of added tokens from an adapter", MERGE, got))
     if adapter.has_biases:
         problems.append(Problem(where, "vLLM cannot serve correction biases of routers from an adapter", MERGE))
+    if problems:
+        raise WeightsError(problems)
+
+
+def _refuse(adapter: Adapter, by_path: Mapping[str, Delta], rules: Served, family: Family) -> None:
+    where, problems = str(adapter.folder), []
     if (largest := max(map(_rank, by_path.values()))) > RANKS[-1]:
         problems.append(Problem(where, f"vLLM serves ranks up to {RANKS[-1]}", MERGE, str(largest)))
+    on_disk = family.moe is not None and family.moe.transposed
+    if swapped := sorted(path for path, delta in by_path.items() if delta.experts > 1 and delta.transposed != on_disk):
+        what = "the factors of its experts are PEFT 0.18's, which took inputs for outputs"
+        problems.append(Problem(where, what, MERGE, got=swapped[0]))
     reasons: dict[str, str] = {}
     for path, delta in sorted(by_path.items()):
         if reason := rules.refused(path, delta.part):
@@ -151,25 +169,32 @@ def _linear(delta: Delta, family: Family, rules: Served) -> Pair:
     return Pair(name, delta, 0, 0, delta.pair.b.shape[0], delta.pair.a.shape[1])
 
 
-def _of_stack(stack: Stack, delta: Delta | None, base: CheckpointReader, family: Family, rules: Served) -> list[Pair]:
-    """All pairs of one stack of experts; `delta` (any of its tensors') None where it was not trained."""
+def _of_stack(
+    stack: Stack, found: Mapping[str, Delta], base: CheckpointReader, family: Family, rules: Served
+) -> list[Pair]:
+    """All pairs of one stack of experts; `found`: its deltas by path, one of the whole stack or those of experts."""
     layer, moe = LAYER.match(stack.module), family.moe
     assert layer is not None
     assert moe is not None
     inputs, outputs = _sizes(stack, base, moe.transposed)
+    whole = next((delta for delta in found.values() if delta.experts > 1), None)
     if rules.stacked:
         number = [each.parameter for each in moe.stacks].index(stack.parameter)
         # As PEFT nests them: the last stack is outermost.
         name = stack.module + ".base_layer" * (len(moe.stacks) - 1 - number)
-        return [Pair(name, delta, 0, 0, outputs, inputs, stack.experts)]
+        return [Pair(name, whole, 0, 0, outputs, inputs, stack.experts)]
     disk = next(each.disk_names for each in moe.stacks if each.parameter == stack.parameter)
     names, form = rules.names.get(stack.parameter, disk), rules.expert or moe.disk_expert.removesuffix(".weight")
     rows = outputs // len(names)
-    return [
-        Pair(layer[0] + form.format(expert=e, name=each), delta, e, n * rows, (n + 1) * rows, inputs)
-        for e in range(stack.experts)
-        for n, each in enumerate(names)
-    ]
+    pairs = []
+    for e in range(stack.experts):
+        for n, each in enumerate(names):
+            name = layer[0] + form.format(expert=e, name=each)
+            if whole is None:  # as transformers 4 has them: a module for each expert
+                pairs.append(Pair(name, found.get(stack.modules[e][n]) if found else None, 0, 0, rows, inputs))
+            else:
+                pairs.append(Pair(name, whole, e, n * rows, (n + 1) * rows, inputs))
+    return pairs
 
 
 def _sizes(stack: Stack, base: CheckpointReader, transposed: bool) -> tuple[int, int]:
@@ -211,8 +236,9 @@ def _factors(pair: Pair, lora: LoraFolder, reader: FactorReader) -> tuple[torch.
         A_rI = reader.a(delta.pair, delta.experts, pair.expert)
         B_Or = reader.b(delta.pair, delta.experts, pair.expert, pair.start, pair.stop)
         return _padded(A_rI, 0, missing), _padded(B_Or * scale, 1, missing)
-    A_ErI = read_tensor(delta.pair.a).float().reshape(pair.experts, -1, pair.inputs)
-    B_EOr = by_expert(read_tensor(delta.pair.b).float(), pair.experts) * scale
+    experts = range(pair.experts)
+    A_ErI = torch.stack([reader.a(delta.pair, pair.experts, e) for e in experts])
+    B_EOr = torch.stack([reader.b(delta.pair, pair.experts, e, 0, outputs) for e in experts]) * scale
     A_ERI, B_EOR = _padded(A_ErI, 1, missing), _padded(B_EOr, 2, missing)
     return A_ERI.flatten(0, 1), B_EOR.permute(1, 2, 0).flatten(1)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from finetune.checkpoint import write_sums
 from finetune.checkpoint.reader import read_header
@@ -188,8 +189,6 @@ def test_a_dense_model_is_served_too(tmp_path: Path) -> None:
 
 
 def test_a_16_bit_adapter_stays_one_unless_a_scale_is_multiplied_in(base: Path, adapter: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     copy = tmp_path / "copy"
     export(adapter, copy, "peft")
     save_file({key: value.bfloat16() for key, value in tensors(adapter).items()}, copy / "adapter_model.safetensors")
@@ -209,7 +208,39 @@ def test_the_rank_to_serve_with_is_one_that_vllm_takes(base: Path, tmp_path: Pat
     assert json.loads((tmp_path / "lora" / "export.json").read_text())["max_lora_rank"] == wanted
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_an_adapter_that_has_a_module_for_each_expert_already_is_taken_as_well(model_type: str, tmp_path: Path) -> None:
+    base = save_tiny(model_type, tmp_path / "base")
+    export(served_adapter(base, tmp_path / "adapter"), tmp_path / "one", "vllm")
+    export(tmp_path / "one", tmp_path / "two", "vllm", base=base)
+    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 # vLLM: refusals
+
+
+def test_modules_that_were_trained_whole_are_refused(base: Path, tmp_path: Path) -> None:
+    lora: dict[str, Any] = {"r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    adapter = save_adapter(base, tmp_path / "adapter", **lora, modules_to_save=["lm_head"])
+    refused(adapter, "cannot serve modules that were trained whole; got lm_head.weight; merge it", tmp_path)
+
+
+def test_factors_that_took_inputs_for_outputs_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    export(adapter, copy, "peft")
+    held = tensors(adapter)
+    for key in [key for key in held if ".experts." in key and "lora_A" in key]:
+        partner = key.replace("lora_A", "lora_B")
+        held[key], held[partner] = held[partner].T.contiguous(), held[key].T.contiguous()
+    save_file(held, copy / "adapter_model.safetensors")
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**settings, "peft_version": "0.18.1"}))
+    record = json.loads((copy / "finetune.json").read_text())
+    del record["layout"]
+    (copy / "finetune.json").write_text(json.dumps(record))
+    refused(copy, "which took inputs for outputs; got .*; merge it", tmp_path)
 
 
 def test_a_rank_beyond_vllms_largest_is_refused(base: Path, tmp_path: Path) -> None:
@@ -269,8 +300,6 @@ def test_a_pickle_beside_the_adapter_is_not_handed_on(base: Path, tmp_path: Path
 
 
 def test_factors_that_are_not_finite_are_not_handed_on(base: Path, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     adapter = save_adapter(base, tmp_path / "adapter")
     held = tensors(adapter)
     next(iter(held.values()))[0, 0] = float("nan")
