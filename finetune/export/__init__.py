@@ -32,23 +32,32 @@ class Exported:
     lines: tuple[str, ...]
 
 
-def export(source: Path, output: Path, form: str, *, base: Path | None = None, outtype: str | None = None) -> Exported:
+def export(
+    source: Path,
+    output: Path,
+    form: str,
+    *,
+    base: Path | None = None,
+    layout: str | None = None,
+    outtype: str | None = None,
+) -> Exported:
     """Write `source` to `output` as one of FORMATS.
 
     `source`: an adapter folder; for gguf also a folder of a whole model. `base` replaces the recorded location of the
-    adapter's base, whose fingerprint must still be the recorded one. `outtype` of gguf: one of its OUTTYPES, by default
+    adapter's base, whose fingerprint must still be the recorded one. `layout`: the order of its experts' factors, where
+    its files do not say (one of the merge's LAYOUTS). `outtype` of gguf: one of its OUTTYPES, by default
     the model's own. Raises WeightsError for everything that does not fit; then there is no output.
     """
     source, output = Path(source), Path(output)
     if outtype is not None and form != "gguf":
         raise WeightsError(Problem("--outtype", "only GGUF files have one", "leave it out, or write --format gguf"))
     if form == "gguf":
-        return _gguf(source, output, base, outtype)
+        return _gguf(source, output, base, layout, outtype)
     if (source / _MODEL_CONFIG).is_file() and not (source / CONFIG_FILE).is_file():
         what = "is a whole model, and this format is one of adapters"
         do = "give the adapter's folder, or serve the model's folder as it is"
         raise WeightsError(Problem(str(source), what, do, got=f"--format {form}"))
-    adapter = read_adapter(source)
+    adapter = read_adapter(source, layout)
     return _peft(adapter, output) if form == "peft" else _vllm(adapter, output, base)
 
 
@@ -90,16 +99,16 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     return Exported(output, lines)
 
 
-def _gguf(source: Path, output: Path, base: Path | None, outtype: str | None) -> Exported:
+def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:
     gguf.require_converter()
     gguf.refuse_existing(output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with _workspace(output) as work:
         if (source / CONFIG_FILE).is_file():
             model = work / "merged"
-            merge(source, model, base=base)
+            merge(source, model, base=base, layouts=None if layout is None else [layout])
         else:
-            model = _whole_model(source, base)
+            model = _whole_model(source, base, layout)
         outtype = outtype or gguf.own_type(CheckpointReader(model))
         print(f"converting to {outtype} with llama.cpp's converter", flush=True)
         gguf.convert(model, work / output.name, outtype)
@@ -107,9 +116,12 @@ def _gguf(source: Path, output: Path, base: Path | None, outtype: str | None) ->
     return Exported(output, (f"{output.stat().st_size / 2**30:.2f} GiB, {outtype}",))
 
 
-def _whole_model(source: Path, base: Path | None) -> Path:
+def _whole_model(source: Path, base: Path | None, layout: str | None) -> Path:
+    do = "leave it out, or give an adapter's folder"
     if base is not None:
-        raise WeightsError(Problem("--base", "a whole model has no base", "leave it out, or give an adapter's folder"))
+        raise WeightsError(Problem("--base", "a whole model has no base", do))
+    if layout is not None:
+        raise WeightsError(Problem("--layout", "a whole model has no factors", do, got=layout))
     if not (source / _MODEL_CONFIG).is_file():
         do = "give a merged folder, or an adapter's"
         raise WeightsError(Problem(str(source), f"holds neither {_MODEL_CONFIG} nor {CONFIG_FILE}", do))

@@ -208,7 +208,7 @@ def test_the_rank_to_serve_with_is_one_that_vllm_takes(base: Path, tmp_path: Pat
     assert json.loads((tmp_path / "lora" / "export.json").read_text())["max_lora_rank"] == wanted
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
 def test_an_adapter_that_has_a_module_for_each_expert_already_is_taken_as_well(model_type: str, tmp_path: Path) -> None:
     base = save_tiny(model_type, tmp_path / "base")
     export(served_adapter(base, tmp_path / "adapter"), tmp_path / "one", "vllm")
@@ -216,6 +216,18 @@ def test_an_adapter_that_has_a_module_for_each_expert_already_is_taken_as_well(m
     one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_order_of_the_factors_can_be_said_as_to_the_merge(adapter: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    export(adapter, copy, "peft")
+    record = json.loads((copy / "finetune.json").read_text())
+    del record["layout"]
+    (copy / "finetune.json").write_text(json.dumps(record))
+    for name in ("peft", "expert-major"):
+        export(copy, tmp_path / name, "vllm", layout=name)
+    one, two = tensors(tmp_path / "peft"), tensors(tmp_path / "expert-major")
+    assert sum(not torch.equal(one[key], two[key]) for key in one) == 2 * 4 * 3  # every expert's B
 
 
 # vLLM: refusals
