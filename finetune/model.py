@@ -1,7 +1,7 @@
 """Floor 4: base model and adapter, loaded as the recipe says."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig
 
+import finetune
 from finetune.checkpoint import CheckpointReader, read_json
 from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
@@ -33,6 +34,7 @@ from finetune.moe.targets import lora_config, refuse_absent
 from finetune.moe.vocabulary import grow_vocabulary, refuse_outside
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
+_MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
 
 
@@ -245,8 +247,12 @@ def save_adapter(
     base: dict[str, Any],
     choice: ExpertChoice | None = None,
     earlier: EarlierAdapter | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say."""
+    """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say.
+
+    `facts`: what else it is to say of its training.
+    """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -261,8 +267,9 @@ def save_adapter(
         # What it went on from: one of this toolkit's, told by the hash of its weights.
         "adapter": None if earlier is None else {"name_or_path": recipe.model.adapter, "sha256": earlier.digest()},
         **({"router_bias": BIAS_FILE} if _save_router_bias(model, folder, recipe, earlier) else {}),
+        **(facts or {}),
         "recipe": recipe.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("peft", "torch", "transformers", "bitsandbytes")},
+        "versions": {"moe-finetune": finetune.__version__, **{name: version(name) for name in _MAKERS}},
     }
     (folder / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

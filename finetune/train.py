@@ -73,7 +73,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
     trainer.run_from(run.newest_checkpoint() if recipe.training.resume_from_checkpoint else None)
     if state.is_main_process:
-        _save(run, trainer, tokenizer, recipe, base, choice, earlier)
+        _save(run, trainer, tokenizer, recipe, base, choice, earlier, rows)
     state.wait_for_everyone()
     return run.path
 
@@ -204,15 +204,20 @@ def _save(
     base: dict[str, Any],
     choice: "ExpertChoice | None",
     earlier: "EarlierAdapter | None",
+    rows: "MethodRows",
 ) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
     from finetune.checkpoint import new_folder, write_sums
+    from finetune.merge.card import adapter_card, read_record
     from finetune.model import save_adapter
-    from finetune.run import draw_loss_curve, draw_router_load
+    from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
+    counts = {split: stats.as_dict() for split, stats in rows.stats.items()}
+    facts = training_facts(run, counts, tokenizer.chat_template)
     with new_folder(run.adapter) as folder:
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice, earlier)
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder, recipe, base, choice, earlier, facts)
         tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", adapter_card(read_record(folder)))
         write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
     draw_router_load(run.router_load, run.router_load_picture)

@@ -1,13 +1,16 @@
 """Tiny real models and tokenizers for the tests: random weights, the published on-disk layout."""
 
+import io
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -39,6 +42,30 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def save_tiny_sentencepiece(folder: Path) -> None:
+    """A SentencePiece tokenizer of 128 pieces with its `tokenizer.model`: one of the kinds that llama.cpp knows.
+
+    Every piece is text: of tokens that are parts of a character a server does not report each.
+    """
+    text = [
+        "turn on the kitchen light and set the timer to ten minutes",
+        "The capital of France is Paris, and the capital of Italy is Rome",
+        "List three things that float on water",
+    ]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=128,
+        minloglevel=2,
+    )
+    for file in folder.glob("*token*"):
+        file.unlink()  # another one
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
 
 
 def _dimensions(**overrides: Any) -> dict[str, Any]:

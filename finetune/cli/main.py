@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 import finetune
-from finetune.cli import check, evaluate, families, inspect, merge, schema, train, upcycle
+from finetune.cli import check, evaluate, export, families, inspect, merge, schema, train, upcycle
 from finetune.errors import FinetuneError, as_expected
 from finetune.quiet import hush
 from finetune.threads import wait_passively
@@ -15,7 +15,7 @@ from finetune.threads import wait_passively
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """What shells report for the two signals."""
 
-COMMANDS = (train, check, evaluate, merge, inspect, upcycle, families, schema)
+COMMANDS = (train, check, evaluate, merge, export, inspect, upcycle, families, schema)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from finetune.run.curve import draw_loss_curve
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
+from finetune.run.facts import final_metrics, training_facts
 from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
@@ -16,10 +17,12 @@ __all__ = [
     "collect_provenance",
     "draw_loss_curve",
     "draw_router_load",
+    "final_metrics",
     "keep_aside",
     "prepare_dashboards",
     "read_metrics",
     "refuse_other_recipe",
     "refuse_other_rows",
     "resolve_report_to",
+    "training_facts",
 ]

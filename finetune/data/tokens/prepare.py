@@ -58,6 +58,7 @@ class Mixture:
                     tokens=int(rows.lengths[each].sum()),
                     supervised_tokens=int(rows.supervised[each].sum()),
                     source=rows.stats,
+                    content=rows.content,
                 )
                 for rows, source, each in zip(self.sets, self.sources, self.chosen, strict=True)
             ],

@@ -42,6 +42,7 @@ class RowSet:
     stats: RowStats
     lengths: Ints
     supervised: Ints
+    content: str  # fingerprint of the source's rows, whatever is made of them
 
     def dataset(self) -> Dataset:
         """The columns of the kind's schema, memory-mapped."""
@@ -71,7 +72,8 @@ def prepare_rows(
 
     folder = entry(f"rows-{digest(parts)}", write)
     stats = RowStats.from_json(json.loads((folder / "stats.json").read_text(encoding="utf-8")))
-    return RowSet(opened.name, folder, stats, np.load(folder / "lengths.npy"), np.load(folder / "supervised.npy"))
+    lengths, supervised = (np.load(folder / f"{name}.npy") for name in ("lengths", "supervised"))
+    return RowSet(opened.name, folder, stats, lengths, supervised, content)
 
 
 @dataclass

@@ -82,6 +82,7 @@ class SetStats:
     tokens: int
     supervised_tokens: int
     source: RowStats
+    content: str = ""  # fingerprint of the source's rows, whatever is made of them
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class DataStats:
     def as_dict(self) -> dict[str, Any]:
         """For the audit file."""
         totals = ("rows", "bad", "dropped", "truncated", "split", "duplicates", "longest", "used", "tokens")
-        of_set = ("name", "rows", "tokens", "supervised_tokens", "weight")
+        of_set = ("name", "rows", "tokens", "supervised_tokens", "weight", "content")
         return {
             **{name: getattr(self, name) for name in (*totals, "supervised_tokens", "sequences")},
             "sets": [

@@ -1,0 +1,37 @@
+"""An adapter as it was saved: a whole copy, looked at first."""
+
+import shutil
+from pathlib import Path
+
+from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter
+from finetune.checkpoint.reader import read_header, read_tensor
+from finetune.errors import Problem, WeightsError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def copy(adapter: Adapter, folder: Path) -> list[str]:
+    """Copy every file of the adapter's folder; returns their names, those that PEFT reads first.
+
+    Links become files; pickles are refused. Raises WeightsError for factors that are not finite.
+    """
+    source = adapter.folder
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    if pickles := [str(path.relative_to(source)) for path in files if path.suffix in PICKLES]:
+        do = "remove them from the adapter's folder: they can run code, and PEFT does not need them"
+        raise WeightsError(Problem(str(source), "holds pickle files", do, got=", ".join(pickles[:3])))
+    _require_finite(source / WEIGHTS_FILE)
+    names = []
+    for path in files:
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        names.append(str(path.relative_to(source)))
+    first = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE) if name in names]
+    return [*first, *(name for name in names if name not in first)]
+
+
+def _require_finite(file: Path) -> None:
+    for key, info in read_header(file).items():
+        if not read_tensor(info).isfinite().all():
+            raise WeightsError(Problem(f"{file}: {key}", "not finite", "train again, or take an earlier checkpoint"))

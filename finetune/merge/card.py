@@ -1,0 +1,220 @@
+"""Model cards: `README.md` of merged folders, adapters and exports; from plain facts, without this machine's paths."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import finetune
+from finetune.adapters.adapter import RECORD_FILE
+from finetune.checkpoint.reader import read_json
+
+Facts = Mapping[str, Any]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Settings of a recipe that name files, folders or models.
+_PLACES = ("path", "output_dir", "name_or_path", "adapter", "chat_template")
+
+
+def read_record(adapter: Path) -> dict[str, Any]:
+    """What training wrote beside an adapter; empty for one that was made elsewhere."""
+    file = Path(adapter) / RECORD_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def public_name(name: str | None, folder: str | None = None) -> str:
+    """A hub id as it is, of anything else the last part. `folder`: where it was found, if it was."""
+    if not name:
+        return "unknown"
+    parts = Path(name).parts
+    found_there = folder is not None and Path(folder).parts[-len(parts) :] == parts
+    is_hub_id = _HUB_ID.fullmatch(name) and not found_there and not Path(name).exists()
+    return name if is_hub_id else Path(name).name or "unknown"
+
+
+def merged_card(report: Facts, records: Sequence[Facts]) -> str:
+    """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order."""
+    base = _base_name(report, records)
+    missing = report["proof"]["not_proven"]
+    tags = ["moe-finetune", "lora", "merged", *_methods(records), *(["not-proven"] if missing else [])]
+    sections = [
+        _front_matter(base, "transformers", tags),
+        *([_warning(missing)] if missing else []),
+        f"# {public_name(report['output'])}",
+        f"{base} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
+        f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
+        "## Proof",
+        _table(("", ""), _proof_rows(report)),
+    ]
+    for number, (adapter, record) in enumerate(zip(report["adapters"], records, strict=True), start=1):
+        title = "## Adapter" if len(records) == 1 else f"## Adapter {number}"
+        rows = [
+            ("name", public_name(adapter["name_or_path"])),
+            ("SHA-256 of its weights", f"`{adapter['sha256']}`"),
+            *([] if adapter["weight"] == 1 else [("weight", f"{adapter['weight']:g}")]),
+        ]
+        sections += [title, _table(("", ""), rows), *_training(record)]
+    return "\n\n".join(sections) + "\n"
+
+
+def adapter_card(record: Facts) -> str:
+    """Of an adapter folder that training writes; `record`: its `finetune.json`."""
+    base = _name(record.get("base", {}).get("name_or_path"))
+    lora = record.get("recipe", {}).get("lora", {})
+    targets, experts = ", ".join(lora.get("targets", [])) or "unknown", lora.get("expert_r")
+    rank = f"r={lora.get('r')}" + (f", {experts} for experts" if experts else "")
+    sections = [
+        _front_matter(base, "peft", ["moe-finetune", "lora", *_methods([record])], relation="adapter"),
+        "# LoRA adapter",
+        f"An adapter for {base}: {rank}, on {targets}. `PeftModel.from_pretrained` loads it on the base in 16 or 32 "
+        "bits; `finetune merge` writes it into the weights, and proves the result; `finetune export` makes a folder "
+        "for vLLM, or a GGUF file.",
+        *_training(record),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def vllm_card(record: Facts, exported: Facts) -> str:
+    """Of a folder for vLLM; `record`: the adapter's `finetune.json`, `exported`: what was written beside it."""
+    base = _name(exported["base"]["name_or_path"])
+    rows = [
+        ("made from", public_name(exported["adapter"]["name_or_path"])),
+        ("SHA-256 of its weights", f"`{exported['adapter']['sha256']}`"),
+        ("fingerprint of the base", f"`{exported['base']['fingerprint']}`"),
+    ]
+    rank = exported["max_lora_rank"]
+    sections = [
+        _front_matter(base, "vllm", ["moe-finetune", "lora", *_methods([record])], relation="adapter"),
+        "# LoRA adapter for vLLM",
+        f"An adapter for {base} with the factors of each expert, as vLLM's fused-MoE LoRA reads them:",
+        f"    vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME=FOLDER",
+        _table(("", ""), rows),
+        *_training(record),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _base_name(report: Facts, records: Sequence[Facts]) -> str:
+    recorded = next((record["base"]["name_or_path"] for record in records if record.get("base")), None)
+    return public_name(recorded or report["base"], report["base"])
+
+
+def _name(recorded: str | None) -> str:
+    return public_name(recorded)
+
+
+def _methods(records: Sequence[Facts]) -> list[str]:
+    kinds = (record.get("recipe", {}).get("method", {}).get("kind") for record in records)
+    return list(dict.fromkeys(kind for kind in kinds if kind))
+
+
+def _count(adapters: int) -> str:
+    return "an adapter" if adapters == 1 else f"{adapters} adapters"
+
+
+def _front_matter(base: str, library: str, tags: Sequence[str], relation: str = "finetune") -> str:
+    facts: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation", "tags": list(tags)}
+    # The hub takes ids only, and would look for a folder's name there.
+    if "/" in base:
+        facts = {"base_model": base, "base_model_relation": relation, **facts}
+    else:
+        facts["base_model"] = base
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---"
+
+
+def _warning(missing: Sequence[str]) -> str:
+    lines = ["> **NOT PROVEN.** This model was merged with `--no-proof`. Nobody has looked at:"]
+    return "\n".join([*lines, *(f"> - {phrase}" for phrase in missing)])
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def _proof_rows(report: Facts) -> list[tuple[str, str]]:
+    proof, logits = report["proof"], report["proof"].get("logits")
+    rows = [
+        ("fingerprint of the base", f"`{report['base_fingerprint']}`"),
+        ("fingerprint of this model", f"`{report['fingerprint']}`"),
+        ("tensors of the adapters", f"{proof['adapter_tensors']}, each used exactly once"),
+        ("tensors on disk", f"{proof['tensors']}, with the names and shapes of the base"),
+    ]
+    if proof.get("changed") is not None:
+        rows.append(("tensors changed", f"{proof['changed']} of {report['targeted']} targeted, no others"))
+    rows += [
+        (f"change of {part}", f"{figures['relative_delta']:.2%} of the base's norm in {figures['tensors']} tensors")
+        for part, figures in report["parts"].items()
+    ]
+    return rows + ([] if logits is None else _logit_rows(logits))
+
+
+def _logit_rows(logits: Facts) -> list[tuple[str, str]]:
+    rows = [
+        ("tokens compared", f"{logits['tokens']}, logits in fp32"),
+        ("effect of the adapters on them", f"{logits['adapter_effect_mean']:.3g} in the mean"),
+        (
+            "this model is off from base + adapters by",
+            f"{logits['merged_error_mean']:.3g} in the mean, {logits['merged_error_max']:.3g} at most",
+        ),
+    ]
+    if logits.get("other_experts") is not None:
+        rows.append(("choices of experts that differ", f"{logits['other_experts']:.2%}"))
+    return rows
+
+
+def _training(record: Facts) -> list[str]:
+    """Data, figures, versions and recipe of one training; of an adapter without a record, that it has none."""
+    if not record.get("recipe"):
+        return ["How it was trained is not recorded."]
+    sections = []
+    if data := record.get("data"):
+        sections += ["### Data", _table(("set", "rows", "tokens", "fingerprint (SHA-256)"), _data_rows(data))]
+    if metrics := record.get("metrics"):
+        sections += ["### Final metrics", _table(("", "", ""), _metric_rows(metrics))]
+    versions = [f"{name} {number}" for name, number in record.get("versions", {}).items()]
+    template = record.get("template_sha256")
+    told = [
+        ("versions", ", ".join(versions) or "not recorded"),
+        *([("chat template (SHA-256)", f"`{template}`")] if template else []),
+        ("quantisation of the base in training", record.get("quantization") or "none"),
+    ]
+    recipe = yaml.safe_dump(_without_places(record["recipe"]), sort_keys=False, allow_unicode=True)
+    return [*sections, "### Made with", _table(("", ""), told), "### Recipe", f"```yaml\n{recipe}```"]
+
+
+def _data_rows(data: Facts) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{split}: {public_name(each['name'])}",
+            f"{each['rows']:,}",
+            f"{each['tokens']:,}",
+            f"`{each.get('content') or each['digest']}`",
+        )
+        for split, sets in data.items()
+        for each in sets
+    ]
+
+
+def _metric_rows(metrics: Facts) -> list[tuple[str, ...]]:
+    return [
+        (split, name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        for split, values in metrics.items()
+        for name, value in values.items()
+    ]
+
+
+def _without_places(value: Any, key: str = "") -> Any:
+    """A recipe without the folders of this machine: of whatever names a place only the last part is kept."""
+    if isinstance(value, Mapping):
+        return {name: _without_places(each, name) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(each, key) for each in value]
+    if isinstance(value, str) and (key in _PLACES or value.startswith(("/", "~"))):
+        return public_name(value)
+    return value
