@@ -25,6 +25,7 @@ from finetune.checkpoint import (
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
+from finetune.merge.card import merged_card, read_record
 from finetune.merge.compare import compare as measure
 from finetune.merge.compare import layers_to_run
 from finetune.merge.compare_rows import COMPARE_ROWS, Rows
@@ -92,13 +93,15 @@ def merge(
         seconds = streamed - started, time.monotonic() - streamed
         report = _report(job, ledger, proven, compared, folder, Path(output), *seconds)
         config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
-        _complete(folder, report, as_json(config), journal, show_progress)
+        _complete(folder, job, report, as_json(config), journal, show_progress)
     return report
 
 
-def _complete(folder: Path, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:
+def _complete(folder: Path, job: Job, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:
     """Write what makes the folder a model."""
     write_json(folder / REPORT_FILE, report.as_dict())
+    records = [read_record(each.adapter.folder) for each in job.adapters]
+    write_text(folder / "README.md", merged_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)
     journal.remove()

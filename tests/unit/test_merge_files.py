@@ -33,6 +33,7 @@ def test_tokenizer_template_and_generation_settings_come_from_the_base(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()} | {
         "merge-report.json",
         "SHA256SUMS",
+        "README.md",
     }
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
