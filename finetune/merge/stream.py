@@ -25,8 +25,10 @@ from finetune.merge.journal import Journal
 from finetune.merge.ledger import Ledger, Outcome
 from finetune.merge.sources import Sources, shard_bytes
 
-# Elements of a block: 1 MiB in fp32, a few of which fit a core's own cache.
-BLOCK_ELEMENTS = 2**18
+# Elements of a block: 4 MiB in fp32. In smaller ones the threads wait for the interpreter's lock between operations.
+BLOCK_ELEMENTS = 2**20
+# From here on the file that is written to is the limit, and every thread has blocks of its own in memory.
+MAX_THREADS = 8
 # Sums of squares from here on are too near to the end of fp32 to say that every value is finite.
 MAX_SQUARE = 1e37
 # What rounding loses is the same all over a tensor: it is measured in one block of so many.
@@ -78,7 +80,8 @@ def stream_merged(
 
 
 def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(mine, MAX_THREADS)
 
 
 def _note(ledger: Ledger, outcomes: Sequence[Outcome | None]) -> None:
@@ -181,20 +184,24 @@ class _Sums:
         self.change, self.dtype, self.reader = change, dtype, factors
         self.base = self.delta = self.rounding = self.rounded_delta = 0.0
         self._blocks = 0
+        self._memory: dict[str, torch.Tensor] = {}
         self.used: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
         self._first: int | None = None  # row on disk at which the expert begins whose factors are at hand
 
     def add(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Base rows `start:stop` plus their change, added in fp32 and rounded once. Not finite: WeightsError."""
+        """Base rows `start:stop` plus their change, added in fp32 and rounded once; good until the next call.
+
+        The first block must be as large as any. Not finite: WeightsError.
+        """
         assert self.change is not None
         first = start - start % self.change.step
         if first != self._first:
             self._take_factors(first)
-        exact_nI = rows.to(torch.float32, copy=True)
+        exact_nI = self._place("exact", rows, torch.float32).copy_(rows)
         base = _square(exact_nI)
         change = float(self._squares_n[start - first : stop - first].sum())
         exact_nI.addmm_(self._left_nR[start - first : stop - first], self._right_RI)
-        merged = exact_nI.to(self.dtype)
+        merged = exact_nI if self.dtype == torch.float32 else self._place("merged", rows, self.dtype).copy_(exact_nI)
         # Both squares are finite only if all values are, and far from the end of the range; fp16 has one of its own.
         if not math.isfinite(base) or not change < MAX_SQUARE:
             _refuse_not_finite(self.change.key)
@@ -209,6 +216,12 @@ class _Sums:
             expert, row = delta.place(start)
             self._use((delta.owner, delta.path, expert), row, row + stop - start)
         return merged
+
+    def _place(self, name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the shape of `rows`, the same for every block: fresh memory costs more than the arithmetic."""
+        if name not in self._memory:
+            self._memory[name] = torch.empty(rows.numel(), dtype=dtype)
+        return self._memory[name][: rows.numel()].view(rows.shape)
 
     def _take_factors(self, first: int) -> None:
         """Those of the expert that begins at row `first`, and the squares of its change's rows.
