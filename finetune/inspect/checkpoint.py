@@ -11,6 +11,7 @@ from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, size
 from finetune.moe.families import family_of
+from finetune.moe.stored import is_stored
 
 UPCYCLE_FILE = "upcycle.json"
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call the experts
@@ -21,7 +22,7 @@ def checkpoint_lines(folder: Path) -> list[Line]:
     reader = CheckpointReader(folder)
     infos = [reader.info(key) for key in reader.keys]
     found, files = fingerprint(folder), len({info.file for info in infos})
-    numbers = "/".join(sorted({info.dtype for info in infos}))
+    numbers = "/".join(sorted({info.dtype for info in infos})) + (", stored in NF4" if is_stored(reader.config) else "")
     stored = "" if files == 1 else f" in {files} files"
     values, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     return [

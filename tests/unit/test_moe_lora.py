@@ -71,7 +71,7 @@ def test_a_second_adapter_is_loaded_used_alone_and_beside_the_first(base: Path, 
     first.save_pretrained(str(tmp_path / "first"), selected_adapters=["default"])
     stock.load_adapter(str(tmp_path / "first"), "default")
     stock.base_model.set_adapter(["default", "second"])
-    torch.testing.assert_close(logits(first), logits(stock), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(first), logits(stock), atol=3e-5, rtol=1e-5)
 
 
 def test_experts_that_would_get_no_gradient_are_refused(base: Path, tmp_path: Path) -> None:
