@@ -4,33 +4,56 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, Adapter, read_adapter
 from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
+from finetune.inspect.exported import EXPORT_FILE, exported_lines
 from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
-from finetune.merge.job import Request, prepare
+from finetune.inspect.records import read_record, told_by
+from finetune.merge.job import Request, base_folder, prepare
 from finetune.moe.same_adapter import WEIGHTS_FILE
+from finetune.moe.stored import is_stored
+from finetune.run import RunFolder
+
+STATE_FILE = "trainer_state.json"
+_SHOWN_PROBLEMS = 3
 
 
 def adapter_lines(folder: Path) -> list[Line]:
     """What `finetune inspect` says of an adapter."""
-    adapter = read_adapter(folder)
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
+    record = read_record(folder)
+    with told_by(folder / (RECORD_FILE if record else CONFIG_FILE), "training"):
+        adapter = read_adapter(folder)
     infos = read_header(folder / WEIGHTS_FILE).values()
     count = sum(math.prod(info.shape) for info in infos)
     nbytes = sum(info.nbytes for info in infos)
     dtypes = "/".join(sorted({info.dtype for info in infos}))
+    tensors = ("tensors", f"{len(infos)}, {count / 1e6:.2f} M parameters, {dtypes}, {size(nbytes)}")
+    if (folder / EXPORT_FILE).is_file():
+        return exported_lines(folder, tensors)
+    state = folder / STATE_FILE
+    with told_by(folder / RECORD_FILE, "training"):
+        recorded: list[Line] = [
+            ("base", named(record["base"]) if record.get("base") else _unrecorded(adapter)),
+            *_record_lines(adapter, record),
+        ]
     return [
-        ("what", f"LoRA adapter, {_maker(adapter, record)}"),
-        ("tensors", f"{len(infos)}, {count / 1e6:.2f} M parameters, {dtypes}, {size(nbytes)}"),
+        ("what", _of_a_run(state) if state.is_file() else f"LoRA adapter, {_maker(adapter, record)}"),
+        tensors,
         ("weights", f"SHA-256 {adapter.digest()}"),
         checksum_line(folder),
-        ("base", named(record["base"]) if record.get("base") else _unrecorded(adapter)),
-        *_record_lines(adapter, record),
+        *recorded,
         ("experts' factors", _order(adapter)),
         *_extras(adapter),
-        ("merge", _provable(folder)),
+        ("merge", _fits(adapter)),
     ]
+
+
+def _of_a_run(state: Path) -> str:
+    """What the trainer's own folder is."""
+    step, run = read_json(state).get("global_step", "that is not recorded"), RunFolder(state.absolute().parent.parent)
+    finished = f"its finished adapter is in {run.adapter}" if run.adapter.is_dir() else "the run is not finished"
+    return f"training state of a run at step {step}; {finished}"
 
 
 def _maker(adapter: Adapter, record: dict[str, Any]) -> str:
@@ -80,11 +103,18 @@ def _extras(adapter: Adapter) -> list[Line]:
     ]
 
 
-def _provable(folder: Path) -> str:
-    """Whether everything that a merge needs is here and fits."""
+def _fits(adapter: Adapter) -> str:
+    """Whether everything that a merge needs is here and fits, by the headers."""
     try:
-        job = prepare(Request((folder,), (1.0,)))
+        folder = base_folder(adapter, None)
+        # Such a base has no 16-bit weights: there is one merge only.
+        stored = is_stored(read_json(folder / "config.json"))
+        job = prepare(Request((adapter.folder,), (1.0,), into="dequantized" if stored else "original"))
     except WeightsError as error:
-        return "cannot be proven as things are: " + "; ".join(map(str, error.problems))
+        problems = [str(problem) for problem in error.problems]
+        more = len(problems) - _SHOWN_PROBLEMS
+        shown = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        return "cannot be proven as things are: " + "; ".join(shown)
+    into = ", stored in NF4, so that it takes --into dequantized" if stored else ""
     changes = f"{len(job.sources.changes)} of its {len(job.specs)} tensors would change"
-    return f"can be proven: the base is here in {job.base.folder}, and all factors fit it; {changes}"
+    return f"everything fits: the base is in {job.base.folder}{into}; {changes}; weights are not read here"

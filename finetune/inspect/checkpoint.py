@@ -10,6 +10,8 @@ from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, size
+from finetune.inspect.records import told_by
+from finetune.merge.report import names_and_shapes
 from finetune.moe.families import family_of
 from finetune.moe.stored import is_stored
 
@@ -44,11 +46,15 @@ def _model(config: Mapping[str, Any]) -> str:
 
 def _origin(folder: Path, found: str) -> list[Line]:
     if (folder / REPORT_FILE).is_file():
-        return _merged(read_json(folder / REPORT_FILE), found)
+        report = read_json(folder / REPORT_FILE)
+        with told_by(folder / REPORT_FILE, "a merge"):
+            return _merged(report, found)
     if (folder / UPCYCLE_FILE).is_file():
         told = read_json(folder / UPCYCLE_FILE)
-        experts = f"{told['num_experts']} experts, top {told['top_k']}, noise {told['noise']:g}, seed {told['seed']}"
-        return [("made by", f"finetune upcycle {told['moe_finetune']} from {told['source']}: {experts}")]
+        with told_by(folder / UPCYCLE_FILE, "an upcycling"):
+            experts = f"{told['num_experts']} experts, top {told['top_k']}"
+            noise = f"noise {told['noise']:g}, seed {told['seed']}"
+            return [("made by", f"finetune upcycle {told['moe_finetune']} from {told['source']}: {experts}, {noise}")]
     return [("made by", "not recorded; neither a merge nor an upcycling of this toolkit")]
 
 
@@ -63,14 +69,42 @@ def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
     parts = report["parts"].items()
     changed = (f"{name} {part['tensors']} tensors by {part['relative_delta']:.2%}" for name, part in parts)
     lines.append(("changed", ", ".join(changed)))
-    proof, logits = report["proof"], report["proof"]["logits"]
-    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors as in the base"
-    lines.append(("proven", proven))
+    proof, logits, nf4 = report["proof"], report["proof"]["logits"], report["proof"].get("nf4")
+    before = f" of the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else ""
+    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors{before}"
+    lines.append(("proven", f"{proven} {names_and_shapes(report)}"))
+    lines += _other_lines(report)
     if logits is not None:
         off, effect = f"{logits['merged_error_mean']:.3g}", f"{logits['adapter_effect_mean']:.3g}"
         text = f"off by {off} in the mean where the adapter's effect is {effect}, on {logits['tokens']} tokens"
-        lines.append(("logits", text))
+        lines.append(("logits before NF4" if nf4 else "logits", text))
+    if nf4:
+        lines += _nf4_lines(nf4)
     return lines + [("NOT PROVEN", text) for text in proof["not_proven"]]
+
+
+def _other_lines(report: Mapping[str, Any]) -> list[Line]:
+    """What an adapter brought beside factors."""
+    added, moved = report.get("added_tokens"), report["proof"].get("moved_biases")
+    whole = report.get("whole_tensors") or ()
+    more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
+    return [
+        *([("added tokens", f"{added}, with the rows that training left")] if added else []),
+        *([("whole tensors", f"{', '.join(whole[:3])}{more}, as the adapter brings them")] if whole else []),
+        *([("embedding, head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
+        *([("router biases", f"{moved} tensors, as training left them")] if moved else []),
+    ]
+
+
+def _nf4_lines(nf4: Mapping[str, Any]) -> list[Line]:
+    parts = (nf4.get("lost") or {}).items()
+    lost = [f"{part} {'no change' if ratio is None else f'{ratio:.3g} x the change'}" for part, ratio in parts]
+    lines = [("written in NF4", f"{nf4['matrices']} matrices" + (f"; rounds off of {', '.join(lost)}" if lost else ""))]
+    if nf4["logit_error_mean"] is not None:
+        usual = nf4["base_error_mean"]
+        beside = "" if usual is None else f"; rounding the base itself to NF4 makes {usual:.3g}"
+        lines.append(("logits in NF4", f"off by {nf4['logit_error_mean']:.3g} in the mean{beside}"))
+    return lines
 
 
 def _trainable(reader: CheckpointReader) -> str:

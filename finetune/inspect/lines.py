@@ -33,7 +33,9 @@ def checksum_line(folder: Path) -> Line:
 
 def named(base: Mapping[str, Any]) -> str:
     """A base as a record names it."""
-    found = f"{base.get('name_or_path')}, fingerprint {str(base.get('fingerprint'))[:12]}"
+    print_of = base.get("fingerprint")
+    known = f"fingerprint {str(print_of)[:12]}" if print_of else "no fingerprint recorded"
+    found = f"{base.get('name_or_path') or 'name not recorded'}, {known}"
     source = base.get("made_from")
     if source is None:
         return found

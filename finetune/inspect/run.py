@@ -1,15 +1,16 @@
 """A run folder: what the recipe was, how far it came, and what lies in it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.reader import read_json
 from finetune.inspect.lines import Line, figures, named, recipe_lines
+from finetune.inspect.records import told_by
 from finetune.recipe import load_recipe
 from finetune.run import RunFolder
 from finetune.run.metrics import read_metrics
 
+_PACKAGES = ("torch", "transformers", "peft", "trl")
 _SHOWN = ("step", "loss", "eval_loss", "balance_loss", "rewards/margins", "rewards/accuracies")
 
 
@@ -18,15 +19,11 @@ def run_lines(folder: Path) -> list[Line]:
     run = RunFolder(folder)
     lines: list[Line] = [("what", f"run, {_state(run)}")]
     if run.provenance.is_file():
-        told = read_json(run.provenance)
-        git = told.get("git") or {}
-        commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
-        packages = ", ".join(f"{name} {told['packages'][name]}" for name in ("torch", "transformers", "peft", "trl"))
-        lines += [("started", f"{told['started']}{commit}; {packages}"), ("base", named(told["base"]))]
+        lines += _provenance(run)
     if run.recipe.is_file():
         lines += recipe_lines(load_recipe(run.recipe).model_dump(mode="json"))
     if run.audit.is_file():
-        lines += [(f"  {part['part']}", _part(part)) for part in _parts(run)]
+        lines += _parts(run)
     logged = read_metrics(run.metrics) if run.metrics.is_file() else []
     for name, key in (("last train", "loss"), ("last eval", "eval_loss")):
         last = next((line for line in reversed(logged) if key in line), None)
@@ -35,16 +32,30 @@ def run_lines(folder: Path) -> list[Line]:
     return [*lines, ("merge", _merge(run))]
 
 
+def _provenance(run: RunFolder) -> list[Line]:
+    told = read_json(run.provenance)
+    with told_by(run.provenance, "a run"):
+        git, versions = told.get("git") or {}, told.get("packages") or {}
+        commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
+        packages = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
+        started = f"{told.get('started') or 'when is not recorded'}{commit}"
+        base = named(told["base"]) if told.get("base") else "not recorded"
+        return [("started", f"{started}; {packages or 'its packages are not recorded'}"), ("base", base)]
+
+
 def _state(run: RunFolder) -> str:
     if run.adapter.is_dir():
         return "finished"
-    steps = sorted(int(path.name.rpartition("-")[2]) for path in run.path.glob("checkpoint-*") if path.is_dir())
+    names = (path.name.rpartition("-")[2] for path in run.path.glob("checkpoint-*") if path.is_dir())
+    steps = sorted(int(name) for name in names if name.isdecimal())
     return f"not finished; it can go on from step {steps[-1]}" if steps else "not finished, without a checkpoint"
 
 
-def _parts(run: RunFolder) -> list[dict[str, Any]]:
+def _parts(run: RunFolder) -> list[Line]:
     """The parts of the model that it has."""
-    return [part for part in json.loads(run.audit.read_text(encoding="utf-8"))["parts"] if part["parameters"]]
+    told = read_json(run.audit)
+    with told_by(run.audit, "a run"):
+        return [(f"  {part['part']}", _part(part)) for part in told["parts"] if part["parameters"]]
 
 
 def _part(part: dict[str, Any]) -> str:

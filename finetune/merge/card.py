@@ -10,9 +10,12 @@ import yaml
 import finetune
 from finetune.adapters.adapter import RECORD_FILE
 from finetune.checkpoint.reader import read_json
+from finetune.merge.report import names_and_shapes
 
 Facts = Mapping[str, Any]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Folders that every run has.
+_IN_A_RUN = re.compile(r"adapter|checkpoint-\d+")
 # Settings of a recipe that name files, folders or models.
 _PLACES = ("path", "output_dir", "name_or_path", "adapter", "chat_template")
 
@@ -33,6 +36,13 @@ def public_name(name: str | None, folder: str | None = None) -> str:
     return name if is_hub_id else Path(name).name or "unknown"
 
 
+def adapter_name(folder: str) -> str:
+    """Of an adapter's folder the last part; below a run, which calls all of them alike, the run's name too."""
+    path = Path(folder)
+    run = path.parent.name
+    return f"{run}/{path.name}" if _IN_A_RUN.fullmatch(path.name) and run not in ("", "..") else public_name(folder)
+
+
 def merged_card(report: Facts, records: Sequence[Facts]) -> str:
     """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order."""
     base = _base_name(report, records)
@@ -43,14 +53,15 @@ def merged_card(report: Facts, records: Sequence[Facts]) -> str:
         *([_warning(missing)] if missing else []),
         f"# {public_name(report['output'])}",
         f"{base} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
-        f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
+        f"{_stored(report)}.",
         "## Proof",
         _table(("", ""), _proof_rows(report)),
+        *([_comparison(report["compare"])] if report.get("compare") else []),
     ]
     for number, (adapter, record) in enumerate(zip(report["adapters"], records, strict=True), start=1):
         title = "## Adapter" if len(records) == 1 else f"## Adapter {number}"
         rows = [
-            ("name", public_name(adapter["name_or_path"])),
+            ("name", adapter_name(adapter["name_or_path"])),
             ("SHA-256 of its weights", f"`{adapter['sha256']}`"),
             *([] if adapter["weight"] == 1 else [("weight", f"{adapter['weight']:g}")]),
         ]
@@ -79,7 +90,7 @@ def vllm_card(record: Facts, exported: Facts) -> str:
     """Of a folder for vLLM; `record`: the adapter's `finetune.json`, `exported`: what was written beside it."""
     base = _name(exported["base"]["name_or_path"])
     rows = [
-        ("made from", public_name(exported["adapter"]["name_or_path"])),
+        ("made from", adapter_name(exported["adapter"]["name_or_path"])),
         ("SHA-256 of its weights", f"`{exported['adapter']['sha256']}`"),
         ("fingerprint of the base", f"`{exported['base']['fingerprint']}`"),
     ]
@@ -137,13 +148,26 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
+def _stored(report: Facts) -> str:
+    nf4, formats = report["proof"].get("nf4"), "/".join(report["dtypes"])
+    if nf4 is None:
+        return f"{report['nbytes'] / 2**30:.2f} GiB, {formats}"
+    return f"{nf4['nbytes'] / 2**30:.2f} GiB, written in NF4 ({nf4['matrices']} matrices) from a merge in {formats}"
+
+
 def _proof_rows(report: Facts) -> list[tuple[str, str]]:
-    proof, logits = report["proof"], report["proof"].get("logits")
+    proof, logits, nf4 = report["proof"], report["proof"].get("logits"), report["proof"].get("nf4")
+    through = report.get("through_nf4")
     rows = [
+        ("merged into", f"the {report['into']} base" + (f", {through} tensors of it through NF4" if through else "")),
         ("fingerprint of the base", f"`{report['base_fingerprint']}`"),
         ("fingerprint of this model", f"`{report['fingerprint']}`"),
         ("tensors of the adapters", f"{proof['adapter_tensors']}, each used exactly once"),
-        ("tensors on disk", f"{proof['tensors']}, with the names and shapes of the base"),
+        (
+            "tensors of the merge before NF4" if nf4 else "tensors on disk",
+            f"{proof['tensors']}, {names_and_shapes(report)}",
+        ),
+        *_other_rows(report),
     ]
     if proof.get("changed") is not None:
         rows.append(("tensors changed", f"{proof['changed']} of {report['targeted']} targeted, no others"))
@@ -151,15 +175,53 @@ def _proof_rows(report: Facts) -> list[tuple[str, str]]:
         (f"change of {part}", f"{figures['relative_delta']:.2%} of the base's norm in {figures['tensors']} tensors")
         for part, figures in report["parts"].items()
     ]
-    return rows + ([] if logits is None else _logit_rows(logits))
+    this = f"the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else "this model"
+    return [*rows, *([] if logits is None else _logit_rows(logits, this)), *([] if nf4 is None else _nf4_rows(nf4))]
 
 
-def _logit_rows(logits: Facts) -> list[tuple[str, str]]:
+def _other_rows(report: Facts) -> list[tuple[str, str]]:
+    """What an adapter brings beside factors."""
+    added, moved = report.get("added_tokens"), report["proof"].get("moved_biases")
+    whole: Sequence[str] = report.get("whole_tensors") or ()
+    return [
+        *([("added tokens", f"{added}, with the rows that training left")] if added else []),
+        *([("whole tensors of the adapters", ", ".join(whole))] if whole else []),
+        *([("embedding and head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
+        *([("correction biases of routers", f"{moved} tensors, as training left them")] if moved else []),
+    ]
+
+
+def _nf4_rows(nf4: Facts) -> list[tuple[str, str]]:
+    rows = [("written in NF4", f"{nf4['matrices']} matrices, {nf4['nbytes'] / 2**30:.2f} GiB in all")]
+    if nf4.get("logit_error_mean") is not None:
+        rows.append(
+            ("this model, in NF4, is off from base + adapters by", f"{nf4['logit_error_mean']:.3g} in the mean")
+        )
+    if nf4.get("base_error_mean") is not None:
+        rows.append(("rounding the base itself to NF4 makes", f"{nf4['base_error_mean']:.3g} in the mean"))
+    for part, lost in (nf4.get("lost") or {}).items():
+        rows.append((f"NF4 rounds off of {part}", "no change" if lost is None else f"{lost:.3g} times the change"))
+    return rows
+
+
+def _comparison(compare: Facts) -> str:
+    """Losses of the merges that were measured; `compare`: `Comparison` as a dict."""
+    merges = {f"merged into the {name} base": each for name, each in compare["into"].items()}
+    merges |= {"this model, in NF4": compare["in_nf4"]} if compare.get("in_nf4") else {}
+    rows = [("base + adapters", f"{compare['trained_loss']:.4f}", "0")]
+    rows += [(name, f"{each['loss']:.4f}", f"{each['kl']:.3g}") for name, each in merges.items()]
+    data = public_name(compare["data"], compare["data"])
+    on = f"{data}, {compare['rows']} rows, {compare['tokens']} supervised tokens"
+    table = _table(("", "loss", "KL per token from base + adapters"), rows)
+    return f"### Compared on {on}\n\n{table}\n\nAdvice: {compare['advice']}"
+
+
+def _logit_rows(logits: Facts, this: str) -> list[tuple[str, str]]:
     rows = [
         ("tokens compared", f"{logits['tokens']}, logits in fp32"),
         ("effect of the adapters on them", f"{logits['adapter_effect_mean']:.3g} in the mean"),
         (
-            "this model is off from base + adapters by",
+            f"{this} is off from base + adapters by",
             f"{logits['merged_error_mean']:.3g} in the mean, {logits['merged_error_max']:.3g} at most",
         ),
     ]

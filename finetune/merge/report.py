@@ -12,6 +12,7 @@ NOT_PROVEN = (
     "that no other tensor changed, and that each change survived rounding",
     "that the merged model gives the logits of base + adapter",
 )
+NF4_NOT_PROVEN = "that the NF4 copy is what rounding the merged model makes"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Proof:
     """What was proven; None for what `--no-proof` left out."""
 
     adapter_tensors: int  # each used exactly once
-    tensors: int  # on disk, with the names and shapes of the base
+    tensors: int  # of the merge before NF4, if any, with the names and shapes that `names_and_shapes` tells
     changed: int | None = None  # all that are targeted, and no others
     moved_biases: int | None = None  # correction biases of routers, which training had moved
     logits: LogitFigures | None = None
@@ -48,7 +49,8 @@ class Proof:
     @property
     def not_proven(self) -> tuple[str, ...]:
         """What nobody has looked at, as phrases."""
-        return NOT_PROVEN if self.logits is None else ()
+        unread = self.nf4 is not None and self.nf4.logit_error_mean is None
+        return (*(NOT_PROVEN if self.logits is None else ()), *((NF4_NOT_PROVEN,) if unread else ()))
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,9 @@ class MergeReport:
             *_adapter_lines(self.adapters),
             ("adapter tensors", f"{proof.adapter_tensors}, each used exactly once"),
             (
-                "tensors on disk",
-                f"{proof.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), as in the base",
+                "tensors before NF4" if proof.nf4 else "tensors on disk",
+                f"{proof.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), "
+                f"{names_and_shapes(asdict(self))}",
             ),
             *(
                 []
@@ -132,7 +135,7 @@ class MergeReport:
             *_whole_lines(self.whole_tensors, self.untied),
             *_added_lines(self.added_tokens, proof.logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
-            *_logit_lines(proof.logits),
+            *_logit_lines(proof.logits, before_nf4=proof.nf4 is not None),
             *_nf4_lines(proof.nf4),
             *_compare_lines(self.compare),
             *(("NOT PROVEN", text) for text in proof.not_proven),
@@ -153,6 +156,17 @@ def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
             relative_rounding=rounding(outcomes),
         )
     return found
+
+
+def names_and_shapes(report: Mapping[str, Any]) -> str:
+    """How the names and shapes of a merge's tensors compare with the base's; `report`: `MergeReport.as_dict()`."""
+    count, whole = report.get("added_tokens"), report.get("whole_tensors")
+    other = [
+        *(["embedding and head, one matrix in the base, are two"] if report.get("untied") else []),
+        *([f"embedding and head have the rows that {count} added tokens need"] if count else []),
+        *([f"{len(whole)} are as the adapter brings them"] if whole else []),
+    ]
+    return "with the names and shapes of the base" + (f", but: {'; '.join(other)}" if other else "")
 
 
 def _into_lines(into: str, through_nf4: int) -> list[tuple[str, str]]:
@@ -188,11 +202,11 @@ def _added_lines(count: int, logits: LogitFigures | None) -> list[tuple[str, str
     return [("  added tokens", f"{count}, with the rows that training left; {off}")]
 
 
-def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
+def _logit_lines(logits: LogitFigures | None, before_nf4: bool) -> list[tuple[str, str]]:
     if logits is None:
         return []
     return [
-        ("logits", f"{logits.tokens} tokens, fp32"),
+        ("logits before NF4" if before_nf4 else "logits", f"{logits.tokens} tokens, fp32"),
         ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
         ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
         *_routing_lines(logits),

@@ -2,17 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.checkpoint import fingerprint, write_sums
 from finetune.cli.main import main
-from finetune.errors import WeightsError
+from finetune.errors import Problem, WeightsError
+from finetune.export import export
 from finetune.inspect import inspect
 from finetune.merge import merge
 from tests.support import save_tiny_llama, save_tiny_mixtral
-from tests.unit.merge_adapters import save_adapter
+from tests.unit.added_tokens import base_of, recipe_for, saved
+from tests.unit.four_bits import adapter_in_4_bits
+from tests.unit.merge_adapters import EVERYTHING, save_adapter
 
 SCREEN = 40  # lines
 
@@ -50,7 +55,7 @@ def test_an_adapter(base: Path, adapter: Path) -> None:
     assert told["checksums"] == "no SHA256SUMS to check against"
     assert told["experts' factors"] == "A expert-major, B rank-major (PEFT's), recorded"
     assert told["merge"] == (
-        f"can be proven: the base is here in {base}, and all factors fit it; 34 of its 41 tensors would change"
+        f"everything fits: the base is in {base}; 34 of its 41 tensors would change; weights are not read here"
     )
 
 
@@ -95,7 +100,8 @@ def test_a_merged_checkpoint(base: Path, adapter: Path, tmp_path: Path, prove: b
     assert told["adapter"] == f"1 x {adapter}, SHA-256 {report.adapters[0]['sha256'][:12]}"
     assert told["checksums"] == "every file is as it was written"
     assert "experts 24 tensors by " in told["changed"]
-    assert told["proven"] == f"{report.proof.adapter_tensors} adapter tensors each used once, 41 tensors as in the base"
+    used = f"{report.proof.adapter_tensors} adapter tensors each used once, 41 tensors"
+    assert told["proven"] == f"{used} with the names and shapes of the base"
     assert ("logits" in told) == prove
     assert ("NOT PROVEN" in told) != prove
 
@@ -121,3 +127,151 @@ def test_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert line in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "away")]) == 1
     assert "away: is not a folder; give a run's output_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prove", [True, False], ids=["proven", "not proven"])
+def test_a_merge_in_nf4_tells_of_what_lies_there(base: Path, tmp_path: Path, prove: bool) -> None:
+    adapter = adapter_in_4_bits(base, tmp_path / "adapter")
+    report = merge(adapter, tmp_path / "out", requantize=True, prove=prove, show_progress=False)
+    nf4, told = report.proof.nf4, said(tmp_path / "out")
+    assert nf4 is not None
+    assert "41 tensors of the merge in BF16, before NF4, with the names and shapes of the base" in told["proven"]
+    assert told["written in NF4"].startswith("24 matrices")
+    assert "logits" not in told
+    if prove:
+        assert told["logits in NF4"] == (
+            f"off by {nf4.logit_error_mean:.3g} in the mean; "
+            f"rounding the base itself to NF4 makes {nf4.base_error_mean:.3g}"
+        )
+        assert f"{report.logits.merged_error_mean:.3g}" in told["logits before NF4"]
+        assert all(f"{part} {lost:.3g} x the change" in told["written in NF4"] for part, lost in nf4.lost.items())
+    else:
+        assert "that the NF4 copy is what rounding the merged model makes" in inspect(tmp_path / "out")
+
+
+def test_an_adapter_on_a_base_in_nf4_can_go_into_the_dequantized_one_only(base: Path, tmp_path: Path) -> None:
+    first = adapter_in_4_bits(base, tmp_path / "first")
+    merge(first, four := tmp_path / "four", requantize=True, prove=False, show_progress=False)
+    adapter = shutil.copytree(first, tmp_path / "adapter")
+    edit(adapter / "finetune.json", base={"name_or_path": str(four), "fingerprint": fingerprint(four)})
+    assert said(adapter)["merge"].startswith(
+        f"everything fits: the base is in {four}, stored in NF4, so that it takes --into dequantized; "
+    )
+
+
+def test_a_merge_with_added_tokens_is_not_said_to_have_the_shapes_of_the_base(tmp_path: Path) -> None:
+    base = base_of(tmp_path / "base", "untied", "float32")
+    adapter = saved(recipe_for(base, tmp_path / "turns.jinja"), tmp_path / "adapter", fingerprint(base))
+    report = merge(adapter, tmp_path / "out", show_progress=False)
+    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have the rows that 2 added tokens need"
+    assert told["proven"].endswith(but)
+    assert told["added tokens"] == "2, with the rows that training left"
+    assert but in report.table()
+
+
+def test_more_problems_than_fit_on_a_screen_are_counted(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise WeightsError([Problem(f"tensor {number}", "does not fit", "train again") for number in range(60)])
+
+    monkeypatch.setattr("finetune.inspect.adapter.prepare", refuse)
+    assert said(adapter)["merge"].endswith("tensor 2: does not fit; train again; and 57 more")
+
+
+def test_a_record_without_a_fingerprint_says_so(base: Path, adapter: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    edit(copy / "finetune.json", base={"name_or_path": str(base)})
+    assert said(copy)["base"] == f"{base}, no fingerprint recorded"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_checkpoint_of_a_run(adapter: Path, tmp_path: Path, finished: bool) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "run" / "checkpoint-7")
+    (copy / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
+    if finished:
+        shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    then = f"its finished adapter is in {tmp_path / 'run' / 'adapter'}" if finished else "the run is not finished"
+    assert said(copy)["what"] == f"training state of a run at step 7; {then}"
+
+
+def test_an_export_for_vllm(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", **{**EVERYTHING, "target_parameters": None})
+    export(adapter, tmp_path / "lora", "vllm")
+    told = said(tmp_path / "lora")
+    assert told["what"] == "LoRA adapter, exported for vLLM: r 4, needs --max-lora-rank 8"
+    assert told["made from"].startswith(f"{adapter}, SHA-256 ")
+    assert told["base"] == f"{base}, fingerprint {fingerprint(base)[:12]}"
+
+
+# Damaged files, each a line that names it.
+
+
+def edit(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "sft"}, r"finetune.json: recipe: must be an object; got str"),
+        ({"versions": [1]}, r"finetune.json: versions: must be an object; got list"),
+        ({"base": "tiny"}, r"finetune.json: base: must be an object; got str"),
+        ({"adapter": "before"}, r"finetune.json: adapter: must be an object; got str"),
+        (
+            {"recipe": {"lora": {}}, "dtype": "float32"},
+            r"finetune.json: does not hold what training writes; got nothing",
+        ),
+        ({"recipe": {"lora": {}}}, r"finetune.json: does not hold what training writes; got nothing called 'dtype'"),
+        ({"base": {"made_from": {}}}, r"finetune.json: does not hold what training writes; got nothing called"),
+        ({"added_tokens": ["a"]}, r"finetune.json: does not hold what training writes; got 'list' object"),
+    ],
+)
+def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    edit(copy / "finetune.json", **changes)
+    with pytest.raises(WeightsError, match=message):
+        inspect(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "writer"),
+    [
+        (
+            "merge-report.json",
+            lambda base: {"fingerprint": fingerprint(base)},
+            "a merge writes; got nothing called 'base'",
+        ),
+        ("upcycle.json", lambda base: {}, "an upcycling writes; got nothing called 'num_experts'"),
+    ],
+)
+def test_a_damaged_file_beside_a_checkpoint(
+    base: Path, tmp_path: Path, name: str, content: Callable[[Path], Any], writer: str
+) -> None:
+    copy = shutil.copytree(base, tmp_path / "base")
+    (copy / name).write_text(json.dumps(content(copy)))
+    with pytest.raises(WeightsError, match=f"{name}: does not hold what {writer}"):
+        inspect(copy)
+
+
+def test_a_run_of_which_little_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text("{}")
+    (tmp_path / "checkpoint-best").mkdir()
+    told = said(tmp_path)
+    assert told["what"] == "run, not finished, without a checkpoint"
+    assert told["started"] == "when is not recorded; its packages are not recorded"
+    (tmp_path / "checkpoint-3").mkdir()
+    assert said(tmp_path)["what"] == "run, not finished; it can go on from step 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("audit.json", "{", "audit.json: cannot be read as JSON"),
+        ("audit.json", "{}", "audit.json: does not hold what a run writes; got nothing called 'parts'"),
+        ("provenance.json", '{"git": "abc"}', "provenance.json: does not hold what a run writes"),
+    ],
+)
+def test_a_damaged_file_of_a_run(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / "provenance.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WeightsError, match=message):
+        inspect(tmp_path)

@@ -1,0 +1,38 @@
+"""Files that tell of a folder, read with suspicion: what they do not hold is a line of the error, no traceback."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters.adapter import RECORD_FILE
+from finetune.checkpoint.reader import read_json
+from finetune.errors import Problem, WeightsError
+
+# Parts of an adapter's record, each an object where it is there.
+_OBJECTS = ("base", "recipe", "versions", "adapter", "layout", "metrics")
+
+
+@contextmanager
+def told_by(file: Path, writer: str) -> Iterator[None]:
+    """Raise WeightsError where what is read of `file` in here lacks something, or is of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what, do = f"does not hold what {writer} writes", "copy the file again, or remove it"
+        got = f"nothing called {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(Problem(str(file), what, do, got)) from error
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What training wrote beside an adapter; empty for one that was made elsewhere."""
+    file = folder / RECORD_FILE
+    record = read_json(file) if file.is_file() else {}
+    problems = [
+        Problem(f"{file}: {name}", "must be an object", "copy the file again, or remove it", type(value).__name__)
+        for name in _OBJECTS
+        if not isinstance(value := record.get(name) or {}, Mapping)
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return record
