@@ -9,6 +9,7 @@ from finetune.adapters.adapter import RECORD_FILE
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
 
+_DO = "copy the file again, or remove it"
 # Parts of an adapter's record, each an object where it is there.
 _OBJECTS = ("base", "recipe", "versions", "adapter", "layout", "metrics")
 
@@ -19,9 +20,9 @@ def told_by(file: Path, writer: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what, do = f"does not hold what {writer} writes", "copy the file again, or remove it"
+        what = f"does not hold what {writer} writes"
         got = f"nothing called {error}" if isinstance(error, KeyError) else str(error)
-        raise WeightsError(Problem(str(file), what, do, got)) from error
+        raise WeightsError(Problem(str(file), what, _DO, got)) from error
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -29,9 +30,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD_FILE
     record = read_json(file) if file.is_file() else {}
     problems = [
-        Problem(f"{file}: {name}", "must be an object", "copy the file again, or remove it", type(value).__name__)
+        Problem(f"{file}: {name}", "must be an object", _DO, type(value).__name__)
         for name in _OBJECTS
         if not isinstance(value := record.get(name) or {}, Mapping)
+    ]
+    if problems:
+        raise WeightsError(problems)
+    base = record.get("base") or {}
+    problems = [
+        Problem(f"{file}: base.{name}", "must be text", _DO, type(base[name]).__name__)
+        for name in ("name_or_path", "fingerprint")
+        if not isinstance(base.get(name) or "", str)
     ]
     if problems:
         raise WeightsError(problems)

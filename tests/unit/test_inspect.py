@@ -135,6 +135,8 @@ def test_a_merge_in_nf4_tells_of_what_lies_there(base: Path, tmp_path: Path, pro
     report = merge(adapter, tmp_path / "out", requantize=True, prove=prove, show_progress=False)
     nf4, told = report.proof.nf4, said(tmp_path / "out")
     assert nf4 is not None
+    lost = nf4.lost or {}
+    assert bool(lost) == prove
     assert "41 tensors of the merge in BF16, before NF4, with the names and shapes of the base" in told["proven"]
     assert told["written in NF4"].startswith("24 matrices")
     assert "logits" not in told
@@ -144,7 +146,7 @@ def test_a_merge_in_nf4_tells_of_what_lies_there(base: Path, tmp_path: Path, pro
             f"rounding the base itself to NF4 makes {nf4.base_error_mean:.3g}"
         )
         assert f"{report.logits.merged_error_mean:.3g}" in told["logits before NF4"]
-        assert all(f"{part} {lost:.3g} x the change" in told["written in NF4"] for part, lost in nf4.lost.items())
+        assert all(f"{part} {ratio:.3g} x the change" in told["written in NF4"] for part, ratio in lost.items())
     else:
         assert "that the NF4 copy is what rounding the merged model makes" in inspect(tmp_path / "out")
 
@@ -215,6 +217,7 @@ def edit(file: Path, **changes: Any) -> None:
         ({"recipe": "sft"}, r"finetune.json: recipe: must be an object; got str"),
         ({"versions": [1]}, r"finetune.json: versions: must be an object; got list"),
         ({"base": "tiny"}, r"finetune.json: base: must be an object; got str"),
+        ({"base": {"name_or_path": 5}}, r"finetune.json: base.name_or_path: must be text; got int"),
         ({"adapter": "before"}, r"finetune.json: adapter: must be an object; got str"),
         (
             {"recipe": {"lora": {}}, "dtype": "float32"},
