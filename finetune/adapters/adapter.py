@@ -1,5 +1,6 @@
 """Read a PEFT LoRA adapter folder: settings, base, and where each pair of factors lies on disk."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
+from finetune.adapters.record import refuse_training_state, refuse_unreadable
 from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError
@@ -77,6 +79,7 @@ class Adapter:
     base_revision: str | None
     base_fingerprint: str | None
     base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
+    went_on_from: str | None  # SHA-256 of the adapter whose factors training began with, and which is inside
     layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
     asked_layout: str | None = None  # what the user says of the order of the experts' factors
 
@@ -99,6 +102,11 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 of its weights."""
         return adapter_digest(self.folder)
+
+    def settings_digest(self) -> str:
+        """SHA-256 of everything that says how its weights are to be taken."""
+        files = (self.folder / CONFIG_FILE, self.folder / RECORD_FILE)
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
     def trains_whole(self, name: str) -> bool:
         """Whether the settings name the module of a whole tensor as one that was trained so."""
@@ -138,10 +146,12 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     folder = Path(folder)
     _require_files(folder)
     verify_sums(folder)
+    refuse_training_state(folder)
     settings = read_json(folder / CONFIG_FILE)
-    _require_plain_lora(folder / CONFIG_FILE, settings)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    recorded = record.get("layout", {}).get("expert_lora")
+    refuse_unreadable(settings, folder / CONFIG_FILE, record, folder / RECORD_FILE)
+    _require_plain_lora(folder / CONFIG_FILE, settings)
+    recorded = (record.get("layout") or {}).get("expert_lora")
     if recorded not in (None, EXPERT_LAYOUT):
         do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
         raise WeightsError(
@@ -150,7 +160,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
         raise WeightsError(Problem(str(folder / str(named)), what, "copy the whole adapter folder of the run"))
-    base = record.get("base", {})
+    base = record.get("base") or {}
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
@@ -165,6 +175,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
         base_revision=settings.get("revision"),
         base_fingerprint=base.get("fingerprint"),
         base_made_from=base.get("made_from"),
+        went_on_from=(record.get("adapter") or {}).get("sha256"),
         layout_recorded=recorded is not None,
         asked_layout=layout,
     )

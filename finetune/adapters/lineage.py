@@ -46,7 +46,12 @@ def refuse_unrelated(base: Path, found: str, adapters: Sequence[Weighted]) -> No
     `found`: the base's fingerprint. An adapter that records nothing is taken at the user's word.
     """
     problems = []
+    given = {each.digest: each.adapter.folder for each in adapters}
     for number, each in enumerate(adapters):
+        if each.adapter.went_on_from in given:
+            what = "went on from another of the adapters, whose change it holds already"
+            got = str(given[str(each.adapter.went_on_from)])
+            problems.append(Problem(str(each.adapter.folder), what, "name only the later one", got))
         recorded = each.adapter.base_fingerprint
         if recorded in (None, found):
             continue

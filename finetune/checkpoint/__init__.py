@@ -2,7 +2,14 @@
 
 from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.fingerprint import fingerprint
-from finetune.checkpoint.folder import UnfinishedError, new_folder, require_free_disk, sync_files
+from finetune.checkpoint.folder import (
+    UnfinishedError,
+    locked,
+    new_folder,
+    refuse_existing,
+    require_free_disk,
+    sync_files,
+)
 from finetune.checkpoint.reader import CheckpointReader, TensorInfo, read_json
 from finetune.checkpoint.writer import CheckpointWriter, TensorSpec
 
@@ -15,8 +22,10 @@ __all__ = [
     "UnfinishedError",
     "fingerprint",
     "listed_bytes",
+    "locked",
     "new_folder",
     "read_json",
+    "refuse_existing",
     "require_free_disk",
     "sync_files",
     "verify_sums",

@@ -23,17 +23,20 @@ def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> I
     interrupt by the keyboard then leaves the same as a kill), and by `resume` that it will. Raises WeightsError.
     """
     target = Path(target).absolute()
-    _refuse_existing(target)
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.partial"
-    with _lock(target):
+    if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
+        do = "remove it yourself, or name another folder"
+        raise WeightsError(Problem(str(temporary), "stands where the unfinished output would, and is no folder", do))
+    with locked(target):
         if temporary.exists() and not resume:
             shutil.rmtree(temporary)
         temporary.mkdir(exist_ok=resume)
         try:
             yield temporary
             _sync(temporary)
-            _refuse_existing(target)
+            refuse_existing(target)
             os.rename(temporary, target)  # replaces an empty folder
         except BaseException as error:
             if not (resumable and isinstance(error, KeyboardInterrupt | UnfinishedError)):
@@ -42,7 +45,8 @@ def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> I
         _sync(target.parent)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raise WeightsError unless `target` is absent or an empty folder."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise WeightsError(Problem(str(target), "output exists and is not a folder", "name a new folder"))
     if target.is_dir():
@@ -53,7 +57,7 @@ def _refuse_existing(target: Path) -> None:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
+def locked(target: Path) -> Iterator[None]:
     """Hold the right to write `target`. The lock file goes away with the last holder, also after a kill."""
     path = target.parent / f".{target.name}.lock"
     while True:
@@ -98,8 +102,8 @@ def require_free_disk(folder: Path, nbytes: int, unfinished: Path | None = None)
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
-    held = unfinished.iterdir() if unfinished is not None and unfinished.is_dir() else ()
-    free = shutil.disk_usage(existing).free + sum(file.stat().st_blocks * 512 for file in held)
+    held = unfinished.rglob("*") if unfinished is not None and unfinished.is_dir() else ()
+    free = shutil.disk_usage(existing).free + sum(file.lstat().st_blocks * 512 for file in held)
     if free < nbytes:
         do = "free space or write to another disk"
         got = f"{free / 2**30:.2f} GiB free"

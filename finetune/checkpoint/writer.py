@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from finetune.checkpoint.dtypes import DISK_DTYPES, TORCH_DTYPES
+from finetune.checkpoint.folder import UnfinishedError
 from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
@@ -90,10 +91,13 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)
         for spec in shard:
             self._slots[spec.key].offset += 8 + len(text)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | (0 if self._resume else os.O_EXCL), 0o644)
+        begin = len(text).to_bytes(8, "little") + text
+        if self._resume:
+            _require_begun(file, begin, len(begin) + offset)
+        descriptor = os.open(file, os.O_WRONLY | (0 if self._resume else os.O_CREAT | os.O_EXCL), 0o644)
         self._descriptors.append(descriptor)
         self._locks.append(Lock())
-        _write_at(descriptor, 0, memoryview(len(text).to_bytes(8, "little") + text))
+        _write_at(descriptor, 0, memoryview(begin))
         _reserve(file, descriptor, 8 + len(text) + offset)
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
@@ -208,6 +212,16 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _require_begun(file: Path, begin: bytes, nbytes: int) -> None:
+    """Raise UnfinishedError unless an earlier writer has begun the file, just so."""
+    if file.is_file() and not file.is_symlink() and file.stat().st_size == nbytes:
+        with file.open("rb") as stream:
+            if stream.read(len(begin)) == begin:
+                return
+    what = "is not what the journal of the unfinished folder says"
+    raise UnfinishedError(Problem(str(file), what, "leave out --resume to begin anew"))
 
 
 def _reserve(file: Path, descriptor: int, nbytes: int) -> None:

@@ -1,6 +1,6 @@
 """An adapter, or a merged model, in the form that another program reads."""
 
-import tempfile
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, verify_sums, write_sums
+from finetune.checkpoint import CheckpointReader, fingerprint, locked, new_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
@@ -57,6 +57,9 @@ def export(
         what = "is a whole model, and this format is one of adapters"
         do = "give the adapter's folder, or serve the model's folder as it is"
         raise WeightsError(Problem(str(source), what, do, got=f"--format {form}"))
+    if form == "peft" and (base is not None or layout is not None):
+        given, do = "--base" if base is not None else "--layout", "leave it out"
+        raise WeightsError(Problem(given, "a copy of the adapter needs none", do))
     adapter = read_adapter(source, layout)
     return _peft(adapter, output) if form == "peft" else _vllm(adapter, output, base)
 
@@ -74,6 +77,7 @@ def _peft(adapter: Adapter, output: Path) -> Exported:
 
 def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     verify_sums(adapter.folder)
+    peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
     found, digest = fingerprint(reader.folder), adapter.digest()
     refuse_unrelated(reader.folder, found, (Weighted(adapter, 1.0, digest),))
@@ -131,6 +135,14 @@ def _whole_model(source: Path, base: Path | None, layout: str | None) -> Path:
 
 @contextmanager
 def _workspace(output: Path) -> Iterator[Path]:
-    """A folder on the disk of `output`, removed at the end."""
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.absolute().parent) as folder:
-        yield Path(folder)
+    """A folder on the disk of `output`, removed at the end; what a killed export left there is removed first."""
+    folder = output.absolute().parent / f".{output.name}.partial"
+    with locked(output.absolute()):
+        if folder.is_symlink():
+            raise WeightsError(Problem(str(folder), "stands where the unfinished output would", "remove it yourself"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -20,7 +20,7 @@ def copy(adapter: Adapter, folder: Path) -> list[str]:
     if pickles := [str(path.relative_to(source)) for path in files if path.suffix in PICKLES]:
         do = "remove them from the adapter's folder: they can run code, and PEFT does not need them"
         raise WeightsError(Problem(str(source), "holds pickle files", do, got=", ".join(pickles[:3])))
-    _require_finite(source / WEIGHTS_FILE)
+    require_finite(source / WEIGHTS_FILE)
     names = []
     for path in files:
         target = folder / path.relative_to(source)
@@ -31,7 +31,8 @@ def copy(adapter: Adapter, folder: Path) -> list[str]:
     return [*first, *(name for name in names if name not in first)]
 
 
-def _require_finite(file: Path) -> None:
+def require_finite(file: Path) -> None:
+    """Raise WeightsError for factors that are not."""
     for key, info in read_header(file).items():
         if not read_tensor(info).isfinite().all():
             raise WeightsError(Problem(f"{file}: {key}", "not finite", "train again, or take an earlier checkpoint"))

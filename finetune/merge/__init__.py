@@ -17,11 +17,13 @@ from finetune.checkpoint import (
     fingerprint,
     listed_bytes,
     new_folder,
+    refuse_existing,
     require_free_disk,
     sync_files,
     verify_sums,
     write_sums,
 )
+from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
@@ -72,10 +74,16 @@ def merge(
     `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured. Raises
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
+    refuse_existing(Path(output).absolute())
+    if prompts is not None and not prove:
+        raise WeightsError(Problem("--prompts", "nothing is run on them without the proof", "leave out one of the two"))
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     by_weight = tuple(weights or [1.0] * len(given))
     request = Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
+    if compare_rows < 1:
+        do = "give a number of rows, 1 or more"
+        raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     _require_disk(job, Path(output), requantize, show_progress)
     with new_folder(output, resumable=True, resume=resume) as folder:
@@ -137,7 +145,7 @@ def _require_disk(job: Job, output: Path, requantize: bool, show_progress: bool)
     nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
     require_free_disk(output, nbytes, output.parent / f".{output.name}.partial")
     if show_progress:
-        print(_announcement(job, output), flush=True)
+        print(_announcement(job, output, nbytes), flush=True)
 
 
 def _verify(base: Path, show_progress: bool) -> None:
@@ -145,9 +153,9 @@ def _verify(base: Path, show_progress: bool) -> None:
         verify_sums(base, bar.update)
 
 
-def _announcement(job: Job, output: Path) -> str:
+def _announcement(job: Job, output: Path, nbytes: int) -> str:
     changes = f"{len(job.sources.changes)} of {len(job.specs)} tensors change"
-    return f"merge: {changes}; {job.nbytes / 2**30:.2f} GiB go to {output}"
+    return f"merge: {changes}; {nbytes / 2**30:.2f} GiB go to {output}"
 
 
 def _prove(

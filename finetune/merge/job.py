@@ -1,5 +1,6 @@
 """Everything about a merge that is known, and refused where it is wrong, before the first byte is written."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from finetune.adapters.lineage import Weighted, refuse_unrelated
 from finetune.adapters.replaced import ReplacedBase, with_replaced
 from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
+from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.base import open_base
 from finetune.merge.files import merged_config, side_files
-from finetune.merge.sources import Sources
+from finetune.merge.sources import Sources, shard_bytes
 from finetune.moe.families import Family, family_of
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -97,7 +99,9 @@ class Job:
             "base": self.fingerprint,
             "into": self.into,
             "adapters": [[each.digest, each.weight, each.adapter.asked_layout] for each in self.adapters],
+            "settings": [each.adapter.settings_digest() for each in self.adapters],
             "tensors": [[spec.key, spec.dtype, list(spec.shape)] for spec in self.specs],
+            "shards": shard_bytes(self.base, self.specs),
         }
 
 
@@ -150,6 +154,9 @@ def _weighted(request: Request) -> tuple[Weighted, ...]:
         do = "give one weight for each adapter, in their order"
         got = f"{len(request.weights)} for {len(request.adapters)} adapters"
         raise WeightsError(Problem("--weights", "number of weights differs from that of the adapters", do, got))
+    if wrong := [weight for weight in request.weights if not math.isfinite(weight) or weight == 0]:
+        do = "give numbers other than 0, or leave the adapter out"
+        raise WeightsError(Problem("--weights", "an adapter cannot be added so many times", do, f"{wrong[0]:g}"))
     if request.layouts and len(request.layouts) != len(request.adapters):
         do = "give one layout for each adapter, in their order"
         got = f"{len(request.layouts)} for {len(request.adapters)} adapters"
@@ -194,7 +201,11 @@ def _tokenizer(folder: Path, size: int, adapter: Adapter) -> Any:
     """The merged model's tokenizer; refused unless it fits the model and the adapter."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever the library makes of files that are not what it writes
+        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        raise WeightsError(Problem(str(folder), "its tokenizer cannot be read", FETCH_AGAIN, got)) from error
     refuse_other_tokenizer(tokenizer, str(folder), size, adapter)
     return tokenizer
 

@@ -35,28 +35,30 @@ class Journal:
         begun = json.loads(json.dumps(job))
         if self.resumed:
             self._go_on(begun, lines)
-        else:
-            _empty(folder)  # what a kill left that nothing is known of
+            _empty(folder, (JOURNAL_FILE, "model*.safetensors"))
+        self.resumed = bool(self.done)
+        if not self.resumed:
+            _empty(folder, ())  # what a kill left that nothing is known of
             self._append({"job": begun, "boot": _boot()})
 
     def _lines(self) -> list[dict[str, Any]]:
         """What can be read: a line that a kill cut short is the last one, and what it would say is made again."""
         lines: list[dict[str, Any]] = []
         if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+            for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
                 with suppress(ValueError):
                     lines.append(json.loads(text))
-        return lines
+        return [line for line in lines if isinstance(line, dict)]
 
     def _go_on(self, job: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         begun, *entries = lines
         if begun.get("job") != job:
-            then = begun.get("job") or {}
-            differs = sorted(key for key in job if then.get(key) != job[key])
+            then = begun.get("job")
+            differs = sorted(key for key in job if not isinstance(then, dict) or then.get(key) != job[key])
             what = "the unfinished merge there is another one"
             do = "give the same adapters, base and options, or leave out --resume to begin anew"
             raise UnfinishedError(Problem(str(self.path.parent), what, do, got=f"another {', '.join(differs)}"))
-        if begun["boot"] is None or begun["boot"] != _boot():
+        if begun.get("boot") is None or begun["boot"] != _boot():
             waits = [number for number, entry in enumerate(entries) if entry == _ON_DISK]
             entries = entries[: waits[-1] + 1] if waits else []
         for entry in entries:
@@ -82,9 +84,11 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, kept: tuple[str, ...]) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if any(path.match(each) for each in kept):
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _boot() -> str | None:

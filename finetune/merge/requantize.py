@@ -21,6 +21,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
+from finetune.merge.journal import JOURNAL_FILE
 from finetune.merge.ledger import Ledger, Outcome
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.matrices import nf4_matrices, pieces, quantize
@@ -91,6 +92,7 @@ def write_nf4(
     for file in copied.glob("model*"):
         file.rename(folder / file.name)
     shutil.rmtree(copied)
+    (merged / JOURNAL_FILE).unlink(missing_ok=True)  # first, so that a kill leaves none without its weights
     shutil.rmtree(merged)
     return figures
 
