@@ -220,12 +220,15 @@ def edit(file: Path, **changes: Any) -> None:
         ({"base": {"name_or_path": 5}}, r"finetune.json: base.name_or_path: must be text; got int"),
         ({"adapter": "before"}, r"finetune.json: adapter: must be an object; got str"),
         (
-            {"recipe": {"lora": {}}, "dtype": "float32"},
+            {"recipe": {"lora": {}, "method": {}}, "dtype": "float32"},
             r"finetune.json: does not hold what training writes; got nothing",
         ),
-        ({"recipe": {"lora": {}}}, r"finetune.json: does not hold what training writes; got nothing called 'dtype'"),
-        ({"base": {"made_from": {}}}, r"finetune.json: does not hold what training writes; got nothing called"),
-        ({"added_tokens": ["a"]}, r"finetune.json: does not hold what training writes; got 'list' object"),
+        (
+            {"recipe": {"lora": {}, "method": {}}},
+            r"finetune.json: does not hold what training writes; got nothing called 'dtype'",
+        ),
+        ({"base": {"made_from": {}}}, r"finetune.json: base.made_from: is not what belongs there; got {}"),
+        ({"added_tokens": ["a"]}, r"finetune.json: added_tokens: is not what belongs there; got"),
     ],
 )
 def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
