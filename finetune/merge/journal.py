@@ -64,7 +64,7 @@ class Journal:
         for entry in entries:
             self.done |= {} if entry == _ON_DISK else entry
         # Without what was cut short, so that the next line stands alone.
-        text = "".join(json.dumps(line) + "\n" for line in [{"job": job, "boot": _boot()}, self.done, _ON_DISK])
+        text = "".join(json.dumps(line) + "\n" for line in [{"job": job, "boot": _boot()}, *entries])
         write_text(self.path, text)
 
     def add(self, entries: Mapping[str, Mapping[str, Any] | None]) -> None:
