@@ -1,0 +1,56 @@
+"""What an export does not take, and what it does not ask for."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import WeightsError
+from finetune.export import export
+from tests.support import save_tiny_mixtral
+from tests.unit.merge_adapters import save_adapter
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_mixtral(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return save_adapter(base, tmp_path / "adapter")
+
+
+def refused(adapter: Path, form: str, message: str, **options: Any) -> None:
+    with pytest.raises(WeightsError, match=message):
+        export(adapter, adapter.parent / "out", form, **options)
+    assert [path.name for path in adapter.parent.iterdir() if "out" in path.name] == []
+
+
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_factors_that_are_not_finite(adapter: Path, form: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    factors = load_file(file)
+    factors[next(iter(factors))][0, 0] = torch.nan
+    save_file(factors, file, metadata={"format": "pt"})
+    refused(adapter, form, "adapter_model.safetensors: .*: not finite; train again, or take an earlier checkpoint")
+
+
+@pytest.mark.parametrize("options", [{"base": Path("elsewhere")}, {"layout": "peft"}])
+def test_a_copy_needs_no_base_and_no_layout(adapter: Path, options: dict[str, Any]) -> None:
+    refused(adapter, "peft", "a copy of the adapter needs none; leave it out", **options)
+
+
+def test_a_base_in_nf4_has_no_published_form(adapter: Path, base: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(base, tmp_path / "base")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "moe_nf4", "format": 1}
+    (copy / "config.json").write_text(json.dumps(config))
+    message = (
+        "is stored in NF4, and vLLM serves adapters on the published form .*; use finetune merge --into dequantized"
+    )
+    refused(adapter, "vllm", message, base=copy)
