@@ -30,7 +30,7 @@ from finetune.merge.report import Nf4Figures
 from finetune.merge.stream import blocks
 from finetune.moe.families import Family
 from finetune.moe.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE
-from finetune.moe.nf4_reader import Extent, Matrix
+from finetune.moe.nf4_reader import Matrix
 from finetune.moe.quantized import quantized_weights
 from finetune.moe.quantizer import STACK_PARTS
 from finetune.moe.stored import StoredReader, linear_tensors, quantization_config, stored_specs
@@ -202,8 +202,7 @@ def _lost(matrix: Matrix, merged: CheckpointReader, stored: StoredReader) -> flo
     A value goes to the nearest of 16 points times its block's maximum; the maxima, less their mean, go to the nearest
     of 256 points times the largest of 256 of them.
     """
-    extent = Extent(matrix.weight, matrix.expert * matrix.rows, matrix.rows)
-    copy = Matrix(matrix.weight, matrix.expert, (extent,), matrix.columns)
+    copy = stored.matrix(matrix.weight, matrix.expert)
     pairs = zip(
         pieces(matrix, merged.read_rows, torch.float32), pieces(copy, stored.read_rows, torch.float32), strict=True
     )

@@ -7,6 +7,7 @@ E experts, N bytes and Q blocks of one matrix, S = Q / 256.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.checkpoint import TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import DISK_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.moe.families import family_of
 from finetune.moe.nf4 import BLOCKSIZE, NESTED_BLOCKSIZE, Nf4Stack
 from finetune.moe.nf4_reader import Extent, Matrix, Nf4Reader
 from finetune.moe.quantized import quantized_weights
@@ -87,7 +89,7 @@ def _codes() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class StoredReader(Nf4Reader):
-    """Such a checkpoint, seen as the 16-bit checkpoint that its NF4 weights stand for: stacks in one tensor each.
+    """Such a checkpoint, seen as the 16-bit checkpoint that its NF4 weights stand for, under the published names.
 
     Their number format is the one that `config.json` names; values come in `dtype`, by default the same. Raises
     WeightsError, with every problem at once, for weights in NF4 that are not there as the architecture needs them.
@@ -106,13 +108,18 @@ class StoredReader(Nf4Reader):
         self._offsets = self._read_offsets(weights.linear)
         parts = {spec.key for name, shape in shapes.items() for spec in stored_specs(name, shape)}
         self._infos = {key: info for key, info in self._stored.items() if key not in parts}
-        self._infos |= {name: self._as_16_bits(name, shape) for name, shape in shapes.items()}
+        matrices = [matrix for name, shape in shapes.items() for matrix in self._matrices(name, shape)]
+        for matrix in matrices:
+            for extent in matrix.parts:
+                whole = shapes[matrix.weight] if extent.key == matrix.weight else (extent.rows, matrix.columns)
+                self._infos[extent.key] = self._as_16_bits(extent.key, matrix.weight, whole)
         self.keys = list(self._infos)
-        self._hold(
-            Matrix(name, expert, (Extent(name, expert * shape[-2], shape[-2]),), shape[-1])
-            for name, shape in shapes.items()
-            for expert in range(shape[0] if len(shape) == 3 else 1)
-        )
+        self._hold(matrices)
+        self._by_weight = {(matrix.weight, matrix.expert): matrix for matrix in matrices}
+
+    def matrix(self, weight: str, expert: int) -> Matrix:
+        """The place of one matrix of a weight of the loaded model; `expert` is 0 of a linear layer."""
+        return self._by_weight[weight, expert]
 
     @property
     def config(self) -> dict[str, Any]:
@@ -131,12 +138,36 @@ class StoredReader(Nf4Reader):
             packed, absmax, nested, offset = (read_tensor(info, one.start, one.stop) for info in infos)
         return Nf4Stack((packed, absmax, nested, offset), torch.Size((1, matrix.rows, matrix.columns)), self.dtype)
 
-    def _as_16_bits(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+    def _matrices(self, name: str, shape: tuple[int, ...]) -> Iterator[Matrix]:
+        """Those of one weight, under the names that published checkpoints have for them."""
+        published = self._published(name)
+        for expert in range(shape[0] if len(shape) == 3 else 1):
+            keys = [key.format(expert=expert) for key in published]
+            if keys:
+                rows = shape[-2] // len(keys)
+                extents = tuple(Extent(key, 0, rows) for key in keys)
+            else:
+                extents = (Extent(name, expert * shape[-2], shape[-2]),)
+            yield Matrix(name, expert, extents, shape[-1])
+
+    def _published(self, name: str) -> list[str]:
+        """How a checkpoint with one tensor an expert calls the matrices of a stack, with {expert}; else empty."""
+        moe = family_of(str(self.config["model_type"]), str(self.folder)).moe
+        if moe is None or not moe.per_expert:
+            return []
+        for stack in moe.stacks:
+            prefix = name.removesuffix(f"{moe.experts_module}.{stack.parameter}")
+            if prefix != name:
+                return [prefix + moe.disk_expert.format(expert="{expert}", name=each) for each in stack.disk_names]
+        return []
+
+    def _as_16_bits(self, key: str, name: str, shape: tuple[int, ...]) -> TensorInfo:
         """Lies nowhere: past the end of its file, so that whoever reads there without this reader finds nothing."""
-        part = self._stored[stored_specs(name, shape)[0].key]
+        parts = (name + STACK_PARTS[0], name + LINEAR_PARTS[0])
+        part = self._stored[next(each for each in parts if each in self._stored)]
         nbytes = torch.Size(shape).numel() * self._named_dtype.itemsize
         past, dtype = part.file.stat().st_size, DISK_DTYPES[self._named_dtype]
-        return replace(part, key=name, dtype=dtype, shape=shape, offset=past, nbytes=nbytes)
+        return replace(part, key=key, dtype=dtype, shape=shape, offset=past, nbytes=nbytes)
 
     def _problems(self, name: str, shape: tuple[int, ...]) -> list[Problem]:
         """Parts of one weight that are missing, of another shape or in another number format."""

@@ -138,12 +138,14 @@ def test_it_can_be_evaluated(four: Path, tmp_path: Path) -> None:
     assert evaluate(four, data, "prompt_completion").rows == 1
 
 
-def test_an_adapter_on_it_is_merged_into_what_its_nf4_stands_for(four: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_it_is_merged_into_what_its_nf4_stands_for(four: Path, base: Path, tmp_path: Path) -> None:
     adapter = adapter_in_4_bits_of(four, tmp_path / "adapter")
     report = merge(adapter, tmp_path / "out", into="dequantized", show_progress=False)
     assert report.logits.merged_error_mean < 0.1 * report.logits.adapter_effect_mean
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert {value.dtype for value in tensors(tmp_path / "out").values()} == {torch.bfloat16}
+    # Under the names that published checkpoints have, which other programs read.
+    assert tensors(tmp_path / "out").keys() == tensors(base).keys()
     with pytest.raises(WeightsError, match="stored in NF4 and has no 16-bit weights; merge --into dequantized"):
         merge(adapter, tmp_path / "other", show_progress=False)
 
