@@ -15,7 +15,6 @@ _SETTINGS: _Kinds = {
     "alpha_pattern": (dict,),
     "target_modules": (list, str),
     "target_parameters": (list,),
-    "modules_to_save": (list,),
     "trainable_token_indices": (list, dict),
     "layers_to_transform": (list, int),
     "auto_mapping": (dict,),

@@ -75,15 +75,11 @@ def merge(
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     refuse_existing(Path(output).absolute())
-    if prompts is not None and not prove:
-        raise WeightsError(Problem("--prompts", "nothing is run on them without the proof", "leave out one of the two"))
+    _refuse_meaningless(prompts, prove, compare_rows)
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
     by_weight = tuple(weights or [1.0] * len(given))
     request = Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
-    if compare_rows < 1:
-        do = "give a number of rows, 1 or more"
-        raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     _require_disk(job, Path(output), requantize, show_progress)
     with new_folder(output, resumable=True, resume=resume) as folder:
@@ -103,6 +99,15 @@ def merge(
         config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
         _complete(folder, job, report, as_json(config), journal, show_progress)
     return report
+
+
+def _refuse_meaningless(prompts: Path | None, prove: bool, compare_rows: int) -> None:
+    """Raise WeightsError for options that would do nothing."""
+    if prompts is not None and not prove:
+        raise WeightsError(Problem("--prompts", "nothing is run on them without the proof", "leave out one of the two"))
+    if compare_rows < 1:
+        do = "give a number of rows, 1 or more"
+        raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
 
 
 def _complete(folder: Path, job: Job, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:

@@ -171,7 +171,7 @@ def test_an_unfinished_merge_of_something_else_is_not_gone_on_with(
     with pytest.raises(WeightsError, match="the unfinished merge there is another one; got another adapters; give the"):
         merge(adapter, output, weights=[0.5], resume=True, show_progress=False)
     with pytest.raises(
-        WeightsError, match="got another tensors; give the same adapters, base and options, or leave out"
+        WeightsError, match="got another shards, tensors; give the same adapters, base and options, or leave out"
     ):
         merge(adapter, output, dtype="float32", resume=True, show_progress=False)
     merge(adapter, output, dtype="float32", show_progress=False)
