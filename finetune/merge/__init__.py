@@ -77,8 +77,8 @@ def merge(
     refuse_existing(Path(output).absolute())
     _refuse_meaningless(prompts, prove, compare_rows)
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    by_weight = tuple(weights or [1.0] * len(given))
-    request = Request(given, by_weight, base, dtype, prompts, tuple(layouts or ()), into)
+    each = tuple(weights or [1.0] * len(given))
+    request = Request(given, each, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     _require_disk(job, Path(output), requantize, show_progress)
@@ -94,8 +94,7 @@ def merge(
         if requantize:
             proven = replace(proven, nf4=_to_nf4(job, ledger, merged, folder, reference, show_progress))
         compared = _compare(job, str(compare), rows, requantize, show_progress) if rows else None
-        seconds = streamed - started, time.monotonic() - streamed
-        report = _report(job, ledger, proven, compared, folder, Path(output), *seconds)
+        report = _report(job, ledger, proven, compared, folder, Path(output), started, streamed)
         config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
         _complete(folder, job, report, as_json(config), journal, show_progress)
     return report
@@ -197,8 +196,8 @@ def _report(
     compared: Comparison | None,
     folder: Path,
     output: Path,
-    stream_seconds: float,
-    proof_seconds: float,
+    started: float,
+    streamed: float,
 ) -> MergeReport:
     return MergeReport(
         adapters=tuple(
@@ -225,8 +224,8 @@ def _report(
         parts=part_figures(ledger),
         proof=proven,
         compare=compared,
-        stream_seconds=round(stream_seconds, 3),
-        proof_seconds=round(proof_seconds, 3),
+        stream_seconds=round(streamed - started, 3),
+        proof_seconds=round(time.monotonic() - streamed, 3),
     )
 
 
