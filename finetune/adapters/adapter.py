@@ -19,6 +19,7 @@ from finetune.moe.same_adapter import adapter_digest
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 RECORD_FILE = "finetune.json"
+EXPORT_FILE = "export.json"  # in a folder that was written for another program
 EXPERT_LAYOUT = "A:expert-major,B:rank-major"
 # Settings that leave W + scale * B A as it is, and `trainable_token_indices` and `modules_to_save`, which are read
 # apart. Any other one that is switched on changes what the adapter computes.

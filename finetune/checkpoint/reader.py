@@ -14,6 +14,7 @@ from finetune.errors import Problem, WeightsError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what only pickle could open
 FETCH_AGAIN = "fetch or copy the file again"
 
 
@@ -37,7 +38,7 @@ class TensorInfo:
 
 def pickles_in(folder: Path) -> list[str]:
     """Names of the files that only pickle could open; nothing here does."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    return sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
 from finetune.checkpoint import CheckpointReader, fingerprint, locked, new_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
@@ -21,7 +21,6 @@ from finetune.moe.stored import is_stored
 __all__ = ["FORMATS", "Exported", "export"]
 
 FORMATS = ("peft", "vllm", "gguf")
-EXPORT_FILE = "export.json"
 _MODEL_CONFIG = "config.json"
 
 

@@ -4,10 +4,8 @@ import shutil
 from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter
-from finetune.checkpoint.reader import read_header, read_tensor
+from finetune.checkpoint.reader import PICKLES, read_header, read_tensor
 from finetune.errors import Problem, WeightsError
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def copy(adapter: Adapter, folder: Path) -> list[str]:

@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, RECORD_FILE, Adapter, read_adapter
 from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
-from finetune.inspect.exported import EXPORT_FILE, exported_lines
+from finetune.inspect.exported import exported_lines
 from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
 from finetune.inspect.records import read_record, told_by
 from finetune.merge.job import Request, base_folder, prepare

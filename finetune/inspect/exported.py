@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from finetune.adapters.adapter import EXPORT_FILE
 from finetune.checkpoint.reader import read_json
 from finetune.inspect.lines import Line, checksum_line, named
 from finetune.inspect.records import told_by
 
-EXPORT_FILE = "export.json"
 _PROGRAMS = {"vllm": "vLLM"}
 
 
