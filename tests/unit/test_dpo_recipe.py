@@ -122,11 +122,6 @@ MISTAKES = {
         "recipe.yaml:15: method.f_alpha_divergence_coef: changes nothing; got 0.3; remove it, or write "
         "method.f_divergence_type: alpha_divergence",
     ),
-    "TRL's name of the SFT term": (
-        dpo("rpo_alpha: 1.0"),
-        "recipe.yaml:15: method.rpo_alpha: unknown key: the cross entropy of the chosen answers is one of the losses; "
-        "got 1.0; write method.loss_type: [sigmoid, sft], and its weight in method.loss_weights",
-    ),
     "TRL's name of the reference": (
         dpo("precompute_ref_log_probs: true"),
         "recipe.yaml:15: method.precompute_ref_log_probs: unknown key: another tool's name for a setting; got true; "
@@ -136,11 +131,6 @@ MISTAKES = {
         dpo("ref_model: some/model"),
         "recipe.yaml:15: method.ref_model: unknown key: the reference is the base as it is loaded, or the adapter that "
         'the run starts from; got "some/model"; remove it; a run starts from an earlier adapter with model.adapter',
-    ),
-    "a limit of prompts": (
-        dpo("max_prompt_length: 512"),
-        "recipe.yaml:15: method.max_prompt_length: unknown key: prompt and answer have one limit together; got 512; "
-        "write data.max_length",
     ),
     "axolotl's adapter": (
         dpo(after="adapter: qlora\n"),

@@ -259,19 +259,12 @@ def test_a_key_of_another_tools_data_set_is_answered(desk: Desk, key: str) -> No
     ("key", "ours"),
     [
         ("dataset_name", "data.train.id"),
-        ("dataset_config", "data.train.config"),
         ("dataset_mixture", "data.train"),
         ("datasets", "data.train"),
-        ("dataset_text_field", "data.train.columns"),
-        ("field_instruction", "data.train.columns"),
-        ("max_samples", "data.train.max_rows"),
         ("val_set_size", "data.eval"),
         ("train_on_inputs", "data.loss_on: all"),
         ("assistant_only_loss", "data.loss_on: assistant"),
-        ("completion_only_loss", "data.loss_on: completion"),
-        ("mask_history", "data.loss_on: last_assistant"),
         ("cutoff_len", "data.max_length"),
-        ("template", "data.chat_template"),
     ],
 )
 def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str, ours: str) -> None:

@@ -218,7 +218,7 @@ def test_a_key_of_another_tool_is_answered_wherever_it_stands(desk: Desk, key: s
     [
         ("lora_r", "lora.r"),
         ("base_model", "model.name_or_path"),
-        ("dataset_mixer", "data.train"),
+        ("dataset_mixture", "data.train"),
         ("max_seq_length", "data.max_length"),
         ("num_epochs", "training.num_train_epochs"),
         ("micro_batch_size", "training.per_device_train_batch_size"),
