@@ -6,10 +6,9 @@ from finetune.recipe.data_checks import check_data
 from finetune.recipe.fields import settings
 from finetune.recipe.foreign import FOREIGN
 from finetune.recipe.method_checks import check_method
-from finetune.recipe.reserved import reserved
 from finetune.recipe.source import Source, show
 from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
-from finetune.recipe.trainer_fields import TRAINER_CONFIGS, optimizer_names, trainer_fields
+from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
 from finetune.recipe.typed import key_path, read, real
 from finetune.recipe.unknown import closest
 from finetune.recipe.yaml12 import Path
@@ -178,10 +177,9 @@ def _evaluation(source: Source) -> None:
 
 def _optimizer(source: Source) -> None:
     name = read(source, "training.optim", str)
-    # The default is not looked up: most recipes need no reading of the trainer's source.
-    if name and name != settings()["training.optim"].default and name not in optimizer_names():
-        close = closest(name, sorted(optimizer_names()))
-        do = f"did you mean {close}?" if close else "write one of " + ", ".join(sorted(optimizer_names()))
+    if name and name not in OPTIMIZERS:
+        close = closest(name, OPTIMIZERS)
+        do = f"did you mean {close}?" if close else "write one of " + ", ".join(OPTIMIZERS)
         source.report(key_path("training.optim"), "transformers has no such optimizer", do, got=show(name))
 
 
@@ -207,17 +205,17 @@ def _trainer_args(source: Source) -> None:
     kind = read(source, "method.kind", str) or ""
     if kind not in TRAINER_CONFIGS:
         return
-    fields, config, taken = trainer_fields(kind), TRAINER_CONFIGS[kind], reserved(kind)
+    config, own = TRAINER_CONFIGS[kind], reserved(kind)
     for name, value in arguments.items():
         where = (*section, name)
-        if name in taken:
-            what, do = taken[name]
+        if name in own:
+            what, do = own[name]
             source.report(where, what, do, got=show(value))
-        elif name not in fields:
-            what, do = _unknown_argument(name, fields, config)
+        elif name not in PASSED:
+            what, do = _unknown_argument(name, {*PASSED, *own}, config)
             source.report(where, what, do, got=show(value))
-        elif not fields[name].takes(value):
-            do = f"write a value of {config}'s type: {fields[name].annotation}"
+        elif not PASSED[name].takes(value):
+            do = f"write a value of {config}'s type: {PASSED[name].annotation}"
             source.report(where, "wrong type", do, got=show(value))
 
 

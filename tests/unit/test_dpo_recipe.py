@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import DpoSettings, dump_recipe
-from finetune.recipe.reserved import reserved
+from finetune.recipe.trainer_args import reserved
 from tests.unit.recipe_writing import Desk, changed
 
 PAIRS = ("format: messages", "format: preference")
