@@ -11,8 +11,6 @@ from finetune.check.samples import Piece, Sample, shown
 from finetune.check.wording import length_title, more, of, percent, set_fields, split_fields, twin_fields
 from finetune.files import write_text
 
-MAX_PROBLEMS = 1000
-
 
 def write_page(report: Report, path: Path) -> None:
     """Write the page, whole or not at all."""
