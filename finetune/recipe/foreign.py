@@ -47,7 +47,7 @@ _OTHER = {
     "dataset_mixture": _DATA_SETS,
     "datasets": _DATA_SETS,
     "val_set_size": Foreign(
-        "no rows are split off here", "write data.eval with path (or id) and format of a held-out set"
+        "no rows are split off automatically", "write data.eval with path (or id) and format of a held-out set"
     ),
     "assistant_only_loss": Foreign(
         "another tool's name for the supervised tokens", "write data.loss_on: assistant, which is the default"

@@ -184,13 +184,13 @@ _NAMED = {
     "model_init_kwargs": "the section model",
 }
 
-_TOKENS = "rows become tokens, padding and loss mask in this program's data code"
-_LOSS = "the loss is this program's own: cross entropy over the whole step plus the balance term"
+_TOKENS = "this program tokenises, pads and masks the rows"
+_LOSS = "this program computes the loss: cross entropy over the whole step plus the balance term"
 _HARDWARE = "hardware is not part of a recipe"
-_EXACT = "every row counts, and a continued run is the uninterrupted one"
+_EXACT = "every row is used, and a resumed run equals an uninterrupted one"
 _CHECKPOINTING = "checkpointing is always non-reentrant and keeps the routing"
-_HUB = "nothing is uploaded by a run"
-_LAUNCHER = "the launcher says which parts run where"
+_HUB = "a run uploads nothing"
+_LAUNCHER = "the launcher sets it"
 _COMMANDS = "a run trains, and evaluates where data.eval is given"
 
 _SET_BY_US = {
@@ -268,10 +268,10 @@ _DPO_NAMED = (
     "use_weighting",
     "discopop_tau",
 )
-_START = "the reference is the model as training finds it, and stays what it is"
+_START = "the reference is the model before training and does not change"
 _DPO_SET_BY_US = {
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _START),
-    "disable_dropout": "lora.lora_dropout is used as it stands, and the reference has none",
+    "disable_dropout": "lora.lora_dropout is used, and the reference has no dropout",
 }
 
 _RESERVED: dict[str, tuple[str, str]] = {

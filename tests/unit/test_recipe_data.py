@@ -100,7 +100,7 @@ MISTAKES = {
     "neither path nor id": (
         train("{format: messages}"),
         "recipe.yaml:15: data.train: no data set is named; "
-        "add path: a file, a glob or a folder; or id: owner/name of a data set of the hub",
+        "add path: a file, a glob or a folder; or id: owner/name of a data set on the hub",
     ),
     "path and id": (
         train("{path: a, id: b/c, format: messages}"),
@@ -113,21 +113,21 @@ MISTAKES = {
     ),
     "an id without owner": (
         train("{id: gsm8k, format: messages}"),
-        'recipe.yaml:15: data.train.id: not the name of a data set of the hub; got "gsm8k"; '
-        "write owner/name, as on the page of the set; files are given with path",
+        'recipe.yaml:15: data.train.id: not the name of a data set on the hub; got "gsm8k"; '
+        "write owner/name, as on its page; files are given with path",
     ),
     "an address as id": (
         train('{id: "https://hub.example/datasets/owner/name/tree", format: messages}'),
-        'recipe.yaml:15: data.train.id: an address, not a name; got "https://hub.example/datasets/owner/name/tree"; '
+        'recipe.yaml:15: data.train.id: a URL, not a name; got "https://hub.example/datasets/owner/name/tree"; '
         "write id: owner/name",
     ),
     "a hub address as path": (
         train('{path: "hf://datasets/owner/name", format: messages}'),
-        'recipe.yaml:15: data.train.path: an address, not a path; got "hf://datasets/owner/name"; write id: owner/name',
+        'recipe.yaml:15: data.train.path: a URL, not a path; got "hf://datasets/owner/name"; write id: owner/name',
     ),
     "another address as path": (
         train('{path: "s3://bucket/rows.jsonl", format: messages}'),
-        'recipe.yaml:15: data.train.path: an address, not a path; got "s3://bucket/rows.jsonl"; '
+        'recipe.yaml:15: data.train.path: a URL, not a path; got "s3://bucket/rows.jsonl"; '
         "download it first, and write the path of the file",
     ),
     "a column for a field that the format has not": (
@@ -142,7 +142,7 @@ MISTAKES = {
     ),
     "columns of an unknown format": (
         train("{path: a, format: auto, columns: {output: answer}}"),
-        "recipe.yaml:15: data.train.columns: renames the fields of a format, and format: auto names none; "
+        "recipe.yaml:15: data.train.columns: renames the fields of a format, which format: auto does not name; "
         'got {"output": "answer"}; write the format',
     ),
     "the same data set twice": (
@@ -157,37 +157,38 @@ MISTAKES = {
     ),
     "a weight of the only data set": (
         train("{path: a, format: messages, weight: 2}"),
-        "recipe.yaml:15: data.train.weight: changes nothing: it is a share among several data sets; got 2; "
+        "recipe.yaml:15: data.train.weight: has no effect: it is a share among several data sets; got 2; "
         "remove it, or write a list of data sets",
     ),
     "a weight in a list of one": (
         train("[{path: a, format: messages, weight: 2}]"),
-        "recipe.yaml:15: data.train[0].weight: changes nothing: it is a share among several data sets; got 2; "
+        "recipe.yaml:15: data.train[0].weight: has no effect: it is a share among several data sets; got 2; "
         "remove it, or write a list of data sets",
     ),
     "a weight of evaluation": (
         train(ONE, "eval: {path: b, format: messages, weight: 1}"),
-        "recipe.yaml:17: data.eval.weight: changes nothing: an evaluation takes every row once; got 1; remove it",
+        "recipe.yaml:17: data.eval.weight: has no effect: an evaluation uses every row once; got 1; remove it",
     ),
     "a strategy without weights": (
         train(TWO, "stopping_strategy: all_exhausted"),
-        "recipe.yaml:17: data.stopping_strategy: changes nothing: no data set has a weight, so each row of each set is "
-        'taken once an epoch; got "all_exhausted"; add a weight to every data set of data.train, or remove this key',
+        "recipe.yaml:17: data.stopping_strategy: has no effect: no data set has a weight, so each row "
+        'is used once per epoch; got "all_exhausted"; add a weight to every data set of data.train, or remove this key',
     ),
     "a ceiling that nothing reaches": (
         train(ONE, "max_bad_share: 0.1"),
-        "recipe.yaml:17: data.max_bad_share: changes nothing: any bad row is an error; got 0.1; "
+        "recipe.yaml:17: data.max_bad_share: has no effect: any bad row is an error; got 0.1; "
         "write data.on_bad_row: drop, or remove this key",
     ),
     "plain text and a loss on answers": (
         train("[{path: a, format: messages}, {path: b, format: text}]"),
-        "recipe.yaml:15: data.train[1].format: plain text has no answers that could be told apart; "
+        "recipe.yaml:15: data.train[1].format: plain text has no answers: all of its tokens are supervised; "
         "got text, and data.loss_on: assistant; write data.loss_on: all, for all data sets of the recipe",
     ),
     "pairs of answers in SFT": (
         train("{path: a, format: orca_dpo}"),
-        "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; method.kind: sft takes one "
-        'answer a row; got "orca_dpo"; write method.kind: dpo, or give rows with one answer each, '
+        "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; "
+        'method.kind: sft takes one answer per row; got "orca_dpo"; '
+        "write method.kind: dpo, or give rows with one answer each, "
         "for example as messages",
     ),
     "an empty list": (
@@ -231,7 +232,7 @@ def test_what_concerns_the_hub_is_refused_for_files(desk: Desk, key: str) -> Non
     name, value = key.split(": ")
     got = value if value == "true" else f'"{value}"'
     assert line == (
-        f"recipe.yaml:15: data.train[0].{name}: is for data sets of the hub only; got {got}; "
+        f"recipe.yaml:15: data.train[0].{name}: only for data sets on the hub; got {got}; "
         "remove it, or write id in place of path"
     )
 

@@ -84,7 +84,7 @@ def test_an_override_can_supply_what_the_file_leaves_out(desk: Desk) -> None:
         ),
         (
             ["output_dir=!!python/name:os.system x"],
-            'command line: output_dir: YAML tags are refused; got "output_dir=!!python/name:os.system x"; '
+            'command line: output_dir: YAML tags are not allowed; got "output_dir=!!python/name:os.system x"; '
             "remove the tag: values are plain, or quote the value",
         ),
     ],

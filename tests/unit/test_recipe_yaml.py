@@ -57,7 +57,10 @@ def test_a_billion_laughs_is_never_expanded() -> None:
     started = time.process_time()
     reading = read_yaml("\n".join(rows))
     assert time.process_time() - started < 1
-    assert {mistake.what for mistake in reading.mistakes} == {"YAML anchors are refused", "YAML aliases are refused"}
+    assert {mistake.what for mistake in reading.mistakes} == {
+        "YAML anchors are not allowed",
+        "YAML aliases are not allowed",
+    }
 
 
 @pytest.mark.parametrize("bracket", ["[", "{? ", "- "])
