@@ -1,4 +1,4 @@
-"""A recipe -> what there is to say about it and its rows."""
+"""Check a recipe and its rows, and collect the results in a `Report`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from tqdm import tqdm
 from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
-from finetune.check.twins import find_twins
+from finetune.check.twins import find_duplicates
 from finetune.checkpoint import fingerprint
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
 from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
@@ -28,7 +28,7 @@ from finetune.moe.layout import Family
 from finetune.recipe import Recipe
 
 MAX_PROBLEMS = 1000
-"""So many bad rows of a set are named; the rest is counted."""
+"""At most this many bad rows of a data set are listed; the rest is counted."""
 
 Name = Literal["train", "eval"]
 SPLITS: tuple[Name, Name] = ("train", "eval")
@@ -37,16 +37,16 @@ T = TypeVar("T")
 
 
 def gather(recipe: Recipe, title: str, samples: int) -> Report:
-    """Check the recipe against the model's config, and every row; `samples` rows of each set are drawn.
+    """Check the recipe against the model's config, and every row; `samples` rows of each data set are drawn.
 
-    Prepared rows go to the cache, where the run finds them. What is wrong ends in `Report.problems`, from everything
-    that does not depend on what is wrong elsewhere: without a tokenizer the rows are still read.
+    Tokenised rows are cached for the run. Problems are collected in `Report.problems`; a check runs unless it depends
+    on one that failed: without a tokenizer the rows are still read.
     """
     report = Report(title, _settings(recipe), recipe.data.max_length)
     base = _base(recipe, report)
     if recipe.model.adapter is not None:
-        _attempt(report, lambda: _refuse_adapter(Path(str(recipe.model.adapter)), recipe, base))
-    mixtures = {name: found for name in SPLITS if (found := _mixture(name, recipe, base.tokenizer, report))}
+        _attempt(report, lambda: _check_adapter(Path(str(recipe.model.adapter)), recipe, base))
+    mixtures = {name: mixture for name in SPLITS if (mixture := _mixture(name, recipe, base.tokenizer, report))}
     share_prompts = _shares_prompts(mixtures.get("train"), recipe, base, report)
     for name, mixture in mixtures.items():
         batches = _batches(mixture, recipe, share_prompts)
@@ -55,12 +55,12 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
             drawn = draw(rows, chosen, samples, recipe.seed, base.tokenizer)
             report.samples += [(name, sample) for sample in drawn]
     if mixtures.keys() == {"train", "eval"}:
-        report.twins = find_twins(_texts(mixtures["train"]), _texts(mixtures["eval"]))
+        report.duplicates = find_duplicates(_texts(mixtures["train"]), _texts(mixtures["eval"]))
     return report
 
 
 def _attempt(report: Report, work: Callable[[], T]) -> T | None:
-    """The result, or None where what is expected to go wrong did, and stands in the report."""
+    """The result of `work`, or None if it raised a `FinetuneError`, whose problems are added to the report."""
     try:
         return work()
     except FinetuneError as error:
@@ -70,7 +70,7 @@ def _attempt(report: Report, work: Callable[[], T]) -> T | None:
 
 
 class _Base(NamedTuple):
-    """Of the checkpoint what could be had: its folder, its architecture and the run's tokenizer."""
+    """Folder, architecture and tokenizer of the checkpoint, as far as they could be loaded."""
 
     folder: Path | None = None
     family: Family | None = None
@@ -78,19 +78,19 @@ class _Base(NamedTuple):
 
 
 def _base(recipe: Recipe, report: Report) -> _Base:
-    """All that the checkpoint tells without its weights."""
+    """Load from the checkpoint what needs no weights."""
     folder = _attempt(report, lambda: resolve_checkpoint(recipe.model, weights=False))
     if folder is None:
         return _Base()
     local = Path(recipe.model.name_or_path).is_dir()
-    # Of a checkpoint on the hub there are no headers to read before its weights are there.
+    # A checkpoint on the hub has no headers to read before its weights are downloaded.
     family = _attempt(report, lambda: (checkpoint_family if local else config_family)(folder, recipe))
-    found = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
-    return _Base(folder, family, None if found is None else found[0])
+    loaded = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
+    return _Base(folder, family, None if loaded is None else loaded[0])
 
 
-def _refuse_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
-    """What the run would refuse in the adapter that it goes on from, as far as the checkpoint lies here."""
+def _check_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
+    """Check that the run can continue from the adapter, as far as the checkpoint is local."""
     earlier = read_earlier(folder)
     if base.folder is None or base.family is None or base.tokenizer is None:
         return
@@ -112,7 +112,7 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
 
 
 def _shares_prompts(train: Mixture | None, recipe: Recipe, base: _Base, report: Report) -> bool:
-    """Whether the run will compute a pair's prompt once for both answers; the report says why or why not."""
+    """True if the run will compute a pair's prompt once for both answers; the reason goes to the report."""
     if not isinstance(train, PairMixture) or base.folder is None or base.family is None:
         return False
     layout, why = pair_layout(recipe, base.family, architecture_config(base.folder), train)

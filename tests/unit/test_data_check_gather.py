@@ -70,8 +70,8 @@ def test_rows_are_counted_drawn_and_compared(model: Path) -> None:
     assert (report.problems, report.exit_code) == ([], 0)
     train, evaluation = report.splits
     assert (train.name, train.stats.rows, train.stats.used, train.stats.sequences) == ("train", 9, 9, 9)
-    assert train.course is not None
-    assert (train.course.steps_an_epoch, train.course.steps) == (3, 6)
+    assert train.schedule is not None
+    assert (train.schedule.steps_per_epoch, train.schedule.steps) == (3, 6)
     assert evaluation.stats.sets[0].source.format == "messages"
     assert evaluation.stats.sets[0].source.why
     assert [split for split, _ in report.samples] == ["train"] * 3 + ["eval"] * 2
@@ -81,8 +81,8 @@ def test_rows_are_counted_drawn_and_compared(model: Path) -> None:
         assert text.startswith("<|im_start|>user\n")
         assert supervised == "done<|im_end|>"
         assert sample.where.startswith(f"{split}.jsonl:")
-    assert report.twins is not None
-    assert [str(pair) for pair in report.twins.pairs] == ["train.jsonl:5 ~ eval.jsonl:1 (the same text)"]
+    assert report.duplicates is not None
+    assert [str(pair) for pair in report.duplicates.pairs] == ["train.jsonl:5 ~ eval.jsonl:1 (exact)"]
 
 
 def test_the_seed_of_the_recipe_draws_the_samples(model: Path) -> None:
@@ -145,7 +145,7 @@ def test_rows_that_are_dropped_are_named_up_to_the_ceiling(model: Path) -> None:
     report = check(recipe(model, on_bad_row="drop", max_bad_share=0.25))
     assert report.exit_code == 0
     assert report.splits[0].stats.bad == 1
-    assert [row.partition(": ")[0] for row in report.splits[0].bad_named] == ["train.jsonl:2"]
+    assert [row.partition(": ")[0] for row in report.splits[0].bad_listed] == ["train.jsonl:2"]
     assert report.remarks == ["train: 1 bad row left out"]
     report = check(recipe(model, on_bad_row="drop", max_bad_share=0.2))
     assert report.exit_code == 1

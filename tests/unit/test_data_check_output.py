@@ -17,7 +17,7 @@ from finetune.check.page import page, write_page
 from finetune.check.report import Report, batches_of, split_of
 from finetune.check.samples import Piece, Sample
 from finetune.check.terminal import Style, lines
-from finetune.check.twins import Pair, Twins
+from finetune.check.twins import Duplicates, Pair
 from finetune.data.tokens.stats import DataStats, RowStats, SetStats
 from finetune.errors import Problem
 from finetune.recipe import Recipe, load_recipe
@@ -73,7 +73,7 @@ def sample(*parts: tuple[str, bool], special: str = "<|im_end|>") -> Sample:
     return Sample("a.jsonl:3", pieces, 20, 5)
 
 
-def test_what_befell_the_rows_is_said_with_shares() -> None:
+def test_counts_of_rows_are_printed_with_shares() -> None:
     said = printed(report(recipe(), splits=[split("train", recipe(), bad=1, dropped=2, duplicates=4, rows=43)]))
     for line in (
         "rows       43 read, 40 (93.0 %) kept",
@@ -94,12 +94,12 @@ def test_packing_padding_and_steps_are_told_as_the_trainer_will_have_them() -> N
     )
     padded = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=2.5")
     said = printed(report(padded, splits=[split("train", padded), split("eval", padded)]))
-    assert said.count("40 rows, 2 at a time: 27.8 % padding to be expected") == 2
+    assert said.count("40 rows, 2 at a time: 27.8 % padding expected") == 2
     assert "steps      50 of 2 sequences; an epoch has 20: 2.5 epochs" in said
     once = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=1")
     assert "an epoch has 20: 1 epoch\n" in printed(report(once, splits=[split("train", once)]))
-    assert "a step     80 tokens, 20 supervised, on average" in said
-    assert said.count("a step ") == 1  # nothing is stepped over evaluation rows
+    assert "per step   80 tokens, 20 supervised, on average" in said
+    assert said.count("per step ") == 1  # nothing is stepped over evaluation rows
     single = recipe("data.packing=false", "training.per_device_train_batch_size=1")
     assert "40 rows, one at a time: no padding" in printed(report(single, splits=[split("train", single)]))
 
@@ -160,14 +160,14 @@ def test_a_long_sample_is_cut_in_the_terminal() -> None:
 
 def test_a_report_closes_with_what_a_reader_should_not_miss() -> None:
     clean = report(recipe(), splits=[split("train", recipe())])
-    assert printed(clean).endswith("\nNothing to complain about: a run can start, and every row can be trained on.")
-    twins = Twins(40, 2, 1, 5, [Pair("a.jsonl:1", "e.jsonl:2", 0.934, exact=False)])
-    told = report(recipe(), twins=twins)
+    assert printed(clean).endswith("\nNo problems found: every row can be trained on.")
+    duplicates = Duplicates(40, 2, 1, 5, [Pair("a.jsonl:1", "e.jsonl:2", 0.934, exact=False)])
+    told = report(recipe(), duplicates=duplicates)
     assert "    a.jsonl:1 ~ e.jsonl:2 (0.93)\n    ... and 2 more\n" in printed(told)
-    assert "3 of 40 evaluation rows stand, word for word or nearly, in the training rows" in printed(told)
-    assert "A run can start" in printed(told)
-    assert "Nothing to complain about" not in printed(told)
-    assert "can start" not in printed(report(recipe(), problems=[Problem("a.jsonl:1", "is bad", "mend it")]))
+    assert "3 of 40 evaluation rows also appear in the training set (exact or near duplicates)" in printed(told)
+    assert "No errors found" in printed(told)
+    assert "No problems found" not in printed(told)
+    assert " found: " not in printed(report(recipe(), problems=[Problem("a.jsonl:1", "is bad", "fix it")]))
 
 
 class Parsed(HTMLParser):
@@ -189,7 +189,7 @@ class Parsed(HTMLParser):
 
 
 def everything() -> Report:
-    bad = [f"a.jsonl:9: {EVIL}: is bad; mend it"]
+    bad = [f"a.jsonl:9: {EVIL}: is bad; fix it"]
     settings = recipe("data.max_length=64")
     told = report(
         settings,
@@ -200,7 +200,7 @@ def everything() -> Report:
         ("train", sample((EVIL, True), (" שלום 👩‍🚒 \u202e\x1b\ud800", False), ("<|im_end|>", True), ("", False)))
     ]
     told.samples[0][1].pieces[3] = Piece("", (), False, left_out=1234)
-    told.twins = Twins(1, 1, 0, 1, [Pair(EVIL, "e.jsonl:1", 1.0, exact=True)])
+    told.duplicates = Duplicates(1, 1, 0, 1, [Pair(EVIL, "e.jsonl:1", 1.0, exact=True)])
     return told
 
 
@@ -220,10 +220,10 @@ def test_the_page_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> N
 
 
 def test_the_page_lists_all_problems() -> None:
-    problems = [Problem(f"a.jsonl:{n}", f"is <bad> {n}", "mend it") for n in range(1000)]
+    problems = [Problem(f"a.jsonl:{n}", f"is <bad> {n}", "fix it") for n in range(1000)]
     parsed = Parsed(page(report(recipe(), problems=problems)))
     assert "A run would not start: 1,000 problems." in parsed.text
-    assert "a.jsonl:999: is <bad> 999; mend it" in parsed.text
+    assert "a.jsonl:999: is <bad> 999; fix it" in parsed.text
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

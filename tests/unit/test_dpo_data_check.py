@@ -86,12 +86,12 @@ def test_pairs_are_counted_with_steps_of_pairs(model: Path) -> None:
     assert report.problems == []
     [split] = report.splits
     assert (split.stats.rows, split.stats.used, split.batches.sequences, split.batches.unit) == (10, 10, 10, "pairs")
-    assert split.course is not None
-    assert (split.course.steps_an_epoch, split.course.steps) == (3, 6)
+    assert split.schedule is not None
+    assert (split.schedule.steps_per_epoch, split.schedule.steps) == (3, 6)
     said = printed(report)
     assert "    loss on    both answers of a pair\n" in said
     assert "    max_length 256 tokens for a prompt with one answer; longer pairs: error\n" in said
-    assert "  pairs by length in tokens, the longer conversation of each, before anything is cut\n" in said
+    assert "  pairs by length in tokens, the longer conversation of each, before truncation\n" in said
     text = page(report)
     assert "Training pairs" in text
     assert "pairs used" in text
@@ -121,7 +121,7 @@ def test_a_pair_has_two_rows_of_a_padded_batch(model: Path) -> None:
     pads = len(pair.chosen_ids) - len(pair.rejected_ids)
     assert report.splits[0].batches.padding == pytest.approx(pads / (2 * longest))
     said = " ".join(printed(report).split())
-    assert f"1 pair, one at a time: {100 * pads / (2 * longest):.1f} % padding to be expected" in said
+    assert f"1 pair, one at a time: {100 * pads / (2 * longest):.1f} % padding expected" in said
 
 
 def test_a_pair_that_shares_its_prompt_is_one_row(model: Path) -> None:
@@ -189,15 +189,15 @@ def test_a_space_at_the_beginning_of_an_answer_is_shown_for_both(model: Path) ->
     assert said == [" light</s>", " timer</s>"]
 
 
-def test_duplicates_and_twins_are_whole_pairs(model: Path) -> None:
+def test_duplicates_are_counted_by_pairs(model: Path) -> None:
     rows = [row("what is the first thing to do here", chosen, f"{ANSWER} now") for chosen in ("yes", "no", "yes")]
     write("train.jsonl", rows)
     write("eval.jsonl", [{**rows[1], "chosen": "NO"}, row("something else", "one", "two")])
     report = check(recipe(model, eval={"path": "eval.jsonl", "format": "preference"}))
-    assert report.splits[0].duplicates_named == ["train.jsonl:3 = train.jsonl:1"]
-    assert report.twins is not None
-    assert (report.twins.eval_rows, report.twins.exact) == (2, 1)
-    assert [str(pair) for pair in report.twins.pairs] == ["train.jsonl:2 ~ eval.jsonl:1 (the same text)"]
+    assert report.splits[0].duplicates_listed == ["train.jsonl:3 = train.jsonl:1"]
+    assert report.duplicates is not None
+    assert (report.duplicates.eval_rows, report.duplicates.exact) == (2, 1)
+    assert [str(pair) for pair in report.duplicates.pairs] == ["train.jsonl:2 ~ eval.jsonl:1 (exact)"]
 
 
 def test_judged_rows_are_kept_as_pairs(model: Path) -> None:
