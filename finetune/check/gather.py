@@ -45,8 +45,8 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
     report = Report(title, _settings(recipe), recipe.data.max_length)
     base = _base(recipe, report)
     if recipe.model.adapter is not None:
-        _attempt(report, lambda: _check_adapter(Path(str(recipe.model.adapter)), recipe, base))
-    mixtures = {name: mixture for name in SPLITS if (mixture := _mixture(name, recipe, base.tokenizer, report))}
+        _attempt(report, lambda: _refuse_adapter(Path(str(recipe.model.adapter)), recipe, base))
+    mixtures = {name: found for name in SPLITS if (found := _mixture(name, recipe, base.tokenizer, report))}
     share_prompts = _shares_prompts(mixtures.get("train"), recipe, base, report)
     for name, mixture in mixtures.items():
         batches = _batches(mixture, recipe, share_prompts)
@@ -70,7 +70,7 @@ def _attempt(report: Report, work: Callable[[], T]) -> T | None:
 
 
 class _Base(NamedTuple):
-    """Folder, architecture and tokenizer of the checkpoint, as far as they could be loaded."""
+    """Of the checkpoint what could be had: its folder, its architecture and the run's tokenizer."""
 
     folder: Path | None = None
     family: Family | None = None
@@ -78,19 +78,19 @@ class _Base(NamedTuple):
 
 
 def _base(recipe: Recipe, report: Report) -> _Base:
-    """Load from the checkpoint what needs no weights."""
+    """All that the checkpoint tells without its weights."""
     folder = _attempt(report, lambda: resolve_checkpoint(recipe.model, weights=False))
     if folder is None:
         return _Base()
     local = Path(recipe.model.name_or_path).is_dir()
-    # A checkpoint on the hub has no headers to read before its weights are downloaded.
+    # Of a checkpoint on the hub there are no headers to read before its weights are there.
     family = _attempt(report, lambda: (checkpoint_family if local else config_family)(folder, recipe))
-    loaded = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
-    return _Base(folder, family, None if loaded is None else loaded[0])
+    found = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
+    return _Base(folder, family, None if found is None else found[0])
 
 
-def _check_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
-    """Check that the run can continue from the adapter, as far as the checkpoint is local."""
+def _refuse_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
+    """What the run would refuse in the adapter that it goes on from, as far as the checkpoint lies here."""
     earlier = read_earlier(folder)
     if base.folder is None or base.family is None or base.tokenizer is None:
         return
@@ -112,7 +112,7 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
 
 
 def _shares_prompts(train: Mixture | None, recipe: Recipe, base: _Base, report: Report) -> bool:
-    """True if the run will compute a pair's prompt once for both answers; the reason goes to the report."""
+    """Whether the run will compute a pair's prompt once for both answers; the report says why or why not."""
     if not isinstance(train, PairMixture) or base.folder is None or base.family is None:
         return False
     layout, why = pair_layout(recipe, base.family, architecture_config(base.folder), train)

@@ -1,4 +1,4 @@
-"""The rows of a source without a tokenizer: their texts and their problems."""
+"""The rows of a source without a tokenizer: what they say, and what is wrong with them."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -14,42 +14,42 @@ from finetune.recipe import DataSource
 
 
 def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
-    """The text of each valid row, with its `file:line`."""
+    """What each sound row says, with its `file:line`."""
     read = reader(row_format, source.columns)
     for row in _rows(source):
         if not isinstance(row.value, RowError):
             try:
                 yield f"{row.path}:{row.number}", words_of(read(row.value))
             except RowError:
-                continue  # dropped by the recipe's on_bad_row, and listed with the bad rows
+                continue  # one of the bad rows that the recipe says to drop; it is named among them
 
 
 def read_without_tokenizer(sources: Sequence[DataSource], kind: Kind, max_problems: int) -> None:
-    """Read every row; raises DataError with every row that does not fit the format or the `kind` of example."""
+    """Read every row; `DataError` with all of those that the format refuses, or that `kind` cannot be made of."""
     problems: list[Problem] = []
     for source in sources:
         try:
-            problems += _bad_rows(source, kind, max_problems)
+            problems += _refused(source, kind, max_problems)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
 
 
-def _bad_rows(source: DataSource, kind: Kind, max_problems: int) -> list[Problem]:
-    bad = Problems(max_problems)
+def _refused(source: DataSource, kind: Kind, max_problems: int) -> list[Problem]:
+    refused = Problems(max_problems)
     try:
         read = reader(_format(source), source.columns)
     except RowError as error:
-        # Lines that are not rows at all are found without knowing the format.
+        # Where no format is known, what is no row at all is still found.
         for row in _rows(source):
             if isinstance(row.value, RowError):
-                bad.add(row.path, row.number, row.value)
-        return [*bad.report(), error.problem(str(source.path or source.id), 0)]
+                refused.add(row.path, row.number, row.value)
+        return [*refused.report(), error.problem(str(source.path or source.id), 0)]
     for item in kind.items(_rows(source), read):
         if (wrong := _wrong(item, kind)) is not None:
-            bad.add(wrong.row.path, wrong.row.number, wrong.error)
-    return bad.report()
+            refused.add(wrong.row.path, wrong.row.number, wrong.error)
+    return refused.report()
 
 
 def _wrong(item: Item, kind: Kind) -> Wrong | None:

@@ -70,7 +70,7 @@ class Duplicates:
 
 
 def words_of(example: Example) -> str:
-    """The text of a row: all turns but the system's, one per line, or the document. A pair's prompt occurs once."""
+    """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once."""
     if isinstance(example, Document):
         return example.text
     texts = []

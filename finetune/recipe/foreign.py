@@ -3,6 +3,7 @@
 Only the common ones. Names that exist in another section, and misspelt ones, are found in the settings (`unknown.py`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -76,7 +77,7 @@ _OTHER = {
 }
 
 
-def _renamed(table: dict[str, tuple[str, ...]]) -> dict[str, Foreign]:
+def _renamed(table: Mapping[str, tuple[str, ...]]) -> dict[str, Foreign]:
     return {
         name: Foreign("another tool's name for a setting", f"write {ours}")
         for ours, names in table.items()

@@ -11,7 +11,7 @@ from trl import DPOConfig, SFTConfig
 from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
-SCALARS = {bool: {bool}, int: {int}, float: {int, float}, str: {str}, NoneType: {NoneType}}
+SCALARS: dict[object, set[type]] = {bool: {bool}, int: {int}, float: {int, float}, str: {str}, NoneType: {NoneType}}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -35,8 +35,8 @@ def test_a_field_takes_the_scalars_of_its_annotation(kind: str) -> None:
     for name in PASSED.keys() & types.keys():
         field = PASSED[name]
         options = typing.get_args(types[name]) if field.annotation.count("|") else (types[name],)
-        scalars = [SCALARS.get(option, {str}) for option in options]
-        assert set(field.accepts) == set().union(*scalars), f"{name} has another type in TRL: {types[name]}"
+        scalars = {scalar for option in options for scalar in SCALARS.get(option, {str})}
+        assert set(field.accepts) == scalars, f"{name} has another type in TRL: {types[name]}"
 
 
 def test_the_optimizers_are_those_of_the_installed_transformers() -> None:
