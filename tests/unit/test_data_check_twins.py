@@ -95,7 +95,7 @@ def test_each_evaluation_row_is_counted_once_with_its_nearest_and_only_the_first
     assert duplicates.train_rows == LISTED + 11
 
 
-def test_what_a_row_says_are_its_turns_but_the_system_prompt() -> None:
+def test_the_text_of_a_row_is_its_turns_without_the_system_prompt() -> None:
     call = {"type": "function", "function": {"name": "look", "arguments": {"at": "Köln"}}}
     row = {
         "messages": [
@@ -108,8 +108,8 @@ def test_what_a_row_says_are_its_turns_but_the_system_prompt() -> None:
     }
     example = reader("messages")(row)
     assert isinstance(example, Conversation)
-    said = ["Wie ist das Wetter?", "", '{"name": "look", "arguments": {"at": "Köln"}}', "17 Grad", "Mild."]
-    assert words_of(example).split("\n") == said
+    texts = ["Wie ist das Wetter?", "", '{"name": "look", "arguments": {"at": "Köln"}}', "17 Grad", "Mild."]
+    assert words_of(example).split("\n") == texts
     assert words_of(Document("A text.")) == "A text."
     messages = [Message(role="system", content="s"), Message(role="user", content="a")]
     one, other = (Message(role="assistant", content=text) for text in ("b", "c"))

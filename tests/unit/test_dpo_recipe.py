@@ -21,7 +21,7 @@ def dpo(*lines: str, after: str = "") -> str:
     return changed(("kind: sft", "\n  ".join(["kind: dpo", "beta: 0.1", *lines])), PAIRS, after=after)
 
 
-def test_what_is_not_written_is_plain_dpo(desk: Desk) -> None:
+def test_the_defaults_are_plain_dpo(desk: Desk) -> None:
     method = desk.load(dpo()).method
     assert isinstance(method, DpoSettings)
     assert (method.beta, method.loss_type, method.reference, method.prompt_sharing) == (

@@ -48,7 +48,7 @@ def test_the_place_in_a_list_is_named(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("name", ["last_assistant", "completion", "all"])
-def test_a_loss_elsewhere_than_on_the_answers_is_refused(desk: Desk, name: str) -> None:
+def test_dpo_rejects_another_loss_on_than_the_answers(desk: Desk, name: str) -> None:
     assert desk.complaints(dpo("{path: a, format: auto}", f"loss_on: {name}")) == [
         "recipe.yaml:18: data.loss_on: the loss of a pair is on its two answers, and nowhere else; "
         f'got "{name}"; write assistant, or remove this key'
@@ -62,7 +62,7 @@ def test_pairs_are_not_split(desk: Desk) -> None:
     ]
 
 
-def test_all_of_it_is_said_at_once_and_nothing_of_it_where_the_method_is_not_known(desk: Desk) -> None:
+def test_conflicts_with_dpo_are_reported_at_once_and_only_for_dpo(desk: Desk) -> None:
     text = dpo("{path: a, format: text}", "loss_on: completion", "overlong: split")
     assert [line.split(": ")[1] for line in desk.complaints(text)] == [
         "data.train.format",

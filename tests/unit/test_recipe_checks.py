@@ -156,7 +156,7 @@ def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: st
         (".*proj", "without patterns"),
     ],
 )
-def test_a_wrong_target_is_answered_with_the_right_one(desk: Desk, name: str, advice: str) -> None:
+def test_the_right_target_is_named_for_a_wrong_one(desk: Desk, name: str, advice: str) -> None:
     (line,) = desk.complaints(changed((TARGETS, f'[attention, "{name}"]')))
     assert line.startswith(f'recipe.yaml:7: lora.targets[1]: not a target; got "{name}"; ')
     assert advice in line
@@ -189,7 +189,7 @@ def test_a_dense_recipe_needs_no_router(desk: Desk) -> None:
     )
 
 
-def test_checks_do_not_repeat_what_was_already_said(desk: Desk) -> None:
+def test_checks_do_not_repeat_reported_problems(desk: Desk) -> None:
     text = training("per_device_train_batch_size: x", "num_train_epochs: -1")
     assert [line.split(": ")[1] for line in desk.complaints(text)] == [
         "training.per_device_train_batch_size",
@@ -212,12 +212,12 @@ def test_checks_do_not_repeat_what_was_already_said(desk: Desk) -> None:
         ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
     ],
 )
-def test_trainer_args_are_held_against_the_trainers_own_fields(desk: Desk, argument: str, complaint: str) -> None:
+def test_trainer_args_are_checked_against_the_trainers_fields(desk: Desk, argument: str, complaint: str) -> None:
     name = argument.partition(":")[0]
     lines = desk.complaints(training(f"trainer_args: {{{argument}}}"))
     assert lines == [f"recipe.yaml:21: training.trainer_args.{name}: {complaint}"]
 
 
-def test_trainer_args_pass_what_the_trainer_has_and_the_recipe_does_not_name(desk: Desk) -> None:
+def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(desk: Desk) -> None:
     recipe = desk.load(training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}"))
     assert recipe.training.trainer_args == {"adam_beta2": 0.99, "save_total_limit": 2, "dataloader_num_workers": 0}

@@ -41,7 +41,7 @@ def test_one_data_set_is_a_list_of_one_to_the_code(desk: Desk) -> None:
 def test_a_list_of_data_sets_keeps_its_order(desk: Desk) -> None:
     recipe = desk.load(train(TWO, f"eval: {TWO}"))
     for which in ("train", "eval"):
-        assert [(each.path, each.format) for each in recipe.data.sources(which)] == [
+        assert [(data_set.path, data_set.format) for data_set in recipe.data.sources(which)] == [
             ("a.jsonl", "messages"),
             ("b.jsonl", "alpaca"),
         ]
@@ -227,7 +227,7 @@ def test_every_format_of_two_answers_is_refused_in_sft(desk: Desk, name: str) ->
 
 
 @pytest.mark.parametrize("key", ["config: x", "split: test", "revision: x", "streaming: true"])
-def test_what_concerns_the_hub_is_refused_for_files(desk: Desk, key: str) -> None:
+def test_hub_settings_are_rejected_for_files(desk: Desk, key: str) -> None:
     (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}}}, {{path: b, format: messages}}]"))
     name, value = key.split(": ")
     got = value if value == "true" else f'"{value}"'
@@ -246,11 +246,11 @@ def test_the_same_file_read_by_other_columns_is_another_data_set(desk: Desk) -> 
 def test_a_mixture_may_repeat_its_smaller_sets(desk: Desk) -> None:
     weighted = "[{path: a, format: messages, weight: 0.5}, {path: b, format: messages, weight: 2}]"
     recipe = desk.load(train(weighted, "stopping_strategy: all_exhausted"))
-    assert [each.weight for each in recipe.data.sources("train")] == [0.5, 2.0]
+    assert [data_set.weight for data_set in recipe.data.sources("train")] == [0.5, 2.0]
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN_IN_SOURCE))
-def test_a_key_of_another_tools_data_set_is_answered(desk: Desk, key: str) -> None:
+def test_a_foreign_key_of_a_data_set_is_explained(desk: Desk, key: str) -> None:
     (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}: 1}}]"))
     foreign = FOREIGN_IN_SOURCE[key]
     assert line == f"recipe.yaml:15: data.train[0].{key}: unknown key: {foreign.what}; got 1; {foreign.do}"
@@ -273,7 +273,7 @@ def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str,
     assert f"write {ours}" in line
 
 
-def test_names_of_the_hub_and_paths_are_told_apart_by_their_looks() -> None:
+def test_hub_names_and_paths_are_told_apart_by_their_form() -> None:
     assert is_hub_id("owner/a_set.v1")
     assert not is_hub_id("a/b/c")
     assert looks_like_hub_id("owner/name")
@@ -283,7 +283,7 @@ def test_names_of_the_hub_and_paths_are_told_apart_by_their_looks() -> None:
     assert hub_id_in_url("ftp://somewhere/rows") is None
 
 
-def test_editors_are_told_of_both_shapes_and_of_path_or_id() -> None:
+def test_the_schema_allows_one_data_set_or_a_list_and_path_or_id() -> None:
     schema = json_schema()
     one, many = schema["$defs"]["DataSettings"]["properties"]["train"]["oneOf"]
     assert one == {"$ref": "#/$defs/DataSource"}

@@ -16,7 +16,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(tmp_path, monkeypatch)
 
 
-def test_a_sound_recipe_loads_and_reads_1e3_as_a_number(desk: Desk) -> None:
+def test_a_valid_recipe_loads_and_reads_1e3_as_a_number(desk: Desk) -> None:
     recipe = desk.load(SOUND)
     assert recipe.training.learning_rate == 0.001
     assert recipe.lora.lora_alpha == 16.0
@@ -207,7 +207,7 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(desk: Desk) 
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN))
-def test_a_key_of_another_tool_is_answered_wherever_it_stands(desk: Desk, key: str) -> None:
+def test_a_foreign_key_is_explained_in_any_section(desk: Desk, key: str) -> None:
     for text in (changed(after=f"{key}: 1\n"), changed(("  r: 8", f"  r: 8\n  {key}: 1"))):
         (line,) = desk.complaints(text)
         assert f"{key}: unknown key: {FOREIGN[key].what}; got 1; {FOREIGN[key].do}" in line
