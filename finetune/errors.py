@@ -1,4 +1,4 @@
-"""Floor 0: the errors a user can meet. Each says where, what was found, and what to do."""
+"""The expected errors. Each says where, what is wrong, and what to do."""
 
 import errno
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: `where` (file:line: key, file, tensor name ...), `what` is wrong, what was `got`, what to `do`."""
+    """One problem: `where` (file:line: key, file, tensor name ...), `what` is wrong, what was `got`, what to `do`."""
 
     where: str
     what: str
@@ -48,7 +48,7 @@ class RunError(FinetuneError):
 
 
 def as_expected(error: FinetuneError | OSError) -> FinetuneError:
-    """The error as it is printed. A path that the system refuses becomes a line; any other OSError is raised again."""
+    """The error to print. An OSError about a path becomes a FinetuneError; any other OSError is raised again."""
     if isinstance(error, FinetuneError):
         return error
     if error.errno == errno.ENOSPC:
@@ -56,5 +56,5 @@ def as_expected(error: FinetuneError | OSError) -> FinetuneError:
         return FinetuneError(Problem(where, "the disk is full", "free space, or write to another disk"))
     if error.filename is None:
         raise error
-    what = f"the system refuses this path ({error.strerror})"
+    what = f"cannot be accessed ({error.strerror})"
     return FinetuneError(Problem(str(error.filename), what, "check that its folder exists and can be written to"))

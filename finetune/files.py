@@ -1,4 +1,4 @@
-"""Floor 0: files that appear whole or not at all."""
+"""Write files atomically."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary sibling, then put it in place of `path`: a kill leaves the old or the new file."""
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old or the new file."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write(temporary)
@@ -20,15 +20,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text in one step."""
+    """Write UTF-8 text atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def as_json(value: Any) -> str:
-    """JSON text as `write_json` writes it; NaN and infinity are refused (ValueError): they are not JSON."""
+    """JSON text as `write_json` writes it; NaN and infinity raise ValueError, as they are not JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one step."""
+    """Write JSON atomically."""
     write_text(path, as_json(value))

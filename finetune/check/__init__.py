@@ -1,4 +1,4 @@
-"""What `finetune check` does: every row of a recipe read, judged and tokenised as for the run, without a weight.
+"""`finetune check`: read, validate and tokenise every row of a recipe as the run would, without loading weights.
 
 `gather` makes a `Report` of a recipe; `terminal` and `page` write it.
 """

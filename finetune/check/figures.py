@@ -1,4 +1,4 @@
-"""What follows from the lengths of the rows: a histogram, what packing leaves unfilled, what padding adds."""
+"""Figures of the row lengths: a histogram, and the expected share of padding."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -23,24 +23,24 @@ class Bin:
 
 
 def histogram(lengths: Mapping[int, int], limit: int) -> list[Bin]:
-    """Rows by length (length -> rows), from the shortest to the longest; no bin lies on both sides of `limit`.
+    """Rows by length (`lengths`: length -> rows), from the shortest to the longest; no bin crosses `limit`.
 
-    Equal bins, at most `MAX_BINS`. Where these would put more than two thirds of the rows into one of them, each bin is
-    twice as wide as the one before it: then few long rows do not hide how long most are.
+    Bins of equal width, at most `MAX_BINS`. If one of them had more than two thirds of the rows, each bin is twice as
+    wide as the one before it instead: a few long rows then do not hide the lengths of most.
     """
     if not lengths:
         return []
     longest = max(lengths)
-    # Powers of two: round numbers to whoever counts tokens, and `limit` nearly always is one.
+    # Powers of two, as `limit` nearly always is.
     width = 2 ** max(0, math.ceil(math.log2(longest / MAX_BINS)))
     equal = _counted(lengths, range(0, longest + width, width), limit)
-    if width == 1 or max(each.rows for each in equal) <= 2 / 3 * sum(lengths.values()):
+    if width == 1 or max(bin_.rows for bin_ in equal) <= 2 / 3 * sum(lengths.values()):
         return equal
     return _counted(lengths, [0, *(2**power for power in range((longest - 1).bit_length() + 1))], limit)
 
 
 def _counted(lengths: Mapping[int, int], ends: Iterable[int], limit: int) -> list[Bin]:
-    """Bins that end at `ends`, each without its beginning, from the first to the last with a row."""
+    """Bins (start, end] with their ends at `ends`, from the first to the last that has rows."""
     edges = sorted(ends)
     if limit < edges[-1]:
         edges = sorted({*edges, limit})
@@ -48,15 +48,15 @@ def _counted(lengths: Mapping[int, int], ends: Iterable[int], limit: int) -> lis
     before = np.concatenate([[0], np.cumsum([lengths[int(size)] for size in sizes])])
     rows = np.diff(before[np.searchsorted(sizes, edges, side="right")])
     bins = [Bin(first + 1, last, int(n)) for first, last, n in zip(edges, edges[1:], rows, strict=False)]
-    occupied = [index for index, each in enumerate(bins) if each.rows]
+    occupied = [index for index, bin_ in enumerate(bins) if bin_.rows]
     return bins[occupied[0] : occupied[-1] + 1]
 
 
 def padding_share(tokens: npt.NDArray[np.int32], longest: npt.NDArray[np.int32], batch: int, rows: int = 1) -> float:
-    """The share of pads that is expected where items, drawn at random `batch` at a time, are padded to their longest.
+    """Expected share of padding tokens if `batch` random items at a time are padded to the longest.
 
-    Each item is `rows` rows of the batch with `tokens` in all, the longest of them of `longest`. Exact for full
-    batches: the expected longest of a draw without replacement, from P(all `batch` items <= n).
+    Each item is `rows` rows of the batch with `tokens` in total, the longest of them of `longest` tokens. Exact for
+    full batches: the expected maximum of a draw without replacement, from P(all `batch` items <= n).
     """
     sizes, counts = np.unique(longest, return_counts=True)
     batch = min(batch, len(longest))

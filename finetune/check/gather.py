@@ -1,4 +1,4 @@
-"""A recipe -> what there is to say about it and its rows."""
+"""Check a recipe and its rows, and collect the results in a `Report`."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ from tqdm import tqdm
 from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
-from finetune.check.twins import find_twins
+from finetune.check.twins import find_duplicates
 from finetune.checkpoint import fingerprint
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
 from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
@@ -28,7 +28,7 @@ from finetune.moe.layout import Family
 from finetune.recipe import Recipe
 
 MAX_PROBLEMS = 1000
-"""So many bad rows of a set are named; the rest is counted."""
+"""At most this many bad rows of a data set are listed; the rest is counted."""
 
 Name = Literal["train", "eval"]
 SPLITS: tuple[Name, Name] = ("train", "eval")
@@ -37,10 +37,10 @@ T = TypeVar("T")
 
 
 def gather(recipe: Recipe, title: str, samples: int) -> Report:
-    """Check the recipe against the model's config, and every row; `samples` rows of each set are drawn.
+    """Check the recipe against the model's config, and every row; `samples` rows of each data set are drawn.
 
-    Prepared rows go to the cache, where the run finds them. What is wrong ends in `Report.problems`, from everything
-    that does not depend on what is wrong elsewhere: without a tokenizer the rows are still read.
+    Tokenised rows are cached for the run. Problems are collected in `Report.problems`; a check runs unless it depends
+    on one that failed: without a tokenizer the rows are still read.
     """
     report = Report(title, _settings(recipe), recipe.data.max_length)
     base = _base(recipe, report)
@@ -55,12 +55,12 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
             drawn = draw(rows, chosen, samples, recipe.seed, base.tokenizer)
             report.samples += [(name, sample) for sample in drawn]
     if mixtures.keys() == {"train", "eval"}:
-        report.twins = find_twins(_texts(mixtures["train"]), _texts(mixtures["eval"]))
+        report.duplicates = find_duplicates(_texts(mixtures["train"]), _texts(mixtures["eval"]))
     return report
 
 
 def _attempt(report: Report, work: Callable[[], T]) -> T | None:
-    """The result, or None where what is expected to go wrong did, and stands in the report."""
+    """The result of `work`, or None if it raised a `FinetuneError`, whose problems are added to the report."""
     try:
         return work()
     except FinetuneError as error:

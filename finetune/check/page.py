@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: no network, no script."""
+"""A report as one self-contained HTML page: no network, no script."""
 
 from importlib.resources import files
 from itertools import groupby
@@ -8,37 +8,35 @@ from jinja2 import Environment, StrictUndefined
 
 from finetune.check.report import Report
 from finetune.check.samples import Piece, Sample, shown
-from finetune.check.wording import length_title, more, of, percent, set_fields, split_fields, twin_fields
+from finetune.check.wording import duplicate_fields, length_title, more, of, percent, set_fields, split_fields
 from finetune.files import write_text
-
-MAX_PROBLEMS = 1000
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Write the page, whole or not at all."""
+    """Write the page atomically."""
     write_text(path, page(report))
 
 
 def page(report: Report) -> str:
-    """The page. Everything that comes from the recipe or from rows is escaped."""
+    """The page as HTML. Everything from the recipe or the rows is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
+        "duplicate_fields": duplicate_fields,
         "length_title": length_title,
         "more": more,
         "of": of,
         "percent": percent,
         "set_fields": set_fields,
         "split_fields": split_fields,
-        "twin_fields": twin_fields,
         "runs": _runs,
     }
     template = environment.from_string((files(__package__) / "page.html.jinja").read_text(encoding="utf-8"))
-    # A lone surrogate, which JSON can spell, has no place in UTF-8.
+    # JSON can contain a lone surrogate, which UTF-8 cannot encode.
     return template.render(report=report).encode("utf-8", "replace").decode("utf-8")
 
 
 def _runs(sample: Sample) -> list[tuple[bool, list[tuple[Piece, str]]]]:
-    """Neighbouring pieces with the same supervision, each with its text as it is shown."""
+    """Runs of pieces with the same supervision, each piece with its text as it is shown."""
     runs = []
     for supervised, group in groupby(sample.pieces, key=lambda piece: piece.supervised):
         pieces = list(group)

@@ -1,4 +1,4 @@
-"""What `finetune check` found, as plain values: the terminal and the page are written from these."""
+"""The results of `finetune check` as plain values, from which terminal output and page are written."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from finetune.check.figures import Bin, histogram, padding_share
 from finetune.check.samples import Sample
-from finetune.check.twins import Twins
+from finetune.check.twins import Duplicates
 from finetune.data.tokens.packing import count_sequences
 from finetune.data.tokens.pairs import PairMixture, capacity
 from finetune.data.tokens.stats import DataStats
@@ -18,16 +18,15 @@ from finetune.errors import Problem
 from finetune.recipe import Recipe
 
 LONGEST = 5
-"""So many of the longest rows are named."""
+"""Number of longest rows that are listed."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """What a step is fed with.
+    """The sequences of a split: rows (or pairs: `unit`) or packed sequences, `batch` of them in a micro-batch.
 
-    `sequences` are rows (or pairs: `unit`), or packed ones, of which a batch on one device has `batch`; `unfilled`:
-    share of the `capacity` of packed sequences that no token stands in; `padding`: share of pads that is expected in a
-    batch.
+    `unfilled`: share of the `capacity` of packed sequences that is not used; `padding`: expected share of padding in
+    a batch.
     """
 
     sequences: int
@@ -39,75 +38,74 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Course:
-    """Steps of one epoch and of the run, and what a step sees on average. `epochs`: passes over the data of the run."""
+class Schedule:
+    """Steps of one epoch and of the run, and the average tokens of a step. `epochs`: passes over the data."""
 
-    a_step: int  # sequences
-    steps_an_epoch: int
+    sequences_per_step: int
+    steps_per_epoch: int
     steps: int
     epochs: float
-    tokens_a_step: float
-    supervised_a_step: float
+    tokens_per_step: float
+    supervised_per_step: float
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training or evaluation rows, or pairs of answers, whose length is that of the longer conversation."""
+    """Training or evaluation rows, or pairs of answers; the length of a pair is that of its longer conversation."""
 
     name: str
     stats: DataStats
-    lengths: list[Bin]  # of the rows as they were read, before anything is cut
+    lengths: list[Bin]  # of the rows before truncation or splitting
     longest_rows: list[tuple[int, str]]  # (tokens, file:line), longest first
     batches: Batches
-    course: Course | None  # of the training rows
+    schedule: Schedule | None  # of the training rows
 
     @property
-    def longest_named(self) -> list[str]:
+    def longest_listed(self) -> list[str]:
         """The longest rows, longest first."""
         return [f"{tokens:>7,}  {where}" for tokens, where in self.longest_rows]
 
     @property
-    def duplicates_named(self) -> list[str]:
-        """The first rows whose text came before in their set."""
-        return [f"{where} = {first}" for each in self.stats.sets for where, first in each.source.duplicate_rows]
+    def duplicates_listed(self) -> list[str]:
+        """The first rows with the same text as an earlier row of their data set."""
+        return [f"{where} = {first}" for data_set in self.stats.sets for where, first in data_set.source.duplicate_rows]
 
     @property
-    def bad_named(self) -> list[str]:
-        """The first rows that were left out, with what is wrong with them."""
-        return [message for each in self.stats.sets for message in each.source.bad_rows]
+    def bad_listed(self) -> list[str]:
+        """The first rows that were left out, with the reason."""
+        return [message for data_set in self.stats.sets for message in data_set.source.bad_rows]
 
 
 @dataclass
 class Report:
-    """All of it. `problems` are what would stop a run; `exit_code` is 2 if the recipe is among them."""
+    """All results. `problems` would stop a run; `exit_code` is 2 if the recipe has one."""
 
     title: str
-    settings: list[tuple[str, str]]  # what of the recipe decides the tokens
+    settings: list[tuple[str, str]]  # settings of the recipe that decide the tokens
     max_length: int
     splits: list[Split] = field(default_factory=list)
     samples: list[tuple[str, Sample]] = field(default_factory=list)  # (train or eval, row)
-    twins: Twins | None = None
+    duplicates: Duplicates | None = None
     problems: list[Problem] = field(default_factory=list)
     exit_code: int = 0
 
     @property
     def remarks(self) -> list[str]:
-        """What a run would not stop at and a reader should not miss, one sentence each."""
-        said = [remark for split in self.splits for remark in _remarks(split)]
-        if self.twins and self.twins.pairs:
-            twins = self.twins
-            said.append(
-                f"{twins.exact + twins.near:,} of {twins.eval_rows:,} evaluation rows stand, word for word or nearly, "
-                "in the training rows"
+        """Findings that do not stop a run but deserve attention, one sentence each."""
+        remarks = [remark for split in self.splits for remark in _remarks(split)]
+        if self.duplicates and self.duplicates.pairs:
+            count, total = self.duplicates.exact + self.duplicates.near, self.duplicates.eval_rows
+            remarks.append(
+                f"{count:,} of {total:,} evaluation rows also appear in the training set (exact or near duplicates)"
             )
-        return said
+        return remarks
 
     @property
     def verdict(self) -> str:
         """The closing line of a report without problems."""
         if self.remarks:
-            return "A run can start: every row that it uses can be trained on."
-        return "Nothing to complain about: a run can start, and every row can be trained on."
+            return "No errors found: every row that the run uses can be trained on."
+        return "No problems found: every row can be trained on."
 
 
 def _remarks(split: Split) -> list[str]:
@@ -119,8 +117,8 @@ def _remarks(split: Split) -> list[str]:
         "{} split into pieces": stats.split,
         "duplicate {}": stats.duplicates,
     }
-    said = [f"{count:,} {what.format('row' if count == 1 else 'rows')}" for what, count in counts.items() if count]
-    return [f"{split.name}: {', '.join(said)}"] if said else []
+    phrases = [f"{count:,} {text.format('row' if count == 1 else 'rows')}" for text, count in counts.items() if count]
+    return [f"{split.name}: {', '.join(phrases)}"] if phrases else []
 
 
 def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -> Batches:
@@ -133,7 +131,7 @@ def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -
 
 
 def pair_batches_of(mixture: PairMixture, recipe: Recipe, share_prompts: bool) -> Batches:
-    """Pairs, packed or padded to the longest row of a batch: two rows each, or one where they share their prompt."""
+    """Pairs, packed or padded to the longest row of a batch: two rows per pair, or one if they share the prompt."""
     batch, limit = recipe.training.per_device_train_batch_size, capacity(recipe.data)
     places = mixture.places(share_prompts)
     if recipe.data.packing:
@@ -143,32 +141,32 @@ def pair_batches_of(mixture: PairMixture, recipe: Recipe, share_prompts: bool) -
     return Batches(len(places), batch, None, padding_share(places, longest, batch, rows), limit, "pairs")
 
 
-def course_of(stats: DataStats, recipe: Recipe) -> Course:
-    """As transformers' trainer counts: the last step of an epoch takes what is left."""
+def schedule_of(stats: DataStats, recipe: Recipe) -> Schedule:
+    """The steps as transformers' trainer counts them: the last step of an epoch takes the remaining rows."""
     training = recipe.training
-    an_epoch = math.ceil(stats.sequences / training.global_batch_size)
-    steps = training.max_steps or math.ceil((training.num_train_epochs or 1.0) * an_epoch)
-    return Course(
-        a_step=training.global_batch_size,
-        steps_an_epoch=an_epoch,
+    steps_per_epoch = math.ceil(stats.sequences / training.global_batch_size)
+    steps = training.max_steps or math.ceil((training.num_train_epochs or 1.0) * steps_per_epoch)
+    return Schedule(
+        sequences_per_step=training.global_batch_size,
+        steps_per_epoch=steps_per_epoch,
         steps=steps,
-        epochs=steps / an_epoch,
-        tokens_a_step=stats.tokens / an_epoch,
-        supervised_a_step=stats.supervised_tokens / an_epoch,
+        epochs=steps / steps_per_epoch,
+        tokens_per_step=stats.tokens / steps_per_epoch,
+        supervised_per_step=stats.supervised_tokens / steps_per_epoch,
     )
 
 
 def split_of(name: str, stats: DataStats, batches: Batches, recipe: Recipe) -> Split:
-    """A split's figures."""
+    """The figures of a split."""
     counted: Counter[int] = Counter()
-    for each in stats.sets:
-        counted.update(each.source.lengths)
-    longest = sorted((row for each in stats.sets for row in each.source.longest_rows), reverse=True)
+    for data_set in stats.sets:
+        counted.update(data_set.source.lengths)
+    longest = sorted((row for data_set in stats.sets for row in data_set.source.longest_rows), reverse=True)
     return Split(
         name=name,
         stats=stats,
         lengths=histogram(counted, recipe.data.max_length),
         longest_rows=longest[:LONGEST],
         batches=batches,
-        course=course_of(stats, recipe) if name == "train" else None,
+        schedule=schedule_of(stats, recipe) if name == "train" else None,
     )

@@ -1,4 +1,4 @@
-"""Token rows as text again, piece by piece: what is supervised, what is a special token, which tokens made it."""
+"""Decode token rows piece by piece: supervised or not, special token or not, with the token ids."""
 
 import random
 import re
@@ -17,7 +17,7 @@ from finetune.data.tokens import RowSet
 from finetune.data.tokens.mixture import Indices
 
 HEAD_TOKENS, TAIL_TOKENS = 1500, 500
-"""Of a longer row so much is kept from its beginning and its end."""
+"""Tokens shown of the beginning and the end of a longer row."""
 _CONTEXT = 16
 
 
@@ -29,13 +29,13 @@ class Piece:
     ids: tuple[int, ...]
     supervised: bool
     special: bool = False
-    left_out: int = 0  # tokens that stand here and are not shown
-    gap: str = "left out"  # what is said of them
+    left_out: int = 0  # number of tokens that are not shown here
+    gap: str = "left out"  # the text for them
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as the model sees it; `where` is its `file:line`, and which answer of a pair it is."""
+    """One row as the model sees it; `where`: its `file:line`, and which answer of a pair it is."""
 
     where: str
     pieces: list[Piece]
@@ -44,7 +44,7 @@ class Sample:
 
 
 def draw(rows: RowSet, chosen: Indices, number: int, seed: int, tokenizer: Any) -> list[Sample]:
-    """`number` of the chosen rows, or all, drawn with `seed`, in file order; of a pair both answers."""
+    """`number` of the chosen rows (or all) drawn with `seed`, in file order; both answers of a pair."""
     table = rows.table()
     # random.sample draws from a range without making it a list.
     drawn = random.Random(seed).sample(range(len(chosen)), min(number, len(chosen)))
@@ -73,15 +73,15 @@ def _pair(where: str, columns: Sequence[Ints], tokenizer: Any) -> list[Sample]:
     before = np.full(len(prompt), IGNORED, dtype=np.int32)
     ids, labels = np.concatenate([prompt, chosen]), np.concatenate([before, chosen_labels])
     first = _sample(f"{where} chosen", ids, labels, tokenizer)
-    # A few tokens of the prompt, because what a token says may depend on the one before it. Where the prompt ends a
-    # piece ends, since an answer's first token is supervised.
+    # With a few tokens of the prompt, because the text of a token may depend on the one before it. A piece ends where
+    # the prompt ends, because the first token of an answer is supervised.
     context, supervised = prompt[-_CONTEXT:].tolist(), _supervised(rejected_labels)
-    said = pieces([*context, *rejected.tolist()], [False] * len(context) + supervised, tokenizer)
+    decoded = pieces([*context, *rejected.tolist()], [False] * len(context) + supervised, tokenizer)
     left = len(context)
     while left:
-        left -= len(said.pop(0).ids)
+        left -= len(decoded.pop(0).ids)
     same = Piece("", (), False, left_out=len(prompt), gap="of the same prompt")
-    second = Sample(f"{where} rejected", [same, *said], len(prompt) + len(rejected), sum(supervised))
+    second = Sample(f"{where} rejected", [same, *decoded], len(prompt) + len(rejected), sum(supervised))
     return [first, second]
 
 
@@ -97,12 +97,12 @@ def pieces(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any) -> li
 
 def _decoded(ids: Sequence[int], supervised: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # The library's own way to decode token by token: it holds bytes back until they make a character.
+    # The library's own token-by-token decoder: it holds bytes back until they form a character.
     stream, start = DecodeStream(skip_special_tokens=False), 0
-    whole: Sequence[int] = ()  # the last that made characters: a new stream must not begin with half of one
+    whole: Sequence[int] = ()  # the last tokens that formed characters: a new stream must not start within one
     for end, token_id in enumerate(ids, start=1):
         if start < end - 1 and (token_id in special or supervised[end - 1] != supervised[start]):
-            # What it holds back is not the next token's: bytes without an end, or U+FFFD itself.
+            # Bytes that are held back do not belong to the next token: an incomplete character, or U+FFFD itself.
             yield _piece(ids[start : end - 1], supervised[start], tokenizer)
             stream, start = DecodeStream(ids=list(whole), skip_special_tokens=False), end - 1
         text = stream.step(tokenizer.backend_tokenizer, token_id)
@@ -118,10 +118,10 @@ def _piece(ids: Sequence[int], supervised: bool, tokenizer: Any) -> Piece:
 
 
 def shown(pieces: Sequence[Piece]) -> list[str]:
-    """The texts of neighbouring pieces, as they can be shown: control characters and bidirectional marks do nothing
-    (no escape sequence, no change of direction) and are seen, line ends too, and spaces where one would miss them."""
+    """The texts of neighbouring pieces for display: control characters, bidirectional marks and line ends are replaced
+    by visible ones, and spaces where they would be overlooked."""
     texts = ["".join(map(_visible, piece.text)) for piece in pieces]
-    dotted = iter(_UNSEEN_SPACES.sub(lambda found: "·" * len(found[0]), "".join(texts)))
+    dotted = iter(_UNSEEN_SPACES.sub(lambda match: "·" * len(match[0]), "".join(texts)))
     return ["".join(islice(dotted, len(text))).replace("\n", "⏎\n") for text in texts]
 
 

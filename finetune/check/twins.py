@@ -1,14 +1,14 @@
-"""Rows that stand, word for word or nearly, in the training set and in the evaluation set.
+"""Duplicates between training set and evaluation set, exact or near.
 
-Compared are the words of user, assistant and tools: the frame of the template and the system prompt, which every row
-shares, would make short rows alike. Two rows are as near as the share of their word triples that they have in common
-(Jaccard), counted over all triples and over those that few evaluation rows have, whichever is less: so neither a long
-instruction before each question nor a rare name in two different questions makes a pair. Tried on commands of ten words
-(data/quickstart), on gsm8k and on alpaca, 0.8 names copies and nothing else; the nearest that are none have 0.71, 0.19
-and 0.11. (Fives of characters call "to 23 degrees" and "to 25 degrees" alike.)
+The texts of user, assistant and tools are compared, without the template and the system prompt, which all rows share
+and which would make short rows similar. The similarity of two rows is the Jaccard index of their word triples, over all
+triples or over those that few evaluation rows have, whichever is lower: so neither a long instruction before each
+question nor a rare name in two different questions makes a pair. On commands of ten words (data/quickstart), on gsm8k
+and on alpaca a threshold of 0.8 finds copies only; the most similar rows that are not copies have 0.71, 0.19 and 0.11.
+(Shingles of five characters do not tell "to 23 degrees" from "to 25 degrees".)
 
-MinHash (`rensa`) only proposes pairs; each is then counted out. In memory stand the triples of the evaluation rows,
-eight bytes each; training rows stream by.
+MinHash (`rensa`) only proposes pairs; the similarity of each is then computed exactly. The triples of the evaluation
+rows are kept in memory, eight bytes each; training rows are streamed.
 """
 
 import json
@@ -25,14 +25,14 @@ from rensa import RMinHash, RMinHashLSH
 from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
 
 NEAR = 0.8
-"""Rows that share so much of their word triples are near-duplicates."""
-NAMED = 20
-"""So many pairs are named, the nearest first; the rest is counted."""
+"""Similarity from which two rows are near duplicates."""
+LISTED = 20
+"""Number of pairs that are listed, the most similar first; the rest is counted."""
 
-_FEW, _FEW_SHARE = 10, 0.05  # a triple of more evaluation rows than either says nothing about one of them
-_SLOTS, _BANDS, _SEED = 128, 32, 0  # bands of 4: a pair at 0.8 is missed once in ten million times
+_FEW, _FEW_SHARE = 10, 0.05  # a triple in more evaluation rows than both is frequent
+_SLOTS, _BANDS, _SEED = 128, 32, 0  # bands of 4: a pair at 0.8 is missed with probability 1e-7
 _CHUNK_ROWS = 256
-# In scripts that put no space between words each character counts as one: Thai to Tibetan, Burmese, Khmer, Chinese,
+# In scripts without spaces between words each character counts as a word: Thai to Tibetan, Burmese, Khmer, Chinese,
 # Japanese.
 _UNSPACED = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
@@ -44,7 +44,7 @@ Texts = Iterable[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Pair:
-    """A training row and an evaluation row (`file:line`); `exact`: the same but for case and white space."""
+    """A training row and an evaluation row (`file:line`); `exact`: the same up to case and white space."""
 
     train: str
     eval: str
@@ -52,14 +52,14 @@ class Pair:
     exact: bool
 
     def __str__(self) -> str:
-        return f"{self.train} ~ {self.eval} ({'the same text' if self.exact else f'{self.similarity:.2f}'})"
+        return f"{self.train} ~ {self.eval} ({'exact' if self.exact else f'{self.similarity:.2f}'})"
 
 
 @dataclass(frozen=True)
-class Twins:
-    """Of `eval_rows` evaluation rows `exact` have the same text as a training row, `near` more have a near-duplicate.
+class Duplicates:
+    """Of `eval_rows` evaluation rows, `exact` equal a training row and `near` others have a near duplicate.
 
-    `train_rows`: training rows that are in such a pair. `pairs`: of each evaluation row the nearest training row.
+    `train_rows`: training rows in such a pair. `pairs`: the evaluation rows, each with its most similar training row.
     """
 
     eval_rows: int
@@ -73,12 +73,12 @@ def words_of(example: Example) -> str:
     """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once."""
     if isinstance(example, Document):
         return example.text
-    said = []
+    texts = []
     for message in _messages(example):
         if message["role"] != "system":
             calls = [call["function"] for call in message.get("tool_calls", [])]
-            said += [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]
-    return "\n".join(said)
+            texts += [message["content"], *(json.dumps(call, ensure_ascii=False) for call in calls)]
+    return "\n".join(texts)
 
 
 def _messages(example: Conversation | Preference | Judged) -> list[Message]:
@@ -89,10 +89,10 @@ def _messages(example: Conversation | Preference | Judged) -> list[Message]:
     return [*example.prompt, *example.completion]
 
 
-def find_twins(train: Texts, evaluation: Texts) -> Twins:
-    """Compare what training rows and evaluation rows say."""
+def find_duplicates(train: Texts, evaluation: Texts) -> Duplicates:
+    """Compare the texts of training rows and evaluation rows."""
     index = _Index(evaluation)
-    return index.twins(sum(map(index.compare, _chunks(train))))
+    return index.duplicates(sum(map(index.compare, _chunks(train))))
 
 
 def _chunks(rows: Texts) -> Iterator[list[tuple[str, str]]]:
@@ -102,7 +102,7 @@ def _chunks(rows: Texts) -> Iterator[list[tuple[str, str]]]:
 
 
 class _Index:
-    """The evaluation rows, and for each the nearest training row that was seen."""
+    """The evaluation rows, each with the most similar training row so far."""
 
     def __init__(self, rows: Texts) -> None:
         self.places: list[str] = []
@@ -121,21 +121,21 @@ class _Index:
             self._buckets.insert_many(self._sketches(self._triples[start : start + _CHUNK_ROWS]), start)
 
     def compare(self, rows: Sequence[tuple[str, str]]) -> int:
-        """Hold training rows against the evaluation rows; returns how many have a twin there."""
+        """Compare training rows with the evaluation rows; returns how many have a duplicate there."""
         triples = _triples([text for _, text in rows])
-        found = 0
+        count = 0
         for (where, text), own, candidates in zip(
             rows, triples, self._buckets.query_all(self._sketches(triples)), strict=True
         ):
             same = self._by_text.get(_text_key(text), [])
             for index in same:
-                self._saw(index, where, 1.0, exact=True)
+                self._keep_nearest(index, where, 1.0, exact=True)
             near = [(index, self._similarity(own, index)) for index in set(candidates).difference(same)]
             near = [(index, similarity) for index, similarity in near if similarity >= NEAR]
             for index, similarity in near:
-                self._saw(index, where, similarity, exact=False)
-            found += bool(same or near)
-        return found
+                self._keep_nearest(index, where, similarity, exact=False)
+            count += bool(same or near)
+        return count
 
     def _similarity(self, own: Hashes, index: int) -> float:
         common = np.intersect1d(own, self._triples[index], assume_unique=True)
@@ -152,7 +152,7 @@ class _Index:
         return rare
 
     def _sketches(self, rows: list[Hashes]) -> list[RMinHash]:
-        """MinHashes of what is rare in the rows. A row without anything rare is given something of its own."""
+        """MinHashes of the rare triples of the rows. A row without any gets a token of its own."""
         sets = []
         for number, triples in enumerate(rows):
             raw = self._rare_of(triples).tobytes()
@@ -160,23 +160,23 @@ class _Index:
         sketches: list[RMinHash] = RMinHash.from_token_sets(sets, _SLOTS, _SEED)
         return sketches
 
-    def _saw(self, index: int, train: str, similarity: float, exact: bool) -> None:
+    def _keep_nearest(self, index: int, train: str, similarity: float, exact: bool) -> None:
         known = self._nearest.get(index)
         if known is None or (exact, similarity) > (known.exact, known.similarity):
             self._nearest[index] = Pair(train, self.places[index], similarity, exact)
 
-    def twins(self, train_rows: int) -> Twins:
-        """What was found."""
+    def duplicates(self, train_rows: int) -> Duplicates:
+        """The result; `train_rows`: number of training rows with a duplicate."""
         pairs = [self._nearest[index] for index in sorted(self._nearest)]
         exact = sum(pair.exact for pair in pairs)
         nearest_first = sorted(pairs, key=lambda pair: (not pair.exact, -pair.similarity))
-        return Twins(len(self.places), exact, len(pairs) - exact, train_rows, nearest_first[:NAMED])
+        return Duplicates(len(self.places), exact, len(pairs) - exact, train_rows, nearest_first[:LISTED])
 
 
 def _triples(texts: Sequence[str]) -> list[Hashes]:
     """Hashes of the word triples of each text, in lower case and without punctuation; ascending, each once."""
     words = RMinHash.hash_token_sets([_WORD.findall(text.casefold()) for text in texts])
-    return [_combined(np.array(each, dtype=np.uint64)) for each in words]
+    return [_combined(np.array(row, dtype=np.uint64)) for row in words]
 
 
 _ODD = np.uint64(0x9E3779B97F4A7C15)
@@ -189,7 +189,7 @@ def _combined(words: Hashes) -> Hashes:
 
 
 def _frequent(rows: list[Hashes]) -> Hashes:
-    """The triples that too many rows have, ascending."""
+    """The triples of too many rows, ascending."""
     if not rows:
         return np.empty(0, dtype=np.uint64)
     values, counts = np.unique(np.concatenate(rows), return_counts=True)

@@ -1,4 +1,4 @@
-"""Floor 2: safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
+"""Safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
 from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.fingerprint import fingerprint

@@ -1,4 +1,4 @@
-"""A list of SHA-256 sums beside the files of a folder, in the format of `sha256sum`, and the check against it."""
+"""SHA-256 sums of the files of a folder, in the format of `sha256sum`: write and verify them."""
 
 import hashlib
 import re
@@ -10,7 +10,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import write_text
 
 SUMS_FILE = "SHA256SUMS"
-NOT_LISTED = (SUMS_FILE, "README.md")  # people write in the latter
+NOT_LISTED = (SUMS_FILE, "README.md")  # users edit the latter
 CHUNK_BYTES = 2**20
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 
@@ -18,7 +18,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 def write_sums(
     folder: Path, to_come: Mapping[str, str] | None = None, advance: Callable[[int], object] = lambda _: None
 ) -> None:
-    """List every file of the folder but its README and hidden ones; `to_come`: contents that will be written after."""
+    """List every file of the folder except its README and hidden ones; `to_come`: texts that are written later."""
     visible = (file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
     files = sorted(file for file in visible if file.name not in NOT_LISTED)
     sums = dict(zip((file.name for file in files), _sums(files, advance), strict=True))
@@ -27,12 +27,12 @@ def write_sums(
 
 
 def listed_bytes(folder: Path) -> int:
-    """Bytes of the files that `verify_sums` will read; 0 without a list."""
+    """Bytes that `verify_sums` will read; 0 without a list."""
     return sum((folder / name).stat().st_size for name in _read(folder) if (folder / name).is_file())
 
 
 def verify_sums(folder: Path, advance: Callable[[int], object] = lambda _: None) -> bool:
-    """Hold the folder's files against its list; False where it has none. WeightsError for each that differs."""
+    """Check the folder's files against its list; False if it has none. WeightsError with every file that differs."""
     wanted = _read(folder)
     if not wanted:
         return False
@@ -44,9 +44,9 @@ def verify_sums(folder: Path, advance: Callable[[int], object] = lambda _: None)
     present = [folder / name for name in wanted if (folder / name).is_file()]
     do = f"fetch or copy the file again; if it was changed on purpose, take its line out of {SUMS_FILE}"
     problems += [
-        Problem(str(file), f"differs from its sum in {SUMS_FILE}", do, got=found[:12])
-        for file, found in zip(present, _sums(present, advance), strict=True)
-        if found != wanted[file.name]
+        Problem(str(file), f"differs from its sum in {SUMS_FILE}", do, got=actual[:12])
+        for file, actual in zip(present, _sums(present, advance), strict=True)
+        if actual != wanted[file.name]
     ]
     if problems:
         raise WeightsError(problems)
@@ -68,7 +68,7 @@ def _read(folder: Path) -> dict[str, str]:
 
 
 def _sums(files: list[Path], advance: Callable[[int], object]) -> list[str]:
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return list(pool.map(lambda file: _sum(file, advance), files))
 
 

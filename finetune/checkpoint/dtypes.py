@@ -1,4 +1,4 @@
-"""Names of number formats as safetensors headers write them, and torch's type for each."""
+"""Names of dtypes in safetensors headers, and torch's dtype for each."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""A short name for the weights of a checkpoint, the same for every sharding of them."""
+"""A hash of a checkpoint's weights that does not depend on their sharding."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def fingerprint(folder: Path) -> str:
     """sha256 (hex) over every tensor's key, dtype, shape and sampled content; seconds for 100 GB.
 
     Content is sampled in 16 windows of 4 KiB spread evenly over the tensor, first and last bytes included; smaller
-    tensors are read whole. Two fine-tunes of one base differ all over their trained tensors, so samples differ.
+    tensors are read whole. Two fine-tunes of one base differ everywhere in their trained tensors.
     """
     reader = CheckpointReader(Path(folder))
     digest = hashlib.sha256()

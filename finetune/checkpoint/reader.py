@@ -14,13 +14,13 @@ from finetune.errors import Problem, WeightsError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what only pickle could open
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # files that need pickle
 FETCH_AGAIN = "fetch or copy the file again"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `dtype` as in safetensors ("BF16"), `offset` in bytes from the start of `file`."""
+    """Location of one tensor: `dtype` as in safetensors ("BF16"), `offset` in bytes from the start of `file`."""
 
     key: str
     dtype: str
@@ -30,14 +30,14 @@ class TensorInfo:
     nbytes: int
 
     def as_rows(self) -> "TensorInfo":
-        """The same bytes with all axes but the last as one: a stack of matrices is the rows of one after the other."""
+        """The same bytes with all axes but the last merged: a stack of matrices becomes one matrix of all rows."""
         if len(self.shape) < 3:
             return self
         return replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
 
 def pickles_in(folder: Path) -> list[str]:
-    """Names of the files that only pickle could open; nothing here does."""
+    """Names of pickle files, which are never opened here."""
     return sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
 
 
@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Every tensor of one safetensors file, in file order, each checked to lie inside the file."""
+    """Every tensor of one safetensors file, in file order; each is checked to lie inside the file."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -81,9 +81,7 @@ def _entry(file: Path, key: str, value: Any, start: int, file_size: int) -> Tens
         raise WeightsError(Problem(where, "malformed header entry", FETCH_AGAIN, got=str(value))) from error
     if dtype not in TORCH_DTYPES:
         known = ", ".join(TORCH_DTYPES)
-        raise WeightsError(
-            Problem(where, "unsupported number format", f"use a checkpoint in one of {known}", got=dtype)
-        )
+        raise WeightsError(Problem(where, "unsupported dtype", f"use a checkpoint in one of {known}", got=dtype))
     expected = math.prod(shape) * TORCH_DTYPES[dtype].itemsize
     if min(shape, default=0) < 0 or begin < 0 or end - begin != expected:
         raise WeightsError(
@@ -97,7 +95,7 @@ def _entry(file: Path, key: str, value: Any, start: int, file_size: int) -> Tens
 
 
 def read_tensor(info: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows `start:stop` of a tensor (all by default), read into fresh memory; nothing else is resident."""
+    """Rows `start:stop` of a tensor (all by default), read into new memory, without mmap."""
     dtype = TORCH_DTYPES[info.dtype]
     shape, offset = info.shape, info.offset
     if shape:
@@ -150,7 +148,7 @@ class CheckpointReader:
         problems: list[Problem] = []
         for name in sorted(set(map(str, weight_map.values()))):
             expected = [key for key, file in weight_map.items() if file == name]
-            # The index is data from outside: only a plain file name may follow from it.
+            # The index is untrusted: only plain file names are allowed.
             if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
                 do = "shards must be .safetensors files in the same folder"
                 problems.append(Problem(str(index), "names a shard outside the folder or of another kind", do, name))
@@ -158,19 +156,19 @@ class CheckpointReader:
             if not (self.folder / name).is_file():
                 problems.append(Problem(str(self.folder / name), "shard is missing", FETCH_AGAIN))
                 continue
-            found = read_header(self.folder / name)
+            header = read_header(self.folder / name)
             problems += [
-                Problem(str(self.folder / name), "lacks a tensor that the index puts there", FETCH_AGAIN, key)
+                Problem(str(self.folder / name), "lacks a tensor that the index lists", FETCH_AGAIN, key)
                 for key in expected
-                if key not in found
+                if key not in header
             ]
-            infos |= {key: info for key, info in found.items() if key in expected}
+            infos |= {key: info for key, info in header.items() if key in expected}
         if problems:
             raise WeightsError(problems)
         return infos
 
     def info(self, key: str) -> TensorInfo:
-        """Where `key` lies; WeightsError when the checkpoint has no such tensor."""
+        """Location of `key`; WeightsError if the checkpoint has no such tensor."""
         if key not in self._infos:
             raise WeightsError(
                 Problem(str(self.folder), "has no such tensor", "check the checkpoint's architecture", key)
@@ -178,7 +176,7 @@ class CheckpointReader:
         return self._infos[key]
 
     def holds(self, key: str) -> bool:
-        """Whether the checkpoint has a tensor of this name."""
+        """True if the checkpoint has a tensor of this name."""
         return key in self._infos
 
     def read(self, key: str) -> torch.Tensor:

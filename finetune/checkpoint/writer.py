@@ -22,7 +22,7 @@ DEFAULT_SHARD_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor to come; `dtype` as in safetensors ("BF16")."""
+    """One tensor to be written; `dtype` as in safetensors ("BF16")."""
 
     key: str
     dtype: str
@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass
 class _Slot:
-    """Where a tensor goes, and how many of its bytes have arrived."""
+    """Position of a tensor, and how many of its bytes have been written."""
 
     spec: TensorSpec
     shard: int
@@ -111,9 +111,9 @@ class CheckpointWriter:
         self._put(slot, slot.offset, tensor)
 
     def write_rows(self, key: str, start: int, rows: torch.Tensor) -> None:
-        """Write some rows of a tensor, beginning with row `start`, each once; a tensor without axes is one row.
+        """Write rows of a tensor from row `start` on, each once; a tensor without axes is one row.
 
-        All axes but the last count as one: a stack of matrices is the rows of one after the other.
+        All axes but the last are merged: a stack of matrices is their rows, one after another.
         """
         slot = self._slot(key, rows)
         shape = slot.spec.shape
@@ -141,7 +141,7 @@ class CheckpointWriter:
         raw_B = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         if slot.written + raw_B.numel() > slot.spec.nbytes:
             raise WeightsError(Problem(slot.spec.key, "tensor is written twice", "write each tensor once"))
-        # The system takes one writer a file at a time, and lets the others spin.
+        # The kernel allows one writer per file at a time; the others would spin.
         with self._locks[slot.shard]:
             _write_at(self._descriptors[slot.shard], offset, raw_B.numpy().data)
         slot.written += raw_B.numel()
@@ -171,7 +171,7 @@ class CheckpointWriter:
             self._write_index()
 
     def abort(self) -> None:
-        """Close the files without any check. The folder then holds no usable checkpoint unless `close` came first."""
+        """Close the files without any check. Unless `close` came first, the folder holds no usable checkpoint."""
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -196,7 +196,7 @@ class CheckpointWriter:
 
 
 def _plan(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Cut the specs into shards in their order; within a shard wide numbers come first so that all are aligned."""
+    """Split the specs into shards, in order; within a shard wide dtypes come first so that all are aligned."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:

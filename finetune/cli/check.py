@@ -1,4 +1,4 @@
-"""`finetune check RECIPE [key.path=value ...]`: the recipe and every row, before any weight is loaded."""
+"""`finetune check RECIPE [key.path=value ...]`: check the recipe and every row without loading weights."""
 
 import argparse
 import os
@@ -8,16 +8,18 @@ from pathlib import Path
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("check", help="see what a recipe makes of its rows, and every row that is wrong")
+    parser = subparsers.add_parser("check", help="check a recipe and every row, and print statistics and samples")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the same as one page that needs nothing else")
-    parser.add_argument("--samples", type=_whole, default=2, metavar="N", help="rows shown of each set (default: 2)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write the report as one self-contained HTML page"
+    )
+    parser.add_argument("--samples", type=_whole, default=2, metavar="N", help="rows shown per data set (default: 2)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, print, write the page if asked; what would stop a run is raised last."""
+    """Check, print, write the page if asked; problems that would stop a run are raised last."""
     from finetune.errors import DataError, RecipeError
     from finetune.recipe import load_recipe
 
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from finetune.check import Style, gather, lines, write_page
 
     if args.html is not None:
-        args.html.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        args.html.parent.mkdir(parents=True, exist_ok=True)  # before the work, to fail early
     report = gather(recipe, str(args.recipe), args.samples)
     for line in lines(report, Style.of(sys.stdout, os.environ)):
         print(line)

@@ -14,6 +14,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print to standard output, so that the shell chooses the file."""
+    """Print to standard output."""
     print(reference() if args.reference else json.dumps(json_schema(), indent=2), end="" if args.reference else "\n")
     return 0

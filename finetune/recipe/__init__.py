@@ -1,4 +1,4 @@
-"""Floor 1: YAML -> frozen, validated settings, before torch is imported."""
+"""YAML -> frozen, validated settings, before torch is imported."""
 
 from finetune.recipe.data_settings import DataSettings, DataSource
 from finetune.recipe.fields import json_schema

@@ -1,4 +1,4 @@
-"""What must hold between settings. Each check reads the raw values and skips what was already reported."""
+"""Checks between settings. Each check reads the raw values and skips those that were already reported."""
 
 from collections.abc import Iterable
 
@@ -6,17 +6,16 @@ from finetune.recipe.data_checks import check_data
 from finetune.recipe.fields import settings
 from finetune.recipe.foreign import FOREIGN
 from finetune.recipe.method_checks import check_method
-from finetune.recipe.reserved import reserved
 from finetune.recipe.source import Source, show
 from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
-from finetune.recipe.trainer_fields import TRAINER_CONFIGS, optimizer_names, trainer_fields
+from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
 from finetune.recipe.typed import key_path, read, real
 from finetune.recipe.unknown import closest
 from finetune.recipe.yaml12 import Path
 
 
 def check_all(source: Source) -> None:
-    """Run every check; all problems end in `source`."""
+    """Run every check; problems are collected in `source`."""
     for check in (
         _added_tokens,
         _targets,
@@ -49,11 +48,11 @@ def _added_tokens(source: Source) -> None:
             do = "write it without: a tokenizer may strip or split white space"
             source.report(where, "white space in a token", do, got=show(token))
         elif token in tokens[:index]:
-            source.report(where, "named twice", "keep one of the two", got=show(token))
+            source.report(where, "listed twice", "keep one of the two", got=show(token))
 
 
 def _target_names(source: Source) -> list[str] | None:
-    """The targets as typed, also where one of them was reported: the other checks still hold."""
+    """The targets as typed, even if one of them was reported: the other checks still apply."""
     names = source.get(key_path("lora.targets"))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
@@ -71,9 +70,9 @@ def _targets(source: Source) -> None:
         where = (*key_path("lora.targets"), index)
         instead = wrong_target(name)
         if instead is not None:
-            source.report(where, "not a name to adapt", instead, got=show(name))
+            source.report(where, "not a target", instead, got=show(name))
         elif name in names[:index]:
-            source.report(where, "named twice", "keep one of the two", got=show(name))
+            source.report(where, "listed twice", "keep one of the two", got=show(name))
 
 
 def _experts_settings(source: Source) -> None:
@@ -96,13 +95,13 @@ def _experts_choice(source: Source) -> None:
             do = "add experts to lora.targets or remove this key"
             source.report(key_path("lora.experts"), "no experts are adapted", do, got="auto")
         elif share is None:
-            do = "add lora.experts_share: the part of each layer's score that the adapted experts hold (0 to 1)"
-            source.report(key_path("lora.experts_share"), "missing, and lora.experts is auto", do)
+            do = "add lora.experts_share: the share of each layer's score that the adapted experts must reach (0 to 1)"
+            source.report(key_path("lora.experts_share"), "required with lora.experts: auto", do)
         return
     for key in ("lora.experts_share", "lora.experts_score", "lora.experts_tokens"):
         value = source.get(key_path(key))
         if value is not None and value != settings()[key].default:
-            what = "changes nothing: every expert is adapted"
+            what = "has no effect: every expert is adapted"
             source.report(key_path(key), what, "write lora.experts: auto or remove this key", got=show(value))
 
 
@@ -127,7 +126,7 @@ def _balance(source: Source) -> None:
     for key, term in (("router_aux_loss_coef", "balance term"), ("router_z_loss_coef", "z-loss")):
         coefficient = real(source, f"router.{key}")
         if coefficient and not reaches_a_router(names):
-            what = f"the {term} changes nothing: the router is frozen and nothing before a router is trained"
+            what = f"the {term} has no effect: the router is frozen and nothing before a router is trained"
             do = "write 0, or add router, attention or experts to lora.targets"
             source.report(key_path(f"router.{key}"), what, do, got=show(coefficient))
 
@@ -143,11 +142,13 @@ def _length(source: Source) -> None:
     if steps is not None and epochs is not None:
         got = f"max_steps: {show(steps)} and num_train_epochs: {show(epochs)}"
         where = _later(source, key_path(keys[0]), key_path(keys[1]))
-        source.report(where, "two lengths of the run", "keep one of the two; null takes the other away", got=got)
+        source.report(
+            where, "the length of the run is given twice", "keep one of the two; null removes the other", got=got
+        )
 
 
 def _later(source: Source, first: Path, second: Path) -> Path:
-    """The one that was given last: where the reader just wrote."""
+    """The path that was given last, which is most likely the one to change."""
     return max(first, second, key=lambda path: source.place(path)[0])
 
 
@@ -173,15 +174,14 @@ def _evaluation(source: Source) -> None:
     steps = read(source, "training.eval_steps", int)
     if steps and source.get(key_path("data.eval")) is None and not source.is_broken(key_path("data.eval")):
         do = "add data.eval with path (or id) and format, or remove eval_steps"
-        source.report(key_path("training.eval_steps"), "there is nothing to evaluate on", do, got=show(steps))
+        source.report(key_path("training.eval_steps"), "there is no data to evaluate on", do, got=show(steps))
 
 
 def _optimizer(source: Source) -> None:
     name = read(source, "training.optim", str)
-    # The default is not looked up: most recipes need no reading of the trainer's source.
-    if name and name != settings()["training.optim"].default and name not in optimizer_names():
-        close = closest(name, sorted(optimizer_names()))
-        do = f"did you mean {close}?" if close else "write one of " + ", ".join(sorted(optimizer_names()))
+    if name and name not in OPTIMIZERS:
+        close = closest(name, OPTIMIZERS)
+        do = f"did you mean {close}?" if close else "write one of " + ", ".join(OPTIMIZERS)
         source.report(key_path("training.optim"), "transformers has no such optimizer", do, got=show(name))
 
 
@@ -196,7 +196,7 @@ def _dashboards(source: Source) -> None:
     for index, name in enumerate(names):
         if name in names[:index]:
             where = (*key_path("logging.report_to"), index)
-            source.report(where, "named twice", "keep one of the two", got=show(name))
+            source.report(where, "listed twice", "keep one of the two", got=show(name))
 
 
 def _trainer_args(source: Source) -> None:
@@ -207,17 +207,17 @@ def _trainer_args(source: Source) -> None:
     kind = read(source, "method.kind", str) or ""
     if kind not in TRAINER_CONFIGS:
         return
-    fields, config, taken = trainer_fields(kind), TRAINER_CONFIGS[kind], reserved(kind)
+    config, own = TRAINER_CONFIGS[kind], reserved(kind)
     for name, value in arguments.items():
         where = (*section, name)
-        if name in taken:
-            what, do = taken[name]
+        if name in own:
+            what, do = own[name]
             source.report(where, what, do, got=show(value))
-        elif name not in fields:
-            what, do = _unknown_argument(name, fields, config)
+        elif name not in PASSED:
+            what, do = _unknown_argument(name, {*PASSED, *own}, config)
             source.report(where, what, do, got=show(value))
-        elif not fields[name].takes(value):
-            do = f"write a value of {config}'s type: {fields[name].annotation}"
+        elif not PASSED[name].takes(value):
+            do = f"write a value of {config}'s type: {PASSED[name].annotation}"
             source.report(where, "wrong type", do, got=show(value))
 
 

@@ -1,4 +1,4 @@
-"""What must hold between the settings of the rows."""
+"""Checks between the settings of the data."""
 
 import json
 from typing import Any, TypeAlias
@@ -20,22 +20,22 @@ Entry: TypeAlias = tuple[Path, dict[str, Any]]
 
 
 def check_data(source: Source) -> None:
-    """Run every check of `data`; all problems end in `source`."""
+    """Run every check of `data`; problems are collected in `source`."""
     for which in ("train", "eval"):
         entries = _entries(source, which)
         for path, entry in entries:
             _origin(source, path, entry)
             _format(source, path, entry)
-        _named_twice(source, entries)
-    _of_pairs(source)
+        _listed_twice(source, entries)
+    _pairs(source)
     _weights(source, _entries(source, "train"))
     _weights_of_evaluation(source, _entries(source, "eval"))
-    _changes_nothing(source)
+    _unused(source)
     _chat_template(source)
 
 
 def _entries(source: Source, which: str) -> list[Entry]:
-    """Path and values, as typed, of each data set; entries that are no sections were reported and are left out."""
+    """Path and values, as typed, of each data set; entries that are not sections were already reported."""
     path = key_path(f"data.{which}")
     given = source.get(path)
     entries: list[Entry] = [(path, given)] if isinstance(given, dict) else []
@@ -47,7 +47,7 @@ def _entries(source: Source, which: str) -> list[Entry]:
 def _origin(source: Source, path: Path, entry: dict[str, Any]) -> None:
     files, hub = entry.get("path"), entry.get("id")
     if files is None and hub is None:
-        do = "add path: a file, a glob or a folder; or id: owner/name of a data set of the hub"
+        do = "add path: a file, a glob or a folder; or id: owner/name of a data set on the hub"
         source.report(path, "no data set is named", do)
     elif files is not None and hub is not None:
         got = f"path: {show(files)} and id: {show(hub)}"
@@ -61,24 +61,24 @@ def _origin(source: Source, path: Path, entry: dict[str, Any]) -> None:
 def _hub_id(source: Source, where: Path, name: str) -> None:
     in_url = hub_id_in_url(name)
     if is_url(name) and in_url:
-        source.report(where, "an address, not a name", f"write id: {in_url}", got=show(name))
+        source.report(where, "a URL, not a name", f"write id: {in_url}", got=show(name))
     elif looks_like_path(name):
         source.report(where, "looks like a path of files", f"write path: {name}", got=show(name))
     elif not is_hub_id(name):
-        do = "write owner/name, as on the page of the set; files are given with path"
-        source.report(where, "not the name of a data set of the hub", do, got=show(name))
+        do = "write owner/name, as on its page; files are given with path"
+        source.report(where, "not the name of a data set on the hub", do, got=show(name))
 
 
 def _local(source: Source, path: Path, entry: dict[str, Any], name: str) -> None:
     if is_url(name):
         in_url = hub_id_in_url(name)
         do = f"write id: {in_url}" if in_url else "download it first, and write the path of the file"
-        source.report((*path, "path"), "an address, not a path", do, got=show(name))
+        source.report((*path, "path"), "a URL, not a path", do, got=show(name))
     for key in ONLY_WITH_ID:
         value = entry.get(key)
         if value is not None and value != _DEFAULTS[key]:
             do = "remove it, or write id in place of path"
-            source.report((*path, key), "is for data sets of the hub only", do, got=show(value))
+            source.report((*path, key), "only for data sets on the hub", do, got=show(value))
 
 
 def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
@@ -88,24 +88,24 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
         return
     method = read(source, "method.kind", str)
     if name in PAIR_FORMATS and method == "sft":
-        what = "pairs of answers are for preference tuning; method.kind: sft takes one answer a row"
+        what = "pairs of answers are for preference tuning; method.kind: sft takes one answer per row"
         do = "write method.kind: dpo, or give rows with one answer each, for example as messages"
         source.report(where, what, do, got=show(name))
     if name in ROW_FORMATS and name not in PAIR_FORMATS and method == "dpo":
-        what = "one answer a row, or none; method.kind: dpo compares two answers to one prompt"
+        what = "one answer per row, or none; method.kind: dpo compares two answers to one prompt"
         do = f"give pairs, in one of the formats {', '.join(PAIR_FORMATS)}, or write method.kind: sft"
         source.report(where, what, do, got=show(name))
         return
     if name == "text" and read(source, "data.loss_on", str) not in ("all", None):
         got = f"text, and data.loss_on: {read(source, 'data.loss_on', str)}"
-        what = "plain text has no answers that could be told apart"
+        what = "plain text has no answers: all of its tokens are supervised"
         source.report(where, what, "write data.loss_on: all, for all data sets of the recipe", got=got)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
 
 
-def _of_pairs(source: Source) -> None:
-    """Settings that have no meaning for two answers which are compared whole."""
+def _pairs(source: Source) -> None:
+    """Settings that do not apply to pairs of answers."""
     if read(source, "method.kind", str) != "dpo":
         return
     loss_on, overlong = (read(source, f"data.{key}", str) for key in ("loss_on", "overlong"))
@@ -113,13 +113,13 @@ def _of_pairs(source: Source) -> None:
         what = "the loss of a pair is on its two answers, and nowhere else"
         source.report(key_path("data.loss_on"), what, "write assistant, or remove this key", got=show(loss_on))
     if overlong == "split":
-        what = "a pair is not split: its answers are compared whole"
+        what = "a pair cannot be split: its answers are compared whole"
         source.report(key_path("data.overlong"), what, "write error, truncate or drop", got=show(overlong))
 
 
 def _columns(source: Source, where: Path, name: str, columns: dict[str, Any]) -> None:
     if name == "auto":
-        what = "renames the fields of a format, and format: auto names none"
+        what = "renames the fields of a format, which format: auto does not name"
         source.report(where, what, "write the format", got=show(columns))
         return
     fields = ROW_FORMATS[name].fields
@@ -130,8 +130,8 @@ def _columns(source: Source, where: Path, name: str, columns: dict[str, Any]) ->
             source.report((*where, field), f"the format {name} has no such field", do, got=show(column))
 
 
-def _named_twice(source: Source, entries: list[Entry]) -> None:
-    """The same rows read in the same way; the same file read by other columns is a second data set."""
+def _listed_twice(source: Source, entries: list[Entry]) -> None:
+    """A data set that is listed twice with the same columns; with other columns it is another data set."""
     seen: dict[str, Path] = {}
     for path, entry in entries:
         kept = {key: value for key, value in entry.items() if key not in ("weight", "max_rows")}
@@ -153,7 +153,7 @@ def _weights(source: Source, entries: list[Entry]) -> None:
     given = source.get(key_path("data.train"))
     if not isinstance(given, list) or len(given) == 1:
         path, entry = entries[0]
-        what = "changes nothing: it is a share among several data sets"
+        what = "has no effect: it is a share among several data sets"
         source.report((*path, "weight"), what, "remove it, or write a list of data sets", got=show(entry["weight"]))
         return
     first = spell(entries[weighted.index(True)][0])
@@ -166,24 +166,24 @@ def _weights(source: Source, entries: list[Entry]) -> None:
 def _weights_of_evaluation(source: Source, entries: list[Entry]) -> None:
     for path, entry in entries:
         if entry.get("weight") is not None:
-            what = "changes nothing: an evaluation takes every row once"
+            what = "has no effect: an evaluation uses every row once"
             source.report((*path, "weight"), what, "remove it", got=show(entry["weight"]))
 
 
-def _changes_nothing(source: Source) -> None:
-    """Settings that were written and would be ignored."""
+def _unused(source: Source) -> None:
+    """Settings that are given but not used."""
     where = key_path("data.stopping_strategy")
     strategy = source.get(where)
     weighted = any(entry.get("weight") is not None for _, entry in _entries(source, "train"))
     if strategy not in (None, settings()["data.stopping_strategy"].default) and not weighted:
-        what = "changes nothing: no data set has a weight, so each row of each set is taken once an epoch"
+        what = "has no effect: no data set has a weight, so each row is used once per epoch"
         do = "add a weight to every data set of data.train, or remove this key"
         source.report(where, what, do, got=show(strategy))
     where = key_path("data.max_bad_share")
     share = source.get(where)
     kept = read(source, "data.on_bad_row", str) == "error"
     if share not in (None, settings()["data.max_bad_share"].default) and kept:
-        what, do = "changes nothing: any bad row is an error", "write data.on_bad_row: drop, or remove this key"
+        what, do = "has no effect: any bad row is an error", "write data.on_bad_row: drop, or remove this key"
         source.report(where, what, do, got=show(share))
 
 

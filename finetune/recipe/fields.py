@@ -1,4 +1,4 @@
-"""The settings as one flat table, key path -> what may be written there; read off the models' JSON Schema."""
+"""The settings as one flat table, key path -> what may be written there; built from the models' JSON Schema."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from finetune.recipe.settings import Recipe
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 PATH_OR_ID = "path (or id)"
-"""What a data set needs besides the required keys: exactly one of the two, which no single key can say."""
+"""A data set needs exactly one of the two, besides its required keys."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key path. `expects` says in words what may be written; `section` marks a mapping of further settings.
+    """One key path. `expects`: allowed values, in words; `section`: the value is a mapping of further settings.
 
-    `many`: a list of such mappings may be written too. The keys of its items stand here without their index.
-    `kinds`: the values of the section's `kind` with which the key exists; empty where it always does.
+    `many`: a list of such mappings is allowed too; the keys of its items have no index here. `kinds`: the values of the
+    section's `kind` for which the key exists; empty if it always does.
     """
 
     path: str
@@ -36,24 +36,24 @@ class Setting:
 def settings() -> dict[str, Setting]:
     """Every key path of a recipe, sections included, in the order of the recipe."""
     schema = Recipe.model_json_schema()
-    found: dict[str, Setting] = {}
-    _collect(schema, schema["$defs"], "", found)
-    return found
+    collected: dict[str, Setting] = {}
+    _collect(schema, schema["$defs"], "", collected)
+    return collected
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, for editors. Checks over several keys are beyond it: `load_recipe` makes them."""
+    """JSON Schema of a recipe, for editors. It has no checks over several keys, which `load_recipe` makes."""
     return {"$schema": SCHEMA_DIALECT, **Recipe.model_json_schema()}
 
 
-def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: dict[str, Setting]) -> None:
+def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, collected: dict[str, Setting]) -> None:
     for name, fragment in schema["properties"].items():
         path = f"{prefix}{name}"
         options = list(_options(fragment))
         variants = _sections(options, defs)
         section = _joined(variants) if variants else None
         many = section is not None and any(option.get("type") == "array" for option in options)
-        found[path] = Setting(
+        collected[path] = Setting(
             path=path,
             expects=_expects(fragment) if section is None else _expects_section(section, many),
             required=name in schema.get("required", ()),
@@ -65,11 +65,11 @@ def _collect(schema: dict[str, Any], defs: dict[str, Any], prefix: str, found: d
             kinds=schema.get("kinds", {}).get(name, ()),
         )
         if section is not None:
-            _collect(section, defs, f"{path}.", found)
+            _collect(section, defs, f"{path}.", collected)
 
 
 def _joined(variants: list[dict[str, Any]]) -> dict[str, Any]:
-    """One schema with the keys of all variants of a section; `kinds`: of each key that not all have, who has it."""
+    """One schema with the keys of all variants of a section; `kinds`: for keys that not all variants have, which do."""
     if len(variants) == 1:
         return variants[0]
     properties: dict[str, Any] = {}
@@ -88,7 +88,7 @@ def _joined(variants: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _options(fragment: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What may be written, each alternative by itself."""
+    """The alternatives of a value, one by one."""
     alternatives = [*fragment.get("anyOf", ()), *fragment.get("oneOf", ())]
     if not alternatives:
         yield fragment
@@ -97,7 +97,7 @@ def _options(fragment: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _sections(options: list[dict[str, Any]], defs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The models that the options refer to, several where a key of them tells them apart; none for a plain value."""
+    """The models that the options refer to: several for a discriminated union, none for a plain value."""
     return [defs[option["$ref"].removeprefix("#/$defs/")] for option in options if "$ref" in option]
 
 
@@ -146,5 +146,5 @@ def _number(fragment: dict[str, Any]) -> str:
         "maximum": "of at most {}",
         "exclusiveMaximum": "below {}",
     }
-    said = [words.format(fragment[key]) for key, words in bounds.items() if key in fragment]
-    return " ".join((noun, " and ".join(said))).strip()
+    limits = [words.format(fragment[key]) for key, words in bounds.items() if key in fragment]
+    return " ".join((noun, " and ".join(limits))).strip()

@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of a recipe: the key as typed, what is wrong, what to write."""
+"""pydantic's errors as problems of a recipe: the key as typed, what is wrong, what to write."""
 
 import re
 
@@ -19,7 +19,7 @@ _OUT_OF_RANGE = frozenset(
 )
 # A section of several kinds whose `kind` is missing or unknown is reported as a whole.
 _OF_KIND = {"union_tag_not_found": "missing", "union_tag_invalid": "literal_error"}
-_VALUES_OF_HABIT = {
+_OTHER_VALUES = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "fp32": "float32",
@@ -47,7 +47,7 @@ _VALUES_OF_HABIT = {
 
 
 def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -> None:
-    """Word one of pydantic's errors; `location` may end in names of union branches, which nobody typed."""
+    """Report one of pydantic's errors; `location` may contain names of union branches, which are not in the recipe."""
     if kind in _OF_KIND:
         kind, location = _OF_KIND[kind], (*location, "kind")
     if kind == "extra_forbidden":
@@ -62,7 +62,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         source.report(path, f"required {'section' if setting.section else 'key'} is missing", _add(setting))
         return
     if any(at[: len(path)] == path for at in source.broken) and not setting.section:
-        return  # another branch of a union has already said it, more exactly
+        return  # another branch of a union has already reported it, more precisely
     value = source.get(path)
     if kind in _OUT_OF_RANGE:
         what = "out of range"
@@ -76,7 +76,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
 
 
 def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
-    """The key of the setting that a location of pydantic's lies in, and the path of the value as far as it was typed.
+    """The key of the setting at a location of pydantic's, and the path of the value as far as it was typed.
 
     A key has no indices: that of `data.train[1].path` is `data.train.path`.
     """
@@ -98,7 +98,7 @@ def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
 
 
 def _inside(setting: Setting, path: Path) -> bool:
-    """True where `path` lies in the setting's value, such as an item of a list of names."""
+    """True if `path` lies inside the setting's value, such as an item of a list of names."""
     return [part for part in path if isinstance(part, str)] != setting.path.split(".") or isinstance(path[-1], int)
 
 
@@ -116,7 +116,7 @@ def _always(setting: Setting) -> bool:
 
 
 def _write(setting: Setting, value: Value, *, inside: bool) -> str:
-    """What to write instead of `value`, with the likely slip where there is one; `inside`: an item of a list."""
+    """What to write instead of `value`, with the likely mistake if there is one; `inside`: an item of a list."""
     if isinstance(value, str):
         slip = _misspelt(setting, value) if inside and not setting.many else _slip_in_text(setting, value)
     else:
@@ -136,7 +136,7 @@ def _slip_in_text(setting: Setting, value: str) -> str | None:
     expects = setting.expects
     if setting.section:
         return _as_section(setting, value)
-    ours = _VALUES_OF_HABIT.get(value.lower())
+    ours = _OTHER_VALUES.get(value.lower())
     if ours in _words(expects):
         return f"here it is called {ours}"
     if expects.startswith(("an integer", "a number")):

@@ -1,4 +1,4 @@
-"""A recipe file and overrides -> a `Recipe`, or one RecipeError with every mistake, before torch is imported."""
+"""A recipe file and overrides -> a `Recipe`, or one RecipeError with every problem, before torch is imported."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -16,16 +16,16 @@ from finetune.recipe.yaml12 import resolve
 
 
 def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override (`key.path=value`) and validate a recipe. Raises RecipeError with all mistakes at once."""
+    """Read, override (`key.path=value`) and validate a recipe. Raises RecipeError with all problems at once."""
     source = read_source(FilePath(path), overrides)
     _fill_empty_sections(source)
     recipe = None
     try:
         recipe = Recipe.model_validate(source.values)
     except ValidationError as error:
-        # include_url and include_context are of no use here; input is shown from the source, as typed.
-        for found in error.errors(include_url=False, include_context=False):
-            report_invalid(source, found["type"], found["loc"])
+        # The input is shown from the source, as typed.
+        for detail in error.errors(include_url=False, include_context=False):
+            report_invalid(source, detail["type"], detail["loc"])
     check_all(source)
     source.raise_problems()
     if recipe is None:  # pragma: no cover - every ValidationError reports at least one problem
@@ -39,14 +39,14 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what YAML 1.2 would read as something else than text, such as 2e-4 or 0o17; writes no anchors."""
+    """Quotes text that YAML 1.2 would read as another type, such as 2e-4 or 0o17; writes no anchors."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds U+0085 and its like into a space unless they are escaped, which only double quotes can do.
+    # PyYAML folds U+0085 and similar characters into a space unless they are escaped, which needs double quotes.
     style = None if isinstance(resolve(text), str) and text.isprintable() else '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 

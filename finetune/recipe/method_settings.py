@@ -1,4 +1,4 @@
-"""What is trained for: one section a method, told apart by `kind`. Names are TRL's own."""
+"""The settings of each training method, selected by `kind`. Names are TRL's own."""
 
 from typing import Annotated, Literal
 
@@ -38,32 +38,31 @@ class DpoSettings(Section):
     kind: Literal["dpo"] = Field(description="The training method.")
     beta: float = Field(
         gt=0,
-        description="How strongly the model is held to its reference; for the loss ipo its regularisation (tau). The "
-        "paper and most recipes take 0.1.",
+        description="Strength of the KL penalty to the reference; for the loss ipo its regularisation (tau). The "
+        "paper and most recipes use 0.1.",
     )
     loss_type: list[PairLoss] = Field(
         default=["sigmoid"],
         min_length=1,
-        description="TRL's losses by its names; several are added up by `loss_weights`. sft: the mean cross entropy of "
-        "the chosen answers (the RPO term); sigmoid_norm and ipo: log-probabilities a token. aot and aot_unpaired sort "
-        "the pairs of a micro-batch, so they alone depend on how a step is cut.",
+        description="TRL's losses by its names; several are summed with `loss_weights`. sft: the mean cross entropy of "
+        "the chosen answers (the RPO term); sigmoid_norm and ipo: log-probabilities per token. aot and aot_unpaired "
+        "sort the pairs of a micro-batch, so only they depend on how a step is split into micro-batches.",
     )
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
-        default=None, description="One weight for each entry of `loss_type`; null: 1 each."
+        default=None, description="One weight per entry of `loss_type`; null: 1 each."
     )
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="For robust the assumed share of pairs whose labels are swapped (below 0.5), for exo_pair its "
-        "epsilon (above 0; the paper takes 1e-3), and for aot and aot_unpaired as in DPO.",
+        description="For robust the assumed share of pairs with swapped labels (below 0.5), for exo_pair its epsilon "
+        "(above 0; the paper uses 1e-3), for aot and aot_unpaired as in cDPO.",
     )
     ld_alpha: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Weight of the tokens by which one answer is longer than the other (LD-DPO, arXiv 2409.06411); "
-        "null: 1.",
+        description="Weight of the tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411); null: 1.",
     )
     f_divergence_type: Divergence = Field(
         default="reverse_kl", description="Divergence from the reference (f-DPO, arXiv 2309.16240)."
@@ -78,12 +77,12 @@ class DpoSettings(Section):
     reference: Literal["precomputed", "live"] = Field(
         default="precomputed",
         description="When the reference's log-probabilities are computed. precomputed: once, before the first step, "
-        "kept in the run folder and continued there after a kill; live: in every step, for nearly half as much again "
-        "of its time. The reference is the model as training finds it: the base, with `model.adapter` if there is one.",
+        "and kept in the run folder, where an interrupted pass continues; live: in every step, which takes nearly 1.5 "
+        "times as long. The reference is the model before training: the base, with `model.adapter` if given.",
     )
     prompt_sharing: Literal["auto", "off"] = Field(
         default="auto",
-        description="auto: the prompt of a pair is computed once for both answers (arXiv 2410.20305) where the "
-        "architecture's attention can express it and the prompts are long enough to pay; the run says which. The "
+        description="auto: compute the prompt of a pair once for both answers (arXiv 2410.20305) if the architecture's "
+        "attention supports it and the prompts are long enough to gain from it; the run prints its choice. The "
         "gradients are the same.",
     )

@@ -1,4 +1,4 @@
-"""Telling names of hub data sets from paths by their looks alone: no file is opened, nothing is asked."""
+"""Tell names of hub data sets from paths by their form alone; no file is opened, no server is asked."""
 
 import re
 
@@ -14,7 +14,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def looks_like_hub_id(path: str) -> bool:
-    """True for a path that could be meant as `owner/name`: for messages about paths that do not exist."""
+    """True for a path that may be meant as `owner/name`: for messages about paths that do not exist."""
     return is_hub_id(path) and not path.lower().endswith(_ENDINGS)
 
 
@@ -30,5 +30,5 @@ def is_url(name: str) -> bool:
 
 def hub_id_in_url(url: str) -> str | None:
     """`owner/name` of the address of a hub data set; None for other addresses."""
-    found = _HUB_URL.match(url)
-    return found[1] if found else None
+    match = _HUB_URL.match(url)
+    return match[1] if match else None

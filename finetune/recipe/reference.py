@@ -16,7 +16,7 @@ _COLUMNS = "| key | write | default | meaning |\n| --- | --- | --- | --- |\n"
 
 
 def reference() -> str:
-    """One table a section, in the order of a recipe."""
+    """One table per section, in the order of a recipe."""
     known = settings()
     tables: dict[str, str] = {}
     parts = [_HEAD, "\n## Top level\n\n", _table([s for path, s in known.items() if "." not in path and not s.section])]
@@ -29,7 +29,7 @@ def reference() -> str:
 
 
 def _table_once(rows: list[Setting], tables: dict[str, str]) -> str:
-    """The table, or the name of the section that has the same; `tables`: those that were written, by their words."""
+    """The table, or the name of the section that has the same; `tables`: section by text of those written so far."""
     section = rows[0].path.rpartition(".")[0]
     table = _table(rows)
     same = tables.setdefault(table.replace(f"`{section}.", "`"), section)
@@ -37,7 +37,7 @@ def _table_once(rows: list[Setting], tables: dict[str, str]) -> str:
 
 
 def _purpose(path: str, setting: Setting) -> str:
-    """The section model's docstring, which says more than the field; the field's where they are shared."""
+    """The docstring of the section's model; the field's description if several fields share the model."""
     annotation = Recipe.model_fields[path].annotation if path in Recipe.model_fields else None
     return (getattr(annotation, "__doc__", None) if isinstance(annotation, type) else None) or setting.description
 

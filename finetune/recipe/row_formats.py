@@ -13,7 +13,7 @@ Gives = Literal["conversation", "document", "preference", "judged"]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One row format: which kind of example it gives, and its fields.
+    """One row format: the kind of example that it gives, and its fields.
 
     `aliases`: {field: another name that files use for it}.
     """
@@ -49,12 +49,12 @@ _TABLE = (
     RowFormat("kto", "judged", ("prompt", "completion", "label")),
 )
 
-ROW_FORMATS: dict[str, RowFormat] = {each.name: each for each in _TABLE}
-CONVERSATION_FORMATS = tuple(each.name for each in _TABLE if each.gives == "conversation")
-PAIR_FORMATS = tuple(each.name for each in _TABLE if each.gives in ("preference", "judged"))
+ROW_FORMATS: dict[str, RowFormat] = {row_format.name: row_format for row_format in _TABLE}
+CONVERSATION_FORMATS = tuple(name for name, row_format in ROW_FORMATS.items() if row_format.gives == "conversation")
+PAIR_FORMATS = tuple(name for name, row_format in ROW_FORMATS.items() if row_format.gives in ("preference", "judged"))
 
 if TYPE_CHECKING:
     FormatName = str
 else:
-    # What a recipe may write. Types are checked without running this, so they cannot know the names.
+    # mypy does not run this, so it cannot know the names.
     FormatName = Literal[("auto", *ROW_FORMATS)]

@@ -1,4 +1,4 @@
-"""The raw tree of a recipe: the file's values under the command line's, and where each came from."""
+"""The raw values of a recipe: the file's, overridden by the command line's, and the place of each."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _SHAPE = "write key.path=value, for example lora.r=32"
 
 
 class Source:
-    """`values` as typed, `problems` so far, and `broken` key paths on which nothing more need be said."""
+    """`values` as typed, `problems` so far, and `broken` key paths, for which no further problem is reported."""
 
     def __init__(self, name: str, reading: Reading) -> None:
         self.name = name
@@ -42,14 +42,14 @@ class Source:
             self.raise_problems()
 
     def is_broken(self, path: Path) -> bool:
-        """True where `path`, or what stands in place of a section around it, was already reported."""
+        """True if `path`, or a value in place of a section around it, was already reported."""
         around = (path[:length] for length in range(1, len(path)))
         return path in self.broken or any(
             at in self.broken and not isinstance(self.get(at), dict | list) for at in around
         )
 
     def get(self, path: Path) -> Value:
-        """The value as typed; None where nothing was."""
+        """The value as typed; None if the key is absent."""
         value: Value = self.values
         for part in path:
             if isinstance(value, dict) and isinstance(part, str):
@@ -69,7 +69,7 @@ class Source:
         self.problems.append((line, Problem(f"{place}: {spell(path)}", what, do, got)))
 
     def override(self, text: str) -> None:
-        """Lay one `key.path=value` over the values."""
+        """Apply one `key.path=value`."""
         match = _OVERRIDE.fullmatch(text)
         if match is None:
             do = f"remove the dashes: {_SHAPE}" if text.startswith("-") else _SHAPE
@@ -88,9 +88,9 @@ class Source:
             do = "quote text that holds `: `; write lists as [a, b] and mappings as {a: b}"
             self._override_problem(key, "not a single value", do, text)
         else:
-            self._lay(path, reading)
+            self._apply(path, reading)
 
-    def _lay(self, path: Path, reading: Reading) -> None:
+    def _apply(self, path: Path, reading: Reading) -> None:
         around: Value = self.values
         for depth, part in enumerate(path):
             if isinstance(part, str) and around is None:
@@ -104,7 +104,7 @@ class Source:
         _put(around, path[-1], reading.values)
         self._overridden.add(path)
         self._overridden.update((*path, *below) for below in reading.lines)
-        # What the file said here no longer stands, its mistakes included: they were reported with the file's line.
+        # The file's values here are replaced; mistakes in them were already reported with the file's line.
         self._lines = {at: line for at, line in self._lines.items() if at[: len(path)] != path}
 
     def _make_section(self, path: Path) -> Value:
@@ -118,7 +118,7 @@ class Source:
         self.problems.append((_LAST, Problem(where, what, do, got=show(got))))
 
     def place(self, path: Path) -> tuple[int, str]:
-        """Line (for sorting) and name of the place of `path`, or of the nearest section around it."""
+        """Line (for sorting) and place of `path`, or of the nearest section around it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self._overridden:
                 return _LAST, COMMAND_LINE
@@ -128,7 +128,7 @@ class Source:
         return 1, f"{self.name}:1"
 
     def raise_problems(self) -> None:
-        """Raise all problems at once, by line, those of the command line last."""
+        """Raise all problems at once, ordered by line, those of the command line last."""
         if self.problems:
             raise RecipeError([problem for _, problem in sorted(self.problems, key=lambda entry: entry[0])])
 
@@ -144,7 +144,7 @@ def _put(around: Value, part: str | int, value: Value) -> None:
 
 
 def _cannot_enter(path: Path, around: Value, part: str | int) -> tuple[str, str] | None:
-    """Why the value `around` at `path` has no place for `part`, and what to do; None where it has."""
+    """Why the value `around` at `path` cannot hold `part`, and what to do; None if it can."""
     name = spell(path)
     if isinstance(part, str):
         if isinstance(around, dict):
@@ -162,7 +162,7 @@ def _cannot_enter(path: Path, around: Value, part: str | int) -> tuple[str, str]
 
 
 def read_source(path: FilePath, overrides: Sequence[str]) -> Source:
-    """Read the file and lay the overrides over it; raises RecipeError where nothing further can be said."""
+    """Read the file and apply the overrides; raises RecipeError if the file cannot be read at all."""
     source = Source(str(path), _read_file(path))
     for text in overrides:
         source.override(text)

@@ -1,4 +1,4 @@
-"""The names that `lora.targets` takes, and the names people type instead."""
+"""Names that `lora.targets` accepts, and what to write for common others."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,12 +7,12 @@ from finetune.recipe.unknown import closest
 
 FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp", "shared_experts")
 
-# What only Mixture-of-Experts models have.
+# Only in Mixture-of-Experts models.
 MOE_TARGETS = ("experts", "router", "shared_experts")
 
 _EXPERTS = "it lies inside the stacked experts; write experts"
 _ALL = (
-    "it would train the router too and leave the stacked experts out; name what you mean, such as [attention, experts]"
+    "it would also train the router and leave out the stacked experts; name the modules, such as [attention, experts]"
 )
 _WRONG = {
     **dict.fromkeys(("all-linear", "all_linear", "all"), _ALL),
@@ -26,12 +26,12 @@ _WRONG = {
 }
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)*")
 
-# Modules that no router comes after.
+# Modules after the last router.
 _DOWNSTREAM_OF_ALL_ROUTERS = ("lm_head",)
 
 
 def wrong_target(name: str) -> str | None:
-    """What to do about a target name that is not one; None where it may be right (the model decides)."""
+    """What to write in place of a wrong target name; None if it may be right (the model decides)."""
     leaf = name.rpartition(".")[2]
     if name in _WRONG or leaf in _WRONG:
         return _WRONG.get(name, _WRONG.get(leaf))
@@ -46,14 +46,14 @@ def wrong_target(name: str) -> str | None:
 
 
 def reaches_a_router(targets: Iterable[str]) -> bool:
-    """True where training `targets` can change what some router sees or does.
+    """True if training `targets` can change the input or the weights of a router.
 
-    Attention stands before the router of its own layer, a layer's experts before the next layer's router. How
-    many layers there are, and so whether an explicit name lies behind the last router, only the model tells.
+    Attention comes before the router of its layer, the experts of a layer before the router of the next. Whether an
+    explicit module name lies after the last router depends on the model.
     """
     return any(name.rpartition(".")[2] not in _DOWNSTREAM_OF_ALL_ROUTERS for name in targets)
 
 
 def only_in_mixtures(targets: Sequence[str]) -> list[str]:
-    """Those of `targets` that only Mixture-of-Experts models have."""
+    """The `targets` that only Mixture-of-Experts models have."""
     return [name for name in targets if name in MOE_TARGETS]

@@ -1,4 +1,4 @@
-"""What a check reads of a recipe: sound values as typed, defaults where nothing is typed."""
+"""Values for the checks: valid values as typed, defaults for absent keys."""
 
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ def key_path(key: str) -> Path:
 
 
 def read(source: Source, key: str, kind: type[T]) -> T | None:
-    """The sound value of `key`, its default where the recipe does not say it; None where null or reported."""
+    """The value of `key`, or its default if the recipe does not set it; None if null or already reported."""
     path = key_path(key)
     if source.is_broken(path):
         return None
@@ -26,6 +26,6 @@ def read(source: Source, key: str, kind: type[T]) -> T | None:
 
 
 def real(source: Source, key: str) -> float | None:
-    """Like `read` for a setting that takes integers and floats."""
+    """Like `read`, for a setting that takes integers and floats."""
     whole = read(source, key, int)
     return read(source, key, float) if whole is None else whole

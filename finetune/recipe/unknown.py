@@ -1,4 +1,4 @@
-"""What to say about a key that is no setting: another tool's, in the wrong section, or misspelt."""
+"""Messages for unknown keys: of another tool, in the wrong section, or misspelt."""
 
 import difflib
 from collections.abc import Iterable
@@ -17,8 +17,8 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
     if placed := _elsewhere(section, key):
         return placed
     prefix = f"{section}." if section else ""
-    there = [path for path, each in known.items() if path.startswith(prefix) and (not each.kinds or kind in each.kinds)]
-    names = [path.removeprefix(prefix) for path in there]
+    allowed = [path for path, key in known.items() if not key.kinds or kind in key.kinds]
+    names = [path.removeprefix(prefix) for path in allowed if path.startswith(prefix)]
     siblings = [name for name in names if "." not in name]
     if here := closest(key, siblings):
         return "unknown key", f"did you mean {prefix}{here}?"
@@ -28,18 +28,18 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
 
 
 def _elsewhere(section: str, key: str) -> tuple[str, str] | None:
-    """What to say of a key that exists, with another kind of this section or in another section."""
+    """(what, do) for a key that exists with another kind of this section, or in another section."""
     own = settings().get(f"{section}.{key}")
     if own is not None and own.kinds:
         kinds = " or ".join(own.kinds)
         return f"a setting of {section}.kind: {kinds}", f"remove it, or write kind: {kinds}"
     elsewhere = _paths_of(key)
     place = f"in {section}" if section else "at the top level"
-    return (f"this key does not stand {place}", "write " + " or ".join(elsewhere)) if elsewhere else None
+    return (f"this key does not belong {place}", "write " + " or ".join(elsewhere)) if elsewhere else None
 
 
 def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice most like a misspelt word, if one is like it at all."""
+    """The closest choice to a misspelt word, if there is a close one."""
     return next(iter(difflib.get_close_matches(word, list(choices), n=1, cutoff=cutoff)), None)
 
 

@@ -1,8 +1,9 @@
 """YAML text -> plain values, read by the YAML 1.2 core schema, with the line of every key.
 
-PyYAML alone reads YAML 1.1: `2e-4` is text, `no` is false, the last of two equal keys wins. Here only its event parser
-is used; scalars are resolved below (https://yaml.org/spec/1.2.2/#103-core-schema). A recipe needs no tags, anchors or
-aliases, so all of them are refused: nothing is ever expanded or constructed.
+PyYAML's loader reads YAML 1.1: `2e-4` is text, `no` is false, the last of two equal keys wins. ruamel.yaml reads YAML
+1.2, but `1_000` as 1000 and 2026-11-22 as a date, resolves tags and anchors unseen, and stops at the first duplicate
+key. So only PyYAML's event parser is used; scalars are resolved below (https://yaml.org/spec/1.2.2/#103-core-schema). A
+recipe needs no tags, anchors or aliases: all are errors, and nothing is expanded or constructed.
 """
 
 import re
@@ -17,7 +18,7 @@ Path: TypeAlias = tuple[str | int, ...]
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
-# Longer than any number someone means; Python refuses to convert very long ones.
+# Longer than any number in a recipe; Python raises ValueError for more than 4,300 digits.
 MAX_NUMBER_CHARS = 64
 
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -36,7 +37,7 @@ _CONSTANTS: dict[str, Value] = {
 
 @dataclass(frozen=True)
 class Mistake:
-    """Something the reading refuses: the key `path` (may be empty), the 1-based `line`, and the words for the user."""
+    """A mistake in the notation: the key `path` (may be empty), the 1-based `line`, and the message."""
 
     path: Path
     line: int
@@ -47,7 +48,7 @@ class Mistake:
 
 @dataclass
 class Reading:
-    """What a text says: `values`, the 1-based line of each key path, and every mistake of the notation itself.
+    """The content of a text: `values`, the 1-based line of each key path, and every mistake in the notation.
 
     `fatal`: the text could not be read to its end. `block`: the outermost collection is in block style.
     """
@@ -73,7 +74,7 @@ def resolve(text: str) -> Value:
 
 
 def read_yaml(text: str) -> Reading:
-    """Read one document; never raises for what the text holds, every mistake is in `Reading.mistakes`."""
+    """Read one document. Never raises: every mistake is in `Reading.mistakes`."""
     reading = Reading()
     try:
         _Builder(text, reading).document()
@@ -92,7 +93,7 @@ def read_yaml(text: str) -> Reading:
         reading.fatal = True
         line = text.count("\n", 0, error.position) + 1
         do = "remove this character"
-        reading.mistakes.append(Mistake((), line, "not valid YAML: a character that no text file holds", do))
+        reading.mistakes.append(Mistake((), line, "not valid YAML: a control character", do))
     return reading
 
 
@@ -102,7 +103,7 @@ class _TooDeepError(Exception):
 
 
 class _Builder:
-    """Builds plain values from PyYAML's events, lazily: a hostile text is left at its first too deep bracket."""
+    """Builds plain values from PyYAML's events, lazily: reading stops at the first bracket nested too deeply."""
 
     def __init__(self, text: str, reading: Reading) -> None:
         self.events: Iterator[yaml.Event] = iter(yaml.parse(text, Loader=yaml.SafeLoader))
@@ -125,7 +126,7 @@ class _Builder:
     def value(self, event: yaml.Event, path: Path) -> Value:
         if len(path) > MAX_DEPTH:
             raise _TooDeepError(_line(event))
-        self._refuse_indirections(event, path)
+        self._check_indirections(event, path)
         if isinstance(event, yaml.MappingStartEvent):
             return self.mapping(path)
         if isinstance(event, yaml.SequenceStartEvent):
@@ -161,17 +162,17 @@ class _Builder:
             values.append(self.value(event, below))
         return values
 
-    def _refuse_indirections(self, event: yaml.Event, path: Path) -> None:
+    def _check_indirections(self, event: yaml.Event, path: Path) -> None:
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
-            self._mistake(path, event, "YAML aliases are refused", "write the value out", got=f"*{anchor}")
+            self._mistake(path, event, "YAML aliases are not allowed", "write the value out", got=f"*{anchor}")
         elif anchor is not None:
             do = "remove it and write the value out where it is used"
-            self._mistake(path, event, "YAML anchors are refused", do, got=f"&{anchor}")
+            self._mistake(path, event, "YAML anchors are not allowed", do, got=f"&{anchor}")
         tag = getattr(event, "tag", None)
         if tag is not None:
             tag = str(tag).replace("tag:yaml.org,2002:", "!!")
-            self._mistake(path, event, "YAML tags are refused", "remove the tag: values are plain", got=tag)
+            self._mistake(path, event, "YAML tags are not allowed", "remove the tag: values are plain", got=tag)
 
     def _mistake(self, path: Path, event: yaml.Event, what: str, do: str, got: str | None = None) -> None:
         self.reading.mistakes.append(Mistake(path, _line(event), what, do, got))

@@ -49,7 +49,7 @@ def test_a_good_recipe_is_reported_and_the_run_after_it_finds_its_rows(workspace
     assert "rows       34 read, 34 (100.0 %) kept\n" in done.stdout
     assert "[[on " in done.stdout
     assert done.stdout.endswith(
-        "\nA run can start: every row that it uses can be trained on.\nwritten: out/check.html\n"
+        "\nNo errors found: every row that the run uses can be trained on.\nwritten: out/check.html\n"
     )
     assert "34 read, 34 (100.0 %) kept" in (workspace / "out" / "check.html").read_text(encoding="utf-8")
     told = next(line for line in done.stdout.splitlines() if "sequences; an epoch has" in line).split()

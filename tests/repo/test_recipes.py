@@ -8,7 +8,7 @@ import pytest
 
 from finetune.cli import schema
 from finetune.recipe import load_recipe
-from finetune.recipe.reserved import reserved
+from finetune.recipe.trainer_args import reserved
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

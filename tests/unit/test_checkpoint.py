@@ -121,7 +121,7 @@ def header(text: bytes, data: bytes = b"") -> bytes:
         (header(b'{"a":{"dtype":"F32","shape":[2]}}'), "a: malformed header entry"),
         (
             header(b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}', b"1"),
-            "a: unsupported number format; got F4",
+            "a: unsupported dtype; got F4",
         ),
         (header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"1234"), "a: bytes do not fit the shape"),
         (header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', b"1234"), "a: file is truncated"),
@@ -144,7 +144,7 @@ def test_the_index_may_only_name_safetensors_files_beside_it(tmp_path: Path, nam
     ("index", "message"),
     [
         ('{"weight_map": {"wide": "model-1.safetensors"}}', "shard is missing"),
-        ('{"weight_map": {"unknown": "here.safetensors"}}', "lacks a tensor that the index puts there; got unknown"),
+        ('{"weight_map": {"unknown": "here.safetensors"}}', "lacks a tensor that the index lists; got unknown"),
         ('{"weight_map": {}}', "has no weight_map"),
         ("[]", "must hold a JSON object"),
         ("{", "cannot be read as JSON"),

@@ -201,7 +201,7 @@ def test_a_tokenizer_that_is_longer_than_the_embedding_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ('["<|a|>", "<|a|>"]', 'model.added_tokens[1]: named twice; got "<|a|>"; keep one of the two'),
+        ('["<|a|>", "<|a|>"]', 'model.added_tokens[1]: listed twice; got "<|a|>"; keep one of the two'),
         (
             '["<|a b|>"]',
             'model.added_tokens[0]: white space in a token; got "<|a b|>"; '

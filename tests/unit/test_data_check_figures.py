@@ -18,11 +18,11 @@ def test_every_row_is_in_one_bin_and_no_bin_lies_on_both_sides_of_the_limit(
 ) -> None:
     bins = histogram(lengths, limit)
     assert len(bins) <= MAX_BINS + 1
-    for each in bins:
-        assert each.rows == sum(rows for length, rows in lengths.items() if each.first <= length <= each.last)
-        assert each.last <= limit or each.first > limit
-    assert [each.first for each in bins[1:]] == [each.last + 1 for each in bins[:-1]]
-    assert sum(each.rows for each in bins) == sum(lengths.values())
+    for bin_ in bins:
+        assert bin_.rows == sum(rows for length, rows in lengths.items() if bin_.first <= length <= bin_.last)
+        assert bin_.last <= limit or bin_.first > limit
+    assert [bin_.first for bin_ in bins[1:]] == [bin_.last + 1 for bin_ in bins[:-1]]
+    assert sum(bin_.rows for bin_ in bins) == sum(lengths.values())
     assert bins[0].rows
     assert bins[-1].rows
 
@@ -35,7 +35,7 @@ def test_bins_are_equal_and_end_at_powers_of_two() -> None:
 def test_a_few_long_rows_do_not_hide_how_long_most_are() -> None:
     short = Counter(dict.fromkeys(range(20, 60), 100))
     bins = histogram(short | {30_000: 1}, 4096)
-    assert [each for each in bins if each.last <= 64] == [Bin(17, 32, 1300), Bin(33, 64, 2700)]
+    assert [bin_ for bin_ in bins if bin_.last <= 64] == [Bin(17, 32, 1300), Bin(33, 64, 2700)]
     assert bins[-1] == Bin(16_385, 32_768, 1)
 
 

@@ -70,8 +70,8 @@ def test_rows_are_counted_drawn_and_compared(model: Path) -> None:
     assert (report.problems, report.exit_code) == ([], 0)
     train, evaluation = report.splits
     assert (train.name, train.stats.rows, train.stats.used, train.stats.sequences) == ("train", 9, 9, 9)
-    assert train.course is not None
-    assert (train.course.steps_an_epoch, train.course.steps) == (3, 6)
+    assert train.schedule is not None
+    assert (train.schedule.steps_per_epoch, train.schedule.steps) == (3, 6)
     assert evaluation.stats.sets[0].source.format == "messages"
     assert evaluation.stats.sets[0].source.why
     assert [split for split, _ in report.samples] == ["train"] * 3 + ["eval"] * 2
@@ -81,8 +81,8 @@ def test_rows_are_counted_drawn_and_compared(model: Path) -> None:
         assert text.startswith("<|im_start|>user\n")
         assert supervised == "done<|im_end|>"
         assert sample.where.startswith(f"{split}.jsonl:")
-    assert report.twins is not None
-    assert [str(pair) for pair in report.twins.pairs] == ["train.jsonl:5 ~ eval.jsonl:1 (the same text)"]
+    assert report.duplicates is not None
+    assert [str(pair) for pair in report.duplicates.pairs] == ["train.jsonl:5 ~ eval.jsonl:1 (exact)"]
 
 
 def test_the_seed_of_the_recipe_draws_the_samples(model: Path) -> None:
@@ -132,34 +132,34 @@ def test_bad_rows_of_all_sets_are_listed_at_once(model: Path) -> None:
     assert problems(report)[2].count("; ") >= 2  # what; got; do
 
 
-def test_many_bad_rows_are_named_and_the_rest_counted(model: Path) -> None:
+def test_many_bad_rows_are_listed_and_the_rest_counted(model: Path) -> None:
     write("train.jsonl", [turns("light", None)] * 1010)
-    said = problems(check(recipe(model)))
-    assert len(said) == 1001
-    assert said[999].startswith("train.jsonl:1000: ")
-    assert said[1000].startswith("train.jsonl: 10 more rows are wrong")
+    messages = problems(check(recipe(model)))
+    assert len(messages) == 1001
+    assert messages[999].startswith("train.jsonl:1000: ")
+    assert messages[1000].startswith("train.jsonl: 10 more rows are wrong")
 
 
-def test_rows_that_are_dropped_are_named_up_to_the_ceiling(model: Path) -> None:
+def test_dropped_rows_are_listed_up_to_max_bad_share(model: Path) -> None:
     write("train.jsonl", [turns("light"), turns("light", None), turns("two"), turns("three")])
     report = check(recipe(model, on_bad_row="drop", max_bad_share=0.25))
     assert report.exit_code == 0
     assert report.splits[0].stats.bad == 1
-    assert [row.partition(": ")[0] for row in report.splits[0].bad_named] == ["train.jsonl:2"]
+    assert [row.partition(": ")[0] for row in report.splits[0].bad_listed] == ["train.jsonl:2"]
     assert report.remarks == ["train: 1 bad row left out"]
     report = check(recipe(model, on_bad_row="drop", max_bad_share=0.2))
     assert report.exit_code == 1
     assert "max_bad_share" in problems(report)[-1]
 
 
-def test_recipe_model_template_and_rows_are_all_looked_at(model: Path) -> None:
+def test_recipe_model_template_and_rows_are_all_checked(model: Path) -> None:
     write("train.jsonl", [turns("light", None)])
     settings = recipe(model, "router=null", "lora.targets=[attention]", max_length=600)
     report = check(settings)
     assert report.exit_code == RecipeError.exit_code
-    said = problems(report)
-    assert [line.partition(": ")[0] for line in said] == ["router", "data.max_length", "train.jsonl:1"]
-    assert "512 positions" in said[1]
+    messages = problems(report)
+    assert [line.partition(": ")[0] for line in messages] == ["router", "data.max_length", "train.jsonl:1"]
+    assert "512 positions" in messages[1]
 
 
 @pytest.mark.parametrize("what", ["no model", "no template"])
@@ -177,13 +177,13 @@ def test_without_a_tokenizer_the_rows_are_still_read(model: Path, what: str) -> 
     assert [line.partition(": ")[0] for line in problems(report)] == [first, "train.jsonl:1", "eval.jsonl:1"]
 
 
-def test_what_no_format_fits_is_said_without_a_tokenizer_too(model: Path) -> None:
+def test_rows_that_fit_no_format_are_reported_without_a_tokenizer_too(model: Path) -> None:
     write("train.jsonl", [{"a": 1}, "{"])
-    said = problems(check(recipe("nowhere", train={"path": "train.jsonl", "format": "auto"})))
-    assert said[1].startswith("train.jsonl:2: ")
-    assert said[2].startswith("train.jsonl: the rows fit no format")
-    said = problems(check(recipe("nowhere", train={"path": "other.jsonl", "format": "auto"})))
-    assert said[1].startswith("other.jsonl: ")
+    messages = problems(check(recipe("nowhere", train={"path": "train.jsonl", "format": "auto"})))
+    assert messages[1].startswith("train.jsonl:2: ")
+    assert messages[2].startswith("train.jsonl: the rows fit no format")
+    messages = problems(check(recipe("nowhere", train={"path": "other.jsonl", "format": "auto"})))
+    assert messages[1].startswith("other.jsonl: ")
 
 
 def test_a_row_longer_than_the_positions_of_the_model_is_refused_by_training_too(tmp_path: Path) -> None:
@@ -216,5 +216,5 @@ def test_of_a_checkpoint_on_the_hub_only_the_small_files_are_needed(
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     write("train.jsonl", [turns("light")])
     assert problems(check(recipe("owner/name"))) == []
-    said = problems(check(recipe("owner/name", "router=null", "lora.targets=[attention]")))
-    assert [line.partition(": ")[0] for line in said] == ["router"]
+    messages = problems(check(recipe("owner/name", "router=null", "lora.targets=[attention]")))
+    assert [line.partition(": ")[0] for line in messages] == ["router"]

@@ -17,7 +17,7 @@ from finetune.check.page import page, write_page
 from finetune.check.report import Report, batches_of, split_of
 from finetune.check.samples import Piece, Sample
 from finetune.check.terminal import Style, lines
-from finetune.check.twins import Pair, Twins
+from finetune.check.twins import Duplicates, Pair
 from finetune.data.tokens.stats import DataStats, RowStats, SetStats
 from finetune.errors import Problem
 from finetune.recipe import Recipe, load_recipe
@@ -64,8 +64,8 @@ def report(settings: Recipe, **parts: Any) -> Report:
     return Report("recipe.yaml", [("model", "m")], settings.data.max_length, **parts)
 
 
-def printed(told: Report, style: Style = MARKS) -> str:
-    return "\n".join(lines(told, style))
+def printed(results: Report, style: Style = MARKS) -> str:
+    return "\n".join(lines(results, style))
 
 
 def sample(*parts: tuple[str, bool], special: str = "<|im_end|>") -> Sample:
@@ -73,8 +73,8 @@ def sample(*parts: tuple[str, bool], special: str = "<|im_end|>") -> Sample:
     return Sample("a.jsonl:3", pieces, 20, 5)
 
 
-def test_what_befell_the_rows_is_said_with_shares() -> None:
-    said = printed(report(recipe(), splits=[split("train", recipe(), bad=1, dropped=2, duplicates=4, rows=43)]))
+def test_counts_of_rows_are_printed_with_shares() -> None:
+    output = printed(report(recipe(), splits=[split("train", recipe(), bad=1, dropped=2, duplicates=4, rows=43)]))
     for line in (
         "rows       43 read, 40 (93.0 %) kept",
         "bad        1 (2.3 %)",
@@ -83,58 +83,58 @@ def test_what_befell_the_rows_is_said_with_shares() -> None:
         "none       truncated, split",
         "tokens     1,600, 400 (25.0 %) supervised",
     ):
-        assert f"    {line}\n" in said
-    assert "    train: 1 bad row left out, 2 rows too long and dropped, 4 duplicate rows\n" in said
+        assert f"    {line}\n" in output
+    assert "    train: 1 bad row left out, 2 rows too long and dropped, 4 duplicate rows\n" in output
 
 
-def test_packing_padding_and_steps_are_told_as_the_trainer_will_have_them() -> None:
+def test_packing_padding_and_steps_are_those_of_the_trainer() -> None:
     packed = recipe("training.max_steps=6")
     assert "8 packed sequences of up to 256 tokens, 21.88 % unfilled" in printed(
         report(packed, splits=[split("train", packed)])
     )
     padded = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=2.5")
-    said = printed(report(padded, splits=[split("train", padded), split("eval", padded)]))
-    assert said.count("40 rows, 2 at a time: 27.8 % padding to be expected") == 2
-    assert "steps      50 of 2 sequences; an epoch has 20: 2.5 epochs" in said
+    output = printed(report(padded, splits=[split("train", padded), split("eval", padded)]))
+    assert output.count("40 rows, 2 at a time: 27.8 % padding expected") == 2
+    assert "steps      50 of 2 sequences; an epoch has 20: 2.5 epochs" in output
     once = recipe("data.packing=false", "training.max_steps=null", "training.num_train_epochs=1")
     assert "an epoch has 20: 1 epoch\n" in printed(report(once, splits=[split("train", once)]))
-    assert "a step     80 tokens, 20 supervised, on average" in said
-    assert said.count("a step ") == 1  # nothing is stepped over evaluation rows
+    assert "per step   80 tokens, 20 supervised, on average" in output
+    assert output.count("per step ") == 1  # nothing is stepped over evaluation rows
     single = recipe("data.packing=false", "training.per_device_train_batch_size=1")
     assert "40 rows, one at a time: no padding" in printed(report(single, splits=[split("train", single)]))
 
 
 def test_a_mixture_shows_each_part_in_rows_and_tokens() -> None:
-    said = printed(report(recipe(), splits=[split("train", recipe(), weight=3.0)]))
-    assert "mixture    weight 3: 40 rows (80.0 %), 1,600 tokens (94.1 %)" in said
-    assert "mixture    weight 1: 10 rows (20.0 %), 100 tokens (5.9 %)" in said
-    assert "tokens     1,700, 425 (25.0 %) supervised" in said
+    output = printed(report(recipe(), splits=[split("train", recipe(), weight=3.0)]))
+    assert "mixture    weight 3: 40 rows (80.0 %), 1,600 tokens (94.1 %)" in output
+    assert "mixture    weight 1: 10 rows (20.0 %), 100 tokens (5.9 %)" in output
+    assert "tokens     1,700, 425 (25.0 %) supervised" in output
 
 
 def test_the_histogram_marks_the_limit_and_fits_the_terminal() -> None:
     settings = recipe("data.max_length=64")
-    told = report(settings, splits=[split("train", settings)])
-    bars = [line for line in printed(told).split("\n") if re.match(r" +\d+ - ", line) or "max_length = 64" in line]
+    results = report(settings, splits=[split("train", settings)])
+    bars = [line for line in printed(results).split("\n") if re.match(r" +\d+ - ", line) or "max_length = 64" in line]
     assert [re.sub(r"[█-▏]+|-{3,}", "#", bar).split() for bar in bars] == [
         ["17", "-", "32", "30", "#"],
         ["33", "-", "64", "0"],
         ["#", "data.max_length", "=", "64", "#"],
         ["65", "-", "128", "10", "#"],
     ]
-    assert max(len(line) for line in printed(told).split("\n")) <= 80
-    assert printed(told, PLAIN).isascii()
+    assert max(len(line) for line in printed(results).split("\n")) <= 80
+    assert printed(results, PLAIN).isascii()
 
 
 def test_samples_are_marked_without_colour() -> None:
-    told = report(
+    results = report(
         recipe(), samples=[("train", sample(("Hi ", False), ("there\n", True), ("<|im_end|>", True), ("\n", False)))]
     )
-    assert "Hi·[[there⏎\n<|im_end|>]]⏎\n" in printed(told)
+    assert "Hi·[[there⏎\n<|im_end|>]]⏎\n" in printed(results)
 
 
 def test_samples_are_coloured_line_by_line_on_a_terminal() -> None:
-    told = report(recipe(), samples=[("train", sample(("Hi", False), ("a\nb", True), ("<|im_end|>", True)))])
-    assert "Hi\x1b[32ma⏎\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in printed(told, COLOUR)
+    results = report(recipe(), samples=[("train", sample(("Hi", False), ("a\nb", True), ("<|im_end|>", True)))])
+    assert "Hi\x1b[32ma⏎\x1b[0m\n\x1b[32mb\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in printed(results, COLOUR)
 
 
 class Terminal(io.TextIOWrapper):
@@ -146,28 +146,28 @@ class Terminal(io.TextIOWrapper):
     ("environment", "colour"),
     [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
 )
-def test_colour_is_for_terminals_of_those_who_want_it(environment: dict[str, str], colour: bool) -> None:
+def test_colour_is_used_on_terminals_without_no_color(environment: dict[str, str], colour: bool) -> None:
     assert Style.of(Terminal(io.BytesIO(), encoding="utf-8"), environment) == Style(colour, True)
     assert Style.of(io.TextIOWrapper(io.BytesIO(), encoding="ascii"), environment) == Style(False, False)
 
 
 def test_a_long_sample_is_cut_in_the_terminal() -> None:
-    told = report(recipe(), samples=[("train", sample(*[("a", False)] * 3000, ("end", True)))])
-    assert "... 2,501 tokens left out ..." in printed(told)
-    assert "[[end]]" in printed(told)
-    assert page(told).count(">a</span>") == 3000
+    results = report(recipe(), samples=[("train", sample(*[("a", False)] * 3000, ("end", True)))])
+    assert "... 2,501 tokens left out ..." in printed(results)
+    assert "[[end]]" in printed(results)
+    assert page(results).count(">a</span>") == 3000
 
 
-def test_a_report_closes_with_what_a_reader_should_not_miss() -> None:
+def test_a_report_ends_with_its_warnings() -> None:
     clean = report(recipe(), splits=[split("train", recipe())])
-    assert printed(clean).endswith("\nNothing to complain about: a run can start, and every row can be trained on.")
-    twins = Twins(40, 2, 1, 5, [Pair("a.jsonl:1", "e.jsonl:2", 0.934, exact=False)])
-    told = report(recipe(), twins=twins)
-    assert "    a.jsonl:1 ~ e.jsonl:2 (0.93)\n    ... and 2 more\n" in printed(told)
-    assert "3 of 40 evaluation rows stand, word for word or nearly, in the training rows" in printed(told)
-    assert "A run can start" in printed(told)
-    assert "Nothing to complain about" not in printed(told)
-    assert "can start" not in printed(report(recipe(), problems=[Problem("a.jsonl:1", "is bad", "mend it")]))
+    assert printed(clean).endswith("\nNo problems found: every row can be trained on.")
+    duplicates = Duplicates(40, 2, 1, 5, [Pair("a.jsonl:1", "e.jsonl:2", 0.934, exact=False)])
+    results = report(recipe(), duplicates=duplicates)
+    assert "    a.jsonl:1 ~ e.jsonl:2 (0.93)\n    ... and 2 more\n" in printed(results)
+    assert "3 of 40 evaluation rows also appear in the training set (exact or near duplicates)" in printed(results)
+    assert "No errors found" in printed(results)
+    assert "No problems found" not in printed(results)
+    assert " found: " not in printed(report(recipe(), problems=[Problem("a.jsonl:1", "is bad", "fix it")]))
 
 
 class Parsed(HTMLParser):
@@ -189,19 +189,19 @@ class Parsed(HTMLParser):
 
 
 def everything() -> Report:
-    bad = [f"a.jsonl:9: {EVIL}: is bad; mend it"]
+    bad = [f"a.jsonl:9: {EVIL}: is bad; fix it"]
     settings = recipe("data.max_length=64")
-    told = report(
+    results = report(
         settings,
         splits=[split("train", settings, bad=1, bad_rows=bad, why=EVIL, duplicates=1, duplicate_rows=[(EVIL, "b")])],
     )
-    told.title = EVIL
-    told.samples = [
+    results.title = EVIL
+    results.samples = [
         ("train", sample((EVIL, True), (" שלום 👩‍🚒 \u202e\x1b\ud800", False), ("<|im_end|>", True), ("", False)))
     ]
-    told.samples[0][1].pieces[3] = Piece("", (), False, left_out=1234)
-    told.twins = Twins(1, 1, 0, 1, [Pair(EVIL, "e.jsonl:1", 1.0, exact=True)])
-    return told
+    results.samples[0][1].pieces[3] = Piece("", (), False, left_out=1234)
+    results.duplicates = Duplicates(1, 1, 0, 1, [Pair(EVIL, "e.jsonl:1", 1.0, exact=True)])
+    return results
 
 
 def test_the_page_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ def test_the_page_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> N
 
 
 def test_the_page_lists_all_problems() -> None:
-    problems = [Problem(f"a.jsonl:{n}", f"is <bad> {n}", "mend it") for n in range(1000)]
+    problems = [Problem(f"a.jsonl:{n}", f"is <bad> {n}", "fix it") for n in range(1000)]
     parsed = Parsed(page(report(recipe(), problems=problems)))
     assert "A run would not start: 1,000 problems." in parsed.text
-    assert "a.jsonl:999: is <bad> 999; mend it" in parsed.text
+    assert "a.jsonl:999: is <bad> 999; fix it" in parsed.text
 
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -231,13 +231,13 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 def test_the_page_is_never_wider_than_its_window(tmp_path: Path) -> None:
-    told = everything()
-    told.samples.append(("train", sample(("x" * 5000, True))))
+    results = everything()
+    results.samples.append(("train", sample(("x" * 5000, True))))
     # The page has no script of its own: copies get one that measures, in frames as wide as a desktop and a phone.
     measure = (
         "<script>d = document.documentElement; parent.document.title += ` ${d.scrollWidth}/${innerWidth}`</script>"
     )
-    copy = escape(page(told).replace("</body>", measure + "</body>"))
+    copy = escape(page(results).replace("</body>", measure + "</body>"))
     frames = [
         f'<iframe srcdoc="{copy}" style="width: {width}px; border: 0" height=9999></iframe>' for width in (1200, 390)
     ]

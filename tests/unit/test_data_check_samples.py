@@ -77,7 +77,7 @@ def test_a_long_row_is_cut_in_the_middle_and_says_so() -> None:
         ("👩‍🚒 שלום", "👩‍🚒 שלום"),
     ],
 )
-def test_what_cannot_be_seen_is_shown(text: str, seen: str) -> None:
+def test_invisible_characters_are_shown(text: str, seen: str) -> None:
     assert shown([Piece(text, (), False)]) == [seen]
 
 

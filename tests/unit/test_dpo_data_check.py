@@ -77,7 +77,7 @@ def test_an_adapter_that_the_run_would_refuse_is_a_problem(model: Path) -> None:
     (adapter / "finetune.json").write_text(json.dumps(record))
     (adapter / "chat_template.jinja").write_text(CHATML)
     report = check(recipe(model, "model.adapter=sft/adapter"))
-    assert [each.where for each in report.problems] == ["model.adapter", "lora.r", "lora.expert_r"]
+    assert [problem.where for problem in report.problems] == ["model.adapter", "lora.r", "lora.expert_r"]
 
 
 def test_pairs_are_counted_with_steps_of_pairs(model: Path) -> None:
@@ -86,12 +86,12 @@ def test_pairs_are_counted_with_steps_of_pairs(model: Path) -> None:
     assert report.problems == []
     [split] = report.splits
     assert (split.stats.rows, split.stats.used, split.batches.sequences, split.batches.unit) == (10, 10, 10, "pairs")
-    assert split.course is not None
-    assert (split.course.steps_an_epoch, split.course.steps) == (3, 6)
-    said = printed(report)
-    assert "    loss on    both answers of a pair\n" in said
-    assert "    max_length 256 tokens for a prompt with one answer; longer pairs: error\n" in said
-    assert "  pairs by length in tokens, the longer conversation of each, before anything is cut\n" in said
+    assert split.schedule is not None
+    assert (split.schedule.steps_per_epoch, split.schedule.steps) == (3, 6)
+    output = printed(report)
+    assert "    loss on    both answers of a pair\n" in output
+    assert "    max_length 256 tokens for a prompt with one answer; longer pairs: error\n" in output
+    assert "  pairs by length in tokens, the longer conversation of each, before truncation\n" in output
     text = page(report)
     assert "Training pairs" in text
     assert "pairs used" in text
@@ -107,7 +107,7 @@ def test_lengths_and_the_longest_are_those_of_the_longer_conversation(model: Pat
     ids = (table[0].chosen_ids, table[1].rejected_ids)
     longer = [len(pair.prompt_ids) + len(each) for pair, each in zip(table, ids, strict=True)]
     assert report.splits[0].longest_rows == [(longer[1], "train.jsonl:2"), (longer[0], "train.jsonl:1")]
-    assert sum(each.rows for each in report.splits[0].lengths) == 2
+    assert sum(bin_.rows for bin_ in report.splits[0].lengths) == 2
     assert report.splits[0].stats.tokens > sum(longer)
 
 
@@ -120,8 +120,8 @@ def test_a_pair_has_two_rows_of_a_padded_batch(model: Path) -> None:
     longest = len(pair.prompt_ids) + len(pair.chosen_ids)
     pads = len(pair.chosen_ids) - len(pair.rejected_ids)
     assert report.splits[0].batches.padding == pytest.approx(pads / (2 * longest))
-    said = " ".join(printed(report).split())
-    assert f"1 pair, one at a time: {100 * pads / (2 * longest):.1f} % padding to be expected" in said
+    output = " ".join(printed(report).split())
+    assert f"1 pair, one at a time: {100 * pads / (2 * longest):.1f} % padding expected" in output
 
 
 def test_a_pair_that_shares_its_prompt_is_one_row(model: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_pair_that_shares_its_prompt_is_one_row(model: Path) -> None:
     settings = recipe(model, "training.per_device_train_batch_size=2")
     tokenizer, _ = recipe_tokenizer(model, settings)
     table = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, 0, True).table
-    first, second = (len(each.prompt_ids) + len(each.chosen_ids) + len(each.rejected_ids) + 1 for each in table)
+    first, second = (len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) + 1 for pair in table)
     assert check(settings).splits[0].batches.padding == pytest.approx((first - second) / (2 * first))
 
 
@@ -142,30 +142,30 @@ def test_packed_sequences_are_those_of_the_run(model: Path, max_length: int, sha
     report = check(settings)
     [split] = report.splits
     tokenizer, _ = recipe_tokenizer(model, settings)
-    found = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, settings.seed, share)
-    assert split.stats == found.stats
-    assert split.batches.sequences == len(found.dataset)
+    prepared = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, settings.seed, share)
+    assert split.stats == prepared.stats
+    assert split.batches.sequences == len(prepared.dataset)
     capacity = 2 * max_length
-    saved = sum(len(pair.prompt_ids) - 1 for pair in found.table) if share else 0
-    filled = (found.stats.tokens - saved) / (len(found.dataset) * capacity)
+    saved = sum(len(pair.prompt_ids) - 1 for pair in prepared.table) if share else 0
+    filled = (prepared.stats.tokens - saved) / (len(prepared.dataset) * capacity)
     assert split.batches.unfilled == pytest.approx(1 - filled)
-    why = f"once for both answers, which saves {100 * saved / found.stats.tokens:.1f} % of the tokens"
+    why = f"once for both answers, which saves {100 * saved / prepared.stats.tokens:.1f} % of the tokens"
     assert dict(report.settings)["prompts"] == (
         f"computed {why}" if share else "computed for each answer, as method.prompt_sharing says"
     )
-    said = printed(report)
-    assert f"{len(found.dataset):,} packed sequences of up to {capacity:,} tokens, " in said
+    output = printed(report)
+    assert f"{len(prepared.dataset):,} packed sequences of up to {capacity:,} tokens, " in output
 
 
 def test_both_answers_are_shown_with_what_is_supervised_and_the_prompt_once(model: Path) -> None:
     write("train.jsonl", [row("what is it", "a light", "a timer")])
     report = check(recipe(model))
-    said = printed(report)
-    assert "train train.jsonl:1 chosen: " in said
-    assert "assistant⏎\n[[a light<|im_end|>]]⏎\n" in said
-    assert "train train.jsonl:1 rejected: " in said
-    assert " tokens of the same prompt ...\n[[a timer<|im_end|>]]⏎\n" in said
-    assert said.count("what is it") == 1
+    output = printed(report)
+    assert "train train.jsonl:1 chosen: " in output
+    assert "assistant⏎\n[[a light<|im_end|>]]⏎\n" in output
+    assert "train train.jsonl:1 rejected: " in output
+    assert " tokens of the same prompt ...\n[[a timer<|im_end|>]]⏎\n" in output
+    assert output.count("what is it") == 1
     (_, chosen), (_, rejected) = report.samples
     for sample in (chosen, rejected):
         assert sum(len(piece.ids) + piece.left_out for piece in sample.pieces) == sample.tokens
@@ -185,19 +185,19 @@ def test_a_space_at_the_beginning_of_an_answer_is_shown_for_both(model: Path) ->
     tokenizer = mistral_tokenizer("v1")
     mixture = prepare_pair_mixture(settings.sources("train"), tokenizer, settings, 0)
     samples = draw(mixture.sets[0], mixture.chosen[0], 1, 0, tokenizer)
-    said = ["".join(piece.text for piece in sample.pieces if piece.supervised) for sample in samples]
-    assert said == [" light</s>", " timer</s>"]
+    texts = ["".join(piece.text for piece in sample.pieces if piece.supervised) for sample in samples]
+    assert texts == [" light</s>", " timer</s>"]
 
 
-def test_duplicates_and_twins_are_whole_pairs(model: Path) -> None:
+def test_duplicates_are_counted_by_pairs(model: Path) -> None:
     rows = [row("what is the first thing to do here", chosen, f"{ANSWER} now") for chosen in ("yes", "no", "yes")]
     write("train.jsonl", rows)
     write("eval.jsonl", [{**rows[1], "chosen": "NO"}, row("something else", "one", "two")])
     report = check(recipe(model, eval={"path": "eval.jsonl", "format": "preference"}))
-    assert report.splits[0].duplicates_named == ["train.jsonl:3 = train.jsonl:1"]
-    assert report.twins is not None
-    assert (report.twins.eval_rows, report.twins.exact) == (2, 1)
-    assert [str(pair) for pair in report.twins.pairs] == ["train.jsonl:2 ~ eval.jsonl:1 (the same text)"]
+    assert report.splits[0].duplicates_listed == ["train.jsonl:3 = train.jsonl:1"]
+    assert report.duplicates is not None
+    assert (report.duplicates.eval_rows, report.duplicates.exact) == (2, 1)
+    assert [str(pair) for pair in report.duplicates.pairs] == ["train.jsonl:2 ~ eval.jsonl:1 (exact)"]
 
 
 def test_judged_rows_are_kept_as_pairs(model: Path) -> None:
@@ -214,9 +214,9 @@ def test_rows_of_another_kind_are_listed_with_and_without_a_tokenizer(model: Pat
     write("eval.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
     sets = {"path": "eval.jsonl", "format": "auto"}
     report = check(recipe(model if tokenizer else "nowhere", eval=sets))
-    said = [str(problem) for problem in report.problems if not problem.where.startswith("model")]
-    assert [line.split(": ")[:2] for line in said] == [["train.jsonl:2", "rejected"], ["eval.jsonl:1", "messages"]]
-    assert "holds one answer, and method.kind: dpo compares two answers to one prompt" in said[1]
+    messages = [str(problem) for problem in report.problems if not problem.where.startswith("model")]
+    assert [line.split(": ")[:2] for line in messages] == [["train.jsonl:2", "rejected"], ["eval.jsonl:1", "messages"]]
+    assert "holds one answer, and method.kind: dpo compares two answers to one prompt" in messages[1]
 
 
 def test_pairs_in_an_sft_recipe_are_found_without_a_tokenizer_too(model: Path) -> None:
@@ -227,8 +227,10 @@ def test_pairs_in_an_sft_recipe_are_found_without_a_tokenizer_too(model: Path) -
     )
     Path("recipe.yaml").write_text(text, encoding="utf-8")
     assert sft.method.kind == "dpo"
-    said = [str(problem) for problem in check(load_recipe("recipe.yaml")).problems]
-    assert said[1].startswith("train.jsonl:1: chosen: holds two answers to compare, and method.kind: sft learns one")
+    messages = [str(problem) for problem in check(load_recipe("recipe.yaml")).problems]
+    assert messages[1].startswith(
+        "train.jsonl:1: chosen: holds two answers to compare, and method.kind: sft learns one"
+    )
 
 
 def test_unpaired_rows_are_listed_without_a_tokenizer(model: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import DpoSettings, dump_recipe
-from finetune.recipe.reserved import reserved
+from finetune.recipe.trainer_args import reserved
 from tests.unit.recipe_writing import Desk, changed
 
 PAIRS = ("format: messages", "format: preference")
@@ -21,7 +21,7 @@ def dpo(*lines: str, after: str = "") -> str:
     return changed(("kind: sft", "\n  ".join(["kind: dpo", "beta: 0.1", *lines])), PAIRS, after=after)
 
 
-def test_what_is_not_written_is_plain_dpo(desk: Desk) -> None:
+def test_the_defaults_are_plain_dpo(desk: Desk) -> None:
     method = desk.load(dpo()).method
     assert isinstance(method, DpoSettings)
     assert (method.beta, method.loss_type, method.reference, method.prompt_sharing) == (
@@ -62,16 +62,16 @@ MISTAKES = {
     ),
     "a loss twice": (
         dpo("loss_type: [ipo, ipo]"),
-        'recipe.yaml:15: method.loss_type[1]: named twice; got "ipo"; keep one of the two, with the sum of their '
+        'recipe.yaml:15: method.loss_type[1]: listed twice; got "ipo"; keep one of the two, with the sum of their '
         "weights",
     ),
     "weights for other losses": (
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0]"),
-        "recipe.yaml:16: method.loss_weights: not one weight for each of sigmoid, sft; got [1.0]; write 2 numbers",
+        "recipe.yaml:16: method.loss_weights: needs one weight for each of sigmoid, sft; got [1.0]; write 2 numbers",
     ),
     "weights for one loss": (
         dpo("loss_weights: [1.0, 2.0]"),
-        "recipe.yaml:15: method.loss_weights: not one weight for each of sigmoid; got [1.0, 2.0]; write one number",
+        "recipe.yaml:15: method.loss_weights: needs one weight for each of sigmoid; got [1.0, 2.0]; write one number",
     ),
     "a weight of 0": (
         dpo("loss_type: [sigmoid, sft]", "loss_weights: [1.0, 0]"),
@@ -79,17 +79,18 @@ MISTAKES = {
     ),
     "exo_pair without smoothing": (
         dpo("loss_type: [exo_pair]", "label_smoothing: 0"),
-        "recipe.yaml:16: method.label_smoothing: the loss exo_pair needs it above 0; got 0; write 1e-3, as its paper "
-        "does",
+        "recipe.yaml:16: method.label_smoothing: the loss exo_pair needs a value above 0; got 0; write 1e-3, "
+        "as in its paper",
     ),
     "too many swapped labels": (
         dpo("loss_type: [robust]", "label_smoothing: 0.5"),
-        "recipe.yaml:16: method.label_smoothing: the loss robust needs it below 0.5: from there on swapped labels are "
-        "the rule; got 0.5; write the share of pairs that are labelled wrongly, such as 0.1",
+        "recipe.yaml:16: method.label_smoothing: the loss robust needs a value below 0.5: "
+        "from 0.5 on most labels would be swapped; got 0.5; write the share of pairs that are labelled wrongly, "
+        "such as 0.1",
     ),
     "smoothing that nothing uses": (
         dpo("label_smoothing: 0.1"),
-        "recipe.yaml:15: method.label_smoothing: changes nothing: sigmoid does not use it; got 0.1; remove it, or add "
+        "recipe.yaml:15: method.label_smoothing: has no effect: sigmoid does not use it; got 0.1; remove it, or add "
         "one of robust, exo_pair, aot, aot_unpaired to method.loss_type",
     ),
     "a divergence without a reading": (
@@ -99,33 +100,27 @@ MISTAKES = {
     ),
     "pairs that are sorted one by one": (
         dpo("loss_type: [aot]"),
-        "recipe.yaml:19: training.per_device_train_batch_size: the loss aot sorts the pairs of a micro-batch: of one "
-        "pair alone it is sigmoid; got 1; write at least 2, better 8, or method.loss_type: [sigmoid]",
+        "recipe.yaml:19: training.per_device_train_batch_size: the loss aot sorts the pairs of a micro-batch: "
+        "with one pair it equals sigmoid; got 1; write at least 2, better 8, or method.loss_type: [sigmoid]",
     ),
     "weighted pairs that are sorted": (
         dpo("loss_type: [aot]", "use_weighting: true", after="  per_device_train_batch_size: 2\n"),
-        "recipe.yaml:16: method.use_weighting: aot sorts the pairs, so that a pair has no weight of its own; got true; "
+        "recipe.yaml:16: method.use_weighting: aot sorts the pairs, so a pair cannot be weighted; got true; "
         "write false, or take it out of method.loss_type",
     ),
     "a weight of pairs on tokens": (
         dpo("loss_type: [sigmoid, sft]", "use_weighting: true"),
-        "recipe.yaml:16: method.use_weighting: sft is a mean over tokens, which has no weight of a pair; got true; "
+        "recipe.yaml:16: method.use_weighting: sft is a mean over tokens, so a pair cannot be weighted; got true; "
         "write false, or take it out of method.loss_type",
     ),
     "a temperature of another loss": (
         dpo("discopop_tau: 0.1"),
-        "recipe.yaml:15: method.discopop_tau: changes nothing; got 0.1; remove it, or write method.loss_type: "
-        "[discopop]",
+        "recipe.yaml:15: method.discopop_tau: has no effect; got 0.1; remove it, or write method.loss_type: [discopop]",
     ),
     "an alpha of another divergence": (
         dpo("f_alpha_divergence_coef: 0.3"),
-        "recipe.yaml:15: method.f_alpha_divergence_coef: changes nothing; got 0.3; remove it, or write "
+        "recipe.yaml:15: method.f_alpha_divergence_coef: has no effect; got 0.3; remove it, or write "
         "method.f_divergence_type: alpha_divergence",
-    ),
-    "TRL's name of the SFT term": (
-        dpo("rpo_alpha: 1.0"),
-        "recipe.yaml:15: method.rpo_alpha: unknown key: the cross entropy of the chosen answers is one of the losses; "
-        "got 1.0; write method.loss_type: [sigmoid, sft], and its weight in method.loss_weights",
     ),
     "TRL's name of the reference": (
         dpo("precompute_ref_log_probs: true"),
@@ -136,11 +131,6 @@ MISTAKES = {
         dpo("ref_model: some/model"),
         "recipe.yaml:15: method.ref_model: unknown key: the reference is the base as it is loaded, or the adapter that "
         'the run starts from; got "some/model"; remove it; a run starts from an earlier adapter with model.adapter',
-    ),
-    "a limit of prompts": (
-        dpo("max_prompt_length: 512"),
-        "recipe.yaml:15: method.max_prompt_length: unknown key: prompt and answer have one limit together; got 512; "
-        "write data.max_length",
     ),
     "axolotl's adapter": (
         dpo(after="adapter: qlora\n"),
@@ -154,8 +144,8 @@ MISTAKES = {
     ),
     "a reference that moves": (
         dpo(after="  trainer_args: {sync_ref_model: true}\n"),
-        "recipe.yaml:22: training.trainer_args.sync_ref_model: set by this program: the reference is the model as "
-        "training finds it, and stays what it is; got true; remove it",
+        "recipe.yaml:22: training.trainer_args.sync_ref_model: set by this program: the reference is "
+        "the model before training and does not change; got true; remove it",
     ),
     "a field that DPOConfig does not have": (
         dpo(after="  trainer_args: {adam_beta_2: 0.9}\n"),

@@ -37,18 +37,18 @@ def test_every_format_of_one_answer_or_none_is_refused(desk: Desk, name: str, wh
     text = dpo(single) if which == "train" else dpo(pairs, f"eval: {single}")
     line = 16 if which == "train" else 18
     assert desk.complaints(text) == [
-        f"recipe.yaml:{line}: data.{which}.format: one answer a row, or none; method.kind: dpo compares two answers to "
-        f'one prompt; got "{name}"; {DO}'
+        f"recipe.yaml:{line}: data.{which}.format: one answer per row, or none; method.kind: dpo compares two answers "
+        f'to one prompt; got "{name}"; {DO}'
     ]
 
 
 def test_the_place_in_a_list_is_named(desk: Desk) -> None:
     [line] = desk.complaints(dpo("[{path: a, format: hh}, {path: b, format: alpaca}]"))
-    assert line.startswith("recipe.yaml:16: data.train[1].format: one answer a row, or none; ")
+    assert line.startswith("recipe.yaml:16: data.train[1].format: one answer per row, or none; ")
 
 
 @pytest.mark.parametrize("name", ["last_assistant", "completion", "all"])
-def test_a_loss_elsewhere_than_on_the_answers_is_refused(desk: Desk, name: str) -> None:
+def test_dpo_rejects_another_loss_on_than_the_answers(desk: Desk, name: str) -> None:
     assert desk.complaints(dpo("{path: a, format: auto}", f"loss_on: {name}")) == [
         "recipe.yaml:18: data.loss_on: the loss of a pair is on its two answers, and nowhere else; "
         f'got "{name}"; write assistant, or remove this key'
@@ -57,12 +57,12 @@ def test_a_loss_elsewhere_than_on_the_answers_is_refused(desk: Desk, name: str) 
 
 def test_pairs_are_not_split(desk: Desk) -> None:
     assert desk.complaints(dpo("{path: a, format: auto}", "overlong: split")) == [
-        "recipe.yaml:18: data.overlong: a pair is not split: its answers are compared whole; "
+        "recipe.yaml:18: data.overlong: a pair cannot be split: its answers are compared whole; "
         'got "split"; write error, truncate or drop'
     ]
 
 
-def test_all_of_it_is_said_at_once_and_nothing_of_it_where_the_method_is_not_known(desk: Desk) -> None:
+def test_conflicts_with_dpo_are_reported_at_once_and_only_for_dpo(desk: Desk) -> None:
     text = dpo("{path: a, format: text}", "loss_on: completion", "overlong: split")
     assert [line.split(": ")[1] for line in desk.complaints(text)] == [
         "data.train.format",

@@ -117,7 +117,7 @@ def test_a_path_that_the_system_refuses_is_one_line_and_comes_before_the_work(
     assert main([*words, str(tmp_path / "file" / "out" / "x.json")]) == 1
     printed = capsys.readouterr()
     assert "exact match" not in printed.out
-    assert "the system refuses this path (Not a directory); check that its folder exists and can be" in printed.err
+    assert "cannot be accessed (Not a directory); check that its folder exists and can be" in printed.err
     with pytest.raises(SystemExit):
         main([*words, "x.json", "--batch-size", "0"])
     assert "must be an integer of at least 1; got 0" in capsys.readouterr().err

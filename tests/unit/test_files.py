@@ -19,7 +19,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_name_appears_only_with_the_whole_content(tmp_path: Path) -> None:
+def test_a_file_appears_only_with_its_whole_content(tmp_path: Path) -> None:
     path = tmp_path / "curve.png"
 
     def write(temporary: Path) -> None:

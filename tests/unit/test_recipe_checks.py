@@ -27,11 +27,11 @@ CONFLICTS = {
     ),
     "target named twice": (
         changed((TARGETS, "[attention, experts, attention]")),
-        'recipe.yaml:7: lora.targets[2]: named twice; got "attention"; keep one of the two',
+        'recipe.yaml:7: lora.targets[2]: listed twice; got "attention"; keep one of the two',
     ),
     "a balance term that nothing can follow": (
         changed((TARGETS, "[lm_head]")),
-        "recipe.yaml:11: router.router_aux_loss_coef: the balance term changes nothing: the router is frozen and "
+        "recipe.yaml:11: router.router_aux_loss_coef: the balance term has no effect: the router is frozen and "
         "nothing before a router is trained; got 0.02; write 0, or add router, attention or experts to lora.targets",
     ),
     "a z-loss that nothing can follow": (
@@ -39,7 +39,7 @@ CONFLICTS = {
             (TARGETS, "[lm_head]"),
             ("  router_aux_loss_coef: 0.02", "  router_z_loss_coef: 0.01\n  router_aux_loss_coef: 0"),
         ),
-        "recipe.yaml:11: router.router_z_loss_coef: the z-loss changes nothing: the router is frozen and "
+        "recipe.yaml:11: router.router_z_loss_coef: the z-loss has no effect: the router is frozen and "
         "nothing before a router is trained; got 0.01; write 0, or add router, attention or experts to lora.targets",
     ),
     "experts without the router section": (
@@ -63,17 +63,18 @@ CONFLICTS = {
     ),
     "a choice of experts without its share": (
         changed(("  r: 8", "  r: 8\n  experts: auto")),
-        "recipe.yaml:6: lora.experts_share: missing, and lora.experts is auto; add lora.experts_share: the part of "
-        "each layer's score that the adapted experts hold (0 to 1)",
+        "recipe.yaml:6: lora.experts_share: required with lora.experts: auto; "
+        "add lora.experts_share: the share of each layer's score "
+        "that the adapted experts must reach (0 to 1)",
     ),
     "a share of experts that are all adapted": (
         changed(("  r: 8", "  r: 8\n  experts_share: 0.5")),
-        "recipe.yaml:9: lora.experts_share: changes nothing: every expert is adapted; got 0.5; "
+        "recipe.yaml:9: lora.experts_share: has no effect: every expert is adapted; got 0.5; "
         "write lora.experts: auto or remove this key",
     ),
     "a score for experts that are all adapted": (
         changed(("  r: 8", "  r: 8\n  experts: all\n  experts_score: token")),
-        'recipe.yaml:10: lora.experts_score: changes nothing: every expert is adapted; got "token"; '
+        'recipe.yaml:10: lora.experts_score: has no effect: every expert is adapted; got "token"; '
         "write lora.experts: auto or remove this key",
     ),
     "a share above the whole": (
@@ -87,8 +88,9 @@ CONFLICTS = {
     ),
     "two lengths": (
         training("num_train_epochs: 1"),
-        "recipe.yaml:21: training.num_train_epochs: two lengths of the run; got max_steps: 30 and num_train_epochs: 1; "
-        "keep one of the two; null takes the other away",
+        "recipe.yaml:21: training.num_train_epochs: the length of the run is given twice; "
+        "got max_steps: 30 and num_train_epochs: 1; "
+        "keep one of the two; null removes the other",
     ),
     "a micro-batch that does not divide the step": (
         training("per_device_train_batch_size: 3"),
@@ -107,7 +109,7 @@ CONFLICTS = {
     ),
     "evaluation of nothing": (
         training("eval_steps: 5"),
-        "recipe.yaml:21: training.eval_steps: there is nothing to evaluate on; got 5; "
+        "recipe.yaml:21: training.eval_steps: there is no data to evaluate on; got 5; "
         "add data.eval with path (or id) and format, or remove eval_steps",
     ),
     "optimizer": (
@@ -126,7 +128,7 @@ CONFLICTS = {
     ),
     "dashboard named twice": (
         changed(after="logging: {report_to: [wandb, wandb]}\n"),
-        'recipe.yaml:21: logging.report_to[1]: named twice; got "wandb"; keep one of the two',
+        'recipe.yaml:21: logging.report_to[1]: listed twice; got "wandb"; keep one of the two',
     ),
 }
 
@@ -139,7 +141,7 @@ def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: st
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("all-linear", "it would train the router too and leave the stacked experts out"),
+        ("all-linear", "it would also train the router and leave out the stacked experts"),
         ("w1", "write experts"),
         ("w2", "write experts"),
         ("w3", "write experts"),
@@ -154,9 +156,9 @@ def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: st
         (".*proj", "without patterns"),
     ],
 )
-def test_a_wrong_target_is_answered_with_the_right_one(desk: Desk, name: str, advice: str) -> None:
+def test_the_right_target_is_named_for_a_wrong_one(desk: Desk, name: str, advice: str) -> None:
     (line,) = desk.complaints(changed((TARGETS, f'[attention, "{name}"]')))
-    assert line.startswith(f'recipe.yaml:7: lora.targets[1]: not a name to adapt; got "{name}"; ')
+    assert line.startswith(f'recipe.yaml:7: lora.targets[1]: not a target; got "{name}"; ')
     assert advice in line
 
 
@@ -187,7 +189,7 @@ def test_a_dense_recipe_needs_no_router(desk: Desk) -> None:
     )
 
 
-def test_checks_do_not_repeat_what_was_already_said(desk: Desk) -> None:
+def test_checks_do_not_repeat_reported_problems(desk: Desk) -> None:
     text = training("per_device_train_batch_size: x", "num_train_epochs: -1")
     assert [line.split(": ")[1] for line in desk.complaints(text)] == [
         "training.per_device_train_batch_size",
@@ -204,18 +206,18 @@ def test_checks_do_not_repeat_what_was_already_said(desk: Desk) -> None:
         ("save_total_limit: true", "wrong type; got true; write a value of SFTConfig's type: int | None"),
         ("bf16: true", "the recipe has its own key for this; got true; remove it and write model.dtype"),
         ("max_steps: 3", "the recipe has its own key for this; got 3; remove it and write training.max_steps"),
-        ("push_to_hub: true", "set by this program: nothing is uploaded by a run; got true; remove it"),
+        ("push_to_hub: true", "set by this program: a run uploads nothing; got true; remove it"),
         ("lora_alpha: 3", "the recipe has this key itself; got 3; write lora.lora_alpha"),
         ("num_epochs: 3", "another tool's name for a setting; got 3; write training.num_train_epochs"),
         ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
     ],
 )
-def test_trainer_args_are_held_against_the_trainers_own_fields(desk: Desk, argument: str, complaint: str) -> None:
+def test_trainer_args_are_checked_against_the_trainers_fields(desk: Desk, argument: str, complaint: str) -> None:
     name = argument.partition(":")[0]
     lines = desk.complaints(training(f"trainer_args: {{{argument}}}"))
     assert lines == [f"recipe.yaml:21: training.trainer_args.{name}: {complaint}"]
 
 
-def test_trainer_args_pass_what_the_trainer_has_and_the_recipe_does_not_name(desk: Desk) -> None:
+def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(desk: Desk) -> None:
     recipe = desk.load(training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}"))
     assert recipe.training.trainer_args == {"adam_beta2": 0.99, "save_total_limit": 2, "dataloader_num_workers": 0}

@@ -41,7 +41,7 @@ def test_one_data_set_is_a_list_of_one_to_the_code(desk: Desk) -> None:
 def test_a_list_of_data_sets_keeps_its_order(desk: Desk) -> None:
     recipe = desk.load(train(TWO, f"eval: {TWO}"))
     for which in ("train", "eval"):
-        assert [(each.path, each.format) for each in recipe.data.sources(which)] == [
+        assert [(data_set.path, data_set.format) for data_set in recipe.data.sources(which)] == [
             ("a.jsonl", "messages"),
             ("b.jsonl", "alpaca"),
         ]
@@ -100,7 +100,7 @@ MISTAKES = {
     "neither path nor id": (
         train("{format: messages}"),
         "recipe.yaml:15: data.train: no data set is named; "
-        "add path: a file, a glob or a folder; or id: owner/name of a data set of the hub",
+        "add path: a file, a glob or a folder; or id: owner/name of a data set on the hub",
     ),
     "path and id": (
         train("{path: a, id: b/c, format: messages}"),
@@ -113,21 +113,21 @@ MISTAKES = {
     ),
     "an id without owner": (
         train("{id: gsm8k, format: messages}"),
-        'recipe.yaml:15: data.train.id: not the name of a data set of the hub; got "gsm8k"; '
-        "write owner/name, as on the page of the set; files are given with path",
+        'recipe.yaml:15: data.train.id: not the name of a data set on the hub; got "gsm8k"; '
+        "write owner/name, as on its page; files are given with path",
     ),
     "an address as id": (
         train('{id: "https://hub.example/datasets/owner/name/tree", format: messages}'),
-        'recipe.yaml:15: data.train.id: an address, not a name; got "https://hub.example/datasets/owner/name/tree"; '
+        'recipe.yaml:15: data.train.id: a URL, not a name; got "https://hub.example/datasets/owner/name/tree"; '
         "write id: owner/name",
     ),
     "a hub address as path": (
         train('{path: "hf://datasets/owner/name", format: messages}'),
-        'recipe.yaml:15: data.train.path: an address, not a path; got "hf://datasets/owner/name"; write id: owner/name',
+        'recipe.yaml:15: data.train.path: a URL, not a path; got "hf://datasets/owner/name"; write id: owner/name',
     ),
     "another address as path": (
         train('{path: "s3://bucket/rows.jsonl", format: messages}'),
-        'recipe.yaml:15: data.train.path: an address, not a path; got "s3://bucket/rows.jsonl"; '
+        'recipe.yaml:15: data.train.path: a URL, not a path; got "s3://bucket/rows.jsonl"; '
         "download it first, and write the path of the file",
     ),
     "a column for a field that the format has not": (
@@ -142,7 +142,7 @@ MISTAKES = {
     ),
     "columns of an unknown format": (
         train("{path: a, format: auto, columns: {output: answer}}"),
-        "recipe.yaml:15: data.train.columns: renames the fields of a format, and format: auto names none; "
+        "recipe.yaml:15: data.train.columns: renames the fields of a format, which format: auto does not name; "
         'got {"output": "answer"}; write the format',
     ),
     "the same data set twice": (
@@ -157,37 +157,38 @@ MISTAKES = {
     ),
     "a weight of the only data set": (
         train("{path: a, format: messages, weight: 2}"),
-        "recipe.yaml:15: data.train.weight: changes nothing: it is a share among several data sets; got 2; "
+        "recipe.yaml:15: data.train.weight: has no effect: it is a share among several data sets; got 2; "
         "remove it, or write a list of data sets",
     ),
     "a weight in a list of one": (
         train("[{path: a, format: messages, weight: 2}]"),
-        "recipe.yaml:15: data.train[0].weight: changes nothing: it is a share among several data sets; got 2; "
+        "recipe.yaml:15: data.train[0].weight: has no effect: it is a share among several data sets; got 2; "
         "remove it, or write a list of data sets",
     ),
     "a weight of evaluation": (
         train(ONE, "eval: {path: b, format: messages, weight: 1}"),
-        "recipe.yaml:17: data.eval.weight: changes nothing: an evaluation takes every row once; got 1; remove it",
+        "recipe.yaml:17: data.eval.weight: has no effect: an evaluation uses every row once; got 1; remove it",
     ),
     "a strategy without weights": (
         train(TWO, "stopping_strategy: all_exhausted"),
-        "recipe.yaml:17: data.stopping_strategy: changes nothing: no data set has a weight, so each row of each set is "
-        'taken once an epoch; got "all_exhausted"; add a weight to every data set of data.train, or remove this key',
+        "recipe.yaml:17: data.stopping_strategy: has no effect: no data set has a weight, so each row "
+        'is used once per epoch; got "all_exhausted"; add a weight to every data set of data.train, or remove this key',
     ),
     "a ceiling that nothing reaches": (
         train(ONE, "max_bad_share: 0.1"),
-        "recipe.yaml:17: data.max_bad_share: changes nothing: any bad row is an error; got 0.1; "
+        "recipe.yaml:17: data.max_bad_share: has no effect: any bad row is an error; got 0.1; "
         "write data.on_bad_row: drop, or remove this key",
     ),
     "plain text and a loss on answers": (
         train("[{path: a, format: messages}, {path: b, format: text}]"),
-        "recipe.yaml:15: data.train[1].format: plain text has no answers that could be told apart; "
+        "recipe.yaml:15: data.train[1].format: plain text has no answers: all of its tokens are supervised; "
         "got text, and data.loss_on: assistant; write data.loss_on: all, for all data sets of the recipe",
     ),
     "pairs of answers in SFT": (
         train("{path: a, format: orca_dpo}"),
-        "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; method.kind: sft takes one "
-        'answer a row; got "orca_dpo"; write method.kind: dpo, or give rows with one answer each, '
+        "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; "
+        'method.kind: sft takes one answer per row; got "orca_dpo"; '
+        "write method.kind: dpo, or give rows with one answer each, "
         "for example as messages",
     ),
     "an empty list": (
@@ -226,12 +227,12 @@ def test_every_format_of_two_answers_is_refused_in_sft(desk: Desk, name: str) ->
 
 
 @pytest.mark.parametrize("key", ["config: x", "split: test", "revision: x", "streaming: true"])
-def test_what_concerns_the_hub_is_refused_for_files(desk: Desk, key: str) -> None:
+def test_hub_settings_are_rejected_for_files(desk: Desk, key: str) -> None:
     (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}}}, {{path: b, format: messages}}]"))
     name, value = key.split(": ")
     got = value if value == "true" else f'"{value}"'
     assert line == (
-        f"recipe.yaml:15: data.train[0].{name}: is for data sets of the hub only; got {got}; "
+        f"recipe.yaml:15: data.train[0].{name}: only for data sets on the hub; got {got}; "
         "remove it, or write id in place of path"
     )
 
@@ -245,11 +246,11 @@ def test_the_same_file_read_by_other_columns_is_another_data_set(desk: Desk) -> 
 def test_a_mixture_may_repeat_its_smaller_sets(desk: Desk) -> None:
     weighted = "[{path: a, format: messages, weight: 0.5}, {path: b, format: messages, weight: 2}]"
     recipe = desk.load(train(weighted, "stopping_strategy: all_exhausted"))
-    assert [each.weight for each in recipe.data.sources("train")] == [0.5, 2.0]
+    assert [data_set.weight for data_set in recipe.data.sources("train")] == [0.5, 2.0]
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN_IN_SOURCE))
-def test_a_key_of_another_tools_data_set_is_answered(desk: Desk, key: str) -> None:
+def test_a_foreign_key_of_a_data_set_is_explained(desk: Desk, key: str) -> None:
     (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}: 1}}]"))
     foreign = FOREIGN_IN_SOURCE[key]
     assert line == f"recipe.yaml:15: data.train[0].{key}: unknown key: {foreign.what}; got 1; {foreign.do}"
@@ -259,19 +260,12 @@ def test_a_key_of_another_tools_data_set_is_answered(desk: Desk, key: str) -> No
     ("key", "ours"),
     [
         ("dataset_name", "data.train.id"),
-        ("dataset_config", "data.train.config"),
         ("dataset_mixture", "data.train"),
         ("datasets", "data.train"),
-        ("dataset_text_field", "data.train.columns"),
-        ("field_instruction", "data.train.columns"),
-        ("max_samples", "data.train.max_rows"),
         ("val_set_size", "data.eval"),
         ("train_on_inputs", "data.loss_on: all"),
         ("assistant_only_loss", "data.loss_on: assistant"),
-        ("completion_only_loss", "data.loss_on: completion"),
-        ("mask_history", "data.loss_on: last_assistant"),
         ("cutoff_len", "data.max_length"),
-        ("template", "data.chat_template"),
     ],
 )
 def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str, ours: str) -> None:
@@ -279,7 +273,7 @@ def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str,
     assert f"write {ours}" in line
 
 
-def test_names_of_the_hub_and_paths_are_told_apart_by_their_looks() -> None:
+def test_hub_names_and_paths_are_told_apart_by_their_form() -> None:
     assert is_hub_id("owner/a_set.v1")
     assert not is_hub_id("a/b/c")
     assert looks_like_hub_id("owner/name")
@@ -289,7 +283,7 @@ def test_names_of_the_hub_and_paths_are_told_apart_by_their_looks() -> None:
     assert hub_id_in_url("ftp://somewhere/rows") is None
 
 
-def test_editors_are_told_of_both_shapes_and_of_path_or_id() -> None:
+def test_the_schema_allows_one_data_set_or_a_list_and_path_or_id() -> None:
     schema = json_schema()
     one, many = schema["$defs"]["DataSettings"]["properties"]["train"]["oneOf"]
     assert one == {"$ref": "#/$defs/DataSource"}

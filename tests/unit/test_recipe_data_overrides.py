@@ -19,7 +19,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
 def test_overrides_reach_into_one_data_set_and_into_a_list(desk: Desk) -> None:
     assert desk.load(SOUND, "data.train.path=x").data.sources("train")[0].path == "x"
     recipe = desk.load(OF_TWO, "data.train[0].weight=1", "data.train[1].weight=2", "data.train[1].path=c.jsonl")
-    assert [(each.path, each.weight) for each in recipe.data.sources("train")] == [("a.jsonl", 1.0), ("c.jsonl", 2.0)]
+    assert [(data_set.path, data_set.weight) for data_set in recipe.data.sources("train")] == [
+        ("a.jsonl", 1.0),
+        ("c.jsonl", 2.0),
+    ]
     assert len(desk.load(SOUND, f"data.train={TWO}").data.sources("train")) == 2
     assert len(desk.load(OF_TWO, f"data.train={ONE}").data.sources("train")) == 1
     assert desk.load(OF_TWO, f"data.train[1]={ONE}").data.sources("train")[1].path == "rows.jsonl"
@@ -43,7 +46,7 @@ def test_overrides_reach_into_one_data_set_and_into_a_list(desk: Desk) -> None:
         (SOUND, "data.train[x].path=x", 'not an override; got "data.train[x].path=x"'),
     ],
 )
-def test_a_wrong_override_of_a_data_set_is_answered(desk: Desk, text: str, override: str, complaint: str) -> None:
+def test_a_wrong_override_of_a_data_set_is_an_error(desk: Desk, text: str, override: str, complaint: str) -> None:
     lines = desk.complaints(text, override)
     assert lines[-1].startswith(f"command line: {complaint}")
 

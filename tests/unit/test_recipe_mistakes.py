@@ -16,7 +16,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     return Desk(tmp_path, monkeypatch)
 
 
-def test_a_sound_recipe_loads_and_reads_1e3_as_a_number(desk: Desk) -> None:
+def test_a_valid_recipe_loads_and_reads_1e3_as_a_number(desk: Desk) -> None:
     recipe = desk.load(SOUND)
     assert recipe.training.learning_rate == 0.001
     assert recipe.lora.lora_alpha == 16.0
@@ -42,11 +42,11 @@ SINGLE_MISTAKES = {
     ),
     "key of another section": (
         changed(after="warmup_steps: 3\n"),
-        "recipe.yaml:21: warmup_steps: this key does not stand at the top level; got 3; write training.warmup_steps",
+        "recipe.yaml:21: warmup_steps: this key does not belong at the top level; got 3; write training.warmup_steps",
     ),
     "key of several sections": (
         changed(after="format: messages\n"),
-        'recipe.yaml:21: format: this key does not stand at the top level; got "messages"; '
+        'recipe.yaml:21: format: this key does not belong at the top level; got "messages"; '
         "write data.train.format or data.eval.format",
     ),
     "float for an integer": (
@@ -159,16 +159,16 @@ SINGLE_MISTAKES = {
     ),
     "tag that would run code": (
         changed(("runs/test", '!!python/object/apply:os.system ["touch harmed"]')),
-        "recipe.yaml:1: output_dir: YAML tags are refused; got !!python/object/apply:os.system; "
+        "recipe.yaml:1: output_dir: YAML tags are not allowed; got !!python/object/apply:os.system; "
         "remove the tag: values are plain",
     ),
     "harmless tag": (
         changed(("r: 8", "r: !!int 8")),
-        "recipe.yaml:8: lora.r: YAML tags are refused; got !!int; remove the tag: values are plain",
+        "recipe.yaml:8: lora.r: YAML tags are not allowed; got !!int; remove the tag: values are plain",
     ),
     "anchor": (
         changed(("r: 8", "r: &rank 8")),
-        "recipe.yaml:8: lora.r: YAML anchors are refused; got &rank; "
+        "recipe.yaml:8: lora.r: YAML anchors are not allowed; got &rank; "
         "remove it and write the value out where it is used",
     ),
     "key that is a number": (
@@ -207,7 +207,7 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(desk: Desk) 
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN))
-def test_a_key_of_another_tool_is_answered_wherever_it_stands(desk: Desk, key: str) -> None:
+def test_a_foreign_key_is_explained_in_any_section(desk: Desk, key: str) -> None:
     for text in (changed(after=f"{key}: 1\n"), changed(("  r: 8", f"  r: 8\n  {key}: 1"))):
         (line,) = desk.complaints(text)
         assert f"{key}: unknown key: {FOREIGN[key].what}; got 1; {FOREIGN[key].do}" in line
@@ -218,7 +218,7 @@ def test_a_key_of_another_tool_is_answered_wherever_it_stands(desk: Desk, key: s
     [
         ("lora_r", "lora.r"),
         ("base_model", "model.name_or_path"),
-        ("dataset_mixer", "data.train"),
+        ("dataset_mixture", "data.train"),
         ("max_seq_length", "data.max_length"),
         ("num_epochs", "training.num_train_epochs"),
         ("micro_batch_size", "training.per_device_train_batch_size"),
@@ -255,7 +255,7 @@ def test_files_that_are_no_recipes(desk: Desk) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.yaml:2: not UTF-8 text; save the file as UTF-8"):
         load_recipe(desk.path)
     desk.path.write_bytes(b"a: 1\nb: \x07\n")
-    with pytest.raises(RecipeError, match=r"recipe\.yaml:2: not valid YAML: a character that no text file holds"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:2: not valid YAML: a control character"):
         load_recipe(desk.path)
 
 

@@ -35,7 +35,7 @@ def test_an_override_may_name_a_key_or_section_that_the_file_lacks(desk: Desk) -
         "logging.run_name=a=b",
         "training.trainer_args={adam_beta2: 0.99}",
     )
-    assert [each.path for each in recipe.data.sources("eval")] == ["held-out.jsonl"]
+    assert [data_set.path for data_set in recipe.data.sources("eval")] == ["held-out.jsonl"]
     assert recipe.logging.run_name == "a=b"
     assert recipe.training.trainer_args == {"adam_beta2": 0.99}
 
@@ -84,15 +84,15 @@ def test_an_override_can_supply_what_the_file_leaves_out(desk: Desk) -> None:
         ),
         (
             ["output_dir=!!python/name:os.system x"],
-            'command line: output_dir: YAML tags are refused; got "output_dir=!!python/name:os.system x"; '
+            'command line: output_dir: YAML tags are not allowed; got "output_dir=!!python/name:os.system x"; '
             "remove the tag: values are plain, or quote the value",
         ),
     ],
 )
-def test_a_wrong_override_is_answered_as_such(desk: Desk, overrides: list[str], complaint: str) -> None:
+def test_a_wrong_override_gives_exactly_this_line(desk: Desk, overrides: list[str], complaint: str) -> None:
     assert desk.complaints(SOUND, *overrides) == [complaint]
 
 
-def test_a_list_that_is_not_closed_is_answered(desk: Desk) -> None:
+def test_a_list_that_is_not_closed_is_an_error(desk: Desk) -> None:
     (line,) = desk.complaints(SOUND, "lora.targets=[attention")
     assert line.startswith("command line: lora.targets: not valid YAML: ")

@@ -100,7 +100,7 @@ values = st.recursive(
 
 @given(keys=st.lists(st.sampled_from(list(settings())), min_size=1, max_size=4, unique=True), value=values)
 @hypothesis_settings(deadline=None, max_examples=200)
-def test_whatever_stands_at_a_key_the_recipe_loads_or_says_what_is_wrong(keys: list[str], value: object) -> None:
+def test_any_value_at_any_key_loads_or_is_a_recipe_error(keys: list[str], value: object) -> None:
     written = json.dumps(value).replace("NaN", ".nan").replace("Infinity", ".inf")
     recipe = ROOT / "recipes/quickstart/sft-qlora.yaml"
     complaints: tuple[Problem, ...] = ()

@@ -57,11 +57,14 @@ def test_a_billion_laughs_is_never_expanded() -> None:
     started = time.process_time()
     reading = read_yaml("\n".join(rows))
     assert time.process_time() - started < 1
-    assert {mistake.what for mistake in reading.mistakes} == {"YAML anchors are refused", "YAML aliases are refused"}
+    assert {mistake.what for mistake in reading.mistakes} == {
+        "YAML anchors are not allowed",
+        "YAML aliases are not allowed",
+    }
 
 
 @pytest.mark.parametrize("bracket", ["[", "{? ", "- "])
-def test_endless_nesting_is_left_at_once(bracket: str) -> None:
+def test_deep_nesting_is_rejected_at_once(bracket: str) -> None:
     started = time.process_time()
     reading = read_yaml(bracket * (MAX_BYTES // len(bracket)))
     assert time.process_time() - started < 1
@@ -70,6 +73,6 @@ def test_endless_nesting_is_left_at_once(bracket: str) -> None:
 
 
 @given(st.text(max_size=200))
-def test_no_text_makes_the_reading_raise(text: str) -> None:
+def test_read_yaml_never_raises(text: str) -> None:
     reading = read_yaml(text)
     assert reading.fatal <= bool(reading.mistakes)

@@ -1,4 +1,142 @@
-"""Fields of TRL's settings that `training.trainer_args` refuses: the recipe names them, or this program sets them."""
+"""What `training.trainer_args` takes: fields of TRL's SFTConfig and DPOConfig that the recipe does not set itself.
+
+Written out, so that a recipe is checked without importing torch; a test compares the lists with the installed TRL.
+"""
+
+from dataclasses import dataclass
+
+TRAINER_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+"""TRL's name of a method's settings."""
+
+# Fields that are passed on, by their annotation. SFTConfig and DPOConfig inherit all of them.
+_PASSED = {
+    "bool": (
+        "batch_eval_metrics",
+        "dataloader_in_order",
+        "dataloader_persistent_workers",
+        "enable_jit_checkpoint",
+        "eval_do_concat_batches",
+        "eval_on_start",
+        "eval_use_gather_object",
+        "full_determinism",
+        "load_best_model_at_end",
+        "log_on_each_node",
+        "logging_first_step",
+        "prediction_loss_only",
+        "restore_callback_states_from_checkpoint",
+        "save_on_each_node",
+        "skip_memory_metrics",
+        "torch_compile",
+    ),
+    "bool | None": (
+        "ddp_broadcast_buffers",
+        "ddp_find_unused_parameters",
+        "ddp_static_graph",
+        "disable_tqdm",
+        "greater_is_better",
+        "tf32",
+    ),
+    "int": ("dataloader_num_workers", "ddp_timeout"),
+    "int | None": (
+        "dataloader_prefetch_factor",
+        "ddp_bucket_cap_mb",
+        "eval_accumulation_steps",
+        "save_total_limit",
+        "torch_empty_cache_steps",
+    ),
+    "float": ("adam_beta1", "adam_beta2", "adam_epsilon", "eval_delay"),
+    "float | None": ("neftune_noise_alpha",),
+    "str": ("length_column_name", "log_level", "log_level_replica", "train_sampling_strategy"),
+    "str | None": (
+        "dataloader_multiprocessing_context",
+        "ddp_backend",
+        "metric_for_best_model",
+        "optim_args",
+        "torch_compile_backend",
+        "torch_compile_mode",
+    ),
+    "str | bool": ("include_num_input_tokens_seen",),
+    "dict | str | None": ("lr_scheduler_kwargs",),
+    "list[str]": ("include_for_metrics",),
+    "str | list[DebugOption]": ("debug",),
+    "None | str | list[str]": ("optim_target_modules",),
+}
+# Types of a scalar; a dict, a list or an enum is written as text, which the trainer reads.
+_SCALARS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "None": (type(None),),
+}
+
+OPTIMIZERS = (
+    "adafactor",
+    "adagrad",
+    "adalomo",
+    "adamw_8bit",
+    "adamw_anyprecision",
+    "adamw_bnb_8bit",
+    "adamw_torch",
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "adamw_torch_fused",
+    "adamw_torch_npu_fused",
+    "adamw_torch_xla",
+    "ademamix",
+    "ademamix_8bit",
+    "apollo_adamw",
+    "apollo_adamw_layerwise",
+    "galore_adafactor",
+    "galore_adafactor_layerwise",
+    "galore_adamw",
+    "galore_adamw_8bit",
+    "galore_adamw_8bit_layerwise",
+    "galore_adamw_layerwise",
+    "grokadamw",
+    "lion_32bit",
+    "lion_8bit",
+    "lomo",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_32bit",
+    "rmsprop_bnb_8bit",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
+    "sgd",
+    "stable_adamw",
+)
+"""The values of transformers' `OptimizerNames`."""
+
+
+@dataclass(frozen=True)
+class TrainerField:
+    """One field: its annotation in TRL, and the scalar types it accepts."""
+
+    annotation: str
+    accepts: tuple[type, ...]
+
+    def takes(self, value: object) -> bool:
+        """True where `value` fits the annotation; true and false are no integers."""
+        if isinstance(value, bool):
+            return bool in self.accepts
+        return isinstance(value, self.accepts)
+
+
+def _field(annotation: str) -> TrainerField:
+    accepts = [scalar for option in annotation.split(" | ") for scalar in _SCALARS.get(option, (str,))]
+    return TrainerField(annotation, tuple(accepts))
+
+
+PASSED: dict[str, TrainerField] = {name: _field(annotation) for annotation, names in _PASSED.items() for name in names}
+"""Fields that `trainer_args` passes on, for both methods."""
 
 # The recipe's own key for a field of the same meaning.
 _NAMED = {
@@ -46,13 +184,13 @@ _NAMED = {
     "model_init_kwargs": "the section model",
 }
 
-_TOKENS = "rows become tokens, padding and loss mask in this program's data code"
-_LOSS = "the loss is this program's own: cross entropy over the whole step plus the balance term"
+_TOKENS = "this program tokenises, pads and masks the rows"
+_LOSS = "this program computes the loss: cross entropy over the whole step plus the balance term"
 _HARDWARE = "hardware is not part of a recipe"
-_EXACT = "every row counts, and a continued run is the uninterrupted one"
+_EXACT = "every row is used, and a resumed run equals an uninterrupted one"
 _CHECKPOINTING = "checkpointing is always non-reentrant and keeps the routing"
-_HUB = "nothing is uploaded by a run"
-_LAUNCHER = "the launcher says which parts run where"
+_HUB = "a run uploads nothing"
+_LAUNCHER = "the launcher sets it"
 _COMMANDS = "a run trains, and evaluates where data.eval is given"
 
 _SET_BY_US = {
@@ -130,10 +268,10 @@ _DPO_NAMED = (
     "use_weighting",
     "discopop_tau",
 )
-_START = "the reference is the model as training finds it, and stays what it is"
+_START = "the reference is the model before training and does not change"
 _DPO_SET_BY_US = {
     **dict.fromkeys(("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"), _START),
-    "disable_dropout": "lora.lora_dropout is used as it stands, and the reference has none",
+    "disable_dropout": "lora.lora_dropout is used, and the reference has no dropout",
 }
 
 _RESERVED: dict[str, tuple[str, str]] = {
