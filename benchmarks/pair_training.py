@@ -12,13 +12,12 @@ from random import Random
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PrinterCallback
 
-from finetune.data import load_tokenizer
+from finetune.base import read_base
 from finetune.methods import dpo_run, sft_run
 from finetune.methods.setup import TrainerSetup
-from finetune.model import adapt, architecture_config, checkpoint_family, load_base, save_adapter
+from finetune.model import adapt, load_base, save_adapter
 from finetune.moe.audit import storage_of
 from finetune.moe.earlier import read_earlier
 from finetune.recipe import Recipe
@@ -116,13 +115,14 @@ class Workplace:
 
     def _save_earlier(self) -> None:
         recipe = self.recipe(SFT)
-        model = adapt(load_base(self.base, recipe.model), recipe)
+        base = read_base(recipe)
+        model = adapt(load_base(base, recipe.model), base, recipe)
         generator = torch.Generator().manual_seed(5)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        save_adapter(model, self.earlier, recipe, {"name_or_path": str(self.base), "fingerprint": "random"})
-        load_tokenizer(str(self.base), None, None).save_pretrained(self.earlier)
+        save_adapter(model, self.earlier, recipe, base)
+        base.tokenizer.save_pretrained(self.earlier)
 
 
 _ANSWERS = ("chosen", "rejected")
@@ -194,16 +194,11 @@ class TrainingArm:
 def training_arm(recipe: Recipe, logs: bool = False) -> TrainingArm:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
-    folder, tokenizer = Path(recipe.model.name_or_path), load_tokenizer(recipe.model.name_or_path, None, None)
-    family = checkpoint_family(folder, recipe)
+    base = read_base(recipe)
     method: Any = dpo_run if recipe.method.kind == "dpo" else sft_run
-    rows = method.prepare_rows(recipe, tokenizer, family, architecture_config(folder))
+    rows = method.prepare_rows(recipe, base)
     earlier = None if recipe.model.adapter is None else read_earlier(Path(recipe.model.adapter))
-    model = adapt(load_base(folder, recipe.model), recipe, earlier=earlier)
+    model = adapt(load_base(base, recipe.model), base, recipe, earlier=earlier)
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
-    base = {"name_or_path": str(folder), "fingerprint": "random"}
     run = RunFolder(Path(recipe.output_dir))
-    PartialState()
-    return TrainingArm(
-        method.make_trainer(TrainerSetup(recipe, run, family, model, tokenizer, rows, earlier, base, dashboards)), logs
-    )
+    return TrainingArm(method.make_trainer(TrainerSetup(recipe, run, base, model, rows, earlier, dashboards)), logs)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.data import load_tokenizer
+from finetune.base import read_base
 from finetune.errors import RunError
 from finetune.methods.dpo import MoeDpoTrainer
 from finetune.methods.start_check import refuse_other_start
@@ -26,10 +26,11 @@ def earlier(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -
     """An adapter as an SFT run saves it, which changes the model."""
     folder = tmp_path_factory.mktemp("earlier")
     recipe = dpo_recipe(base, pairs, folder, lora={"targets": ["attention", "experts"]})
-    model = adapt(load_base(base, recipe.model), recipe)
+    record = read_base(recipe)
+    model = adapt(load_base(record, recipe.model), record, recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, {"name_or_path": str(base), "fingerprint": "tiny"})
-    load_tokenizer(str(base), None, None).save_pretrained(folder)
+    save_adapter(model, folder, recipe, record)
+    record.tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
-from finetune.data import load_tokenizer
+from finetune.base import Base, read_base
 from finetune.errors import WeightsError
 from finetune.model import adapt, load_base, save_adapter
-from finetune.moe.earlier import read_earlier, refuse_unfit
+from finetune.moe.earlier import EarlierAdapter, read_earlier, refuse_unfit
 from finetune.recipe import Recipe
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
 from tests.families import save_tiny
@@ -35,11 +37,17 @@ def saved(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("run") / "adapter"
     folder.mkdir()
     recipe = dpo_recipe(base, pairs, folder)
-    model = adapt(load_base(base, recipe.model), recipe)
+    record, model = adapted_base(recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, BASE)
-    load_tokenizer(str(base), None, None).save_pretrained(folder)
+    save_adapter(model, folder, recipe, record)
+    record.tokenizer.save_pretrained(folder)
     return folder
+
+
+def adapted_base(recipe: Recipe, earlier: EarlierAdapter | None = None) -> tuple[Base, PeftModel]:
+    """The base's record, under a fixed name and fingerprint, and the model with a fresh adapter or an earlier one."""
+    record = replace(read_base(recipe), provenance=BASE)
+    return record, adapt(load_base(record, recipe.model), record, recipe, earlier=earlier)
 
 
 def disturb(model: Any) -> None:
@@ -66,7 +74,7 @@ def test_every_factor_is_taken_over(base: Path, pairs: Path, saved: Path) -> Non
     trained = {}
     for name, earlier in (("fresh", None), ("on", read_earlier(saved))):
         torch.manual_seed(0)
-        model = adapt(load_base(base, recipe.model), recipe, earlier=earlier)
+        _, model = adapted_base(recipe, earlier)
         if earlier is None:
             torch.manual_seed(recipe.seed)
             disturb(model)
@@ -81,7 +89,8 @@ def test_what_was_taken_over_is_written_beside_the_next_adapter(
     base: Path, pairs: Path, saved: Path, tmp_path: Path
 ) -> None:
     recipe, earlier = recipe_on(base, pairs, saved), read_earlier(saved)
-    save_adapter(adapt(load_base(base, recipe.model), recipe, earlier=earlier), tmp_path, recipe, BASE, None, earlier)
+    used, model = adapted_base(recipe, earlier)
+    save_adapter(model, tmp_path, recipe, used, None, earlier)
     record = json.loads((tmp_path / "finetune.json").read_text())
     assert record["adapter"] == {"name_or_path": str(saved), "sha256": earlier.digest()}
     assert read_earlier(tmp_path).digest() == earlier.digest(), "the same weights"
@@ -91,20 +100,20 @@ def test_moved_correction_biases_come_along(pairs: Path, tmp_path: Path) -> None
     base = save_tiny("deepseek_v3", tmp_path / "base")
     moving = {"router_aux_loss_coef": 0.1, "bias_update_rate": 0.01}
     recipe = dpo_recipe(base, pairs, tmp_path, router=moving)
-    model = adapt(load_base(base, recipe.model), recipe)
+    record, model = adapted_base(recipe)
     biases = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
     for bias in biases:
         bias.data += 0.25
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    save_adapter(model, first, recipe, BASE)
+    save_adapter(model, first, recipe, record)
     earlier = read_earlier(first)
     going_on = dpo_recipe(base, pairs, tmp_path, router={"router_aux_loss_coef": 0.1})
-    model = adapt(load_base(base, recipe.model), going_on, earlier=earlier)
+    record, model = adapted_base(going_on, earlier)
     found = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
     assert [each.tolist() for each in found] == [each.tolist() for each in biases]
-    save_adapter(model, second, going_on, BASE, None, earlier)
+    save_adapter(model, second, going_on, record, None, earlier)
     assert (second / "router_bias.safetensors").read_bytes() == (first / "router_bias.safetensors").read_bytes()
 
 
@@ -204,4 +213,4 @@ def test_an_adapter_of_other_factors_is_refused_before_a_weight_is_read(base: Pa
     """Its record may have been edited; its tensors tell."""
     recipe = recipe_on(base, pairs, saved, lora={"r": 2})
     with pytest.raises(WeightsError, match="factor has another shape than the model's"):
-        adapt(load_base(base, recipe.model), recipe, earlier=read_earlier(saved))
+        adapted_base(recipe, read_earlier(saved))
