@@ -29,6 +29,7 @@ import gc, json, sys
 from pathlib import Path
 import torch
 from transformers import AutoConfig
+from finetune.adapters.record import BaseRecord
 from finetune.base import Base, check_loads
 from finetune.checkpoint import CheckpointReader
 from finetune.model import load_base
@@ -39,7 +40,7 @@ from finetune.recipe import ModelSettings
 def load(folder):
     settings = ModelSettings(name_or_path=folder, load_in_4bit=True, dtype="bfloat16")
     check_loads(CheckpointReader(Path(folder)), FAMILIES["mixtral"], settings)
-    base = Base(Path(folder), FAMILIES["mixtral"], AutoConfig.from_pretrained(folder), None, (), {})
+    base = Base(Path(folder), FAMILIES["mixtral"], AutoConfig.from_pretrained(folder), None, (), BaseRecord())
     return load_base(base, settings)
 
 torch.set_num_threads(1)

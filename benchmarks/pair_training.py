@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
+from finetune.adapters.initial import read_initial_adapter
 from finetune.base import read_base
 from finetune.methods import dpo_run, sft_run
 from finetune.methods.setup import TrainerSetup
 from finetune.model import adapt, load_base, save_adapter
 from finetune.moe.audit import storage_of
-from finetune.moe.earlier import read_earlier
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder
 from tests.support import save_tiny_mixtral
@@ -197,8 +197,8 @@ def training_arm(recipe: Recipe, logs: bool = False) -> TrainingArm:
     base = read_base(recipe)
     method: Any = dpo_run if recipe.method.kind == "dpo" else sft_run
     rows = method.prepare_rows(recipe, base)
-    earlier = None if recipe.model.adapter is None else read_earlier(Path(recipe.model.adapter))
-    model = adapt(load_base(base, recipe.model), base, recipe, earlier=earlier)
+    initial = None if recipe.model.adapter is None else read_initial_adapter(Path(recipe.model.adapter))
+    model = adapt(load_base(base, recipe.model), base, recipe, initial_adapter=initial)
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
     run = RunFolder(Path(recipe.output_dir))
-    return TrainingArm(method.make_trainer(TrainerSetup(recipe, run, base, model, rows, earlier, dashboards)), logs)
+    return TrainingArm(method.make_trainer(TrainerSetup(recipe, run, base, model, rows, initial, dashboards)), logs)

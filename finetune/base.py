@@ -1,6 +1,6 @@
 """The base of a run: a checkpoint that the recipe fits and that would load, read once and handed on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig
 
 from finetune.adapters.lineage import made_from
+from finetune.adapters.record import BaseRecord
 from finetune.checkpoint import CheckpointReader, fingerprint, read_json
 from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
@@ -38,7 +39,7 @@ class Base:
     config: Any
     tokenizer: Any
     new_tokens: tuple[int, ...]
-    provenance: Mapping[str, Any]
+    provenance: BaseRecord
 
 
 def read_base(recipe: Recipe) -> Base:
@@ -53,12 +54,13 @@ def read_base(recipe: Recipe) -> Base:
     return Base(folder, family, AutoConfig.from_pretrained(folder), tokenizer, tuple(new_tokens), provenance)
 
 
-def _provenance(folder: Path, name: str) -> dict[str, Any]:
+def _provenance(folder: Path, name: str) -> BaseRecord:
     """Name and fingerprint (one process computes it for all); for a merged checkpoint also what it was made from."""
     digests = [fingerprint(folder) if PartialState().is_main_process else ""]
     digest = broadcast_object_list(digests)[0]
     sources = made_from(folder, digest)
-    return {"name_or_path": name, "fingerprint": digest, **({} if sources is None else {"made_from": sources})}
+    record = {"name_or_path": name, "fingerprint": digest}
+    return BaseRecord.model_validate(record if sources is None else {**record, "made_from": sources})
 
 
 def resolve_checkpoint(settings: ModelSettings, weights: bool = True) -> Path:

@@ -1,6 +1,5 @@
 """The base model and its adapter in memory, and the adapter on disk."""
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -11,11 +10,12 @@ from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
 
 import finetune
+from finetune.adapters.initial import InitialAdapter
+from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, FactorLayout, InitialRecord
 from finetune.base import Base, loading_options
 from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
-from finetune.moe.earlier import EarlierAdapter
 from finetune.moe.esft.adapter import keep_chosen
 from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.families import Family
@@ -58,17 +58,17 @@ def adapt(
     base: Base,
     recipe: Recipe,
     choice: ExpertChoice | None = None,
-    earlier: EarlierAdapter | None = None,
+    initial_adapter: InitialAdapter | None = None,
 ) -> PeftModel:
     """The loaded base model with an adapter on all experts or on the chosen ones, ready to train.
 
-    The adapter is a fresh one, or starts as `earlier`; rows of the new tokens belong to it.
+    The adapter is a fresh one, or starts as `initial_adapter`; rows of the new tokens belong to it.
     """
     peft_model = add_adapter(model, base.family, recipe.lora, base.new_tokens)
     if choice is not None:
         keep_chosen(peft_model, choice.experts)
-    if earlier is not None:
-        earlier.load_into(peft_model, base.family)
+    if initial_adapter is not None:
+        initial_adapter.load_into(peft_model, base.family)
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 although every rank has read it itself; a
     # 4-bit stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in peft_model.named_parameters() if not parameter.requires_grad]
@@ -83,32 +83,37 @@ def save_adapter(
     recipe: Recipe,
     base: Base,
     choice: ExpertChoice | None = None,
-    earlier: EarlierAdapter | None = None,
+    initial_adapter: InitialAdapter | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> None:
-    """Write a stock PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say.
+) -> AdapterRecord:
+    """Write a PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say; returns that record.
 
-    `facts`: what else it is to say of its training.
+    `facts`: its `data`, `metrics` and `template_sha256`, of a finished training.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
     model.save_pretrained(folder, save_embedding_layers=False)
-    record = {
-        "format": 1,
-        "base": dict(base.provenance),
-        "layout": {"expert_lora": "A:expert-major,B:rank-major"},
-        "experts": None if choice is None else choice.as_dict(),
-        "added_tokens": dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
-        "quantization": "nf4" if recipe.model.load_in_4bit else None,
-        "dtype": recipe.model.dtype,
-        # What it went on from: one of this toolkit's, told by the hash of its weights.
-        "adapter": None if earlier is None else {"name_or_path": recipe.model.adapter, "sha256": earlier.digest()},
-        **({"router_bias": BIAS_FILE} if _save_router_bias(model, base.family, folder, recipe, earlier) else {}),
-        **(facts or {}),
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": {"moe-finetune": finetune.__version__, **{name: version(name) for name in _MAKERS}},
-    }
-    (folder / "finetune.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    started_from = None
+    if initial_adapter is not None:
+        started_from = InitialRecord(name_or_path=str(recipe.model.adapter), sha256=initial_adapter.digest())
+    further: dict[str, Any] = dict(facts or {})
+    if _save_router_bias(model, base.family, folder, recipe, initial_adapter):
+        further["router_bias"] = BIAS_FILE
+    record = AdapterRecord(
+        format=FORMAT,
+        base=base.provenance,
+        layout=FactorLayout(expert_lora=EXPERT_LAYOUT),
+        experts=None if choice is None else choice.as_dict(),
+        added_tokens=dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
+        quantization="nf4" if recipe.model.load_in_4bit else None,
+        dtype=recipe.model.dtype,
+        adapter=started_from,
+        **further,
+        recipe=recipe.model_dump(mode="json"),
+        versions={"moe-finetune": finetune.__version__, **{name: version(name) for name in _MAKERS}},
+    )
+    record.write(folder)
+    return record
 
 
 def new_tokens_of(model: PeftModel) -> list[int]:
@@ -118,11 +123,11 @@ def new_tokens_of(model: PeftModel) -> list[int]:
 
 
 def _save_router_bias(
-    model: PeftModel, family: Family, folder: Path, recipe: Recipe, earlier: EarlierAdapter | None
+    model: PeftModel, family: Family, folder: Path, recipe: Recipe, initial_adapter: InitialAdapter | None
 ) -> bool:
     """Write the correction biases if this training or an earlier one has moved them; returns whether one has."""
     moved = recipe.router is not None and recipe.router.bias_update_rate > 0
-    if family.moe is None or not (moved or (earlier is not None and earlier.has_biases)):
+    if family.moe is None or not (moved or (initial_adapter is not None and initial_adapter.has_biases)):
         return False
     save_biases(model, family.moe, folder)
     return True

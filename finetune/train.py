@@ -18,10 +18,10 @@ from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
+    from finetune.adapters.initial import InitialAdapter
     from finetune.base import Base
     from finetune.methods.rows import MethodRows
     from finetune.methods.setup import TrainerSetup
-    from finetune.moe.earlier import EarlierAdapter
     from finetune.moe.esft.choice import ExpertChoice
     from finetune.run import RunFolder
 
@@ -52,20 +52,20 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
-    earlier = _earlier_adapter(recipe, base)
+    initial_adapter = _initial_adapter(recipe, base)
 
     # 3. Rows -> token ids and labels
     rows = method.prepare_rows(recipe, base)
     _check_same_rows(recipe, rows, run)
 
     # 4. 4-bit base and adapter (of the experts that matter for these rows); the audit compares them with the recipe
-    model, choice = _load(recipe, base, run, rows, earlier)
+    model, choice = _load(recipe, base, run, rows, initial_adapter)
     _audit(model, base, recipe, rows, run, state.is_main_process)
     if state.is_main_process:
         _write_provenance(run, recipe, base, command_line)
 
     # 5. The method's trainer
-    setup = TrainerSetup(recipe, run, base, model, rows, earlier, dashboards)
+    setup = TrainerSetup(recipe, run, base, model, rows, initial_adapter, dashboards)
     trainer = method.make_trainer(setup)
 
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
@@ -105,15 +105,15 @@ def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
     return run
 
 
-def _earlier_adapter(recipe: Recipe, base: "Base") -> "EarlierAdapter | None":
+def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
     """The adapter to start from. Raises WeightsError where base, quantization, template or `lora` section differ."""
-    from finetune.moe.earlier import read_earlier, refuse_unfit
+    from finetune.adapters.initial import check_same_setup, read_initial_adapter
 
     if recipe.model.adapter is None:
         return None
-    earlier = read_earlier(Path(recipe.model.adapter))
-    refuse_unfit(earlier, recipe, base.provenance["fingerprint"], base.tokenizer.chat_template)
-    return earlier
+    initial_adapter = read_initial_adapter(Path(recipe.model.adapter))
+    check_same_setup(initial_adapter, recipe, base.provenance.fingerprint, base.tokenizer.chat_template)
+    return initial_adapter
 
 
 def _check_same_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
@@ -125,7 +125,7 @@ def _check_same_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> No
 
 
 def _load(
-    recipe: Recipe, base: "Base", run: "RunFolder", rows: "MethodRows", earlier: "EarlierAdapter | None"
+    recipe: Recipe, base: "Base", run: "RunFolder", rows: "MethodRows", initial_adapter: "InitialAdapter | None"
 ) -> "tuple[Any, ExpertChoice | None]":
     """Base model and adapter; with `lora.experts: auto` also the chosen experts.
 
@@ -138,7 +138,7 @@ def _load(
     from finetune.moe.esft.measure import choose_experts
 
     auto = recipe.lora.experts == "auto"
-    choice = None if earlier is None else earlier.choice
+    choice = None if initial_adapter is None else initial_adapter.choice
     if auto and choice is None and recipe.training.resume_from_checkpoint:
         choice = read_choice(run.experts)
     model = load_base(base, recipe.model)
@@ -147,7 +147,7 @@ def _load(
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
-    return adapt(model, base, recipe, choice, earlier), choice
+    return adapt(model, base, recipe, choice, initial_adapter), choice
 
 
 def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "RunFolder", is_main: bool) -> None:
@@ -172,13 +172,13 @@ def _write_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_li
     from finetune.run import collect_provenance
 
     write_text(run.recipe, dump_recipe(recipe))
-    write_json(run.provenance, collect_provenance(base.provenance, recipe.seed, list(command_line)))
+    write_json(run.provenance, collect_provenance(base.provenance.as_dict(), recipe.seed, list(command_line)))
 
 
 def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") -> None:
     """Write the adapter in PEFT's format, with its card and `finetune.json`, and draw the curves."""
     from finetune.checkpoint import new_folder, write_sums
-    from finetune.merge.card import adapter_card, read_record
+    from finetune.merge.card import adapter_card
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
@@ -186,9 +186,9 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     facts = training_facts(run, setup.rows.counts(), tokenizer.chat_template)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with new_folder(run.adapter) as folder:
-        save_adapter(model, folder, setup.recipe, base, choice, setup.earlier, facts)
+        record = save_adapter(model, folder, setup.recipe, base, choice, setup.initial_adapter, facts)
         tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", adapter_card(read_record(folder)))
+        write_text(folder / "README.md", adapter_card(record.as_dict()))
         write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)
     draw_router_load(run.router_load, run.router_load_picture)

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoConfig
 
+from finetune.adapters.record import BaseRecord
 from finetune.base import Base, check_loads
 from finetune.checkpoint import CheckpointReader
 from finetune.model import load_base
@@ -22,7 +23,7 @@ def base_at(folder: Path, settings: ModelSettings, new_tokens: Sequence[int] = (
     reader = CheckpointReader(folder)
     family = family_of(str(reader.config["model_type"]), str(folder))
     check_loads(reader, family, settings)
-    provenance = {"name_or_path": settings.name_or_path, "fingerprint": FINGERPRINT}
+    provenance = BaseRecord(name_or_path=settings.name_or_path, fingerprint=FINGERPRINT)
     return Base(folder, family, AutoConfig.from_pretrained(folder), None, tuple(new_tokens), provenance)
 
 

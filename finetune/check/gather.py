@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from finetune.adapters.initial import check_same_setup, read_initial_adapter
+from finetune.adapters.record import BaseRecord
 from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
 from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.samples import draw
@@ -18,7 +20,6 @@ from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.methods.pair_layout import pair_layout
-from finetune.moe.earlier import read_earlier, refuse_unfit
 from finetune.recipe import Recipe
 
 MAX_PROBLEMS = 1000
@@ -75,17 +76,17 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     tokenizer, new_tokens = found or (None, [])
     if family is None or tokenizer is None:
         return None, tokenizer
-    name = recipe.model.name_or_path
-    provenance = {"name_or_path": name, "fingerprint": fingerprint(folder) if local and recipe.model.adapter else None}
+    digest = fingerprint(folder) if local and recipe.model.adapter else None
+    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest)
     config = AutoConfig.from_pretrained(folder)
     return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
 
 
 def _check_adapter(folder: Path, recipe: Recipe, base: Base | None) -> None:
     """What the run would refuse in the adapter that it starts from, as far as the checkpoint is on this machine."""
-    earlier = read_earlier(folder)
+    initial_adapter = read_initial_adapter(folder)
     if base is not None:
-        refuse_unfit(earlier, recipe, base.provenance["fingerprint"], base.tokenizer.chat_template)
+        check_same_setup(initial_adapter, recipe, base.provenance.fingerprint, base.tokenizer.chat_template)
 
 
 def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixture | None:

@@ -86,7 +86,7 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     assert isinstance(rows, PairRows)
     assert rows.tables is not None
     bias = None if setup.router_term is None else setup.router_term.bias
-    fresh = setup.earlier is None and not recipe.model.added_tokens
+    fresh = setup.initial_adapter is None and not recipe.model.added_tokens
     reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
     trainer = MoeDpoTrainer(
         args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
@@ -118,8 +118,8 @@ def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairT
     """Everything that the reference's log-probabilities depend on."""
     model = setup.recipe.model
     return {
-        "base": setup.base.provenance["fingerprint"],
-        "adapter": None if setup.earlier is None else setup.earlier.digest(),
+        "base": setup.base.provenance.fingerprint,
+        "adapter": None if setup.initial_adapter is None else setup.initial_adapter.digest(),
         "quantisation": f"{'nf4' if model.load_in_4bit else None}, {model.dtype}",
         "template": setup.base.tokenizer.chat_template,
         **{f"{name} data": digest_of(table) for name, table in tables.items()},

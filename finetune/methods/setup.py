@@ -4,24 +4,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetune.adapters.initial import InitialAdapter
 from finetune.base import Base
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.rows import MethodRows
-from finetune.moe.earlier import EarlierAdapter
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
 
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """`earlier`: the adapter that training starts from, if it is not a fresh one."""
+    """`initial_adapter`: the adapter that training starts from, if it is not a fresh one."""
 
     recipe: Recipe
     run: RunFolder
     base: Base
     model: Any
     rows: MethodRows
-    earlier: EarlierAdapter | None
+    initial_adapter: InitialAdapter | None
     dashboards: Dashboards
 
     @cached_property

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from finetune.adapters.initial import read_initial_adapter
 from finetune.base import read_base
 from finetune.methods.dpo import MoeDpoTrainer
 from finetune.methods.dpo_run import make_trainer, prepare_rows
 from finetune.methods.setup import TrainerSetup
 from finetune.model import adapt, load_base
-from finetune.moe.earlier import read_earlier
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder
 from tests.equivalence.sft_runs import WORDS, Steps
@@ -67,11 +67,11 @@ def dpo_trainer(recipe: Recipe) -> tuple[MoeDpoTrainer, Steps]:
     torch.manual_seed(recipe.seed)
     base = read_base(recipe)
     rows = prepare_rows(recipe, base)
-    earlier = None if recipe.model.adapter is None else read_earlier(Path(recipe.model.adapter))
-    model = adapt(load_base(base, recipe.model), base, recipe, earlier=earlier)
+    initial = None if recipe.model.adapter is None else read_initial_adapter(Path(recipe.model.adapter))
+    model = adapt(load_base(base, recipe.model), base, recipe, initial_adapter=initial)
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
     run = RunFolder(Path(recipe.output_dir))
-    trainer = make_trainer(TrainerSetup(recipe, run, base, model, rows, earlier, dashboards))
+    trainer = make_trainer(TrainerSetup(recipe, run, base, model, rows, initial, dashboards))
     steps = Steps(model)
     trainer.add_callback(steps)
     return trainer, steps

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from finetune.adapters.record import BaseRecord
 from finetune.data import load_tokenizer
 from finetune.model import save_adapter
 from finetune.recipe import ModelSettings, Recipe
@@ -75,7 +76,7 @@ def trained(recipe: Recipe, seed: int = 0) -> PeftModel:
 def saved(recipe: Recipe, folder: Path, fingerprint: str, seed: int = 0) -> Path:
     """The adapter folder of a run: adapter, record and tokenizer."""
     base = base_at(Path(recipe.model.name_or_path), recipe.model, NEW)
-    base = replace(base, provenance={**base.provenance, "fingerprint": fingerprint})
+    base = replace(base, provenance=BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=fingerprint))
     save_adapter(trained(recipe, seed), folder, recipe, base)
     template = recipe.data.chat_template
     load_tokenizer(recipe.model.name_or_path, None, template, MARKS, MARKS[1]).save_pretrained(folder)

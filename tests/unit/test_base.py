@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-import finetune.base
 from finetune.base import read_base
 from finetune.checkpoint import fingerprint
+from finetune.moe.families import family_of
+from finetune.moe.rehearsal import rehearse
 from finetune.recipe import Recipe
 from finetune.train import train
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
@@ -19,7 +20,7 @@ from tests.equivalence.sft_runs import write_rows
 from tests.support import CHATML, save_tiny_mixtral
 from tests.unit.added_tokens import MARKS, NEW, base_of, recipe_for
 
-COUNTED = {"family_of": finetune.base.family_of, "rehearse": finetune.base.rehearse}
+COUNTED: dict[str, Callable[..., Any]] = {"family_of": family_of, "rehearse": rehearse}
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -44,11 +45,11 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_start_reads_the_base_once(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, out, once = save_tiny_mixtral(tmp_path / "base"), tmp_path / "run", {"max_steps": 1}
+    base, out = save_tiny_mixtral(tmp_path / "base"), tmp_path / "run"
     recipe: Recipe = (
-        sft_recipe(base, write_rows(tmp_path / "rows.jsonl", 8), out, **once)
+        sft_recipe(base, write_rows(tmp_path / "rows.jsonl", 8), out, max_steps=1)
         if method == "sft"
-        else dpo_recipe(base, write_pairs(tmp_path / "pairs.jsonl", 8), out, **once)
+        else dpo_recipe(base, write_pairs(tmp_path / "pairs.jsonl", 8), out, max_steps=1)
     )
     calls = count_calls(monkeypatch)
     train(recipe, ["test"])
@@ -63,4 +64,4 @@ def test_the_record_of_a_base(tmp_path: Path) -> None:
     assert base.new_tokens == tuple(NEW)
     assert base.tokenizer.convert_tokens_to_ids(MARKS) == NEW
     assert base.tokenizer.chat_template != CHATML, "the recipe's"
-    assert base.provenance == {"name_or_path": str(folder), "fingerprint": fingerprint(folder)}
+    assert base.provenance.as_dict() == {"name_or_path": str(folder), "fingerprint": fingerprint(folder)}
