@@ -60,7 +60,7 @@ class Workplace:
     base: Path
     pairs: Path
     rows: Path
-    earlier: Path  # an adapter that changes the model, as an SFT run leaves it
+    initial_adapter: Path  # an adapter that changes the model, as an SFT run leaves it
 
     @classmethod
     def make(cls, folder: Path, shape: PairShape) -> "Workplace":
@@ -78,11 +78,11 @@ class Workplace:
         _write(folder / "pairs.jsonl", pairs)
         answers = [{"prompt": pair["prompt"], "completion": pair[name]} for name in _ANSWERS for pair in pairs]
         _write(folder / "rows.jsonl", answers)
-        made = cls(folder, shape, base, folder / "pairs.jsonl", folder / "rows.jsonl", folder / "earlier")
-        made._save_earlier()
+        made = cls(folder, shape, base, folder / "pairs.jsonl", folder / "rows.jsonl", folder / "initial")
+        made._save_initial_adapter()
         return made
 
-    def recipe(self, method: Mapping[str, Any], packing: bool = False, earlier: bool = False) -> Recipe:
+    def recipe(self, method: Mapping[str, Any], packing: bool = False, from_adapter: bool = False) -> Recipe:
         """LoRA on attention, experts and routers, the balance term on, four bits, float32."""
         dpo = method["kind"] == "dpo"
         source = {"path": str(self.pairs if dpo else self.rows), "format": "preference" if dpo else "prompt_completion"}
@@ -90,8 +90,8 @@ class Workplace:
         base = {"name_or_path": str(self.base), "load_in_4bit": True, "dtype": "float32"}
         return Recipe.model_validate(
             {
-                "output_dir": str(self.folder / f"run-{packing}-{earlier}"),
-                "model": base | {"adapter": str(self.earlier) if earlier else None},
+                "output_dir": str(self.folder / f"run-{packing}-{from_adapter}"),
+                "model": base | {"adapter": str(self.initial_adapter) if from_adapter else None},
                 "lora": {
                     "targets": ["attention", "experts", "router"],
                     "r": self.shape.rank,
@@ -113,7 +113,7 @@ class Workplace:
             }
         )
 
-    def _save_earlier(self) -> None:
+    def _save_initial_adapter(self) -> None:
         recipe = self.recipe(SFT)
         base = read_base(recipe)
         model = adapt(load_base(base, recipe.model), base, recipe)
@@ -121,8 +121,8 @@ class Workplace:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        save_adapter(model, self.earlier, recipe, base)
-        base.tokenizer.save_pretrained(self.earlier)
+        save_adapter(model, self.initial_adapter, recipe, base)
+        base.tokenizer.save_pretrained(self.initial_adapter)
 
 
 _ANSWERS = ("chosen", "rejected")

@@ -32,9 +32,8 @@ class ModelSettings(Section):
     )
     adapter: Text | None = Field(
         default=None,
-        description="Folder of an adapter that an earlier run has saved, from which this one goes on; for dpo it is "
-        "also the reference. It must have been made on this base, with this quantisation, template and `lora` section. "
-        "null: a fresh adapter.",
+        description="Folder of a saved adapter to continue from; for dpo it is also the reference. Its base, "
+        "quantization, chat template and `lora` section must match. null: a fresh adapter.",
     )
     load_in_4bit: bool = Field(
         description="Store attention and experts as NF4 (4 bits a weight, double quantisation) while they load. "
