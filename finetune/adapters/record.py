@@ -1,11 +1,11 @@
 """`finetune.json`: what PEFT's own files cannot say about an adapter. One model, one reader, one writer."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
 
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
@@ -93,9 +93,9 @@ class AdapterRecord(_Part):
     @field_validator("recipe")
     @classmethod
     def _sections_are_objects(cls, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in _SECTIONS:
-            if not isinstance((recipe or {}).get(name, {}), dict):
-                raise PydanticCustomError("section_type", "{section}", {"section": name})
+        wrong = [name for name in _SECTIONS if not isinstance((recipe or {}).get(name, {}), dict)]
+        if wrong:
+            raise ValueError(wrong[0])
         return recipe
 
     @property
@@ -127,12 +127,13 @@ def read_record(folder: Path) -> AdapterRecord:
         raise WeightsError([_problem(file, details) for details in error.errors(include_url=False)]) from error
 
 
-def _problem(file: Path, details: ErrorDetails) -> Problem:
+def _problem(file: Path, details: Mapping[str, Any]) -> Problem:
     location, value, kind = ".".join(map(str, details["loc"])), details["input"], details["type"]
     if kind == "missing":
         return Problem(f"{file}: {location}", "is missing", SAVE_AGAIN)
-    if kind == "section_type":
-        location, value = f"{location}.{details['msg']}", value[details["msg"]]
+    if kind == "value_error":  # of `_sections_are_objects`
+        section = str(details["ctx"]["error"])
+        location, value = f"{location}.{section}", value[section]
     return wrong_type(f"{file}: {location}", _EXPECTED.get(kind, "an object"), value)
 
 
