@@ -33,11 +33,11 @@ QUICK_HEADS = (HeadShape(32, 1100, 64, (LOGITS, TRL, OURS), timed=True),)
 QUICK_CASES = (SharingCase(12, 4),)
 SEED = 0
 SFT_ARM, STORED, LIVE_ARM = "SFT", "DPO", "DPO live"
-EARLIER = " from an adapter"
+FROM_ADAPTER = " from an adapter"
 MODES: tuple[Recomputation, ...] = ("none", "full")
 TIME_BARS = {
-    "none": {STORED: 1.05, STORED + EARLIER: 1.05},
-    "full": {STORED: 1.05, STORED + EARLIER: 1.05, LIVE_ARM: 1.40, LIVE_ARM + EARLIER: 1.40},
+    "none": {STORED: 1.05, STORED + FROM_ADAPTER: 1.05},
+    "full": {STORED: 1.05, STORED + FROM_ADAPTER: 1.05, LIVE_ARM: 1.40, LIVE_ARM + FROM_ADAPTER: 1.40},
 }
 MEMORY_BAR = 1.10
 METHODS: dict[str, dict[str, Any]] = {SFT_ARM: SFT, STORED: PRECOMPUTED, LIVE_ARM: LIVE}
@@ -45,10 +45,10 @@ Arms = dict[str, TrainingArm]
 
 
 def build_arms(work: Workplace) -> Arms:
-    """SFT, and DPO with either reference, from a fresh adapter and from an earlier run's, on the same tokens."""
+    """SFT, and DPO with either reference, from a fresh adapter and from a trained one, on the same tokens."""
     arms = {name: training_arm(work.recipe(method)) for name, method in METHODS.items()}
     for name, method in METHODS.items():
-        arms[name + EARLIER] = training_arm(work.recipe(method, earlier=True))
+        arms[name + FROM_ADAPTER] = training_arm(work.recipe(method, from_adapter=True))
     refuse_other_tokens(arms)
     return arms
 
@@ -68,7 +68,7 @@ def refuse_other_tokens(arms: Mapping[str, TrainingArm]) -> None:
 
 def sft_of(name: str) -> str:
     """SFT from the same adapter: another one routes otherwise, and the busiest expert makes the peak."""
-    return SFT_ARM + EARLIER if name.endswith(EARLIER) else SFT_ARM
+    return SFT_ARM + FROM_ADAPTER if name.endswith(FROM_ADAPTER) else SFT_ARM
 
 
 def against_sft(arms: Mapping[str, Any]) -> list[str]:

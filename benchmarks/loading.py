@@ -28,12 +28,20 @@ _CHILD = """
 import gc, json, sys
 from pathlib import Path
 import torch
+from transformers import AutoConfig
+from finetune.adapters.record import BaseRecord
+from finetune.base import Base, check_loads
+from finetune.checkpoint import CheckpointReader
 from finetune.model import load_base
 from finetune.moe.audit import storage_of
+from finetune.moe.families import FAMILIES
 from finetune.recipe import ModelSettings
 
 def load(folder):
-    return load_base(Path(folder), ModelSettings(name_or_path=folder, load_in_4bit=True, dtype="bfloat16"))
+    settings = ModelSettings(name_or_path=folder, load_in_4bit=True, dtype="bfloat16")
+    check_loads(CheckpointReader(Path(folder)), FAMILIES["mixtral"], settings)
+    base = Base(Path(folder), FAMILIES["mixtral"], AutoConfig.from_pretrained(folder), None, (), BaseRecord())
+    return load_base(base, settings)
 
 torch.set_num_threads(1)
 load(sys.argv[1])

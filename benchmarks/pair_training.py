@@ -12,15 +12,14 @@ from random import Random
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PrinterCallback
 
-from finetune.data import load_tokenizer
+from finetune.adapters.initial import read_initial_adapter
+from finetune.base import read_base
 from finetune.methods import dpo_run, sft_run
 from finetune.methods.setup import TrainerSetup
-from finetune.model import adapt, architecture_config, checkpoint_family, load_base, save_adapter
+from finetune.model import adapt, load_base, save_adapter
 from finetune.moe.audit import storage_of
-from finetune.moe.earlier import read_earlier
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder
 from tests.support import save_tiny_mixtral
@@ -61,7 +60,7 @@ class Workplace:
     base: Path
     pairs: Path
     rows: Path
-    earlier: Path  # an adapter that changes the model, as an SFT run leaves it
+    initial_adapter: Path  # an adapter that changes the model, as an SFT run leaves it
 
     @classmethod
     def make(cls, folder: Path, shape: PairShape) -> "Workplace":
@@ -79,11 +78,11 @@ class Workplace:
         _write(folder / "pairs.jsonl", pairs)
         answers = [{"prompt": pair["prompt"], "completion": pair[name]} for name in _ANSWERS for pair in pairs]
         _write(folder / "rows.jsonl", answers)
-        made = cls(folder, shape, base, folder / "pairs.jsonl", folder / "rows.jsonl", folder / "earlier")
-        made._save_earlier()
+        made = cls(folder, shape, base, folder / "pairs.jsonl", folder / "rows.jsonl", folder / "initial")
+        made._save_initial_adapter()
         return made
 
-    def recipe(self, method: Mapping[str, Any], packing: bool = False, earlier: bool = False) -> Recipe:
+    def recipe(self, method: Mapping[str, Any], packing: bool = False, from_adapter: bool = False) -> Recipe:
         """LoRA on attention, experts and routers, the balance term on, four bits, float32."""
         dpo = method["kind"] == "dpo"
         source = {"path": str(self.pairs if dpo else self.rows), "format": "preference" if dpo else "prompt_completion"}
@@ -91,8 +90,8 @@ class Workplace:
         base = {"name_or_path": str(self.base), "load_in_4bit": True, "dtype": "float32"}
         return Recipe.model_validate(
             {
-                "output_dir": str(self.folder / f"run-{packing}-{earlier}"),
-                "model": base | {"adapter": str(self.earlier) if earlier else None},
+                "output_dir": str(self.folder / f"run-{packing}-{from_adapter}"),
+                "model": base | {"adapter": str(self.initial_adapter) if from_adapter else None},
                 "lora": {
                     "targets": ["attention", "experts", "router"],
                     "r": self.shape.rank,
@@ -114,15 +113,16 @@ class Workplace:
             }
         )
 
-    def _save_earlier(self) -> None:
+    def _save_initial_adapter(self) -> None:
         recipe = self.recipe(SFT)
-        model = adapt(load_base(self.base, recipe.model), recipe)
+        base = read_base(recipe)
+        model = adapt(load_base(base, recipe.model), base, recipe)
         generator = torch.Generator().manual_seed(5)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        save_adapter(model, self.earlier, recipe, {"name_or_path": str(self.base), "fingerprint": "random"})
-        load_tokenizer(str(self.base), None, None).save_pretrained(self.earlier)
+        save_adapter(model, self.initial_adapter, recipe, base)
+        base.tokenizer.save_pretrained(self.initial_adapter)
 
 
 _ANSWERS = ("chosen", "rejected")
@@ -194,16 +194,11 @@ class TrainingArm:
 def training_arm(recipe: Recipe, logs: bool = False) -> TrainingArm:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
-    folder, tokenizer = Path(recipe.model.name_or_path), load_tokenizer(recipe.model.name_or_path, None, None)
-    family = checkpoint_family(folder, recipe)
+    base = read_base(recipe)
     method: Any = dpo_run if recipe.method.kind == "dpo" else sft_run
-    rows = method.prepare_rows(recipe, tokenizer, family, architecture_config(folder))
-    earlier = None if recipe.model.adapter is None else read_earlier(Path(recipe.model.adapter))
-    model = adapt(load_base(folder, recipe.model), recipe, earlier=earlier)
+    rows = method.prepare_rows(recipe, base)
+    initial = None if recipe.model.adapter is None else read_initial_adapter(Path(recipe.model.adapter))
+    model = adapt(load_base(base, recipe.model), base, recipe, initial_adapter=initial)
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
-    base = {"name_or_path": str(folder), "fingerprint": "random"}
     run = RunFolder(Path(recipe.output_dir))
-    PartialState()
-    return TrainingArm(
-        method.make_trainer(TrainerSetup(recipe, run, family, model, tokenizer, rows, earlier, base, dashboards)), logs
-    )
+    return TrainingArm(method.make_trainer(TrainerSetup(recipe, run, base, model, rows, initial, dashboards)), logs)

@@ -1,26 +1,23 @@
-"""Read a PEFT LoRA adapter folder: settings, base, and where each pair of factors lies on disk."""
+"""Read a PEFT LoRA adapter folder: settings, record, and where each pair of factors lies on disk."""
 
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
-from finetune.adapters.record import refuse_training_state, refuse_unreadable
+from finetune.adapters.record import EXPERT_LAYOUT, RECORD_FILE, AdapterRecord, MergeSources, read_record, wrong_type
 from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
-from finetune.moe.same_adapter import adapter_digest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-RECORD_FILE = "finetune.json"
 EXPORT_FILE = "export.json"  # in a folder that was written for another program
-EXPERT_LAYOUT = "A:expert-major,B:rank-major"
 # Settings that leave W + scale * B A as it is, and `trainable_token_indices` and `modules_to_save`, which are read
 # apart. Any other one that is switched on changes what the adapter computes.
 NEUTRAL_SETTINGS = frozenset(
@@ -57,6 +54,16 @@ NEUTRAL_SETTINGS = frozenset(
 DECLARED_ORDERS = {"rank_major": False, "grouped_by_expert": True}
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
 NEUTRAL_INITS = (True, False, "gaussian", "eva")
+_STATE_FILES = ("trainer_state.json", "router_balance.json")  # in a trainer's own checkpoint
+_TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    "rank_pattern": ("an object", (dict,)),
+    "alpha_pattern": ("an object", (dict,)),
+    "target_modules": ("a list or text", (list, str)),
+    "target_parameters": ("a list", (list,)),
+    "trainable_token_indices": ("a list or an object", (list, dict)),
+    "layers_to_transform": ("a list or a whole number", (list, int)),
+    "auto_mapping": ("an object", (dict,)),
+}
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Adapter:
     """One adapter folder; `pairs` by the wrapped module's path in the loaded model (`base_layer` nesting included).
 
     `rows` are those of single tokens, [n, H], by the path of embedding or head; `tokens` says which, by PEFT's names of
-    the same modules (their last parts); `added_tokens` are the recipe's, with their ids. `whole` are
-    tensors of the base's kind, by their names in the loaded model; `spare` tensors say nothing that others do not.
+    the same modules (their last parts). `whole` are tensors of the base's kind, by their names in the loaded model;
+    `spare` tensors say nothing that others do not. `record` is empty for an adapter of another tool.
     """
 
     folder: Path
@@ -75,14 +82,43 @@ class Adapter:
     whole: dict[str, TensorInfo]
     spare: tuple[str, ...]
     tokens: dict[str, tuple[int, ...]]
-    added_tokens: dict[str, int]
-    base_location: str | None
-    base_revision: str | None
-    base_fingerprint: str | None
-    base_made_from: dict[str, Any] | None  # where the base was a merged checkpoint: what that was made from
-    went_on_from: str | None  # SHA-256 of the adapter whose factors training began with, and which is inside
-    layout_recorded: bool  # in the record of the run: EXPERT_LAYOUT
-    asked_layout: str | None = None  # what the user says of the order of the experts' factors
+    record: AdapterRecord
+    asked_layout: str | None = None  # what the user says about the order of the experts' factors
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """The recipe's added tokens with their ids."""
+        return self.record.added_tokens
+
+    @property
+    def base_location(self) -> str | None:
+        """Folder or hub id of the base."""
+        return self.record.base.name_or_path if self.record.base else None
+
+    @property
+    def base_revision(self) -> str | None:
+        """Revision of the base on the hub."""
+        return self.settings.get("revision")
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Fingerprint of the base's weights."""
+        return self.record.base.fingerprint if self.record.base else None
+
+    @property
+    def base_made_from(self) -> MergeSources | None:
+        """What the base was made from, if it was a merged checkpoint."""
+        return self.record.base.made_from if self.record.base else None
+
+    @property
+    def initial_digest(self) -> str | None:
+        """SHA-256 of the adapter that training started from, and whose change is part of this one's."""
+        return self.record.adapter.sha256 if self.record.adapter else None
+
+    @property
+    def layout_recorded(self) -> bool:
+        """Whether the record names the order of the experts' factors; it can only be EXPERT_LAYOUT."""
+        return self.record.layout is not None and self.record.layout.expert_lora is not None
 
     @property
     def expert_major(self) -> bool | None:
@@ -147,21 +183,12 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     folder = Path(folder)
     _require_files(folder)
     verify_sums(folder)
-    refuse_training_state(folder)
+    _check_not_training_state(folder)
     settings = read_json(folder / CONFIG_FILE)
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    refuse_unreadable(settings, folder / CONFIG_FILE, record, folder / RECORD_FILE)
+    _check_types(settings, folder / CONFIG_FILE)
+    record = read_record(folder)
     _require_plain_lora(folder / CONFIG_FILE, settings)
-    recorded = (record.get("layout") or {}).get("expert_lora")
-    if recorded not in (None, EXPERT_LAYOUT):
-        do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
-        raise WeightsError(
-            Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(recorded))
-        )
-    if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
-        what = "is missing, and the record names it: the correction biases of the routers that training moved"
-        raise WeightsError(Problem(str(folder / str(named)), what, "copy the whole adapter folder of the run"))
-    base = record.get("base") or {}
+    _check_record(record, folder)
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
@@ -171,13 +198,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
         whole=contents.whole,
         spare=contents.spare,
         tokens=_tokens(folder / CONFIG_FILE, settings.get("trainable_token_indices")),
-        added_tokens={str(token): int(number) for token, number in (record.get("added_tokens") or {}).items()},
-        base_location=base.get("name_or_path"),
-        base_revision=settings.get("revision"),
-        base_fingerprint=base.get("fingerprint"),
-        base_made_from=base.get("made_from"),
-        went_on_from=(record.get("adapter") or {}).get("sha256"),
-        layout_recorded=recorded is not None,
+        record=record,
         asked_layout=layout,
     )
 
@@ -192,6 +213,49 @@ def _require_files(folder: Path) -> None:
         do = "save it again as safetensors: pickle files can run code and are never opened here"
         raise WeightsError(Problem(str(folder), "the adapter is in pickle format", do, got=", ".join(pickles[:3])))
     raise WeightsError(Problem(str(folder), f"has no {WEIGHTS_FILE}", "give the folder that the run wrote"))
+
+
+def _check_not_training_state(folder: Path) -> None:
+    """A trainer's checkpoint with moved router biases does not hold them among its factors."""
+    if all((folder / name).is_file() for name in _STATE_FILES):
+        state = json.loads((folder / _STATE_FILES[1]).read_text(encoding="utf-8"))
+        if isinstance(state, dict) and state.get("bias"):
+            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
+            what = "is a state of training, and its moved router biases are not among the factors"
+            raise WeightsError(Problem(str(folder), what, do))
+
+
+def _check_types(settings: Mapping[str, Any], file: Path) -> None:
+    """Raise WeightsError for every setting of a type that PEFT does not write."""
+    problems = [
+        wrong_type(f"{file}: {name}", expected, settings[name])
+        for name, (expected, types) in _TYPES.items()
+        if settings.get(name) is not None and not isinstance(settings[name], types)
+    ]
+    for name in ("rank_pattern", "alpha_pattern"):
+        values = settings.get(name)
+        if isinstance(values, dict) and not all(_is_positive(value) for value in values.values()):
+            problems.append(wrong_type(f"{file}: {name}", "positive numbers", values))
+    alpha = settings.get("lora_alpha")
+    if isinstance(alpha, int | float) and not math.isfinite(alpha):
+        problems.append(wrong_type(f"{file}: lora_alpha", "a finite number", alpha))
+    if problems:
+        raise WeightsError(problems)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+
+
+def _check_record(record: AdapterRecord, folder: Path) -> None:
+    """The order of factors must be the known one, and a file that the record names must exist."""
+    layout = record.layout.expert_lora if record.layout else None
+    if layout not in (None, EXPERT_LAYOUT):
+        do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
+        raise WeightsError(Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=layout))
+    if record.router_bias and not (folder / record.router_bias).is_file():
+        what = "is missing, and the record names it: the correction biases of the routers that training moved"
+        raise WeightsError(Problem(str(folder / record.router_bias), what, "copy the whole adapter folder of the run"))
 
 
 def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
@@ -241,3 +305,13 @@ def _tokens(where: Path, setting: Any) -> dict[str, tuple[int, ...]]:
             do = "save the adapter again"
             raise WeightsError(Problem(f"{where}: trainable_token_indices", what, do, got=json.dumps(tokens)[:80]))
     return {name: tuple(tokens) for name, tokens in by_module.items()}
+
+
+def adapter_digest(folder: Path) -> str:
+    """SHA-256 (hex) of the adapter's weights: its factors and the correction biases beside them."""
+    digest = hashlib.sha256()
+    for name in (WEIGHTS_FILE, BIAS_FILE):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.adapter import Adapter
+from finetune.adapters.record import MergeSources
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
 
@@ -48,9 +49,9 @@ def refuse_unrelated(base: Path, found: str, adapters: Sequence[Weighted]) -> No
     problems = []
     given = {each.digest: each.adapter.folder for each in adapters}
     for number, each in enumerate(adapters):
-        if each.adapter.went_on_from in given:
+        if each.adapter.initial_digest in given:
             what = "went on from another of the adapters, whose change it holds already"
-            got = str(given[str(each.adapter.went_on_from)])
+            got = str(given[str(each.adapter.initial_digest)])
             problems.append(Problem(str(each.adapter.folder), what, "name only the later one", got))
         recorded = each.adapter.base_fingerprint
         if recorded in (None, found):
@@ -60,20 +61,19 @@ def refuse_unrelated(base: Path, found: str, adapters: Sequence[Weighted]) -> No
             do = "give the base that the adapter was trained on with --base"
             got = f"{found[:12]} where the adapter records {str(recorded)[:12]}"
             problems.append(Problem(str(base), "base fingerprint differs", do, got))
-        elif problem := _chain_problem(each.adapter, found, before):
+        elif problem := _chain_problem(each.adapter, each.adapter.base_made_from, found, before):
             problems.append(problem)
     if problems:
         raise WeightsError(problems)
 
 
-def _chain_problem(adapter: Adapter, found: str, before: Sequence[Weighted]) -> Problem | None:
+def _chain_problem(adapter: Adapter, source: MergeSources, found: str, before: Sequence[Weighted]) -> Problem | None:
     """What is wrong with an adapter that was trained on a merged checkpoint, given the ones before it."""
-    source = adapter.base_made_from or {}
-    trained_on = [(each["sha256"], each["weight"]) for each in source["adapters"]]
+    trained_on = [(merged.sha256, merged.weight) for merged in source.adapters]
     where = str(adapter.folder)
-    if source["base_fingerprint"] != found:
+    if source.base_fingerprint != found:
         what = "was trained on a checkpoint that was merged from another base"
-        got = f"{found[:12]} where the record says {source['base_fingerprint'][:12]}"
+        got = f"{found[:12]} where the record says {source.base_fingerprint[:12]}"
         return Problem(where, what, "give that base with --base, or the merged checkpoint itself", got)
     if trained_on != [(each.digest, each.weight) for each in before]:
         names = ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in trained_on)

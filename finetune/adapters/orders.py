@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, Adapter
+from finetune.adapters.adapter import CONFIG_FILE, Adapter
 from finetune.adapters.layout import base_layout
+from finetune.adapters.record import RECORD_FILE
 from finetune.adapters.targets import StackOrder, Target, targets_of
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError

@@ -1,77 +1,142 @@
-"""Whether what an adapter's folder says of itself can be read: kinds of values, before anything is made of them."""
+"""`finetune.json`: what PEFT's own files cannot say about an adapter. One model, one reader, one writer."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
 
-_STATE_FILES = ("trainer_state.json", "router_balance.json")  # of a trainer's own checkpoint
-_Kinds = Mapping[str, tuple[type, ...]]
-_SETTINGS: _Kinds = {
-    "rank_pattern": (dict,),
-    "alpha_pattern": (dict,),
-    "target_modules": (list, str),
-    "target_parameters": (list,),
-    "trainable_token_indices": (list, dict),
-    "layers_to_transform": (list, int),
-    "auto_mapping": (dict,),
+RECORD_FILE = "finetune.json"
+FORMAT = 1
+EXPERT_LAYOUT = "A:expert-major,B:rank-major"
+SAVE_AGAIN = "fetch or copy the adapter's folder again, or save the adapter again"
+
+_EXPECTED = {
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "a list",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "float_type": "a number",
 }
-_RECORD: _Kinds = {
-    "base": (dict,),
-    "layout": (dict,),
-    "added_tokens": (dict,),
-    "recipe": (dict,),
-    "versions": (dict,),
-    "adapter": (dict,),
-}
-_BASE: _Kinds = {"name_or_path": (str,), "fingerprint": (str,), "made_from": (dict,)}
-_DO = "fetch or copy the adapter's folder again, or save the adapter again"
+_SECTIONS = ("lora", "method", "data")  # of a recipe, read when an adapter is merged, inspected or trained further
 
 
-def refuse_unreadable(settings: Mapping[str, Any], settings_file: Path, record: Mapping[str, Any], file: Path) -> None:
-    """Raise WeightsError for every value of another kind than what writes these two files writes."""
-    problems = _wrong(settings, _SETTINGS, str(settings_file)) + _wrong(record, _RECORD, str(file))
-    for name in ("rank_pattern", "alpha_pattern"):
-        values = settings.get(name)
-        if isinstance(values, dict) and not all(_is_number(value) for value in values.values()):
-            problems.append(_problem(f"{settings_file}: {name}", values))
-    if isinstance(settings.get("lora_alpha"), int | float) and not math.isfinite(settings["lora_alpha"]):
-        problems.append(_problem(f"{settings_file}: lora_alpha", settings["lora_alpha"]))
-    base, added = record.get("base"), record.get("added_tokens")
-    if isinstance(base, dict):
-        problems += _wrong(base, _BASE, f"{file}: base")
-        if isinstance(base.get("made_from"), dict) and not {"base_fingerprint", "adapters"} <= base["made_from"].keys():
-            problems.append(_problem(f"{file}: base.made_from", base["made_from"]))
-    if isinstance(added, dict) and not all(isinstance(number, int) for number in added.values()):
-        problems.append(_problem(f"{file}: added_tokens", added))
-    method = record["recipe"].get("method") if isinstance(record.get("recipe"), dict) else {}
-    if not isinstance(method, dict):
-        problems.append(_problem(f"{file}: recipe.method", method))
-    if problems:
-        raise WeightsError(problems)
+class _Part(BaseModel):
+    """Unknown keys are ignored: other versions may write more."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
 
 
-def refuse_training_state(folder: Path) -> None:
-    """Raise WeightsError for a trainer's checkpoint with moved router biases: they are not among the factors there."""
-    if all((folder / name).is_file() for name in _STATE_FILES):
-        state = json.loads((folder / _STATE_FILES[1]).read_text(encoding="utf-8"))
-        if isinstance(state, dict) and state.get("bias"):
-            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
-            what = "is a state of training, and its moved router biases are not among the factors"
-            raise WeightsError(Problem(str(folder), what, do))
+class MergedAdapter(_Part):
+    """An adapter inside a merged checkpoint, by the SHA-256 of its weights."""
+
+    sha256: str
+    weight: float
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+class MergeSources(_Part):
+    """What a merged checkpoint was made from."""
+
+    base_fingerprint: str
+    into: str | None = None
+    adapters: list[MergedAdapter]
 
 
-def _wrong(values: Mapping[str, Any], kinds: _Kinds, where: str) -> list[Problem]:
-    found = ((name, values[name]) for name in kinds if values.get(name) is not None)
-    return [_problem(f"{where}: {name}", value) for name, value in found if not isinstance(value, kinds[name])]
+class BaseRecord(_Part):
+    """The base that an adapter was trained on; `made_from` if that was a merged checkpoint."""
+
+    name_or_path: str | None = None
+    fingerprint: str | None = None
+    made_from: MergeSources | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that were set, as JSON holds them."""
+        return self.model_dump(exclude_unset=True)
 
 
-def _problem(where: str, got: Any) -> Problem:
-    return Problem(where, "is not what belongs there", _DO, got=json.dumps(got, default=str)[:80])
+class FactorLayout(_Part):
+    """Order of the factors in the two matrices of an expert stack."""
+
+    expert_lora: str | None = None
+
+
+class InitialRecord(_Part):
+    """The adapter that training started from, by the SHA-256 of its weights."""
+
+    name_or_path: str
+    sha256: str
+
+
+class AdapterRecord(_Part):
+    """Every field may be missing: other tools and earlier versions wrote fewer."""
+
+    format: int | None = None
+    base: BaseRecord | None = None
+    layout: FactorLayout | None = None
+    experts: dict[str, Any] | None = None  # `ExpertChoice.as_dict()`, where not all experts are adapted
+    added_tokens: dict[str, int] = {}
+    quantization: str | None = None  # of the base in training: "nf4" or None
+    dtype: str | None = None
+    adapter: InitialRecord | None = None
+    router_bias: str | None = None  # file with the correction biases that training moved
+    data: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    template_sha256: str | None = None
+    recipe: dict[str, Any] | None = None
+    versions: dict[str, str] | None = None
+
+    @field_validator("recipe")
+    @classmethod
+    def _sections_are_objects(cls, recipe: dict[str, Any] | None) -> dict[str, Any] | None:
+        wrong = [name for name in _SECTIONS if not isinstance((recipe or {}).get(name, {}), dict)]
+        if wrong:
+            raise ValueError(wrong[0])
+        return recipe
+
+    @property
+    def says_quantization(self) -> bool:
+        """Whether the record has the key; its value None means 16 bits."""
+        return "quantization" in self.model_fields_set
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that were set, as JSON holds them."""
+        return self.model_dump(exclude_unset=True)
+
+    def write(self, folder: Path) -> None:
+        """Write it beside the adapter in `folder`."""
+        text = json.dumps(self.as_dict(), indent=2) + "\n"
+        (folder / RECORD_FILE).write_text(text, encoding="utf-8")
+
+
+def read_record(folder: Path) -> AdapterRecord:
+    """The record in an adapter's folder; an empty one where there is no such file.
+
+    Raises WeightsError with every value that has the wrong type.
+    """
+    file = Path(folder) / RECORD_FILE
+    if not file.is_file():
+        return AdapterRecord()
+    try:
+        return AdapterRecord.model_validate(read_json(file))
+    except ValidationError as error:
+        raise WeightsError([_problem(file, details) for details in error.errors(include_url=False)]) from error
+
+
+def _problem(file: Path, details: Mapping[str, Any]) -> Problem:
+    location, value, kind = ".".join(map(str, details["loc"])), details["input"], details["type"]
+    if kind == "missing":
+        return Problem(f"{file}: {location}", "is missing", SAVE_AGAIN)
+    if kind == "value_error":  # of `_sections_are_objects`
+        section = str(details["ctx"]["error"])
+        location, value = f"{location}.{section}", value[section]
+    return wrong_type(f"{file}: {location}", _EXPECTED.get(kind, "an object"), value)
+
+
+def wrong_type(where: str, expected: str, value: Any) -> Problem:
+    """A value of an adapter's JSON files that nothing writes there."""
+    return Problem(where, f"has the wrong type (expected {expected})", SAVE_AGAIN, json.dumps(value, default=str)[:80])

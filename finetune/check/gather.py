@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from finetune.adapters.initial import check_same_setup, read_initial_adapter
+from finetune.adapters.record import BaseRecord
+from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
 from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.samples import draw
 from finetune.check.texts import read_without_tokenizer, texts
@@ -16,15 +20,6 @@ from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.methods.pair_layout import pair_layout
-from finetune.model import (
-    architecture_config,
-    checkpoint_family,
-    config_family,
-    recipe_tokenizer,
-    resolve_checkpoint,
-)
-from finetune.moe.earlier import read_earlier, refuse_unfit
-from finetune.moe.layout import Family
 from finetune.recipe import Recipe
 
 MAX_PROBLEMS = 1000
@@ -43,16 +38,16 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
     on one that failed: without a tokenizer the rows are still read.
     """
     report = Report(title, _settings(recipe), recipe.data.max_length)
-    base = _base(recipe, report)
+    base, tokenizer = _base(recipe, report)
     if recipe.model.adapter is not None:
-        _attempt(report, lambda: _refuse_adapter(Path(str(recipe.model.adapter)), recipe, base))
-    mixtures = {name: found for name in SPLITS if (found := _mixture(name, recipe, base.tokenizer, report))}
+        _attempt(report, lambda: _check_adapter(Path(str(recipe.model.adapter)), recipe, base))
+    mixtures = {name: found for name in SPLITS if (found := _mixture(name, recipe, tokenizer, report))}
     share_prompts = _shares_prompts(mixtures.get("train"), recipe, base, report)
     for name, mixture in mixtures.items():
         batches = _batches(mixture, recipe, share_prompts)
         report.splits.append(split_of(name, mixture.stats(batches.sequences), batches, recipe))
         for rows, chosen in zip(mixture.sets, mixture.chosen, strict=True):
-            drawn = draw(rows, chosen, samples, recipe.seed, base.tokenizer)
+            drawn = draw(rows, chosen, samples, recipe.seed, tokenizer)
             report.samples += [(name, sample) for sample in drawn]
     if mixtures.keys() == {"train", "eval"}:
         report.duplicates = find_duplicates(_texts(mixtures["train"]), _texts(mixtures["eval"]))
@@ -69,33 +64,29 @@ def _attempt(report: Report, work: Callable[[], T]) -> T | None:
         return None
 
 
-class _Base(NamedTuple):
-    """Of the checkpoint what could be had: its folder, its architecture and the run's tokenizer."""
-
-    folder: Path | None = None
-    family: Family | None = None
-    tokenizer: Any = None
-
-
-def _base(recipe: Recipe, report: Report) -> _Base:
-    """All that the checkpoint tells without its weights."""
+def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
+    """The base without its weights, None where something is wrong with it, and the tokenizer if that can be had."""
     folder = _attempt(report, lambda: resolve_checkpoint(recipe.model, weights=False))
     if folder is None:
-        return _Base()
+        return None, None
     local = Path(recipe.model.name_or_path).is_dir()
-    # Of a checkpoint on the hub there are no headers to read before its weights are there.
+    # The headers of a checkpoint on the hub cannot be read before its weights are fetched.
     family = _attempt(report, lambda: (checkpoint_family if local else config_family)(folder, recipe))
     found = _attempt(report, lambda: recipe_tokenizer(folder, recipe))
-    return _Base(folder, family, None if found is None else found[0])
+    tokenizer, new_tokens = found or (None, [])
+    if family is None or tokenizer is None:
+        return None, tokenizer
+    digest = fingerprint(folder) if local and recipe.model.adapter else None
+    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest)
+    config = AutoConfig.from_pretrained(folder)
+    return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
 
 
-def _refuse_adapter(folder: Path, recipe: Recipe, base: _Base) -> None:
-    """What the run would refuse in the adapter that it goes on from, as far as the checkpoint lies here."""
-    earlier = read_earlier(folder)
-    if base.folder is None or base.family is None or base.tokenizer is None:
-        return
-    weights = fingerprint(base.folder) if Path(recipe.model.name_or_path).is_dir() else None
-    refuse_unfit(earlier, recipe, weights, base.tokenizer.chat_template)
+def _check_adapter(folder: Path, recipe: Recipe, base: Base | None) -> None:
+    """What the run would refuse in the adapter that it starts from, as far as the checkpoint is on this machine."""
+    initial_adapter = read_initial_adapter(folder)
+    if base is not None:
+        check_same_setup(initial_adapter, recipe, base.provenance.fingerprint, base.tokenizer.chat_template)
 
 
 def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixture | None:
@@ -111,11 +102,11 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
     return _attempt(report, lambda: prepare(sources, tokenizer, recipe.data, recipe.seed, MAX_PROBLEMS))
 
 
-def _shares_prompts(train: Mixture | None, recipe: Recipe, base: _Base, report: Report) -> bool:
+def _shares_prompts(train: Mixture | None, recipe: Recipe, base: Base | None, report: Report) -> bool:
     """Whether the run will compute a pair's prompt once for both answers; the report says why or why not."""
-    if not isinstance(train, PairMixture) or base.folder is None or base.family is None:
+    if not isinstance(train, PairMixture) or base is None:
         return False
-    layout, why = pair_layout(recipe, base.family, architecture_config(base.folder), train)
+    layout, why = pair_layout(recipe, base.family, base.config, train)
     report.settings.append(("prompts", why))
     return layout == "shared"
 

@@ -6,14 +6,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.record import RECORD_FILE
 from finetune.checkpoint import CheckpointReader, fingerprint, locked, new_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
 from finetune.merge import merge
-from finetune.merge.card import read_record, vllm_card
+from finetune.merge.card import vllm_card
 from finetune.merge.job import base_folder
 from finetune.moe.families import family_of
 from finetune.moe.stored import is_stored
@@ -97,7 +98,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     with new_folder(output) as folder:
         vllm.write(folder, adapter, lora)
         write_json(folder / EXPORT_FILE, record)
-        write_text(folder / "README.md", vllm_card(read_record(adapter.folder), record))
+        write_text(folder / "README.md", vllm_card(adapter.record.as_dict(), record))
         write_sums(folder)
     scale = "scales are multiplied into B, " if lora.folded else ""
     lines = (

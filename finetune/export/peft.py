@@ -3,7 +3,8 @@
 import shutil
 from pathlib import Path
 
-from finetune.adapters.adapter import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter
+from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from finetune.adapters.record import RECORD_FILE
 from finetune.checkpoint.reader import PICKLES, read_header, read_tensor
 from finetune.errors import Problem, WeightsError
 

@@ -2,16 +2,15 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
-from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, RECORD_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
+from finetune.adapters.record import RECORD_FILE, AdapterRecord
 from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
 from finetune.inspect.exported import exported_lines
 from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
-from finetune.inspect.records import read_record, told_by
+from finetune.inspect.records import told_by
 from finetune.merge.job import Request, base_folder, prepare
-from finetune.moe.same_adapter import WEIGHTS_FILE
 from finetune.moe.stored import is_stored
 from finetune.run import RunFolder
 
@@ -21,9 +20,9 @@ _SHOWN_PROBLEMS = 3
 
 def adapter_lines(folder: Path) -> list[Line]:
     """What `finetune inspect` says of an adapter."""
-    record = read_record(folder)
-    with told_by(folder / (RECORD_FILE if record else CONFIG_FILE), "training"):
+    with told_by(folder / CONFIG_FILE, "training"):
         adapter = read_adapter(folder)
+    record = adapter.record
     infos = read_header(folder / WEIGHTS_FILE).values()
     count = sum(math.prod(info.shape) for info in infos)
     nbytes = sum(info.nbytes for info in infos)
@@ -34,7 +33,7 @@ def adapter_lines(folder: Path) -> list[Line]:
     state = folder / STATE_FILE
     with told_by(folder / RECORD_FILE, "training"):
         recorded: list[Line] = [
-            ("base", named(record["base"]) if record.get("base") else _unrecorded(adapter)),
+            ("base", named(record.base.as_dict()) if record.base else _unrecorded(adapter)),
             *_record_lines(adapter, record),
         ]
     return [
@@ -56,10 +55,9 @@ def _of_a_run(state: Path) -> str:
     return f"training state of a run at step {step}; {finished}"
 
 
-def _maker(adapter: Adapter, record: dict[str, Any]) -> str:
-    versions = record.get("versions")
-    if versions:
-        made = ", ".join(f"{name} {version}" for name, version in versions.items())
+def _maker(adapter: Adapter, record: AdapterRecord) -> str:
+    if record.versions:
+        made = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         return f"trained by this toolkit ({made})"
     tool = "Unsloth" if adapter.by_unsloth else "another tool"
     version = adapter.settings.get("peft_version")
@@ -71,18 +69,17 @@ def _unrecorded(adapter: Adapter) -> str:
     return "not recorded" + (f"; its settings name {name}, without a fingerprint" if name else "")
 
 
-def _record_lines(adapter: Adapter, record: dict[str, Any]) -> list[Line]:
-    if not record.get("recipe"):
+def _record_lines(adapter: Adapter, record: AdapterRecord) -> list[Line]:
+    if not record.recipe:
         return [("LoRA", f"r {adapter.settings['r']}, lora_alpha {adapter.settings['lora_alpha']:g}")]
-    earlier, chosen = record.get("adapter"), record.get("experts")
-    quantized = "NF4" if record.get("quantization") == "nf4" else "not quantised"
-    template = record.get("template_sha256")
+    initial, chosen, template = record.adapter, record.experts, record.template_sha256
+    quantized = "NF4" if record.quantization == "nf4" else "not quantised"
     return [
-        ("base in training", f"{quantized}, computed in {record['dtype']}"),
-        *([("went on from", f"{earlier['name_or_path']}, SHA-256 {earlier['sha256'][:12]}")] if earlier else []),
-        *recipe_lines(record["recipe"]),
+        ("base in training", f"{quantized}, computed in {record.dtype or 'a dtype that is not recorded'}"),
+        *([("went on from", f"{initial.name_or_path}, SHA-256 {initial.sha256[:12]}")] if initial else []),
+        *recipe_lines(record.recipe),
         *([("experts", f"chosen by score, {len(chosen)} entries in {RECORD_FILE}")] if chosen else []),
-        *[(f"last {split}", figures(metrics)) for split, metrics in (record.get("metrics") or {}).items()],
+        *[(f"last {split}", figures(metrics)) for split, metrics in (record.metrics or {}).items()],
         *([("chat template", f"SHA-256 {template[:12]}")] if template else []),
     ]
 

@@ -27,7 +27,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
-from finetune.merge.card import merged_card, read_record
+from finetune.merge.card import merged_card
 from finetune.merge.compare import compare as measure
 from finetune.merge.compare import layers_to_run
 from finetune.merge.compare_rows import COMPARE_ROWS, Rows
@@ -112,7 +112,7 @@ def _refuse_meaningless(prompts: Path | None, prove: bool, compare_rows: int) ->
 def _complete(folder: Path, job: Job, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:
     """Write what makes the folder a model."""
     write_json(folder / REPORT_FILE, report.as_dict())
-    records = [read_record(each.adapter.folder) for each in job.adapters]
+    records = [each.adapter.record.as_dict() for each in job.adapters]
     write_text(folder / "README.md", merged_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.adapter import RECORD_FILE
 from finetune.adapters.lineage import Weighted
+from finetune.adapters.record import RECORD_FILE
 from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import CheckpointReader
-from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.logits import LayerwiseModel
@@ -51,7 +50,8 @@ def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) ->
         Problem(str(each.adapter.folder), what, "merge it into that merged checkpoint, with --base")
         for each in adapters
         if each.adapter.base_fingerprint not in (None, fingerprint)
-        and (each.adapter.base_made_from or {}).get("into") == "dequantized"
+        and each.adapter.base_made_from is not None
+        and each.adapter.base_made_from.into == "dequantized"
     ]
     if problems:
         raise WeightsError(problems)
@@ -81,15 +81,10 @@ def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype
 
     Raises WeightsError for an adapter that saw its base otherwise, or saw another base.
     """
-    records = [_record(each) for each in adapters]
-    problems = [
-        problem
-        for each, record in zip(adapters, records, strict=True)
-        if (problem := _not_seen(each, record, fingerprint))
-    ]
+    problems = [problem for each in adapters if (problem := _not_seen(each, fingerprint))]
     if problems:
         raise WeightsError(problems)
-    found = sorted({str(record["dtype"]) for record in records})
+    found = sorted({str(each.adapter.record.dtype) for each in adapters})
     if len(found) > 1:
         what = "the adapters were trained in different number formats, and saw different bases in 4 bits"
         raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(found)))
@@ -97,21 +92,16 @@ def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype
     return dtype
 
 
-def _record(each: Weighted) -> dict[str, Any]:
-    file = each.adapter.folder / RECORD_FILE
-    return read_json(file) if file.is_file() else {}
-
-
-def _not_seen(each: Weighted, record: dict[str, Any], fingerprint: str) -> Problem | None:
+def _not_seen(each: Weighted, fingerprint: str) -> Problem | None:
     """Why the dequantised base is not what an adapter was trained on, if it is not."""
-    where = str(Path(each.adapter.folder) / RECORD_FILE)
-    if "quantization" not in record:
+    where, record = str(Path(each.adapter.folder) / RECORD_FILE), each.adapter.record
+    if not record.says_quantization:
         return Problem(where, "does not say how the base was stored in training", _INTO_ORIGINAL)
-    if record["quantization"] != "nf4":
+    if record.quantization != "nf4":
         what = "the adapter was trained on the 16-bit base, and never saw a dequantised one"
-        return Problem(where, what, _INTO_ORIGINAL, got=str(record["quantization"]))
-    if record.get("dtype") not in ("float32", "bfloat16", "float16"):
-        return Problem(where, "does not say in which number format was computed", _INTO_ORIGINAL, record.get("dtype"))
+        return Problem(where, what, _INTO_ORIGINAL, got=str(record.quantization))
+    if record.dtype not in ("float32", "bfloat16", "float16"):
+        return Problem(where, "does not say in which number format was computed", _INTO_ORIGINAL, record.dtype)
     if each.adapter.base_fingerprint not in (None, fingerprint):
         what = "the adapter was trained on a merged checkpoint in 4 bits, not on this base in 4 bits"
         return Problem(where, what, "merge one after the other")

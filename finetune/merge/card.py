@@ -8,8 +8,6 @@ from typing import Any
 import yaml
 
 import finetune
-from finetune.adapters.adapter import RECORD_FILE
-from finetune.checkpoint.reader import read_json
 from finetune.merge.report import names_and_shapes
 
 Facts = Mapping[str, Any]
@@ -18,12 +16,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _IN_A_RUN = re.compile(r"adapter|checkpoint-\d+")
 # Settings of a recipe that name files, folders or models.
 _PLACES = ("path", "output_dir", "name_or_path", "adapter", "chat_template")
-
-
-def read_record(adapter: Path) -> dict[str, Any]:
-    """What training wrote beside an adapter; empty for one that was made elsewhere."""
-    file = Path(adapter) / RECORD_FILE
-    return read_json(file) if file.is_file() else {}
 
 
 def public_name(name: str | None, folder: str | None = None) -> str:

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.adapter import RECORD_FILE
-from finetune.checkpoint.reader import read_json
+from finetune.adapters.record import read_record
 from finetune.data import load_tokenizer, prepare, prepare_pair_mixture
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
@@ -65,9 +64,7 @@ def _chosen(source: DataSource, tokenizer: Any, settings: DataSettings, error: D
 
 def _recorded(adapter: Path) -> dict[str, Any]:
     """The data section of the recipe that the adapter was trained with; empty where there is no record of it."""
-    file = adapter / RECORD_FILE
-    recipe = read_json(file).get("recipe") if file.is_file() else None
-    found: dict[str, Any] = (recipe or {}).get("data") or {}
+    found: dict[str, Any] = (read_record(adapter).recipe or {}).get("data") or {}
     return found
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.adapter import RECORD_FILE, Adapter, read_adapter
+from finetune.adapters.adapter import Adapter, read_adapter
 from finetune.adapters.biases import fixed_tensors
 from finetune.adapters.deltas import plan, together
 from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.record import RECORD_FILE
 from finetune.adapters.replaced import ReplacedBase, with_replaced
 from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint

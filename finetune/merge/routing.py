@@ -1,22 +1,19 @@
-"""Which experts a model chose, kept so that another model chooses the same ones.
+"""Routing decisions of base + adapters, replayed in the merged model by layer and prompt.
 
-Two router scores may be so close that rounding a weight to 16 bits chooses another expert; what follows differs then,
-though every weight is right. So logits are also compared under equal choices, and other choices are counted.
+Where rounding a weight to 16 bits flips a near tie between two experts, everything after it differs although every
+weight is right. So logits are also compared under equal decisions, and flipped ones are counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.return_types import max as max_result
-from torch.return_types import topk as topk_result
+from torch.utils._python_dispatch import TorchDispatchMode
 
-# Where the axis stands among the arguments of the two functions that routers choose with.
-_AXIS = {torch.topk: 2, torch.Tensor.topk: 2, torch.max: 1, torch.Tensor.max: 1}
+from finetune.moe.routing_decisions import decision_axis, replay_decision
 
 
 @dataclass
@@ -34,14 +31,14 @@ class Routing:
 
     @contextmanager
     def record(self, layer: int, prompt: int, module: nn.Module) -> Iterator[None]:
-        """Keep what decoder layer `module` chooses in the block."""
+        """Record the decisions of decoder layer `module` in the block."""
         self.kept[layer, prompt] = []
         with self._within(module, _Choosing(self, self.kept[layer, prompt], replay=False)):
             yield
 
     @contextmanager
     def replay(self, layer: int, prompt: int, module: nn.Module) -> Iterator[None]:
-        """Let `module` choose again what was kept, and count where by itself it would have chosen otherwise."""
+        """Replay the recorded decisions in `module`, and count where its own would have been different."""
         with self._within(module, _Choosing(self, self.kept[layer, prompt], replay=True)):
             yield
 
@@ -72,29 +69,24 @@ class Routing:
         self.differing += kept.numel() - int(chosen.gather(axis, kept).sum())
 
 
-class _Choosing(TorchFunctionMode):
-    """Every `topk`, and every `max` along an axis that it keeps, is a choice: kept, or made again as it was kept.
-
-    A choice made again has the kept indices and this model's own values at them.
-    """
+class _Choosing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records or replays every decision whose axis is kept; a maximum without its axis only scores a group."""
 
     def __init__(self, routing: Routing, kept: list[torch.Tensor], replay: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.routing, self.kept, self.replay, self.position = routing, kept, replay, 0
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        own = func(*args, **kwargs)
-        if not isinstance(own, topk_result | max_result) or own.indices.dim() != args[0].dim():
+        own = func(*args, **(kwargs or {}))
+        axis = decision_axis(func, args, kwargs or {})
+        if axis is None or own[1].dim() != args[0].dim():
             return own
         if not self.replay:
-            self.kept.append(own.indices)
+            self.kept.append(own[1])
             return own
-        place = _AXIS[func]
-        axis = kwargs.get("dim", args[place] if len(args) > place else -1)
-        indices = self.kept[self.position]
+        index = self.kept[self.position]
         self.position += 1
-        self.routing.count(own.indices, indices, axis, args[0].shape[axis])
-        return type(own)((args[0].gather(axis, indices), indices))
+        self.routing.count(own[1], index, axis, args[0].shape[axis])
+        return replay_decision(args[0], index, axis)

@@ -10,6 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from tqdm import tqdm
 
+from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.methods.dpo import MoeDpoTrainer, dpo_config
@@ -19,7 +20,6 @@ from finetune.methods.reference_store import ReferenceStore, compute_missing, di
 from finetune.methods.rows import MethodRows
 from finetune.methods.setup import TrainerSetup
 from finetune.methods.start_check import refuse_other_start
-from finetune.moe.families import Family
 from finetune.recipe import DpoSettings, Recipe
 
 
@@ -30,16 +30,16 @@ class PairRows(MethodRows):
     tables: dict[str, PairTable] | None = None
 
 
-def prepare_rows(recipe: Recipe, tokenizer: Any, family: Family, config: Any) -> PairRows:
+def prepare_rows(recipe: Recipe, base: Base) -> PairRows:
     """Pairs to train on and held-out ones, and the layout in which they are computed."""
-    data = recipe.data
+    data, tokenizer = recipe.data, base.tokenizer
     with PartialState().local_main_process_first():
         mixtures = {
             name: prepare_pair_mixture(data.sources(name), tokenizer, data, recipe.seed)
             for name in ("train", "eval")
             if data.sources(name)
         }
-    layout, remark = pair_layout(recipe, family, config, mixtures["train"])
+    layout, remark = pair_layout(recipe, base.family, base.config, mixtures["train"])
     datasets = {name: _dataset(name, each, recipe, layout) for name, each in mixtures.items()}
     tables = {name: each.table for name, each in mixtures.items()}
     return PairRows(
@@ -86,7 +86,7 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     assert isinstance(rows, PairRows)
     assert rows.tables is not None
     bias = None if setup.router_term is None else setup.router_term.bias
-    fresh = setup.earlier is None and not recipe.model.added_tokens
+    fresh = setup.initial_adapter is None and not recipe.model.added_tokens
     reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
     trainer = MoeDpoTrainer(
         args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
@@ -118,10 +118,10 @@ def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairT
     """Everything that the reference's log-probabilities depend on."""
     model = setup.recipe.model
     return {
-        "base": setup.base["fingerprint"],
-        "adapter": None if setup.earlier is None else setup.earlier.digest(),
+        "base": setup.base.provenance.fingerprint,
+        "adapter": None if setup.initial_adapter is None else setup.initial_adapter.digest(),
         "quantisation": f"{'nf4' if model.load_in_4bit else None}, {model.dtype}",
-        "template": setup.tokenizer.chat_template,
+        "template": setup.base.tokenizer.chat_template,
         **{f"{name} data": digest_of(table) for name, table in tables.items()},
         "ld_alpha": str(method.ld_alpha),
     }

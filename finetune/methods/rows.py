@@ -22,3 +22,7 @@ class MethodRows:
     conversations: Any
     conversation_collator: Any
     remarks: Sequence[str] = field(default=())
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """What the audit and the adapter's record say about the rows of each split."""
+        return {split: stats.as_dict() for split, stats in self.stats.items()}

@@ -1,38 +1,35 @@
 """What every trainer is made from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from finetune.adapters.initial import InitialAdapter
+from finetune.base import Base
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.rows import MethodRows
-from finetune.moe.earlier import EarlierAdapter
-from finetune.moe.families import Family
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
 
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """`earlier`: the adapter that the run goes on from; `base`: name and fingerprint of the base checkpoint."""
+    """`initial_adapter`: the adapter that training starts from, if it is not a fresh one."""
 
     recipe: Recipe
     run: RunFolder
-    family: Family
+    base: Base
     model: Any
-    tokenizer: Any
     rows: MethodRows
-    earlier: EarlierAdapter | None
-    base: Mapping[str, Any]
+    initial_adapter: InitialAdapter | None
     dashboards: Dashboards
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
         """The routers of a mixture of experts, as the recipe balances them."""
-        if self.family.moe is None or self.recipe.router is None:
+        if self.base.family.moe is None or self.recipe.router is None:
             return None
-        return RouterTerm(self.model, self.family, self.recipe.router)
+        return RouterTerm(self.model, self.base.family, self.recipe.router)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that all trainers take."""
@@ -40,7 +37,7 @@ class TrainerSetup:
         return {
             "model": self.model,
             "router_term": self.router_term,
-            "processing_class": self.tokenizer,
+            "processing_class": self.base.tokenizer,
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,

@@ -1,20 +1,18 @@
 """SFT from a recipe: its rows and its trainer."""
 
-from typing import Any
-
 from accelerate import PartialState
 
+from finetune.base import Base
 from finetune.data import Collator, prepare
 from finetune.methods.rows import MethodRows
 from finetune.methods.setup import TrainerSetup
 from finetune.methods.sft import MoeSftTrainer, sft_config
-from finetune.moe.families import Family
 from finetune.recipe import Recipe
 
 
-def prepare_rows(recipe: Recipe, tokenizer: Any, _family: Family, _config: dict[str, Any]) -> MethodRows:
+def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
     """Training and held-out rows. One process of a machine makes them, the others find them in the cache."""
-    data = recipe.data
+    data, tokenizer = recipe.data, base.tokenizer
     with PartialState().local_main_process_first():
         splits = {
             name: prepare(data.sources(name), tokenizer, data, recipe.seed)

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerCallback
 
+from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
 from finetune.files import write_json
 from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.same_adapter import refuse_other_adapter
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
 """Is given the step and the load by layer and expert at each logged line, on the main process."""
@@ -79,7 +79,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         Raises RunError where fewer steps were taken than the recipe says: what was saved would not be what was asked.
         """
         if checkpoint is not None:
-            refuse_other_adapter(self.accelerator.unwrap_model(self.model), checkpoint)
+            check_same_factors(self.accelerator.unwrap_model(self.model), checkpoint)
         if checkpoint is None:
             self.train()
         elif not self._take_over(checkpoint):

@@ -1,7 +1,6 @@
 """Non-reentrant activation checkpointing that keeps the forward's routing, and, if asked, what is dear to recompute.
 
-Two router scores may be so close that the recompute, whose sums may run in another order, would choose another
-expert (pytorch#171355). The indices of every `topk` are therefore kept and chosen again, in both modes:
+Routing decisions are kept and replayed in both modes (`finetune.moe.routing_decisions`):
 
 - `full`: everything else of a layer is computed again in the backward.
 - `selective`: the results of matrix products (4-bit linear layers included) and of attention are kept as well, and of
@@ -23,6 +22,8 @@ import bitsandbytes  # noqa: F401  registers its operations
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from finetune.moe.routing_decisions import decision_axis, replay_decision
 
 Recomputation = Literal["none", "selective", "full"]
 
@@ -118,17 +119,16 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         run = partial(func, *args, **(kwargs or {}))
         if self.kept.paused:
             return run()
-        if func is _aten.topk.default:
-            return self._topk(run, *args, **(kwargs or {}))
+        if (axis := decision_axis(func, args, kwargs or {})) is not None:
+            return self._decide(run, args[0], axis)
         # What a linear layer returns is its product seen in another shape, with versions of its own.
         is_seen = func is _aten._unsafe_view.default and self.kept.holds(args[0])
         return self.kept.once(run) if is_seen or (func in self.dear and not _is_cheap(func, args)) else run()
 
-    def _topk(self, run: Callable[[], Any], scores: torch.Tensor, k: int, dim: int = -1, *_: Any) -> Any:
-        """The forward's choice; its values anew, as callers may change them in place."""
+    def _decide(self, run: Callable[[], Any], scores: torch.Tensor, axis: int) -> Any:
+        """The forward's decision; its values anew, as callers may change them in place."""
         if self.replaying:
-            index = self.kept.once(run)
-            return scores.gather(dim, index), index
+            return replay_decision(scores, self.kept.once(run), axis)
         values, index = run()
         return values, self.kept.once(lambda: index)
 

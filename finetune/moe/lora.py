@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from finetune.errors import Problem, WeightsError
 from finetune.moe.engine.factors import ExpertFactors
-from finetune.moe.families import family_of
+from finetune.moe.families import Family
 from finetune.moe.targets import attach, lora_config, refuse_absent
 from finetune.moe.vocabulary import complete_head, vocabulary_modules
 from finetune.recipe import LoraSettings
@@ -71,13 +71,12 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
 FactoredStackLora.__name__ = ParamWrapper.__name__  # PEFT looks for this name when it adds a second adapter
 
 
-def add_adapter(model: Any, lora: LoraSettings, new_tokens: Sequence[int] = ()) -> PeftModel:
+def add_adapter(model: Any, family: Family, lora: LoraSettings, new_tokens: Sequence[int] = ()) -> PeftModel:
     """Wrap `model` with a fresh adapter (B = 0, so the output does not change) and its factored expert forward.
 
     Trains exactly the adapter, to which the rows of `new_tokens` belong: everything else is frozen first, as PEFT
     leaves unrelated parameters as it finds them.
     """
-    family = family_of(model.config.model_type, "config.json: model_type")
     config = lora_config(lora, family)
     if new_tokens:
         config.trainable_token_indices = {name: list(new_tokens) for name in vocabulary_modules(model)}

@@ -20,7 +20,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
-from finetune.moe.families import QUANTIZED_PARTS, family_of
+from finetune.moe.families import FAMILIES, QUANTIZED_PARTS
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
@@ -228,7 +228,7 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """transformers' own list (head, tied weights) and every linear layer that the table does not quantise."""
         kept: list[str] = Bnb4BitHfQuantizer.get_modules_to_not_convert(model, *args, **kwargs)
         config: Any = model.config
-        family = family_of(config.model_type, "config.json: model_type")
+        family = FAMILIES[config.model_type]  # transformers' loader hands on nothing but the model
         linear = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
         return kept + [name for name in linear if family.part(name) not in QUANTIZED_PARTS]
 

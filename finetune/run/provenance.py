@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +28,7 @@ PACKAGES = (
 )
 
 
-def collect_provenance(base: dict[str, Any], seed: int, command_line: list[str]) -> dict[str, Any]:
+def collect_provenance(base: Mapping[str, Any], seed: int, command_line: list[str]) -> dict[str, Any]:
     """`base` holds name_or_path and fingerprint of the base checkpoint. Sizes are bytes; the time is UTC, ISO 8601."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

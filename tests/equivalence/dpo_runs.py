@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from finetune.data import load_tokenizer
+from finetune.adapters.initial import read_initial_adapter
+from finetune.base import read_base
 from finetune.methods.dpo import MoeDpoTrainer
 from finetune.methods.dpo_run import make_trainer, prepare_rows
 from finetune.methods.setup import TrainerSetup
-from finetune.model import adapt, architecture_config, checkpoint_family, load_base
-from finetune.moe.earlier import read_earlier
+from finetune.model import adapt, load_base
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder
 from tests.equivalence.sft_runs import WORDS, Steps
@@ -65,15 +65,13 @@ def dpo_recipe(base: Path, pairs: Path, out: Path, method: dict[str, Any] | None
 def dpo_trainer(recipe: Recipe) -> tuple[MoeDpoTrainer, Steps]:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
-    folder = Path(recipe.model.name_or_path)
-    tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template)
-    family = checkpoint_family(folder, recipe)
-    rows = prepare_rows(recipe, tokenizer, family, architecture_config(folder))
-    earlier = None if recipe.model.adapter is None else read_earlier(Path(recipe.model.adapter))
-    model = adapt(load_base(folder, recipe.model), recipe, earlier=earlier)
+    base = read_base(recipe)
+    rows = prepare_rows(recipe, base)
+    initial = None if recipe.model.adapter is None else read_initial_adapter(Path(recipe.model.adapter))
+    model = adapt(load_base(base, recipe.model), base, recipe, initial_adapter=initial)
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
-    run, base = RunFolder(Path(recipe.output_dir)), {"name_or_path": str(folder), "fingerprint": "tiny"}
-    trainer = make_trainer(TrainerSetup(recipe, run, family, model, tokenizer, rows, earlier, base, dashboards))
+    run = RunFolder(Path(recipe.output_dir))
+    trainer = make_trainer(TrainerSetup(recipe, run, base, model, rows, initial, dashboards))
     steps = Steps(model)
     trainer.add_callback(steps)
     return trainer, steps

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from finetune.data import Collator, load_tokenizer, prepare
+from finetune.base import read_base
+from finetune.data import Collator, prepare
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.sft import MoeSftTrainer, sft_config
-from finetune.model import checkpoint_family, load_model
+from finetune.model import adapt, load_base
 from finetune.recipe import Recipe
 
 WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
@@ -88,14 +89,14 @@ def recipe(base: Path, rows: Path, out: Path, router: dict[str, Any] | None = No
 def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
-    folder = Path(recipe.model.name_or_path)
-    tokenizer = load_tokenizer(str(folder), None, None)
-    model = load_model(folder, recipe)
+    base = read_base(recipe)
+    tokenizer = base.tokenizer
+    model = adapt(load_base(base, recipe.model), base, recipe)
     assert recipe.router is not None
     steps = Steps(model)
     trainer = MoeSftTrainer(
         model=model,
-        router_term=RouterTerm(model, checkpoint_family(folder, recipe), recipe.router),
+        router_term=RouterTerm(model, base.family, recipe.router),
         args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
         processing_class=tokenizer,
         data_collator=Collator(tokenizer),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.data import load_tokenizer
+from finetune.base import read_base
 from finetune.errors import RunError
 from finetune.methods.dpo import MoeDpoTrainer
 from finetune.methods.start_check import refuse_other_start
@@ -22,14 +22,15 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def earlier(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def initial_adapter(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter as an SFT run saves it, which changes the model."""
-    folder = tmp_path_factory.mktemp("earlier")
+    folder = tmp_path_factory.mktemp("initial")
     recipe = dpo_recipe(base, pairs, folder, lora={"targets": ["attention", "experts"]})
-    model = adapt(load_base(base, recipe.model), recipe)
+    record = read_base(recipe)
+    model = adapt(load_base(record, recipe.model), record, recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, {"name_or_path": str(base), "fingerprint": "tiny"})
-    load_tokenizer(str(base), None, None).save_pretrained(folder)
+    save_adapter(model, folder, recipe, record)
+    record.tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -40,29 +41,31 @@ def disturb(model: torch.nn.Module, by: float = 0.1) -> None:
             parameter.data += by * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
-def trainer_from(base: Path, pairs: Path, out: Path, earlier: Path | None, **changes: object) -> MoeDpoTrainer:
+def trainer_from(base: Path, pairs: Path, out: Path, initial_adapter: Path | None, **changes: object) -> MoeDpoTrainer:
     method = {"reference": changes.pop("reference", "precomputed")}
     lora = {"targets": ["attention", "experts"], "lora_dropout": changes.pop("lora_dropout", 0.0)}
-    model = {"adapter": None if earlier is None else str(earlier)}
+    model = {"adapter": None if initial_adapter is None else str(initial_adapter)}
     return dpo_trainer(dpo_recipe(base, pairs, out, method, lora=lora, model=model, **changes))[0]
 
 
-def test_the_adapter_of_an_earlier_run_is_start_and_reference(
-    base: Path, pairs: Path, earlier: Path, tmp_path: Path
+def test_the_initial_adapter_is_start_and_reference(
+    base: Path, pairs: Path, initial_adapter: Path, tmp_path: Path
 ) -> None:
     fresh = trainer_from(base, pairs, tmp_path / "fresh", None)
-    going_on = trainer_from(base, pairs, tmp_path / "going_on", earlier)
-    kept, before = (each.data_collator.reference["train"] for each in (going_on, fresh))
+    continued = trainer_from(base, pairs, tmp_path / "continued", initial_adapter)
+    kept, before = (each.data_collator.reference["train"] for each in (continued, fresh))
     assert abs(kept - before).max() > 0.1, "not the base"
-    inputs = going_on.batch_of("train", [[0], [1], [2]])
-    torch.testing.assert_close(going_on.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
+    inputs = continued.batch_of("train", [[0], [1], [2]])
+    torch.testing.assert_close(
+        continued.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0
+    )
 
 
-@pytest.mark.parametrize("from_earlier", [False, True])
+@pytest.mark.parametrize("from_adapter", [False, True])
 def test_the_reference_stays_what_it_was_while_the_model_moves(
-    base: Path, pairs: Path, earlier: Path, tmp_path: Path, from_earlier: bool
+    base: Path, pairs: Path, initial_adapter: Path, tmp_path: Path, from_adapter: bool
 ) -> None:
-    trainer = trainer_from(base, pairs, tmp_path, earlier if from_earlier else None, reference="live")
+    trainer = trainer_from(base, pairs, tmp_path, initial_adapter if from_adapter else None, reference="live")
     inputs = trainer.batch_of("train", [[0], [1], [2]])
     before = trainer.reference_logps(inputs)
     trained = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -73,8 +76,8 @@ def test_the_reference_stays_what_it_was_while_the_model_moves(
     assert all(not torch.equal(p, was) for p, was in zip(now, trained, strict=True)), "the model has moved and stays so"
 
 
-def test_live_and_precomputed_agree_from_an_earlier_adapter(
-    base: Path, pairs: Path, earlier: Path, tmp_path: Path
+def test_live_and_precomputed_agree_from_an_initial_adapter(
+    base: Path, pairs: Path, initial_adapter: Path, tmp_path: Path
 ) -> None:
     runs = [
         dpo_run(
@@ -84,7 +87,7 @@ def test_live_and_precomputed_agree_from_an_earlier_adapter(
                 tmp_path / reference,
                 {"reference": reference},
                 lora={"targets": ["attention", "experts"]},
-                model={"adapter": str(earlier)},
+                model={"adapter": str(initial_adapter)},
             )
         )
         for reference in ("live", "precomputed")
@@ -92,10 +95,10 @@ def test_live_and_precomputed_agree_from_an_earlier_adapter(
     assert_same_steps(runs[0], runs[1], KEYS)
 
 
-def test_the_reference_sees_no_dropout(base: Path, pairs: Path, earlier: Path, tmp_path: Path) -> None:
+def test_the_reference_sees_no_dropout(base: Path, pairs: Path, initial_adapter: Path, tmp_path: Path) -> None:
     """Nor does it change what training drops: the generator is left as it was."""
-    exact = trainer_from(base, pairs, tmp_path / "exact", earlier)
-    trainer = trainer_from(base, pairs, tmp_path / "dropped", earlier, lora_dropout=0.5, reference="live")
+    exact = trainer_from(base, pairs, tmp_path / "exact", initial_adapter)
+    trainer = trainer_from(base, pairs, tmp_path / "dropped", initial_adapter, lora_dropout=0.5, reference="live")
     trainer.model.train()
     inputs = trainer.batch_of("train", [[0], [1], [2]])
     state = torch.get_rng_state()

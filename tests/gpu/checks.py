@@ -21,9 +21,9 @@ from finetune.methods.router_term import RouterTerm
 from finetune.moe import experts
 from finetune.moe.engine.gates import SiluGate
 from finetune.moe.families import FAMILIES
-from finetune.moe.lora import add_adapter
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import LoraSettings, RouterSettings
+from tests.bases import with_lora
 from tests.families import tiny_model
 
 SHAPE = Shape(128, 192, 8, 2, 96, 16)
@@ -132,7 +132,7 @@ def check_family(device: str, model_type: str) -> None:
         for name, stack in list(each.named_parameters(recurse=False)):
             if stack.ndim == 3:
                 setattr(each, name, torch.nn.Parameter(Nf4Stack.quantize(stack.data), requires_grad=False))
-    model = add_adapter(model, LoraSettings(targets=["experts"], r=4, lora_alpha=8.0))
+    model = with_lora(model, LoraSettings(targets=["experts"], r=4, lora_alpha=8.0))
     module: Any = dispatching[0]
     generator = torch.Generator().manual_seed(4)
     x_TH = torch.randn(40, model.config.hidden_size, generator=generator).to(device, torch.bfloat16).requires_grad_()
@@ -223,7 +223,7 @@ def decoder_gradients(arm: DecoderArm, mode: Any) -> dict[str, torch.Tensor]:
 def check_router_step(device: str) -> Callable[[], None]:
     """A step of the routers' terms, statistics and biases as a function, which must not wait for the device."""
     family = FAMILIES["deepseek_v3"]
-    model = add_adapter(tiny_model("deepseek_v3").to(device), LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
+    model = with_lora(tiny_model("deepseek_v3").to(device), LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
     settings = RouterSettings(router_aux_loss_coef=0.1, router_z_loss_coef=0.01, bias_update_rate=0.001)
     term = RouterTerm(model, family, settings)
     hidden_TH = torch.randn(40, model.config.hidden_size, device=device)

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from finetune.merge import merge
-from finetune.model import load_base
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import ModelSettings
+from tests.bases import load_folder
 from tests.support import save_tiny_mixtral
 from tests.unit.four_bits import adapter_in_4_bits
 from tests.unit.merge_adapters import load, logits
@@ -21,7 +21,7 @@ def test_it_computes_what_its_16_bit_form_quantised_here_computes(tmp_path: Path
     found = {}
     for name in ("sixteen", "four"):
         folder = tmp_path / name
-        model = load_base(folder, ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="float32")).eval()
+        model = load_folder(folder, ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="float32")).eval()
         stacks = [parameter.data for parameter in model.parameters() if isinstance(parameter.data, Nf4Stack)]
         assert len(stacks) == 4
         assert {stack.packed_EN.device.type for stack in stacks} == {"cuda"}

@@ -1,15 +1,17 @@
 """A template with two marks that the tiny tokenizer lacks, and models with rows for them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 
+from finetune.adapters.record import BaseRecord
 from finetune.data import load_tokenizer
-from finetune.model import load_base, save_adapter
-from finetune.moe.lora import add_adapter
+from finetune.model import save_adapter
 from finetune.recipe import ModelSettings, Recipe
+from tests.bases import base_at, load_folder, with_lora
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 
 MARKS = ["<|turn|>", "<|over|>"]
@@ -63,8 +65,8 @@ def recipe_for(base: Path, template: Path, **training: Any) -> Recipe:
 def trained(recipe: Recipe, seed: int = 0) -> PeftModel:
     """An adapted model with rows of its own, all of it random, as after some training."""
     torch.manual_seed(seed)
-    base = load_base(Path(recipe.model.name_or_path), recipe.model, NEW)
-    model = add_adapter(base, recipe.lora, NEW)
+    base = load_folder(Path(recipe.model.name_or_path), recipe.model, NEW)
+    model = with_lora(base, recipe.lora, NEW)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -73,7 +75,8 @@ def trained(recipe: Recipe, seed: int = 0) -> PeftModel:
 
 def saved(recipe: Recipe, folder: Path, fingerprint: str, seed: int = 0) -> Path:
     """The adapter folder of a run: adapter, record and tokenizer."""
-    base = {"name_or_path": recipe.model.name_or_path, "fingerprint": fingerprint}
+    base = base_at(Path(recipe.model.name_or_path), recipe.model, NEW)
+    base = replace(base, provenance=BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=fingerprint))
     save_adapter(trained(recipe, seed), folder, recipe, base)
     template = recipe.data.chat_template
     load_tokenizer(recipe.model.name_or_path, None, template, MARKS, MARKS[1]).save_pretrained(folder)

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from finetune.model import load_base
 from finetune.moe.audit import clean_name
 from finetune.moe.families import FAMILIES
-from finetune.moe.lora import add_adapter
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.recipe import LoraSettings, ModelSettings
+from tests.bases import load_folder, with_lora
 
 IDS = torch.arange(4, 84).reshape(2, 40)
 
@@ -30,13 +29,13 @@ def base_model(folder: Path, load_in_4bit: bool = True, dtype: str = "float32") 
         dtype=dtype,  # type: ignore[arg-type]
         attn_implementation=family.attn_implementations[0],  # type: ignore[arg-type]
     )
-    return load_base(folder, settings)
+    return load_folder(folder, settings)
 
 
 def trained_model(folder: Path, load_in_4bit: bool = True, seed: int = 0, **lora: Any) -> Any:
     """An adapted model whose factors are not zero, as after some training."""
     torch.manual_seed(seed)
-    model = add_adapter(base_model(folder, load_in_4bit), lora_settings(**lora))
+    model = with_lora(base_model(folder, load_in_4bit), lora_settings(**lora))
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.model import load_base
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.recipe import ModelSettings
+from tests.bases import load_folder
 from tests.unit.merge_adapters import adapter_on_all
 
 
@@ -18,7 +18,7 @@ def loaded_in_4_bits(folder: Path, dtype: str = "float32") -> Any:
     family = FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]]
     attention = family.attn_implementations[0]
     settings = {"name_or_path": str(folder), "load_in_4bit": True, "dtype": dtype, "attn_implementation": attention}
-    return load_base(folder, ModelSettings.model_validate(settings))
+    return load_folder(folder, ModelSettings.model_validate(settings))
 
 
 def seen_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.base import checkpoint_family
 from finetune.errors import RecipeError
 from finetune.methods.router_term import RouterTerm
-from finetune.model import checkpoint_family
 from finetune.moe.balance import token_sums
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES, Family
-from finetune.moe.lora import add_adapter
 from finetune.moe.router import find_routers
 from finetune.recipe import LoraSettings, RouterSettings
+from tests.bases import with_lora
 from tests.equivalence.sft_runs import recipe
 from tests.families import tiny_model
 from tests.support import save_tiny_mixtral
@@ -30,7 +30,7 @@ def term_of(model: Any, family: Family, **settings: Any) -> RouterTerm:
 
 def with_trained_router(model: Any) -> Any:
     """An adapter on the routers alone, moved far enough that it changes choices."""
-    adapted = add_adapter(model, LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
+    adapted = with_lora(model, LoraSettings(targets=["router"], r=4, lora_alpha=8.0))
     for name, parameter in adapted.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -96,7 +96,7 @@ def test_the_base_router_is_asked_on_the_same_hidden_states(family: Family) -> N
 
 
 def test_a_frozen_router_is_not_compared() -> None:
-    model = add_adapter(tiny_model("mixtral"), LoraSettings(targets=["attention"], r=4, lora_alpha=8.0))
+    model = with_lora(tiny_model("mixtral"), LoraSettings(targets=["attention"], r=4, lora_alpha=8.0))
     term = term_of(model, FAMILIES["mixtral"])
     term.begin_step(torch.tensor(40), logged=True)
     with torch.no_grad(), term.capture() as record:

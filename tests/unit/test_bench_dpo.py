@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import dpo, loss_head, prompt_sharing
-from benchmarks.dpo import EARLIER, LIVE_ARM, MODES, SFT_ARM, STORED
+from benchmarks.dpo import FROM_ADAPTER, LIVE_ARM, MODES, SFT_ARM, STORED
 from benchmarks.harness import REPEATS, TIME_BAR_ASSERTED, Bar, interleaved
 from benchmarks.loss_head import LOGITS, OURS, TRL, HeadShape
 from benchmarks.memory import transient_bytes
@@ -49,7 +49,7 @@ def missed_twice(measure: Callable[[], list[Bar]]) -> list[Bar]:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_takes_little_more_time_than_one_of_sft(arms: dpo.Arms, mode: Recomputation) -> None:
     dpo.recompute(arms, mode)
-    held = {name: arms[name] for name in (SFT_ARM, *dpo.TIME_BARS[mode]) if not name.endswith(EARLIER)}
+    held = {name: arms[name] for name in (SFT_ARM, *dpo.TIME_BARS[mode]) if not name.endswith(FROM_ADAPTER)}
     assert missed_twice(lambda: dpo.time_bars(held, mode, "here", REPEATS)[0]) == []
 
 
@@ -58,11 +58,11 @@ def test_a_step_holds_little_more_than_one_of_sft(arms: dpo.Arms, mode: Recomput
     dpo.recompute(arms, mode)
     bars, held = dpo.memory_bars(arms, "here")
     limits = {bar.ratio: bar.limit for bar in bars if bar.limit is not None}
-    names = (STORED, LIVE_ARM, STORED + EARLIER, LIVE_ARM + EARLIER)
+    names = (STORED, LIVE_ARM, STORED + FROM_ADAPTER, LIVE_ARM + FROM_ADAPTER)
     assert limits == {f"{name} / SFT, peak of a step": 1.10 for name in names}
     assert [bar for bar in bars if not bar.holds()] == []
-    # The reference of a run that goes on from an adapter is a copy of the factors, and nothing else.
-    copied = held[STORED + EARLIER]["resident"] - held[STORED]["resident"]
+    # The reference of a run that starts from an adapter is a copy of the factors, and nothing else.
+    copied = held[STORED + FROM_ADAPTER]["resident"] - held[STORED]["resident"]
     factors = [each for each in arms[STORED].trainer.model.parameters() if each.requires_grad]
     assert copied == sum(each.numel() * each.element_size() for each in factors)
 

@@ -16,9 +16,9 @@ from finetune.model import adapt, load_base
 from finetune.moe.audit import audit_model, audit_table, differences
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
-from finetune.moe.lora import add_adapter
 from finetune.moe.vocabulary import grow_vocabulary
 from finetune.recipe import Recipe
+from tests.bases import base_at, load_folder, with_lora
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.added_tokens import BASES, IDS, KNOWN, MARKS, NEW, base_of, recipe_for, saved, settings, trained
@@ -45,7 +45,7 @@ def matrices(model: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", BASES)
 def test_new_rows_start_as_the_mean_of_the_known_and_no_other_row_changes(kind: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", kind)
-    before, after = matrices(load_base(base, settings(base))), matrices(load_base(base, settings(base), NEW))
+    before, after = matrices(load_folder(base, settings(base))), matrices(load_folder(base, settings(base), NEW))
     assert len(after) == (1 if kind == "tied" else 2)
     for name, matrix in after.items():
         assert len(matrix) == max(len(before[name]), NEW[1] + 1)
@@ -57,9 +57,9 @@ def test_new_rows_start_as_the_mean_of_the_known_and_no_other_row_changes(kind: 
 
 def test_they_start_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "untied")
-    one = matrices(load_base(base, settings(base), NEW))
+    one = matrices(load_folder(base, settings(base), NEW))
     torch.rand(7)
-    other = matrices(load_base(base, settings(base), NEW))
+    other = matrices(load_folder(base, settings(base), NEW))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -67,8 +67,10 @@ def test_they_start_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
 def test_a_fresh_adapter_with_new_rows_is_the_base_on_everything_known(kind: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", kind)
     with torch.no_grad():
-        plain = load_base(base, settings(base))(input_ids=OLD_IDS).logits
-        grown = adapt(load_base(base, settings(base), NEW), recipe_of(base), new_tokens=NEW).eval()(input_ids=OLD_IDS)
+        plain = load_folder(base, settings(base))(input_ids=OLD_IDS).logits
+        record = base_at(base, settings(base), NEW)
+        model = adapt(load_base(record, settings(base)), record, recipe_of(base)).eval()
+        grown = model(input_ids=OLD_IDS)
     assert torch.equal(grown.logits[..., :KNOWN], plain[..., :KNOWN])
 
 
@@ -76,7 +78,7 @@ def test_a_fresh_adapter_with_new_rows_is_the_base_on_everything_known(kind: str
 @pytest.mark.parametrize("load_in_4bit", [True, False])
 def test_only_the_new_rows_are_trained_beside_the_factors(kind: str, load_in_4bit: bool, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", kind)
-    model = add_adapter(load_base(base, settings(base, load_in_4bit), NEW), lora_settings(), NEW)
+    model = with_lora(load_folder(base, settings(base, load_in_4bit), NEW), lora_settings(), NEW)
     before = {name: matrix.clone() for name, matrix in matrices(model).items()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     assert {tuple(p.shape) for p in trainable.values()} == {(2, 64)}
@@ -99,7 +101,7 @@ def before_rows(matrices: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 def test_without_added_tokens_nothing_of_the_vocabulary_is_trained_or_resized(tmp_path: Path) -> None:
     base = save_tiny_mixtral(tmp_path / "base", vocab_size=KNOWN)
-    model = add_adapter(load_base(base, settings(base)), lora_settings())
+    model = with_lora(load_folder(base, settings(base)), lora_settings())
     assert all(len(matrix) == KNOWN for matrix in matrices(model).values())
     parts = audit_model(model, FAMILIES["mixtral"])
     assert [(parts[part].trained, parts[part].rows) for part in ("embeddings", "head")] == [(0, 0), (0, 0)]
@@ -112,7 +114,7 @@ def test_without_added_tokens_nothing_of_the_vocabulary_is_trained_or_resized(tm
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_the_audit_counts_the_rows(kind: str, tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", kind)
-    model = add_adapter(load_base(base, settings(base), NEW), lora_settings(), NEW)
+    model = with_lora(load_folder(base, settings(base), NEW), lora_settings(), NEW)
     parts = audit_model(model, FAMILIES["mixtral"])
     assert differences(parts, lora_settings(), True, "float32", added_tokens=2) == []
     wanted = {"embeddings": 2} if kind == "tied" else {"embeddings": 2, "head": 2}
@@ -126,14 +128,14 @@ def test_the_audit_counts_the_rows(kind: str, tmp_path: Path) -> None:
 def test_the_audit_names_a_head_that_was_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(tmp_path / "base", "untied")
     monkeypatch.setattr("finetune.moe.lora.vocabulary_modules", lambda model: ["model.embed_tokens"])
-    model = add_adapter(load_base(base, settings(base), NEW), lora_settings(), NEW)
+    model = with_lora(load_folder(base, settings(base), NEW), lora_settings(), NEW)
     (problem,) = differences(audit_model(model, FAMILIES["mixtral"]), lora_settings(), True, "float32", 2)
     assert str(problem) == "audit: head: the recipe adds 2 tokens, so 2 rows are to be trained; got 0 rows; report this"
 
 
 def test_rows_of_a_16_bit_model_are_trained_in_32_bits(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "untied", "bfloat16")
-    model = add_adapter(load_base(base, settings(base, dtype="bfloat16"), NEW), lora_settings(), NEW)
+    model = with_lora(load_folder(base, settings(base, dtype="bfloat16"), NEW), lora_settings(), NEW)
     kept = {name: p.dtype for name, p in model.named_parameters() if "trainable_tokens" in name}
     assert set(kept.values()) == {torch.float32}
     assert {matrix.dtype for matrix in matrices(model).values()} == {torch.bfloat16}
@@ -186,7 +188,7 @@ def test_stock_peft_says_so_where_the_base_was_not_made_longer(tmp_path: Path) -
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "untied")
-    model = load_base(base, settings(base))
+    model = load_folder(base, settings(base))
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(KNOWN))
     with pytest.raises(RecipeError, match=r"model.added_tokens: the head of mixtral has a bias, or is no linear layer"):
         grow_vocabulary(model, NEW)
@@ -198,9 +200,9 @@ def test_every_architecture_takes_new_rows(model_type: str, tmp_path: Path) -> N
     family = FAMILIES[model_type]
     new, ids = [512, 513], torch.tensor([[512, 40, 41, 513, 42]])
     model_settings = settings(base).model_copy(update={"attn_implementation": family.attn_implementations[0]})
-    model = load_base(base, model_settings, new)
+    model = load_folder(base, model_settings, new)
     lora = lora_settings(targets=["attention"])
-    adapted = add_adapter(model, lora, new)
+    adapted = with_lora(model, lora, new)
     adapted(input_ids=ids, labels=ids).loss.backward()
     rows = [p for name, p in adapted.named_parameters() if "trainable_tokens_delta" in name]
     assert rows

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from finetune.base import recipe_tokenizer
 from finetune.data import load_tokenizer
 from finetune.data.render import IGNORED, Renderer
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, FinetuneError, RecipeError, WeightsError
-from finetune.model import recipe_tokenizer
 from finetune.recipe import load_recipe
 from tests.real_tokenizers import mistral_tokenizer
 from tests.rendering import labelled

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune.base import checkpoint_family
 from finetune.check import Report, gather
 from finetune.errors import DataError, RecipeError
-from finetune.model import checkpoint_family
 from finetune.recipe import Recipe, load_recipe
 from tests.support import save_tiny_mixtral
 
@@ -103,8 +103,8 @@ def test_a_second_check_takes_the_rows_from_the_cache(model: Path, capsys: pytes
 
 
 def test_packed_sequences_are_those_of_the_run(model: Path) -> None:
+    from finetune.base import recipe_tokenizer
     from finetune.data import prepare
-    from finetune.model import recipe_tokenizer
 
     write("train.jsonl", [turns("light " * (1 + n % 17)) for n in range(60)])
     settings = recipe(model, packing=True, max_length=128)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from finetune.base import recipe_tokenizer
 from finetune.check import Report, Style, gather, lines
 from finetune.check.page import page
 from finetune.data import prepare_pairs
-from finetune.model import recipe_tokenizer
 from finetune.recipe import Recipe, load_recipe
 from tests.real_tokenizers import mistral_tokenizer
 from tests.support import CHATML, save_tiny_mixtral

@@ -16,9 +16,9 @@ from finetune.methods.pair_scores import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
-from finetune.moe.lora import add_adapter
 from finetune.moe.vocabulary import grow_vocabulary
 from finetune.recipe import RouterSettings
+from tests.bases import with_lora
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import base_model, lora_settings
 from tests.unit.pairs import (
@@ -253,7 +253,7 @@ def test_rows_of_added_tokens_are_scored_and_learnt(folder: Path) -> None:
     base = base_model(folder)
     grow_vocabulary(base, tokens)
     add_fused_lm_head(base, outputs=FIELDS)
-    model = add_adapter(base, lora_settings(), tokens)
+    model = with_lora(base, lora_settings(), tokens)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import CONFIG_MAPPING
 
+from finetune.base import checkpoint_family
 from finetune.errors import FinetuneError, WeightsError
-from finetune.model import checkpoint_family
 from finetune.moe.families import FAMILIES, REFUSED, family_of
 from finetune.moe.listing import families_table
 from tests.families import CONFIGS, save_tiny

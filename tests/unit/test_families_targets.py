@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from finetune.moe.audit import audit_model, differences
 from finetune.moe.families import FAMILIES
-from finetune.moe.lora import add_adapter
+from tests.bases import with_lora
 from tests.families import save_tiny
 from tests.unit.engine import base_model, dense_twin, logits, lora_settings, trained_model
 
@@ -58,7 +58,7 @@ def test_a_target_reaches_what_it_names_and_stock_peft_reads_it_so(
 def test_an_adapter_of_linear_layers_is_fresh_and_in_32_bits_like_any_other(tmp_path: Path) -> None:
     model = base_model(save_tiny("qwen2_moe", tmp_path), dtype="bfloat16")
     before = logits(model)
-    adapted = add_adapter(model, lora_settings(targets=["mlp", "shared_experts", "router"]))
+    adapted = with_lora(model, lora_settings(targets=["mlp", "shared_experts", "router"]))
     assert torch.equal(logits(adapted), before)
     assert {p.dtype for n, p in adapted.named_parameters() if ".lora_" in n} == {torch.float32}
     assert {".lora_" in n for n, p in adapted.named_parameters() if p.requires_grad} == {True}
@@ -67,7 +67,7 @@ def test_an_adapter_of_linear_layers_is_fresh_and_in_32_bits_like_any_other(tmp_
 @pytest.mark.parametrize("model_type", ["ernie4_5_moe", "hunyuan_v1_moe", "gpt_oss", "minimax_m2"])
 def test_routers_that_an_architecture_keeps_in_32_bits_are_no_difference(model_type: str, tmp_path: Path) -> None:
     targets = list(FAMILIES[model_type].targets)
-    model = add_adapter(base_model(save_tiny(model_type, tmp_path), dtype="bfloat16"), lora_settings(targets=targets))
+    model = with_lora(base_model(save_tiny(model_type, tmp_path), dtype="bfloat16"), lora_settings(targets=targets))
     parts = audit_model(model, FAMILIES[model_type])
     assert differences(parts, lora_settings(targets=targets), load_in_4bit=True, dtype="bfloat16") == []
     in_32_bits = {"ernie4_5_moe", "hunyuan_v1_moe"}

@@ -214,21 +214,24 @@ def edit(file: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "sft"}, r"finetune.json: recipe: must be an object; got str"),
-        ({"versions": [1]}, r"finetune.json: versions: must be an object; got list"),
-        ({"base": "tiny"}, r"finetune.json: base: must be an object; got str"),
-        ({"base": {"name_or_path": 5}}, r"finetune.json: base.name_or_path: must be text; got int"),
-        ({"adapter": "before"}, r"finetune.json: adapter: must be an object; got str"),
         (
-            {"recipe": {"lora": {}, "method": {}}, "dtype": "float32"},
-            r"finetune.json: does not hold what training writes; got nothing",
+            {"recipe": "sft"},
+            r'finetune.json: recipe: has the wrong type \(expected an object\); got "sft"; fetch or copy',
         ),
+        ({"versions": [1]}, r"finetune.json: versions: has the wrong type \(expected an object\); got \[1\]"),
+        ({"base": "tiny"}, r'finetune.json: base: has the wrong type \(expected an object\); got "tiny"'),
+        (
+            {"base": {"name_or_path": 5}},
+            r"finetune.json: base.name_or_path: has the wrong type \(expected text\); got 5",
+        ),
+        ({"adapter": "before"}, r'finetune.json: adapter: has the wrong type \(expected an object\); got "before"'),
+        ({"adapter": {"name_or_path": "x"}}, r"finetune.json: adapter.sha256: is missing; fetch or copy"),
         (
             {"recipe": {"lora": {}, "method": {}}},
-            r"finetune.json: does not hold what training writes; got nothing called 'dtype'",
+            r"finetune.json: does not hold what training writes; got nothing called 'training'",
         ),
-        ({"base": {"made_from": {}}}, r"finetune.json: base.made_from: is not what belongs there; got {}"),
-        ({"added_tokens": ["a"]}, r"finetune.json: added_tokens: is not what belongs there; got"),
+        ({"base": {"made_from": {}}}, r"finetune.json: base.made_from.base_fingerprint: is missing"),
+        ({"added_tokens": ["a"]}, r"finetune.json: added_tokens: has the wrong type \(expected an object\); got"),
     ],
 )
 def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.loading import measure_loading
-from finetune.model import load_base
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import ModelSettings
+from tests.bases import load_folder
 from tests.families import save_tiny
 
 
@@ -58,7 +58,7 @@ def test_no_operation_sees_more_than_one_expert(tmp_path: Path, model_type: str)
     folder = save_tiny(model_type, tmp_path, "bfloat16", intermediate_size=256)
     settings = ModelSettings(name_or_path=str(folder), load_in_4bit=True, dtype="bfloat16", attn_implementation="eager")
     with _Largest() as seen:
-        load_base(folder, settings)
+        load_folder(folder, settings)
     one_expert = 2 * 256 * 64
     assert 0 < seen.given <= one_expert
     assert 0 < seen.made <= one_expert

@@ -173,7 +173,9 @@ def test_what_an_adapter_says_of_itself_in_other_kinds_of_values(
 ) -> None:
     edit(adapter / file, **values)
     where = next(iter(values))
-    with pytest.raises(WeightsError, match=rf"{file}: {where}.*is not what belongs there; got .*; fetch or copy"):
+    with pytest.raises(
+        WeightsError, match=rf"{file}: {where}.*(has the wrong type \(expected .*\); got .*|is missing); fetch or copy"
+    ):
         merge(adapter, tmp_path / "out", base=base, show_progress=False)
 
 

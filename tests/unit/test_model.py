@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.base import checkpoint_family, resolve_checkpoint
 from finetune.errors import FinetuneError, RecipeError
-from finetune.model import checkpoint_family, resolve_checkpoint
 from finetune.recipe import Recipe
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 

@@ -10,10 +10,10 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from finetune.base import checkpoint_family
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import RecipeError, WeightsError
 from finetune.merge import merge
-from finetune.model import checkpoint_family
 from finetune.moe import experts as engine
 from finetune.moe.audit import audit_model, differences
 from finetune.moe.esft.adapter import keep_chosen

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 
 from finetune.errors import RecipeError, WeightsError
-from finetune.moe.lora import add_adapter, factor_stacks
+from finetune.moe.lora import factor_stacks
+from tests.bases import with_lora
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 from tests.unit.engine import IDS, base_model, dense_twin, logits, lora_settings, trained_model
 
@@ -24,7 +25,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_fresh_adapter_leaves_the_base_exactly_as_it_is(base: Path, load_in_4bit: bool) -> None:
     model = base_model(base, load_in_4bit)
     before = logits(model)
-    assert torch.equal(logits(add_adapter(model, lora_settings())), before)
+    assert torch.equal(logits(with_lora(model, lora_settings())), before)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_a_layer_of_one_expert_trains_like_any_other(tmp_path: Path) -> None:
 
 def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
     model = base_model(save_tiny_mistral(tmp_path))
-    adapted = add_adapter(model, lora_settings(targets=["attention", "mlp"]))
+    adapted = with_lora(model, lora_settings(targets=["attention", "mlp"]))
     assert sum("lora_A" in name for name, _ in adapted.named_parameters()) == 2 * (4 + 3)
 
 
@@ -132,13 +133,13 @@ def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
 )
 def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        add_adapter(base_model(base), lora_settings(targets=[target]))
+        with_lora(base_model(base), lora_settings(targets=[target]))
     assert message in str(caught.value)
 
 
 def test_experts_on_a_dense_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="mistral has no experts; got experts; use attention or mlp"):
-        add_adapter(base_model(save_tiny_mistral(tmp_path)), lora_settings(targets=["experts"]))
+        with_lora(base_model(save_tiny_mistral(tmp_path)), lora_settings(targets=["experts"]))
 
 
 def test_dropout_is_for_training_only(base: Path) -> None:

@@ -1,23 +1,34 @@
-"""An adapter that a run goes on from: taken over whole, or refused with everything that differs."""
+"""The adapter that training starts from: loaded whole, or refused with everything that differs."""
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-from finetune.data import load_tokenizer
+from finetune.adapters.adapter import WEIGHTS_FILE
+from finetune.adapters.initial import (
+    InitialAdapter,
+    check_same_factors,
+    check_same_setup,
+    read_initial_adapter,
+)
+from finetune.adapters.record import BaseRecord
+from finetune.base import Base, read_base
 from finetune.errors import WeightsError
 from finetune.model import adapt, load_base, save_adapter
-from finetune.moe.earlier import read_earlier, refuse_unfit
 from finetune.recipe import Recipe
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
 from tests.families import save_tiny
 from tests.support import CHATML, save_tiny_mixtral
+from tests.unit.engine import trained_model
 
-BASE = {"name_or_path": "models/base", "fingerprint": "0123"}
+BASE = BaseRecord(name_or_path="models/base", fingerprint="0123")
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +46,17 @@ def saved(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("run") / "adapter"
     folder.mkdir()
     recipe = dpo_recipe(base, pairs, folder)
-    model = adapt(load_base(base, recipe.model), recipe)
+    record, model = adapted_base(recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, BASE)
-    load_tokenizer(str(base), None, None).save_pretrained(folder)
+    save_adapter(model, folder, recipe, record)
+    record.tokenizer.save_pretrained(folder)
     return folder
+
+
+def adapted_base(recipe: Recipe, initial: InitialAdapter | None = None) -> tuple[Base, PeftModel]:
+    """The base's record, under a fixed name and fingerprint, and the model with a fresh adapter or an initial one."""
+    record = replace(read_base(recipe), provenance=BASE)
+    return record, adapt(load_base(record, recipe.model), record, recipe, initial_adapter=initial)
 
 
 def disturb(model: Any) -> None:
@@ -56,18 +73,18 @@ def recipe_on(base: Path, pairs: Path, adapter: Path, **changes: Any) -> Recipe:
 
 def complaints(adapter: Path, recipe: Recipe, fingerprint: str = "0123", template: str = CHATML) -> list[str]:
     with pytest.raises(WeightsError) as caught:
-        refuse_unfit(read_earlier(adapter), recipe, fingerprint, template)
+        check_same_setup(read_initial_adapter(adapter), recipe, fingerprint, template)
     return str(caught.value).replace(str(adapter), "ADAPTER").split("\n")
 
 
 def test_every_factor_is_taken_over(base: Path, pairs: Path, saved: Path) -> None:
     recipe = recipe_on(base, pairs, saved)
-    refuse_unfit(read_earlier(saved), recipe, "0123", CHATML)
+    check_same_setup(read_initial_adapter(saved), recipe, "0123", CHATML)
     trained = {}
-    for name, earlier in (("fresh", None), ("on", read_earlier(saved))):
+    for name, initial in (("fresh", None), ("on", read_initial_adapter(saved))):
         torch.manual_seed(0)
-        model = adapt(load_base(base, recipe.model), recipe, earlier=earlier)
-        if earlier is None:
+        _, model = adapted_base(recipe, initial)
+        if initial is None:
             torch.manual_seed(recipe.seed)
             disturb(model)
         trained[name] = {key: value for key, value in model.named_parameters() if value.requires_grad}
@@ -80,31 +97,32 @@ def test_every_factor_is_taken_over(base: Path, pairs: Path, saved: Path) -> Non
 def test_what_was_taken_over_is_written_beside_the_next_adapter(
     base: Path, pairs: Path, saved: Path, tmp_path: Path
 ) -> None:
-    recipe, earlier = recipe_on(base, pairs, saved), read_earlier(saved)
-    save_adapter(adapt(load_base(base, recipe.model), recipe, earlier=earlier), tmp_path, recipe, BASE, None, earlier)
+    recipe, initial = recipe_on(base, pairs, saved), read_initial_adapter(saved)
+    used, model = adapted_base(recipe, initial)
+    save_adapter(model, tmp_path, recipe, used, None, initial)
     record = json.loads((tmp_path / "finetune.json").read_text())
-    assert record["adapter"] == {"name_or_path": str(saved), "sha256": earlier.digest()}
-    assert read_earlier(tmp_path).digest() == earlier.digest(), "the same weights"
+    assert record["adapter"] == {"name_or_path": str(saved), "sha256": initial.digest()}
+    assert read_initial_adapter(tmp_path).digest() == initial.digest(), "the same weights"
 
 
 def test_moved_correction_biases_come_along(pairs: Path, tmp_path: Path) -> None:
     base = save_tiny("deepseek_v3", tmp_path / "base")
     moving = {"router_aux_loss_coef": 0.1, "bias_update_rate": 0.01}
     recipe = dpo_recipe(base, pairs, tmp_path, router=moving)
-    model = adapt(load_base(base, recipe.model), recipe)
+    record, model = adapted_base(recipe)
     biases = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
     for bias in biases:
         bias.data += 0.25
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    save_adapter(model, first, recipe, BASE)
-    earlier = read_earlier(first)
+    save_adapter(model, first, recipe, record)
+    initial = read_initial_adapter(first)
     going_on = dpo_recipe(base, pairs, tmp_path, router={"router_aux_loss_coef": 0.1})
-    model = adapt(load_base(base, recipe.model), going_on, earlier=earlier)
+    record, model = adapted_base(going_on, initial)
     found = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
     assert [each.tolist() for each in found] == [each.tolist() for each in biases]
-    save_adapter(model, second, going_on, BASE, None, earlier)
+    save_adapter(model, second, going_on, record, None, initial)
     assert (second / "router_bias.safetensors").read_bytes() == (first / "router_bias.safetensors").read_bytes()
 
 
@@ -144,12 +162,12 @@ def test_everything_that_differs_in_lora_is_named_at_once(base: Path, pairs: Pat
 
 def test_a_folder_without_an_adapter_is_refused_with_the_one_inside_it(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as caught:
-        read_earlier(saved.parent)
+        read_initial_adapter(saved.parent)
     assert str(caught.value) == (
         f"model.adapter: no adapter here: adapter_model.safetensors is missing; got {saved.parent}; write {saved}"
     )
     with pytest.raises(WeightsError, match="name the folder adapter/ of a finished run"):
-        read_earlier(tmp_path)
+        read_initial_adapter(tmp_path)
 
 
 def test_another_choice_of_experts_than_the_one_taken_over_is_refused(
@@ -162,7 +180,7 @@ def test_another_choice_of_experts_than_the_one_taken_over_is_refused(
     record["recipe"]["lora"] |= {"experts": "auto", "experts_share": 0.5}
     (folder / "finetune.json").write_text(json.dumps(record))
     auto: dict[str, Any] = {"experts": "auto", "experts_share": 0.5}
-    refuse_unfit(read_earlier(folder), recipe_on(base, pairs, folder, lora=auto), "0123", CHATML)
+    check_same_setup(read_initial_adapter(folder), recipe_on(base, pairs, folder, lora=auto), "0123", CHATML)
     others = {**auto, "experts_share": 0.9, "experts_score": "token", "experts_tokens": 5}
     found = complaints(folder, recipe_on(base, pairs, folder, lora=others))
     assert [line.partition(":")[0] for line in found] == [
@@ -193,7 +211,7 @@ def test_an_adapter_that_does_not_say_what_it_was_made_on_is_refused(
         lora = json.dumps({"targets": ["attention"], "r": 4, "lora_alpha": 8.0})
         (folder / "finetune.json").write_text(record.replace("LORA", lora))
     with pytest.raises(WeightsError) as caught:
-        read_earlier(folder)
+        read_initial_adapter(folder)
     assert str(caught.value) == (
         "model.adapter: the adapter does not say what it was made on: its finetune.json is missing or damaged; "
         f"got {folder}; use an adapter of this toolkit; merge another tool's and name the merged model as the base"
@@ -204,4 +222,57 @@ def test_an_adapter_of_other_factors_is_refused_before_a_weight_is_read(base: Pa
     """Its record may have been edited; its tensors tell."""
     recipe = recipe_on(base, pairs, saved, lora={"r": 2})
     with pytest.raises(WeightsError, match="factor has another shape than the model's"):
-        adapt(load_base(base, recipe.model), recipe, earlier=read_earlier(saved))
+        adapted_base(recipe, read_initial_adapter(saved))
+
+
+# The factors on disk against those in memory.
+
+DO = "continue with the model, the recipe and the versions that made it, or start anew in another output_dir"
+LAYER = "base_model.model.model.layers.0"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> object:
+    """An adapted model, and its adapter in `tmp_path`."""
+    model = trained_model(save_tiny_mixtral(tmp_path / "base"))
+    model.save_pretrained(str(tmp_path))
+    return model
+
+
+def complaint(model: object, folder: Path) -> str:
+    with pytest.raises(WeightsError) as caught:
+        check_same_factors(model, folder)
+    return str(caught.value).replace(f"{folder / WEIGHTS_FILE}: ", "")
+
+
+def edit(folder: Path, changed: dict[str, torch.Tensor | None]) -> None:
+    """Set or take away tensors of the saved adapter."""
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for key, value in changed.items():
+        tensors.pop(key, None)
+        if value is not None:
+            tensors[key] = value
+    save_file(tensors, folder / WEIGHTS_FILE)
+
+
+def test_its_own_adapter_is_taken(model: object, tmp_path: Path) -> None:
+    check_same_factors(model, tmp_path)
+
+
+def test_factors_of_single_experts_are_another_layout(model: object, tmp_path: Path) -> None:
+    """As adapters of transformers 4 have them."""
+    experts = f"{LAYER}.mlp.experts"
+    edit(tmp_path, {f"{experts}.lora_A.weight": None, f"{experts}.0.w2.lora_A.weight": torch.zeros(4, 96)})
+    assert complaint(model, tmp_path).splitlines() == [
+        f"the adapter has no such factors; got {experts}.lora_A.weight; {DO}",
+        "the model has no such factors; the adapter was made for another layout; "
+        f"got {experts}.0.w2.lora_A.weight; {DO}",
+    ]
+
+
+def test_another_rank_is_another_shape(model: object, tmp_path: Path) -> None:
+    name = f"{LAYER}.self_attn.q_proj.lora_A.weight"
+    edit(tmp_path, {name: torch.zeros(8, 64)})
+    assert complaint(model, tmp_path) == (
+        f"{name}: factor has another shape than the model's [4, 64]; got [8, 64]; {DO}"
+    )
