@@ -90,10 +90,10 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
     trainer = MoeDpoTrainer(
         args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        method=method,
         reference=reference,
         attention=recipe.model.attn_implementation,
         packed=recipe.data.packing,
-        live=method.reference == "live",
         **setup.arguments(),
     )
     if method.reference == "precomputed":

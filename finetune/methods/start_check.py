@@ -28,11 +28,11 @@ def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) ->
     names = ("ref_chosen_logps", "ref_rejected_logps")
     used_2B = live_2B if trainer.live else torch.cat([inputs[name] for name in names])
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
-    margin_B = _margin(trainer.beta * (policy_2B - used_2B))
+    margin_B = _margin(trainer.method.beta * (policy_2B - used_2B))
     worst = int(margin_B.abs().argmax())
     if margin_B.abs()[worst] <= tolerance:
         return
-    if _margin(trainer.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
+    if _margin(trainer.method.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
         differs = "the adapter: the one that is trained does not start as the reference's"
     else:
         differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"

@@ -59,6 +59,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         # This rank's sums: over the steps since the last line, and over the running evaluation.
         self._window, self._eval_window = (self._zeros() for _ in range(2))
         self._window_steps = 0
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of all steps of the run so far
         self.add_callback(_StepEnd(self))
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -101,7 +102,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         if not tokens.is_file():
             do = "start anew in another output_dir"
             raise RunError(Problem(str(tokens), "the checkpoint does not say how many tokens came before it", do))
-        self._total_train_tokens = json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"]
+        self._tokens = torch.full_like(self._tokens, json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"])
         if self.router_term is not None:
             self.router_term.load(checkpoint)
         if state["global_step"] < state["max_steps"]:
@@ -121,9 +122,11 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""
+        tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
+        tokens = self.sum_over_ranks(tokens)
+        self._tokens = self._tokens + tokens
         if self.router_term is not None:
-            tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
-            self.router_term.begin_step(self.sum_over_ranks(tokens), self.will_log)
+            self.router_term.begin_step(tokens, self.will_log)
 
     @property
     def will_log(self) -> bool:
@@ -209,7 +212,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
     @property
     def num_tokens(self) -> int:
         """Tokens of all steps of the run so far, over all ranks; may wait for the device."""
-        return int(self._total_train_tokens)
+        return int(self._tokens.item())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.is_world_process_zero():

@@ -72,7 +72,7 @@ def test_packed_rows_count_once_where_two_processes_are_filled_up(
     settings = recipe(base, rows, tmp_path, per_device_train_batch_size=2, with_eval=True, packing=True, max_length=64)
     trainer, _ = trainer_for(settings)
     trainer.eval_dataset = trainer.eval_dataset.select(range(5))
-    wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(2, dtype=torch.float64)
+    wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(len(trainer.sums), dtype=torch.float64)
     plain = DataLoader(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     for rank in (0, 1):
         monkeypatch.setattr(Accelerator, "process_index", rank)
