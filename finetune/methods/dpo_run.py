@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -136,13 +137,14 @@ def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -
     missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
     state.wait_for_everyone()  # nobody writes before all have seen what is missing
     for split, indices in missing.items():
-        packed = (rows.train if split == "train" else rows.eval)["pairs"]
-        batches = _batches(trainer, [pairs for pairs in packed if indices.intersection(pairs)])
+        # The batches are those of the whole split, so that a value does not depend on where a killed run stopped.
+        batches = _batches(trainer, (rows.train if split == "train" else rows.eval)["pairs"])
+        batches = [batch for batch in batches if not indices.isdisjoint(chain(*batch))]
         mine = batches[state.process_index :: state.num_processes]
         label = f"Reference of {len(indices):,} {split} pairs"
         shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
         logps = partial(pair_logps, trainer, split)
-        compute_missing(store, split, rows.tables[split], shown, state.process_index, logps)
+        compute_missing(store, split, rows.tables[split], indices, shown, state.process_index, logps)
     state.wait_for_everyone()
     rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -133,12 +134,17 @@ def compute_missing(
     store: ReferenceStore,
     split: str,
     pairs: Sequence[TokenPair],
+    missing: set[int],
     batches: Iterable[Sequence[Sequence[int]]],
     rank: int,
     logps: Callable[[Sequence[Sequence[int]]], Any],
 ) -> None:
-    """Compute and write this process's `batches` of rows of pair indices; `logps` gives `[B, 2]` for one of them."""
+    """Compute this process's `batches` of rows of pair indices and write the `missing` pairs.
+
+    `logps` gives `[B, 2]` for a batch. A batch of which some pairs are there already is computed as a whole: rounding
+    depends on what is computed together.
+    """
     store.repair(split, rank)
     for batch in batches:
-        indices, values = [index for row in batch for index in row], logps(batch).tolist()
-        store.append(split, rank, [(i, pairs[i], *each) for i, each in zip(indices, values, strict=True)])
+        values = zip(chain(*batch), logps(batch).tolist(), strict=True)
+        store.append(split, rank, [(index, pairs[index], *logp) for index, logp in values if index in missing])

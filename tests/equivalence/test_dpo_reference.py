@@ -58,6 +58,18 @@ def test_the_adapter_of_an_earlier_run_is_start_and_reference(
     torch.testing.assert_close(going_on.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
 
 
+def test_values_do_not_depend_on_where_a_killed_run_stopped(base: Path, pairs: Path, tmp_path: Path) -> None:
+    """Bit for bit: the batches are those of the whole split, also where a kill left a part of one."""
+    settings = dpo_recipe(base, pairs, tmp_path, per_device_train_batch_size=4)
+    uninterrupted = dpo_trainer(settings)[0].data_collator.reference["train"]
+    path = tmp_path / "reference" / "train.0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:6]) + lines[6][:10])
+    continued = dpo_trainer(settings)[0].data_collator.reference["train"]
+    assert (continued == uninterrupted).all()
+    assert path.read_text().splitlines(keepends=True) == lines
+
+
 @pytest.mark.parametrize("from_earlier", [False, True])
 def test_the_reference_stays_what_it_was_while_the_model_moves(
     base: Path, pairs: Path, earlier: Path, tmp_path: Path, from_earlier: bool
