@@ -1,6 +1,6 @@
-"""DPO: TRL's losses on pairs of answers, with the router term, an exact step and one quantised base for everything.
+"""The DPO trainer: losses on pairs of answers, the router term, and one quantised base for policy and reference.
 
-B pairs, W tokens of the longest answer; of `2B` the chosen answers come first.
+B pairs, W tokens of the longest answer; in `2B` the chosen answers come before the rejected ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ import torch
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import common_arguments, refuse_other_world
+from finetune.methods.common import check_world_size, common_arguments
 from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.methods.pair_scores import score_pairs
 from finetune.methods.reference import Reference
 from finetune.methods.routing_overlap import RoutingOverlap
-from finetune.methods.steps import ExactSteps
+from finetune.methods.steps import StepExactTrainer
 from finetune.moe.router import RouterRecord, capture
 from finetune.recipe import DpoSettings, Recipe
 
@@ -40,11 +40,11 @@ def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
         "precompute_ref_log_probs": False,  # finetune.methods.reference_store keeps ours
     }
     config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    refuse_other_world(config, num_processes)
+    check_world_size(config, num_processes)
     return config
 
 
-class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
+class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on pairs tokenised by `finetune.data`, in the layouts of `PairCollator`.
 
     One forward gives the log-probabilities of both answers (`score_pairs`), `dpo_losses` the loss of each pair. A
@@ -70,7 +70,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self._step_pairs = self._step_chosen = torch.ones(())
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """The rows are pairs of token ids already."""
+        """Nothing to do: the rows are pairs of token ids already."""
         return dataset
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -90,14 +90,14 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss, plus its share of the router term."""
-        looked_at = self._looks_at_routing()
-        routed = self._add_reference(inputs, looked_at)
+        compared = self._compares_routing()
+        routed = self._add_reference(inputs, compared)
         if not self.model.training:
             return self._evaluation_loss(model, inputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
             scores = score_pairs(model, inputs, self.attention)
-        if looked_at and self.overlap is not None and record is not None:
+        if compared and self.overlap is not None and record is not None:
             self.overlap.compare_answers(record, inputs)
             self._compare_with_reference(record, routed, inputs)
         pairs = len(inputs["ref_chosen_logps"])
@@ -122,22 +122,22 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         """Log-probabilities of the answers, `[2B]`, from those of their tokens."""
         return answer_logps(scores.log_probs, inputs["completion_mask"], self.method.ld_alpha)
 
-    def _add_reference(self, inputs: dict[str, Any], looked_at: bool) -> RouterRecord | None:
-        """The reference's log-probabilities, where the batch has none; what its routers did, where it is looked at."""
+    def _add_reference(self, inputs: dict[str, Any], compared: bool) -> RouterRecord | None:
+        """Add the log-probabilities of a live reference to the batch; returns its routing if it is compared."""
         if not self.live:
             return None
-        with capture(self.overlap.routers) if looked_at and self.overlap is not None else nullcontext() as record:
+        with capture(self.overlap.routers) if compared and self.overlap is not None else nullcontext() as record:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
         return record
 
-    def _looks_at_routing(self) -> bool:
-        """At the first micro-batch of a step after which a line is logged."""
+    def _compares_routing(self) -> bool:
+        """Whether routing is compared: in the first micro-batch of a step that is logged."""
         return self.overlap is not None and self.model.training and self.will_log and not self._step_losses
 
     def _compare_with_reference(
         self, record: RouterRecord, reference: RouterRecord | None, inputs: Mapping[str, Any]
     ) -> None:
-        """Where the reference was not live, its routing is that of one pair, run for this alone."""
+        """Compare the policy's routing with the reference's; if that is not live, on one pair run through both."""
         assert self.overlap is not None
         if reference is not None:
             self.overlap.compare_models(record, reference, self.weights(inputs))
@@ -168,7 +168,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         return losses_B
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Without the router term; pairs that only fill up the last batches of several processes do not count."""
+        """Without the router term and without pairs repeated to fill up the last batches of several processes."""
         scores = score_pairs(model, inputs, self.attention)
         pairs = len(inputs["ref_chosen_logps"])
         counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
@@ -204,7 +204,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         )
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
-        """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
+        """The mean loss of the steps without the router term, the figures of the pairs and the routing overlap."""
         overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
         return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": self.num_tokens}
 
@@ -217,7 +217,7 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
 def _first_pairs(
     scores: FusedCausalLMOutput, inputs: Mapping[str, Any], count: int
 ) -> tuple[FusedCausalLMOutput, dict[str, Any]]:
-    """The batch without the pairs after the first `count`, as far as the loss reads it."""
+    """The scores and the parts of the batch that the loss reads, for the first `count` pairs."""
     pairs = len(inputs["ref_chosen_logps"])
 
     def first(answers_BW: torch.Tensor) -> torch.Tensor:

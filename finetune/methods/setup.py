@@ -1,4 +1,4 @@
-"""What every trainer is made from."""
+"""The arguments of every trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFol
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """`earlier`: the adapter that the run goes on from; `base`: name and fingerprint of the base checkpoint."""
+    """`earlier`: the adapter that the run continues from; `base`: name and fingerprint of the base checkpoint."""
 
     recipe: Recipe
     run: RunFolder
@@ -29,7 +29,7 @@ class TrainerSetup:
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
-        """The routers of a mixture of experts, as the recipe balances them."""
+        """The router term of a mixture of experts, None for a dense model or without the section `router`."""
         if self.family.moe is None or self.recipe.router is None:
             return None
         return RouterTerm(self.model, self.family, self.recipe.router)
@@ -45,5 +45,5 @@ class TrainerSetup:
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,
             "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
-            "router_observers": [each.show_router for each in (router_load, *self.dashboards.callbacks)],
+            "router_observers": [callback.show_router for callback in (router_load, *self.dashboards.callbacks)],
         }

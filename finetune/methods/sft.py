@@ -9,8 +9,8 @@ import torch
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import common_arguments, refuse_other_world
-from finetune.methods.steps import ExactSteps
+from finetune.methods.common import check_world_size, common_arguments
+from finetune.methods.steps import StepExactTrainer
 from finetune.recipe import Recipe
 
 
@@ -18,7 +18,7 @@ def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
     """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
     own = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     config = SFTConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    refuse_other_world(config, num_processes)
+    check_world_size(config, num_processes)
     return config
 
 
@@ -28,7 +28,7 @@ def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1)
 
 
-class MoeSftTrainer(ExactSteps, SFTTrainer):  # type: ignore[misc]
+class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer on rows tokenised by `finetune.data`, with a loss and figures of its own.
 
     TRL's `compute_loss` reads five values from the device in each micro-batch, for figures that are means of

@@ -1,4 +1,4 @@
-"""Before the first step the model is its reference: every reward is 0, or something is not what it should be."""
+"""Check before the first step that the policy equals its reference: every reward must be 0."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ TOLERANCE = {torch.float32: 1e-4}
 LOW_PRECISION = 1e-2
 
 
-def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
-    """Raise RunError where the reward margin of a pair in these training rows is not 0; it says what differs.
+def check_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
+    """Raise RunError if the reward margin of a pair in these training rows is not 0; the message names the cause.
 
     The tolerance is 1e-4, and 1e-2 where the model computes in 16 bits.
     """

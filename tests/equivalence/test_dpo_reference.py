@@ -8,7 +8,7 @@ import torch
 from finetune.data import load_tokenizer
 from finetune.errors import RunError
 from finetune.methods.dpo import MoeDpoTrainer
-from finetune.methods.start_check import refuse_other_start
+from finetune.methods.start_check import check_start
 from finetune.model import adapt, load_base, save_adapter
 from tests.equivalence.dpo_runs import dpo_recipe, dpo_run, dpo_trainer, write_pairs
 from tests.equivalence.sft_runs import assert_same_steps
@@ -128,7 +128,7 @@ def test_a_model_that_does_not_start_as_its_reference_is_refused(
     trainer = trainer_from(base, pairs, tmp_path, None, reference=reference)
     disturb(trainer.model)
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     message = str(caught.value)
     assert f"{pairs}:" in message
     assert "before the first step this pair's reward margin is not 0 within 0.0001" in message
@@ -140,7 +140,7 @@ def test_kept_values_that_are_not_this_models_are_refused(base: Path, pairs: Pat
     trainer = trainer_from(base, pairs, tmp_path, None)
     trainer.data_collator.reference["train"][1, 0] += 0.01
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     assert f"{pairs}:2: before the first step" in str(caught.value)
     assert "what differs is the base: its log-probabilities are not those that were kept" in str(caught.value)
     assert "got -0.005" in str(caught.value)
@@ -151,6 +151,6 @@ def test_in_16_bits_a_margin_may_come_from_other_micro_batches(base: Path, pairs
     trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, model={"dtype": "bfloat16"}))
     trainer.data_collator.reference["train"][1, 0] += 0.1
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     assert "(in 16 bits it is enough that they were computed in other micro-batches); got -0.0" in str(caught.value)
     assert "remove the folder reference/ of the run so that it is computed again" in str(caught.value)
