@@ -156,12 +156,10 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     def _pair_losses(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The loss of each pair, `[B]`, without the part that is a mean over tokens."""
         mask_BW = inputs["completion_mask"]
-        logps = PairLogps(
-            *self.answer_logps(scores, inputs).chunk(2),
-            inputs["ref_chosen_logps"],
-            inputs["ref_rejected_logps"],
-            *mask_BW.sum(1).chunk(2),
-        )
+        chosen_B, rejected_B = self.answer_logps(scores, inputs).chunk(2)
+        chosen_tokens_B, rejected_tokens_B = mask_BW.sum(1).chunk(2)
+        ref_chosen_B, ref_rejected_B = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        logps = PairLogps(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, chosen_tokens_B, rejected_tokens_B)
         losses_B = dpo_losses(logps, self.method)
         if self.method.use_weighting:
             losses_B = losses_B * pair_weights(scores.log_probs, scores.log_sum_sq_probs, mask_BW)

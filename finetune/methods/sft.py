@@ -61,7 +61,8 @@ class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
         scores = _scores(model, inputs)
         ce = -scores.log_probs.double().sum()
         self._count(scores, ce)
-        return ce / scores.label_mask.sum().clamp(min=1)
+        loss: torch.Tensor = ce / scores.label_mask.sum().clamp(min=1)
+        return loss
 
     def _count(self, scores: FusedCausalLMOutput, ce: torch.Tensor) -> None:
         tokens, top1 = scores.label_mask.sum(), scores.is_top1.sum()

@@ -8,6 +8,7 @@ the function that makes them, whatever package it belongs to.
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -52,14 +53,13 @@ class Reads:
         self.by_function: Counter[str] = Counter()
 
     def __enter__(self) -> "Reads":
-        self._modes = (_Methods(self), _Operators(self))
-        for mode in self._modes:
-            mode.__enter__()
+        self._modes = ExitStack()
+        for mode in (_Methods(self), _Operators(self)):
+            self._modes.enter_context(mode)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*error)
+        self._modes.__exit__(*error)
 
     def add(self, frame: FrameType | None) -> None:
         """Count a read below `frame`, for the first caller that is no machinery of torch."""
@@ -95,9 +95,9 @@ class _Methods(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Operators(TorchDispatchMode):
+class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, reads: Reads) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
