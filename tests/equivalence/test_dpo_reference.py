@@ -51,11 +51,13 @@ def test_the_adapter_of_an_earlier_run_is_start_and_reference(
     base: Path, pairs: Path, earlier: Path, tmp_path: Path
 ) -> None:
     fresh = trainer_from(base, pairs, tmp_path / "fresh", None)
-    going_on = trainer_from(base, pairs, tmp_path / "going_on", earlier)
-    kept, before = (each.data_collator.reference["train"] for each in (going_on, fresh))
+    continued = trainer_from(base, pairs, tmp_path / "continued", earlier)
+    kept, before = (trainer.data_collator.reference["train"] for trainer in (continued, fresh))
     assert abs(kept - before).max() > 0.1, "not the base"
-    inputs = going_on.batch_of("train", [[0], [1], [2]])
-    torch.testing.assert_close(going_on.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0)
+    inputs = continued.batch_of("train", [[0], [1], [2]])
+    torch.testing.assert_close(
+        continued.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0
+    )
 
 
 def test_values_do_not_depend_on_where_a_killed_run_stopped(base: Path, pairs: Path, tmp_path: Path) -> None:
