@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from finetune.data import PreparedPairs, TokenPair, prepare_pairs
+from finetune.data import DataStats, PairTable, TokenPair, prepare_pair_mixture
 from finetune.data.render import IGNORED
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
@@ -32,6 +34,24 @@ def pair_settings(path: Path, row_format: str = "preference", **others: Any) -> 
     """One file of `max_length` 256."""
     train = DataSource(path=str(path), format=row_format, **others.pop("train", {}))
     return DataSettings(**{"train": train, "max_length": 256, **others})
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """What a run gets of its pairs: all of them, their rows of one or more pairs, and what was counted."""
+
+    table: PairTable
+    dataset: Dataset
+    stats: DataStats
+
+
+def prepare_pairs(
+    sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings, seed: int, share_prompts: bool
+) -> PreparedPairs:
+    """The pairs of all sources; `share_prompts` says what a pair takes when packed."""
+    mixture = prepare_pair_mixture(sources, tokenizer, settings, seed)
+    dataset = mixture.dataset(settings, share_prompts)
+    return PreparedPairs(mixture.table, dataset, mixture.stats(len(dataset)))
 
 
 def prepared(

@@ -1,10 +1,14 @@
-"""Floor 5: TRL's trainers plus the router term, nothing more. One module a method: `sft_run`, `dpo_run`."""
+"""The training methods: trainers on top of TRL's, with losses normalised by the optimizer step and figures as sums over
+it, the router term, and for DPO the reference and its stored log-probabilities.
+
+`sft_run` and `dpo_run` prepare the rows and the trainer of a recipe.
+"""
 
 from types import ModuleType
 
 
 def method_of(kind: str) -> ModuleType:
-    """The module of a method, with `prepare_rows` (what it makes of the data) and `make_trainer`."""
+    """The module of a method, with `prepare_rows` and `make_trainer`."""
     from finetune.methods import dpo_run, sft_run
 
     return {"sft": sft_run, "dpo": dpo_run}[kind]

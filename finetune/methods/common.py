@@ -1,4 +1,4 @@
-"""What the trainers of all methods are told: TRL's arguments for a recipe, its method's own aside."""
+"""TRL's arguments that every method takes from a recipe."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from finetune.recipe import Recipe
 
 
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
-    """Micro-batches an optimizer step on each process, so that the global batch is what the recipe says."""
+    """Micro-batches per optimizer step on each process, so that the global batch size is the recipe's."""
     training = recipe.training
     rows = training.per_device_train_batch_size * num_processes
     if training.global_batch_size % rows:
@@ -33,7 +33,7 @@ def common_arguments(
 ) -> dict[str, Any]:
     """TRL's arguments for a recipe. Checkpointing, data and adapter are set up by us, before the trainer.
 
-    `dashboards`: the arguments that decide what the run reports to (`report_to`, `run_name`, `project` ...).
+    `dashboards`: the arguments of the run's loggers (`report_to`, `run_name`, `project` ...).
     """
     training = recipe.training
     return {
@@ -44,7 +44,7 @@ def common_arguments(
         "num_train_epochs": training.num_train_epochs or 1.0,
         "learning_rate": training.learning_rate,
         "per_device_train_batch_size": training.per_device_train_batch_size,
-        # A packed row is a batch of its own: rows that only fill up the last batches are masked as a whole.
+        # One packed row per batch: rows repeated to fill up the last batches are masked as a whole.
         "per_device_eval_batch_size": 1 if recipe.data.packing else training.per_device_train_batch_size,
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "lr_scheduler_type": training.lr_scheduler_type,
@@ -59,7 +59,7 @@ def common_arguments(
         "save_steps": training.save_steps or 500,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
-        "gradient_checkpointing": False,  # finetune.moe.checkpointing has switched it on, its own way
+        "gradient_checkpointing": False,  # enabled by finetune.moe.checkpointing instead
         "router_aux_loss_coef": 0.0,  # TRL's pooled term stays off; finetune.methods.router_term adds ours
         "logging_nan_inf_filter": False,  # would log an old loss in place of a NaN
         "use_cpu": PartialState().device.type == "cpu",
@@ -71,8 +71,8 @@ def common_arguments(
     }
 
 
-def refuse_other_world(config: Any, num_processes: int) -> None:
-    """Raise RunError where the trainer counts other processes than the run did."""
+def check_world_size(config: Any, num_processes: int) -> None:
+    """Raise RunError if the trainer's number of processes is not the one that the run counted."""
     if config.world_size != num_processes:
         raise RunError(
             Problem(

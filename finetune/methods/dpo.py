@@ -1,6 +1,6 @@
-"""DPO: TRL's losses on pairs of answers, with the router term, an exact step and one quantised base for everything.
+"""The DPO trainer: losses on pairs of answers, the router term, and one quantised base for policy and reference.
 
-B pairs, W tokens of the longest answer; of `2B` the chosen answers come first.
+B pairs, W tokens of the longest answer; in `2B` the chosen answers come before the rejected ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import common_arguments, refuse_other_world
+from finetune.methods.common import check_world_size, common_arguments
+from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.methods.pair_scores import score_pairs
 from finetune.methods.reference import Reference
 from finetune.methods.routing_overlap import RoutingOverlap
-from finetune.methods.steps import ExactSteps
+from finetune.methods.steps import StepExactTrainer
 from finetune.moe.router import RouterRecord, capture
 from finetune.recipe import DpoSettings, Recipe
 
@@ -40,16 +40,15 @@ def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
         "precompute_ref_log_probs": False,  # finetune.methods.reference_store keeps ours
     }
     config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    refuse_other_world(config, num_processes)
+    check_world_size(config, num_processes)
     return config
 
 
-class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
+class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on pairs tokenised by `finetune.data`, in the layouts of `PairCollator`.
 
-    TRL's own `_compute_loss` gets, in place of the model's output, the log-probabilities that `score_pairs` has made
-    of one forward, and in its batch those of the reference; so its losses are all there, and none is written here. Its
-    mean over the pairs of a micro-batch becomes the micro-batch's share of the mean over the pairs of the step.
+    One forward gives the log-probabilities of both answers (`score_pairs`), `dpo_losses` the loss of each pair. A
+    micro-batch adds its share of the mean over the pairs of the step, and of the mean over tokens for the loss `sft`.
     """
 
     # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
@@ -60,18 +59,18 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
     )
 
-    def __init__(self, *args: Any, reference: Reference, attention: str, packed: bool, live: bool, **kwargs: Any):
+    def __init__(
+        self, *args: Any, method: DpoSettings, reference: Reference, attention: str, packed: bool, **kwargs: Any
+    ) -> None:
         super().__init__(*args, ref_model=reference, **kwargs)
-        self.reference, self.attention, self.packed, self.live = reference, attention, packed, live
-        self.precompute_ref_logps = True  # for TRL: the batch has them, live ones too
-        losses: list[str] = self.args.loss_type
-        self._weight_of = dict(zip(losses, self.args.loss_weights or [1.0] * len(losses), strict=True))
+        self.method, self.reference, self.attention, self.packed = method, reference, attention, packed
+        self.live = method.reference == "live"
+        self._sft_weight = loss_weights(method).get("sft", 0.0)
         self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
         self._step_pairs = self._step_chosen = torch.ones(())
-        self._tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)  # since the run was (re)started
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """The rows are pairs of token ids already."""
+        """Nothing to do: the rows are pairs of token ids already."""
         return dataset
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -80,34 +79,31 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         return weight
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
-        """Also count the step's pairs, the supervised tokens of its chosen answers and all tokens, over all ranks."""
+        """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
         super().begin_step(samples, device)
         chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
-        counts = torch.zeros(3, dtype=torch.float64, device=device)
-        counts[0] = sum(map(len, chosen))
-        counts[1] = sum(mask.sum() for mask in chosen)
-        counts[2] = sum(sample["weight"].sum() for sample in samples)
-        self._step_pairs, self._step_chosen, tokens = self.sum_over_ranks(counts).unbind()
-        self._tokens = self._tokens + tokens
+        tokens = torch.stack([mask.sum() for mask in chosen]).sum().to(device)
+        counts = torch.stack([tokens, tokens.new_tensor(sum(map(len, chosen)))])
+        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().unbind()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss, plus its share of the router term."""
-        looked_at = self._looks_at_routing()
-        routed = self._add_reference(inputs, looked_at)
+        compared = self._compares_routing()
+        routed = self._add_reference(inputs, compared)
         if not self.model.training:
             return self._evaluation_loss(model, inputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
             scores = score_pairs(model, inputs, self.attention)
-        if looked_at and self.overlap is not None and record is not None:
+        if compared and self.overlap is not None and record is not None:
             self.overlap.compare_answers(record, inputs)
             self._compare_with_reference(record, routed, inputs)
         pairs = len(inputs["ref_chosen_logps"])
-        share = pairs / self._step_pairs
-        sft = inputs["completion_mask"][:pairs].sum() / self._step_chosen / share  # a mean over tokens, not over pairs
-        loss = self._trl_loss(scores, inputs, sft_share=sft) * share.float()
+        loss = self._pair_losses(scores, inputs).sum() / self._step_pairs
+        if self._sft_weight:
+            loss = loss - self._sft_weight * scores.log_probs[:pairs].sum() / self._step_chosen
         self._count(scores, inputs, loss)
         return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
 
@@ -123,32 +119,25 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
             return self.answer_logps(score_pairs(model, inputs, self.attention), inputs)
 
     def answer_logps(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Summed over an answer's supervised tokens, `[2B]`; those beyond the other answer's length weigh `ld_alpha`
-        (LD-DPO), as in TRL."""
-        log_probs_BW: torch.Tensor = scores.log_probs
-        if self.ld_alpha is None:
-            return log_probs_BW.sum(1)
-        mask_BW = inputs["completion_mask"]
-        shorter_B = torch.minimum(*mask_BW.sum(1).chunk(2)).repeat(2)
-        beyond_BW = mask_BW.cumsum(1) > shorter_B.unsqueeze(1)
-        return torch.where(beyond_BW, self.ld_alpha * log_probs_BW, log_probs_BW).sum(1)
+        """Log-probabilities of the answers, `[2B]`, from those of their tokens."""
+        return answer_logps(scores.log_probs, inputs["completion_mask"], self.method.ld_alpha)
 
-    def _add_reference(self, inputs: dict[str, Any], looked_at: bool) -> RouterRecord | None:
-        """The reference's log-probabilities, where the batch has none; what its routers did, where it is looked at."""
+    def _add_reference(self, inputs: dict[str, Any], compared: bool) -> RouterRecord | None:
+        """Add the log-probabilities of a live reference to the batch; returns its routing if it is compared."""
         if not self.live:
             return None
-        with capture(self.overlap.routers) if looked_at and self.overlap is not None else nullcontext() as record:
+        with capture(self.overlap.routers) if compared and self.overlap is not None else nullcontext() as record:
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
         return record
 
-    def _looks_at_routing(self) -> bool:
-        """At the first micro-batch of a step after which a line is logged."""
+    def _compares_routing(self) -> bool:
+        """Whether routing is compared: in the first micro-batch of a step that is logged."""
         return self.overlap is not None and self.model.training and self.will_log and not self._step_losses
 
     def _compare_with_reference(
         self, record: RouterRecord, reference: RouterRecord | None, inputs: Mapping[str, Any]
     ) -> None:
-        """Where the reference was not live, its routing is that of one pair, run for this alone."""
+        """Compare the policy's routing with the reference's; if that is not live, on one pair run through both."""
         assert self.overlap is not None
         if reference is not None:
             self.overlap.compare_models(record, reference, self.weights(inputs))
@@ -164,44 +153,35 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
             score_pairs(model, probe, self.attention)
         self.overlap.compare_models(record, reference, self.weights(probe))
 
-    def _trl_loss(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], sft_share: Any) -> torch.Tensor:
-        """The mean over these pairs of TRL's losses; `sft_share` scales the weight of the one that is no such mean."""
-        # A place before the first token of the answers, which TRL takes off again to shift.
-        completion_BW = pad(inputs["completion_mask"], (1, 0))
-        view = {
-            "input_ids": completion_BW,
-            "attention_mask": completion_BW.new_zeros(1),  # what TRL counts tokens by; ours are counted once a step
-            "completion_mask": completion_BW,
-            "ref_chosen_logps": inputs["ref_chosen_logps"],
-            "ref_rejected_logps": inputs["ref_rejected_logps"],
-        }
-        self.loss_weights = [w * sft_share if name == "sft" else w for name, w in self._weight_of.items()]
-        # TRL gathers figures of every pair from all ranks, which hangs where ranks have different numbers of pairs
-        # (packed ones, the last of an evaluation); ours are sums, taken together when a line is logged.
-        accelerator, self.accelerator = self.accelerator, _OneRank(self.accelerator.device)
-        try:
-            loss: torch.Tensor = super()._compute_loss(lambda **_: scores, view, False)
-        finally:
-            self.accelerator = accelerator
-        return loss
+    def _pair_losses(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The loss of each pair, `[B]`, without the part that is a mean over tokens."""
+        mask_BW = inputs["completion_mask"]
+        chosen_B, rejected_B = self.answer_logps(scores, inputs).chunk(2)
+        chosen_tokens_B, rejected_tokens_B = mask_BW.sum(1).chunk(2)
+        ref_chosen_B, ref_rejected_B = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        logps = PairLogps(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, chosen_tokens_B, rejected_tokens_B)
+        losses_B = dpo_losses(logps, self.method)
+        if self.method.use_weighting:
+            losses_B = losses_B * pair_weights(scores.log_probs, scores.log_sum_sq_probs, mask_BW)
+        return losses_B
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Without the router term; pairs that only fill up the last batches of several processes do not count."""
+        """Without the router term and without pairs repeated to fill up the last batches of several processes."""
         scores = score_pairs(model, inputs, self.attention)
         pairs = len(inputs["ref_chosen_logps"])
         counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
         if counted:
             scores, inputs = _first_pairs(scores, inputs, counted)
-            loss = self._trl_loss(scores, inputs, sft_share=0.0)
-            self._count(scores, inputs, loss * counted)
-        return scores.log_probs.new_zeros(()) if not counted else loss
+            loss = self._pair_losses(scores, inputs).sum()
+            self._count(scores, inputs, loss)
+        return scores.log_probs.new_zeros(()) if not counted else loss / counted
 
     def _count(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
         mask_BW = inputs["completion_mask"]
         logps_B = self.answer_logps(scores, inputs).detach()
         chosen_B, rejected_B = logps_B.chunk(2)
-        chosen_rewards = self.beta * (chosen_B - inputs["ref_chosen_logps"])
-        rejected_rewards = self.beta * (rejected_B - inputs["ref_rejected_logps"])
+        chosen_rewards = self.method.beta * (chosen_B - inputs["ref_chosen_logps"])
+        rejected_rewards = self.method.beta * (rejected_B - inputs["ref_rejected_logps"])
         chosen_mask = mask_BW.chunk(2)[0]
         logits = (scores.mean_logits * mask_BW).chunk(2)
         self.count(
@@ -222,50 +202,28 @@ class MoeDpoTrainer(ExactSteps, DPOTrainer):  # type: ignore[misc]
         )
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
-        """The loss without the router term, as the mean of the steps, and what there is to say of the pairs."""
+        """The mean loss of the steps without the router term, the figures of the pairs and the routing overlap."""
         overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
         return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": self.num_tokens}
 
-    @property
-    def num_tokens(self) -> int:
-        """See `ExactSteps`."""
-        return super().num_tokens + int(self._tokens.item())
-
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
         """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""
-        sft = self._weight_of.get("sft", 0.0) * sums["chosen_nll"] / max(sums["chosen_tokens"], 1.0)
+        sft = self._sft_weight * sums["chosen_nll"] / max(sums["chosen_tokens"], 1.0)
         return {"loss": sums["loss"] / max(sums["pairs"], 1.0) + sft, **_pair_figures(sums)}
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Ours in place of TRL's figures, which are means of micro-batch means."""
-        for metrics in self._metrics.values():
-            metrics.clear()
-        super().log(logs, *args, **kwargs)
-
-
-class _OneRank:
-    """What TRL's loss asks an accelerator for, without the other ranks."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's own."""
-        return tensor
-
-    gather_for_metrics = gather
 
 
 def _first_pairs(
     scores: FusedCausalLMOutput, inputs: Mapping[str, Any], count: int
 ) -> tuple[FusedCausalLMOutput, dict[str, Any]]:
-    """The batch without the pairs after the first `count`, as far as the loss reads it."""
+    """The scores and the parts of the batch that the loss reads, for the first `count` pairs."""
     pairs = len(inputs["ref_chosen_logps"])
-    kept = torch.arange(2 * pairs, device=scores.log_probs.device) % pairs < count
-    fields = {name: value[kept] for name, value in scores.items() if value is not None and value.dim() == 2}
+
+    def first(answers_BW: torch.Tensor) -> torch.Tensor:
+        return torch.cat([answers_BW[:count], answers_BW[pairs : pairs + count]])
+
+    fields = {name: first(value) for name, value in scores.items() if value is not None and value.dim() == 2}
     reference = {name: inputs[name][:count] for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    mask = inputs["completion_mask"][kept]
-    return FusedCausalLMOutput(**fields), {**reference, "completion_mask": mask, "weight": inputs["weight"]}
+    return FusedCausalLMOutput(**fields), {**reference, "completion_mask": first(inputs["completion_mask"])}
 
 
 def _pair_figures(sums: dict[str, float]) -> dict[str, float]:

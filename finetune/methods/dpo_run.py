@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from finetune.methods.reference import Reference
 from finetune.methods.reference_store import ReferenceStore, compute_missing, digest_of
 from finetune.methods.rows import MethodRows
 from finetune.methods.setup import TrainerSetup
-from finetune.methods.start_check import refuse_other_start
+from finetune.methods.start_check import check_start
 from finetune.recipe import DpoSettings, Recipe
 
 
@@ -40,14 +41,14 @@ def prepare_rows(recipe: Recipe, base: Base) -> PairRows:
             if data.sources(name)
         }
     layout, remark = pair_layout(recipe, base.family, base.config, mixtures["train"])
-    datasets = {name: _dataset(name, each, recipe, layout) for name, each in mixtures.items()}
-    tables = {name: each.table for name, each in mixtures.items()}
+    datasets = {name: _dataset(name, mixture, recipe, layout) for name, mixture in mixtures.items()}
+    tables = {name: mixture.table for name, mixture in mixtures.items()}
     return PairRows(
         train=datasets["train"],
         eval=datasets.get("eval"),
         # GPU kernels take a mask of who sees whom three times as fast where its rows are a multiple of 8.
         collator=PairCollator(tokenizer, tables, layout, pad_to_multiple_of=8 if _on_gpu() else 1),
-        stats={name: each.stats(len(datasets[name])) for name, each in mixtures.items()},
+        stats={name: mixture.stats(len(datasets[name])) for name, mixture in mixtures.items()},
         conversations=_Chosen(tables["train"]),
         conversation_collator=Collator(tokenizer),
         remarks=[f"prompts: {remark}"],
@@ -65,7 +66,7 @@ def _on_gpu() -> bool:
 
 
 class _Chosen:
-    """The conversations with the chosen answers, as rows."""
+    """The prompts with their chosen answers, as rows for SFT's collator."""
 
     def __init__(self, table: PairTable) -> None:
         self._table = table
@@ -80,7 +81,7 @@ class _Chosen:
 
 
 def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
-    """TRL's trainer, plus the router term; its reference is computed or continued here, unless it is live."""
+    """The trainer; unless the reference is live, its missing log-probabilities are computed here."""
     recipe, rows, method = setup.recipe, setup.rows, setup.recipe.method
     assert isinstance(method, DpoSettings)
     assert isinstance(rows, PairRows)
@@ -90,10 +91,10 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
     trainer = MoeDpoTrainer(
         args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        method=method,
         reference=reference,
         attention=recipe.model.attn_implementation,
         packed=recipe.data.packing,
-        live=method.reference == "live",
         **setup.arguments(),
     )
     if method.reference == "precomputed":
@@ -101,14 +102,14 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
         _precompute(trainer, store, rows)
     if not recipe.training.resume_from_checkpoint:
         batches = _batches(trainer, rows.train["pairs"])
-        refuse_other_start(trainer, batches[PartialState().process_index % len(batches)])
+        check_start(trainer, batches[PartialState().process_index % len(batches)])
     return trainer
 
 
 def _batches(trainer: MoeDpoTrainer, rows: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Rows of pairs as they are computed together before the first step.
+    """The batches of rows in which the reference is computed before the first step.
 
-    A packed row alone: a pair's rounding depends on its neighbours, and these it has in training too.
+    A packed row is a batch of its own, as in training: rounding depends on what is computed together.
     """
     size = 1 if trainer.packed else trainer.args.per_device_train_batch_size
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
@@ -128,21 +129,22 @@ def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairT
 
 
 def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -> None:
-    """Compute what is missing, all processes together, and give it to the collator."""
+    """Compute the missing log-probabilities on all processes, and pass all of them to the collator."""
     state = PartialState()
     assert rows.tables is not None
     store.open(state.is_main_process)
     state.wait_for_everyone()
     missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
-    state.wait_for_everyone()  # nobody writes before all have seen what is missing
+    state.wait_for_everyone()  # no process writes before all have read what is missing
     for split, indices in missing.items():
-        packed = (rows.train if split == "train" else rows.eval)["pairs"]
-        batches = _batches(trainer, [pairs for pairs in packed if indices.intersection(pairs)])
+        # The batches are those of the whole split, so that a value does not depend on where a killed run stopped.
+        batches = _batches(trainer, (rows.train if split == "train" else rows.eval)["pairs"])
+        batches = [batch for batch in batches if not indices.isdisjoint(chain(*batch))]
         mine = batches[state.process_index :: state.num_processes]
         label = f"Reference of {len(indices):,} {split} pairs"
         shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
         logps = partial(pair_logps, trainer, split)
-        compute_missing(store, split, rows.tables[split], shown, state.process_index, logps)
+        compute_missing(store, split, rows.tables[split], indices, shown, state.process_index, logps)
     state.wait_for_everyone()
     rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
 

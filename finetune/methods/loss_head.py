@@ -1,8 +1,8 @@
 """TRL's fused head, with tiles that fit the processor it runs on.
 
 `add_fused_lm_head` cuts the logits into tiles of 4,096 tokens and 32,768 entries, and away from Triton scores every
-position. On the CPU eight tiles' worth lives at once, so that the head without a full logits tensor holds
-nearly three times what the full tensor costs, and takes five times as long (`benchmarks/LOG.md`).
+position. On the CPU eight tiles are in memory at once, so that the head needs nearly three times the
+memory of a full logits tensor, and takes five times as long (`benchmarks/LOG.md`).
 
 N scored tokens, at most 4,096 at a time.
 """
@@ -20,8 +20,8 @@ TILE = 512
 def fit_head_to_cpu(model: Any) -> None:
     """Give a CPU model, to which TRL has added its fused head, tiles `[N, TILE]` of supervised tokens alone.
 
-    The head stays TRL's own function, with all that it knows of architectures; two of the names that it looks up are
-    bound otherwise, for this model. Raises KeyError where another release of TRL no longer looks them up.
+    The head stays TRL's own function, with its handling of architectures; two of the globals that it reads are
+    replaced, for this model only. Raises KeyError where another release of TRL no longer looks them up.
     """
     added: Any = model.forward.__func__
     names = dict(added.__globals__)
@@ -34,7 +34,7 @@ def fit_head_to_cpu(model: Any) -> None:
 
 
 def _everywhere(_device: torch.device) -> bool:
-    """For "is there Triton?", which decides whether supervised positions alone are scored.
+    """Replaces the check for Triton, which decides whether only supervised positions are scored.
 
     TRL scores all elsewhere because accelerators that compile for each shape would compile again in every step.
     """

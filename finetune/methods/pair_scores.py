@@ -15,7 +15,7 @@ _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_prob
 
 
 def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCausalLMOutput:
-    """What TRL's fused head tells of each token of each answer, `[2B, W]`, chosen answers first; 0 where masked.
+    """The outputs of TRL's fused head for each token of each answer, `[2B, W]`, chosen answers first; 0 where masked.
 
     `model` has TRL's `add_fused_lm_head` and is called once; it may be wrapped by PEFT and DDP. `attention`: its
     attn_implementation. Fields that the head was not asked for are None.
@@ -43,7 +43,7 @@ def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCa
 def shared_prompt_mask(
     document: torch.Tensor, branch: torch.Tensor, attention: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Who sees whom, `[rows, 1, T, T]`, from `document` and `branch` `[rows, T]`.
+    """The attention mask `[rows, 1, T, T]` from `document` and `branch` `[rows, T]`.
 
     A token sees those of its own document that are not after it and of its own branch or of the prompt. Boolean for
     sdpa; for eager, which adds it to the scores, 0 and the least number of `dtype`.
@@ -58,7 +58,7 @@ def shared_prompt_mask(
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """The frozen weights' own; adapters may be kept in another."""
+    """The dtype of the frozen weights; adapters may have another."""
     dtypes = (parameter.dtype for parameter in model.parameters() if not parameter.requires_grad)
-    found: torch.dtype = next(dtypes, None) or next(model.parameters()).dtype
-    return found
+    dtype: torch.dtype = next(dtypes, None) or next(model.parameters()).dtype
+    return dtype

@@ -1,7 +1,7 @@
-"""The reference of preference tuning: the model as training finds it, on the same quantised base.
+"""The reference of preference tuning: the model before the first step, on the same quantised base.
 
-With a fresh adapter that is the base with the adapter off; with an adapter from an earlier run, that adapter, of which
-frozen copies of the factors stand beside the trained ones. There is never a second base in memory, nor a merged copy.
+With a fresh adapter that is the base with the adapter off; with an adapter from an earlier run, that adapter, whose
+factors are kept as frozen copies. There is never a second base in memory, nor a merged copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 class Reference(torch.nn.Module):
-    """Made before the first step. TRL is given it as its reference model, so that it makes none of its own.
+    """Made before the first step. Passed to TRL as its reference model, so that it loads none of its own.
 
-    `fresh`: the adapter is a new one that changes nothing yet, and no rows of new tokens are trained. `as_base`: makes
-    what is trained besides parameters (correction biases of routers) the base's own again.
+    `fresh`: the adapter is a new one that changes nothing yet, and no rows of new tokens are trained. `as_base`:
+    restores the base's values of what is trained besides parameters (correction biases of routers).
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Reference(torch.nn.Module):
         # In a tuple, so that torch does not register the policy as a part of its reference.
         self._policy = (model,)
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if fresh else []
-        trained = [] if fresh else [each for each in model.parameters() if each.requires_grad]
+        trained = [] if fresh else [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._start = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     def forward(self, *_: Any, **__: Any) -> None:
@@ -38,7 +38,7 @@ class Reference(torch.nn.Module):
 
     @contextmanager
     def active(self) -> Iterator[PeftModel]:
-        """The model as the reference: as training found it, without dropout, checkpointing or gradient."""
+        """The model in its state before the first step, without dropout, checkpointing or gradient."""
         (model,) = self._policy
         training = model.training
         model.eval()
@@ -62,7 +62,7 @@ class Reference(torch.nn.Module):
 
     @contextmanager
     def _start_parameters(self) -> Iterator[None]:
-        """The parameters' storages are exchanged: no copy, and what the optimizer holds stays what it is."""
+        """Exchanges the parameters' storages: no copy, and the optimizer keeps the same parameters."""
         now = [parameter.data for parameter, _ in self._start]
         for parameter, start in self._start:
             parameter.data = start

@@ -1,9 +1,9 @@
 """Precomputed log-probabilities of the reference: `reference/` of the run folder.
 
-    made_from.json      what they were made from; another run's are refused
+    made_from.json      fingerprints of their inputs; with others the run stops
     train.0.jsonl       one line a pair, of the pairs that process 0 computed
 
-A line is on disk before the next batch is computed, so a killed run goes on at the pair where it stopped, also with
+A line is on disk before the next batch is computed, so a killed run continues at the pair where it stopped, also with
 another number of processes.
 """
 
@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -36,7 +37,7 @@ class ReferenceStore:
         self.folder, self.made_from = folder, dict(made_from)
 
     def open(self, is_main: bool) -> None:
-        """Begin, or go on with what a killed run left; RunError where that was made from something else."""
+        """Start a new store, or continue that of a killed run; RunError if it was made from something else."""
         path = self.folder / MADE_FROM
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -56,12 +57,12 @@ class ReferenceStore:
             write_json(path, self.made_from)
 
     def missing(self, split: str, pairs: Sequence[TokenPair]) -> list[int]:
-        """The pairs that are not there yet, in order."""
+        """Indices of the pairs without a value, in order."""
         there = self._lines(split)
         return [index for index in range(len(pairs)) if index not in there]
 
     def append(self, split: str, rank: int, lines: Iterable[tuple[int, TokenPair, float, float]]) -> None:
-        """Write (index, pair, chosen, rejected) of a batch and bring it to the disk; RunError where not finite."""
+        """Write (index, pair, chosen, rejected) of a batch and sync it to disk; RunError if a value is not finite."""
         path = self.folder / f"{split}.{rank}.jsonl"
         written = []
         for index, pair, *values in lines:
@@ -76,7 +77,7 @@ class ReferenceStore:
             os.fsync(file.fileno())
 
     def repair(self, split: str, rank: int) -> None:
-        """Take out the half line that a kill has left at the end of this process's file."""
+        """Remove the incomplete line that a kill left at the end of this process's file."""
         path = self.folder / f"{split}.{rank}.jsonl"
         if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
             write_text(path, text[: text.rfind("\n") + 1])
@@ -96,16 +97,16 @@ class ReferenceStore:
         return values
 
     def _lines(self, split: str) -> dict[int, tuple[int, list[float]]]:
-        found = {}
+        lines = {}
         for path in sorted(self.folder.glob(f"{split}.*.jsonl")):
             for number, line in enumerate(_whole_lines(path), start=1):
                 try:
                     value = json.loads(line)
-                    found[int(value["pair"])] = int(value["tokens"]), [float(each) for each in value["logps"]]
+                    lines[int(value["pair"])] = int(value["tokens"]), [float(logp) for logp in value["logps"]]
                 except (ValueError, KeyError, TypeError):
                     what, do = "not a line that a run has written", f"remove {self.folder}: it is computed again"
                     raise RunError(Problem(f"{path}:{number}", what, do, got=repr(line[:80]))) from None
-        return found
+        return lines
 
 
 def _whole_lines(path: Path) -> Iterator[str]:
@@ -122,7 +123,7 @@ def checksum(pair: TokenPair) -> int:
 
 
 def digest_of(pairs: Sequence[TokenPair]) -> str:
-    """A name for all pairs in their order."""
+    """SHA-256 of all pairs in their order."""
     digest = hashlib.sha256()
     for index in range(len(pairs)):
         digest.update(checksum(pairs[index]).to_bytes(4, "little"))
@@ -133,12 +134,17 @@ def compute_missing(
     store: ReferenceStore,
     split: str,
     pairs: Sequence[TokenPair],
+    missing: set[int],
     batches: Iterable[Sequence[Sequence[int]]],
     rank: int,
     logps: Callable[[Sequence[Sequence[int]]], Any],
 ) -> None:
-    """Compute and write this process's `batches` of rows of pair indices; `logps` gives `[B, 2]` for one of them."""
+    """Compute this process's `batches` of rows of pair indices and write the `missing` pairs.
+
+    `logps` gives `[B, 2]` for a batch. A batch of which some pairs are there already is computed as a whole: rounding
+    depends on what is computed together.
+    """
     store.repair(split, rank)
     for batch in batches:
-        indices, values = [index for row in batch for index in row], logps(batch).tolist()
-        store.append(split, rank, [(i, pairs[i], *each) for i, each in zip(indices, values, strict=True)])
+        values = zip(chain(*batch), logps(batch).tolist(), strict=True)
+        store.append(split, rank, [(index, pairs[index], *logp) for index, logp in values if index in missing])

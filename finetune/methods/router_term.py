@@ -22,7 +22,7 @@ STATE_FILE = "router_balance.json"
 class RouterTerm:
     """One model's routers over the optimizer steps, as the recipe's `router` section says.
 
-    Nothing waits for the device except `figures`, which is for logging, and what is for the end of a run.
+    Only `figures`, for logging, and what a run needs at its end or in a checkpoint wait for the device.
     """
 
     def __init__(self, model: Any, family: Family, settings: RouterSettings) -> None:

@@ -1,4 +1,4 @@
-"""How alike the routing is: of the policy and its reference, and of the two answers to a prompt."""
+"""How often policy and reference, and the two answers to a prompt, are routed to the same experts."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,11 +10,11 @@ from finetune.moe.router import Router, RouterRecord
 
 
 class RoutingOverlap:
-    """Shares of tokens with the same set of experts, since the last line. Waits for the device in `figures` alone."""
+    """Shares of tokens with the same set of experts, since the last line. Only `figures` waits for the device."""
 
     def __init__(self, routers: list[Router]) -> None:
         self.routers = routers
-        self._models = self._answers = self._nothing()
+        self._models = self._answers = self._zero()
 
     def compare_models(self, policy: RouterRecord, reference: RouterRecord, weight_T: torch.Tensor) -> None:
         """The same tokens in both."""
@@ -25,13 +25,13 @@ class RoutingOverlap:
         self._answers = self._answers + answer_overlap(record, inputs["answer_index"], inputs["answer_length"])
 
     def figures(self, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Means over layers; nothing where nothing was compared."""
-        found = {"router/same_as_reference": self._models, "router/same_in_both_answers": self._answers}
-        sums = torch.stack([torch.stack([each.same_L.mean(), each.tokens]) for each in found.values()])
-        self._models = self._answers = self._nothing()
+        """Means over layers; empty if nothing was compared."""
+        overlaps = {"router/same_as_reference": self._models, "router/same_in_both_answers": self._answers}
+        sums = torch.stack([torch.stack([overlap.same_L.mean(), overlap.tokens]) for overlap in overlaps.values()])
+        self._models = self._answers = self._zero()
         rows = sum_over_ranks(sums).tolist()
-        return {name: same / tokens for name, (same, tokens) in zip(found, rows, strict=True) if tokens}
+        return {name: same / tokens for name, (same, tokens) in zip(overlaps, rows, strict=True) if tokens}
 
-    def _nothing(self) -> Overlap:
+    def _zero(self) -> Overlap:
         zeros = torch.zeros(len(self.routers), device=self.routers[0].device)
         return Overlap(zeros, zeros.sum())

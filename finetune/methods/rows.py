@@ -1,4 +1,4 @@
-"""What a method makes of a recipe's data."""
+"""The prepared data of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from finetune.data import DataStats
 class MethodRows:
     """`train` and `eval` (None: no evaluation) as the trainer takes them, `collator` makes its batches.
 
-    `conversations` with `conversation_collator`: the same rows one conversation each, for what is measured before
-    there is an adapter. `remarks`: what there is to tell the user. `stats` by split.
+    `conversations` with `conversation_collator`: the same rows one conversation each, for measurements before
+    there is an adapter. `remarks`: lines for the user. `stats` by split.
     """
 
     train: Any

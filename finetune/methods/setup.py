@@ -1,4 +1,4 @@
-"""What every trainer is made from."""
+"""The arguments of every trainer."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +26,7 @@ class TrainerSetup:
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
-        """The routers of a mixture of experts, as the recipe balances them."""
+        """The router term of a mixture of experts, None for a dense model or without the section `router`."""
         if self.base.family.moe is None or self.recipe.router is None:
             return None
         return RouterTerm(self.model, self.base.family, self.recipe.router)
@@ -42,5 +42,5 @@ class TrainerSetup:
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,
             "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
-            "router_observers": [each.show_router for each in (router_load, *self.dashboards.callbacks)],
+            "router_observers": [callback.show_router for callback in (router_load, *self.dashboards.callbacks)],
         }

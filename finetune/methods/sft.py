@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import common_arguments, refuse_other_world
-from finetune.methods.steps import ExactSteps
+from finetune.methods.common import check_world_size, common_arguments
+from finetune.methods.steps import StepExactTrainer
 from finetune.recipe import Recipe
 
 
@@ -17,7 +18,7 @@ def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], 
     """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
     own = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     config = SFTConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    refuse_other_world(config, num_processes)
+    check_world_size(config, num_processes)
     return config
 
 
@@ -27,14 +28,15 @@ def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1)
 
 
-class MoeSftTrainer(ExactSteps, SFTTrainer):  # type: ignore[misc]
-    """TRL's SFTTrainer on rows tokenised by `finetune.data`.
+class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's SFTTrainer on rows tokenised by `finetune.data`, with a loss and figures of its own.
 
-    Adds to TRL what `ExactSteps` adds; cross entropy and balance term are logged apart, and the evaluation loss is the
-    mean over all supervised tokens.
+    TRL's `compute_loss` reads five values from the device in each micro-batch, for figures that are means of
+    micro-batch means. Here everything is a sum over tokens, and the evaluation loss is the mean over all of them.
     """
 
-    sums = ("ce", "tokens")  # in training the micro-batches' shares of a step's mean, in evaluation sums over tokens
+    # In training `ce` is the sum of the micro-batches' shares of a step's mean, in evaluation the sum over tokens.
+    sums = ("ce", "tokens", "top1", "entropy")
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """1 for each token, 0 for padding."""
@@ -44,28 +46,45 @@ class MoeSftTrainer(ExactSteps, SFTTrainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Cross entropy of the micro-batch, normalised by the step's supervised tokens, plus its share of the term."""
-        inputs.pop("rows")
         if not self.model.training:
-            return self._evaluation_loss(model, inputs, return_outputs)
+            return self._evaluation_loss(model, inputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
-            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self.count(ce=loss, tokens=loss.new_zeros(()))
-        return self.with_router_term(loss, record, inputs)
+            scores = _scores(model, inputs)
+        loss = -scores.log_probs.sum() / num_items_in_batch.clamp(min=1)
+        self._count(scores, loss)
+        return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
 
-    def _evaluation_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Cross entropy alone; also summed up, so that the reported value weighs every supervised token the same."""
         inputs["labels"][self.first_repeated(len(inputs["labels"])) :] = -100
-        result = super().compute_loss(model, inputs, return_outputs=return_outputs)
-        loss = result[0] if return_outputs else result
-        tokens = inputs["labels"][..., 1:].ne(-100).sum()
-        self.count(ce=loss.double() * tokens, tokens=tokens)
-        return result
+        scores = _scores(model, inputs)
+        ce = -scores.log_probs.double().sum()
+        self._count(scores, ce)
+        loss: torch.Tensor = ce / scores.label_mask.sum().clamp(min=1)
+        return loss
+
+    def _count(self, scores: FusedCausalLMOutput, ce: torch.Tensor) -> None:
+        tokens, top1 = scores.label_mask.sum(), scores.is_top1.sum()
+        self.count(ce=ce, tokens=tokens, top1=top1, entropy=scores.entropy.sum())
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
-        """The mean cross entropy of a step."""
-        return {"ce_loss": sums["ce"] / self.accelerator.num_processes / steps}
+        """The mean cross entropy of a step, and means over the supervised tokens of all steps."""
+        return {"ce_loss": sums["ce"] / steps, **_token_figures(sums), "num_tokens": self.num_tokens}
 
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
-        """The mean cross entropy of a supervised token."""
-        return {"loss": sums["ce"] / max(sums["tokens"], 1.0)}
+        """Means over the supervised tokens."""
+        return {"loss": sums["ce"] / max(sums["tokens"], 1.0), **_token_figures(sums)}
+
+
+def _scores(model: Any, inputs: Mapping[str, Any]) -> FusedCausalLMOutput:
+    """Log-probability, entropy and top-1 hit of each label from TRL's fused head, 0 where a label is -100."""
+    arguments = {name: value for name, value in inputs.items() if name != "rows"}
+    scores: FusedCausalLMOutput = model(**arguments, use_cache=False, fused_lm_head=True)
+    return scores
+
+
+def _token_figures(sums: dict[str, float]) -> dict[str, float]:
+    """TRL's names, as means over supervised tokens."""
+    tokens = max(sums["tokens"], 1.0)
+    return {"mean_token_accuracy": sums["top1"] / tokens, "entropy": sums["entropy"] / tokens}

@@ -11,7 +11,7 @@ from finetune.recipe import Recipe
 
 
 def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
-    """Training and held-out rows. One process of a machine makes them, the others find them in the cache."""
+    """Training and held-out rows. One process of a machine prepares them, the others read its cache."""
     data, tokenizer = recipe.data, base.tokenizer
     with PartialState().local_main_process_first():
         splits = {
@@ -24,14 +24,14 @@ def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
         train=splits["train"].dataset,
         eval=splits["eval"].dataset if "eval" in splits else None,
         collator=collator,
-        stats={name: each.stats for name, each in splits.items()},
+        stats={name: split.stats for name, split in splits.items()},
         conversations=splits["train"].dataset,
         conversation_collator=collator,
     )
 
 
 def make_trainer(setup: TrainerSetup) -> MoeSftTrainer:
-    """TRL's trainer, plus the router term."""
+    """The trainer for this recipe."""
     return MoeSftTrainer(
         args=sft_config(setup.recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
         **setup.arguments(),

@@ -1,4 +1,4 @@
-"""Before the first step the model is its reference: every reward is 0, or something is not what it should be."""
+"""Check before the first step that the policy equals its reference: every reward must be 0."""
 
 from collections.abc import Sequence
 
@@ -12,8 +12,8 @@ TOLERANCE = {torch.float32: 1e-4}
 LOW_PRECISION = 1e-2
 
 
-def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
-    """Raise RunError where the reward margin of a pair in these training rows is not 0; it says what differs.
+def check_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
+    """Raise RunError if the reward margin of a pair in these training rows is not 0; the message names the cause.
 
     The tolerance is 1e-4, and 1e-2 where the model computes in 16 bits.
     """
@@ -28,11 +28,11 @@ def refuse_other_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) ->
     names = ("ref_chosen_logps", "ref_rejected_logps")
     used_2B = live_2B if trainer.live else torch.cat([inputs[name] for name in names])
     tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
-    margin_B = _margin(trainer.beta * (policy_2B - used_2B))
+    margin_B = _margin(trainer.method.beta * (policy_2B - used_2B))
     worst = int(margin_B.abs().argmax())
     if margin_B.abs()[worst] <= tolerance:
         return
-    if _margin(trainer.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
+    if _margin(trainer.method.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
         differs = "the adapter: the one that is trained does not start as the reference's"
     else:
         differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"

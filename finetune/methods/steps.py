@@ -1,8 +1,8 @@
-"""What every method's trainer has in common: optimizer steps that are the same however they are cut.
+"""Base of every trainer: an optimizer step does not depend on how it is cut into micro-batches.
 
-`ExactSteps` goes before TRL's trainer among the base classes. It adds the router term in the scope of the optimizer
-step, figures that are exact over all ranks and micro-batches, a stop before a step that is not finite, and checkpoints
-that a resumed run continues bit for bit.
+`StepExactTrainer` goes before TRL's trainer among the base classes. It adds the router term in the scope of the
+optimizer step, figures that are exact over all ranks and micro-batches, a stop before a step that is not finite, and
+checkpoints that a resumed run continues bit for bit.
 """
 
 import json
@@ -22,22 +22,22 @@ from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.router_term import RouterTerm
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
-"""Is given the step and the load by layer and expert at each logged line, on the main process."""
+"""Called with the step and the load by layer and expert for each logged line, on the main process."""
 
 TOKENS_FILE = "num_tokens.json"
 
-# A trainer to the eye of a reader; at run time TRL's trainer comes after it.
+# For the type checker; at run time TRL's trainer follows in the method resolution order.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
-class ExactSteps(_Trainer):  # type: ignore[misc]
-    """Base of the trainers; a method says what it sums up (`sums`), how that reads (`figures`) and what a token is.
+class StepExactTrainer(_Trainer):  # type: ignore[misc]
+    """Base of the trainers; a method defines `sums`, the `figures` made of them, and the `weights` of tokens.
 
     LoRA weights stay in float32 (TRL casts those of a quantised model to bfloat16).
     """
 
     sums: tuple[str, ...]
-    """Names of what is summed up over micro-batches and ranks, in training and in evaluation."""
+    """Names of the sums over micro-batches and ranks, in training and in evaluation."""
 
     def __init__(
         self,
@@ -59,30 +59,31 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         # This rank's sums: over the steps since the last line, and over the running evaluation.
         self._window, self._eval_window = (self._zeros() for _ in range(2))
         self._window_steps = 0
+        self._tokens = torch.zeros((), dtype=torch.int64, device=self.args.device)  # of all steps of the run so far
         self.add_callback(_StepEnd(self))
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """How many tokens of the plain batch each place stands for, 0 for padding; flattened, `[T]`."""
+        """How many tokens of an unshared batch each position stands for, 0 for padding; flattened, `[T]`."""
         raise NotImplementedError
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
-        """What is logged of the sums over all ranks and `steps` optimizer steps."""
+        """The logged figures, from the sums over all ranks and `steps` optimizer steps."""
         raise NotImplementedError
 
     def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
-        """What an evaluation reports of its sums over all ranks; `loss` at least."""
+        """The figures of an evaluation, `loss` among them, from its sums over all ranks."""
         raise NotImplementedError
 
     def run_from(self, checkpoint: Path | None) -> None:
-        """Train to the last step; from a checkpoint also with the balance frequencies and the token count it left.
+        """Train to the last step, from a checkpoint if one is given, with its balance frequencies and token count.
 
-        Raises RunError where fewer steps were taken than the recipe says: what was saved would not be what was asked.
+        Raises RunError if fewer steps were taken than the recipe says.
         """
         if checkpoint is not None:
             check_same_factors(self.accelerator.unwrap_model(self.model), checkpoint)
         if checkpoint is None:
             self.train()
-        elif not self._take_over(checkpoint):
+        elif not self._load_own_state(checkpoint):
             self.train(resume_from_checkpoint=str(checkpoint))
         if self.state.global_step < self.state.max_steps:
             raise RunError(
@@ -94,14 +95,14 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
                 )
             )
 
-    def _take_over(self, checkpoint: Path) -> bool:
-        """Take over what transformers does not from a checkpoint; True if it is that of the last step."""
+    def _load_own_state(self, checkpoint: Path) -> bool:
+        """Load what transformers does not from a checkpoint; True if it is that of the last step."""
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         tokens = checkpoint / TOKENS_FILE
         if not tokens.is_file():
             do = "start anew in another output_dir"
             raise RunError(Problem(str(tokens), "the checkpoint does not say how many tokens came before it", do))
-        self._total_train_tokens = json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"]
+        self._tokens = torch.full_like(self._tokens, json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"])
         if self.router_term is not None:
             self.router_term.load(checkpoint)
         if state["global_step"] < state["max_steps"]:
@@ -121,9 +122,11 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""
+        tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
+        tokens = self.sum_over_ranks(tokens)
+        self._tokens = self._tokens + tokens
         if self.router_term is not None:
-            tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
-            self.router_term.begin_step(self.sum_over_ranks(tokens), self.will_log)
+            self.router_term.begin_step(tokens, self.will_log)
 
     @property
     def will_log(self) -> bool:
@@ -137,14 +140,14 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         window += torch.stack([values[name].detach().double().to(window.device) for name in self.sums])
 
     def with_router_term(self, loss: torch.Tensor, record: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The micro-batch's loss with its share of the term; remembered, so that a step that is not finite is named."""
+        """The micro-batch's loss with its share of the term; kept for the check of finite values."""
         if self.router_term is not None and record is not None:
             loss = self.router_term.add(loss, record, self.weights(inputs), self.accelerator.num_processes)
         self._step_losses.append(loss.detach())
         return loss
 
     def first_repeated(self, rows: int) -> int:
-        """How many of this rank's `rows` of an evaluation batch count: several processes fill up the last ones."""
+        """How many of this rank's `rows` of an evaluation batch count; the last may be repeats to fill all ranks."""
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
@@ -160,7 +163,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
         return output
 
     def end_step(self) -> None:
-        """Close the optimizer step over all of its micro-batches and ranks; waits for nothing."""
+        """Close the optimizer step over all of its micro-batches and ranks, without waiting for the device."""
         self._window_steps += 1
         if self.router_term is not None:
             self.router_term.end_step(self.sum_over_ranks)
@@ -174,21 +177,21 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
             if self.router_term is not None:
                 figures, load = self.router_term.figures()
                 logs |= figures
-                for look in self.router_observers if self.is_world_process_zero() else ():
-                    look(self.state.global_step, load)
+                for observe in self.router_observers if self.is_world_process_zero() else ():
+                    observe(self.state.global_step, load)
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
 
-        The only place in a step, logging aside, that waits for the device.
+        The only read of the device in a step by the trainer, apart from logging.
         """
         norm = super()._clip_grad_norm(model)
-        norm_value, *losses = torch.stack([each.float() for each in (norm.detach(), *self._step_losses)]).tolist()
+        norm_value, *losses = torch.stack([value.float() for value in (norm.detach(), *self._step_losses)]).tolist()
         for loss, rows in zip(losses, self._step_rows, strict=True):
             if not math.isfinite(loss):
                 raise self._not_finite("loss", loss, rows)
-        # In float16 the gradient scaler meets overflows as a matter of course and skips the step by itself.
+        # In float16 overflows are expected: the gradient scaler skips the step by itself.
         if self.accelerator.scaler is None and not math.isfinite(norm_value):
             raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
         return norm
@@ -209,13 +212,13 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
     @property
     def num_tokens(self) -> int:
         """Tokens of all steps of the run so far, over all ranks; may wait for the device."""
-        return int(self._total_train_tokens)
+        return int(self._tokens.item())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.is_world_process_zero():
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            # Not from the log, whose last line may be older than the checkpoint.
+            # Not from the log: its last line may be older than the checkpoint.
             write_json(folder / TOKENS_FILE, {"num_tokens": self.num_tokens})
             if self.router_term is not None:
                 self.router_term.save(folder)
@@ -231,7 +234,7 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
             del model.save_pretrained
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """As transformers', without the rows of added tokens: they stand for tokens, and 0 is no neutral token."""
+        """As transformers', without the rows of added tokens: weight decay would pull their embeddings to 0."""
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if ".trainable_tokens_delta." not in name]
 
@@ -248,9 +251,9 @@ class ExactSteps(_Trainer):  # type: ignore[misc]
 
 
 class _StepEnd(TrainerCallback):  # type: ignore[misc]
-    """Closes each optimizer step before anything of it is logged or saved; evaluates after the last one."""
+    """Closes each optimizer step before it is logged or saved; evaluates after the last one."""
 
-    def __init__(self, trainer: ExactSteps) -> None:
+    def __init__(self, trainer: StepExactTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

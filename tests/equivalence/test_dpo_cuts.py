@@ -107,15 +107,15 @@ def test_without_a_coefficient_the_loss_is_that_without_the_term_bit_for_bit(
 
 
 def test_the_evaluation_does_not_depend_on_its_batches(base: Path, pairs: Path, tmp_path: Path) -> None:
-    found = []
+    evaluations = []
     for size in (1, 8):
         settings = dpo_recipe(base, pairs, tmp_path / str(size), MIXED, per_device_train_batch_size=size)
         trainer, _ = dpo_trainer(settings)
         _train_a_little(trainer)
-        found.append(trainer.evaluate())
+        evaluations.append(trainer.evaluate())
     keys = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/rejected")
-    assert all(found[0][key] == pytest.approx(found[1][key], abs=1e-5) for key in keys)
-    assert found[0]["eval_rewards/margins"] != 0
+    assert all(evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5) for key in keys)
+    assert evaluations[0]["eval_rewards/margins"] != 0
 
 
 def _train_a_little(trainer: Any) -> None:
@@ -128,12 +128,12 @@ def _train_a_little(trainer: Any) -> None:
 
 def test_packed_pairs_are_the_same_pairs(base: Path, pairs: Path, tmp_path: Path) -> None:
     """An evaluation of all pairs, packed with and without sharing, and one by one."""
-    found = []
+    evaluations = []
     for name, packing, sharing in (("a", False, "off"), ("b", True, "auto"), ("c", True, "off")):
         method = {**MIXED, "prompt_sharing": sharing}
         trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path / name, method, data={"packing": packing}))
         _train_a_little(trainer)
-        found.append(trainer.evaluate())
-    for other in found[1:]:
+        evaluations.append(trainer.evaluate())
+    for other in evaluations[1:]:
         for key in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_entropy"):
-            assert other[key] == pytest.approx(found[0][key], abs=1e-5), key
+            assert other[key] == pytest.approx(evaluations[0][key], abs=1e-5), key

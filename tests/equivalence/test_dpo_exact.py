@@ -86,7 +86,9 @@ def test_loss_and_gradients_are_those_of_the_formula(
         pair = table[index]
         with torch.no_grad(), model.disable_adapter():
             reference = [sequence(model, pair.prompt_ids, *answer)[0] for answer in pair.answers]
-        (chosen, n_chosen), (rejected, n_rejected) = (sequence(model, pair.prompt_ids, *each) for each in pair.answers)
+        (chosen, n_chosen), (rejected, n_rejected) = (
+            sequence(model, pair.prompt_ids, *answer) for answer in pair.answers
+        )
         losses.append(pair_loss((chosen, reference[0]), (rejected, reference[1]), [n_chosen, n_rejected]))
         nll, tokens = nll - chosen, tokens + n_chosen
     loss = torch.stack(losses).mean() + sft * nll / tokens

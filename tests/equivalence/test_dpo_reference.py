@@ -8,7 +8,7 @@ import torch
 from finetune.base import read_base
 from finetune.errors import RunError
 from finetune.methods.dpo import MoeDpoTrainer
-from finetune.methods.start_check import refuse_other_start
+from finetune.methods.start_check import check_start
 from finetune.model import adapt, load_base, save_adapter
 from tests.equivalence.dpo_runs import dpo_recipe, dpo_run, dpo_trainer, write_pairs
 from tests.equivalence.sft_runs import assert_same_steps
@@ -53,12 +53,24 @@ def test_the_initial_adapter_is_start_and_reference(
 ) -> None:
     fresh = trainer_from(base, pairs, tmp_path / "fresh", None)
     continued = trainer_from(base, pairs, tmp_path / "continued", initial_adapter)
-    kept, before = (each.data_collator.reference["train"] for each in (continued, fresh))
+    kept, before = (trainer.data_collator.reference["train"] for trainer in (continued, fresh))
     assert abs(kept - before).max() > 0.1, "not the base"
     inputs = continued.batch_of("train", [[0], [1], [2]])
     torch.testing.assert_close(
         continued.reference_logps(inputs)[:3].cpu(), torch.tensor(kept[:3, 0]), atol=1e-5, rtol=0
     )
+
+
+def test_values_do_not_depend_on_where_a_killed_run_stopped(base: Path, pairs: Path, tmp_path: Path) -> None:
+    """Bit for bit: the batches are those of the whole split, also where a kill left a part of one."""
+    settings = dpo_recipe(base, pairs, tmp_path, per_device_train_batch_size=4)
+    uninterrupted = dpo_trainer(settings)[0].data_collator.reference["train"]
+    path = tmp_path / "reference" / "train.0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:6]) + lines[6][:10])
+    continued = dpo_trainer(settings)[0].data_collator.reference["train"]
+    assert (continued == uninterrupted).all()
+    assert path.read_text().splitlines(keepends=True) == lines
 
 
 @pytest.mark.parametrize("from_adapter", [False, True])
@@ -119,7 +131,7 @@ def test_a_model_that_does_not_start_as_its_reference_is_refused(
     trainer = trainer_from(base, pairs, tmp_path, None, reference=reference)
     disturb(trainer.model)
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     message = str(caught.value)
     assert f"{pairs}:" in message
     assert "before the first step this pair's reward margin is not 0 within 0.0001" in message
@@ -131,7 +143,7 @@ def test_kept_values_that_are_not_this_models_are_refused(base: Path, pairs: Pat
     trainer = trainer_from(base, pairs, tmp_path, None)
     trainer.data_collator.reference["train"][1, 0] += 0.01
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     assert f"{pairs}:2: before the first step" in str(caught.value)
     assert "what differs is the base: its log-probabilities are not those that were kept" in str(caught.value)
     assert "got -0.005" in str(caught.value)
@@ -142,6 +154,6 @@ def test_in_16_bits_a_margin_may_come_from_other_micro_batches(base: Path, pairs
     trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, model={"dtype": "bfloat16"}))
     trainer.data_collator.reference["train"][1, 0] += 0.1
     with pytest.raises(RunError) as caught:
-        refuse_other_start(trainer, [[0], [1]])
+        check_start(trainer, [[0], [1]])
     assert "(in 16 bits it is enough that they were computed in other micro-batches); got -0.0" in str(caught.value)
     assert "remove the folder reference/ of the run so that it is computed again" in str(caught.value)

@@ -24,6 +24,26 @@ def test_micro_batches_do_not_change_the_step(base: Path, rows: Path, tmp_path: 
     assert_same_steps(whole, run(recipe(base, rows, tmp_path, per_device_train_batch_size=size)))
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_token_figures_are_means_over_the_tokens_of_a_step(
+    base: Path, rows: Path, tmp_path: Path, whole: Steps, size: int
+) -> None:
+    """Not means of the means of micro-batches, in training and in evaluation."""
+    trainer, cut = trainer_for(recipe(base, rows, tmp_path, per_device_train_batch_size=size, with_eval=True))
+    trainer.train()
+    assert [log["num_tokens"] for log in cut.logs[:3]] == [log["num_tokens"] for log in whole.logs[:3]]
+    for key in ("mean_token_accuracy", "entropy"):
+        values = [log[key] for log in cut.logs[:3]]
+        assert values == pytest.approx([log[key] for log in whole.logs[:3]], abs=1e-5), key
+        assert values[2] > 0, key
+    evaluations = [trainer.evaluate()]
+    trainer.args.per_device_eval_batch_size = 8
+    evaluations.append(trainer.evaluate())
+    for key in ("eval_mean_token_accuracy", "eval_entropy"):
+        assert evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5), key
+        assert evaluations[0][key] > 0
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_does_not_change_the_step(
     base: Path, rows: Path, tmp_path: Path, whole: Steps, mode: str
@@ -72,7 +92,7 @@ def test_packed_rows_count_once_where_two_processes_are_filled_up(
     settings = recipe(base, rows, tmp_path, per_device_train_batch_size=2, with_eval=True, packing=True, max_length=64)
     trainer, _ = trainer_for(settings)
     trainer.eval_dataset = trainer.eval_dataset.select(range(5))
-    wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(2, dtype=torch.float64)
+    wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(len(trainer.sums), dtype=torch.float64)
     plain = DataLoader(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
     for rank in (0, 1):
         monkeypatch.setattr(Accelerator, "process_index", rank)

@@ -4,12 +4,11 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout, sharing_gain
+from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.data.tokens.pairs import TokenPair
 from finetune.methods.pair_scores import shared_prompt_mask
 from tests.unit.pairs import LAYOUTS, TOKENIZER, token_pair
@@ -102,15 +101,3 @@ def test_weights_count_the_tokens_of_all_documents(
     wanted = Counter((token, place) for ids, _, _ in documents(pairs, cells) for place, token in enumerate(ids))
     assert +counted == wanted
     assert batch["rows"] == [pairs[index].row for cell in cells for index in cell["pairs"]]
-
-
-@given(features())
-def test_the_gain_is_the_ratio_of_tokens(drawn: tuple[list[TokenPair], list[dict[str, Any]]]) -> None:
-    pairs, cells = drawn
-    real = {
-        layout: sum(
-            int((PairCollator(TOKENIZER, {"train": pairs}, layout)([cell])["weight"] > 0).sum()) for cell in cells
-        )
-        for layout in ("flat", "shared")
-    }
-    assert np.isclose(sharing_gain(pairs), real["flat"] / real["shared"])

@@ -22,10 +22,10 @@ def token_pair(prompt: int, chosen: int, rejected: int, seed: int) -> TokenPair:
     """Random ids; of an answer of three tokens or more the second is not supervised."""
     random = np.random.default_rng(seed)
     ids = [random.integers(4, 500, length, dtype=np.int32) for length in (prompt, chosen, rejected)]
-    labels = [each.copy() for each in ids[1:]]
-    for each in labels:
-        if len(each) > 2:
-            each[1] = -100
+    labels = [answer.copy() for answer in ids[1:]]
+    for answer in labels:
+        if len(answer) > 2:
+            answer[1] = -100
     return TokenPair(ids[0], ids[1], labels[0], ids[2], labels[1], f"pairs.jsonl:{seed}")
 
 
@@ -35,7 +35,7 @@ PACKED = [{"pairs": [0, 1], "split": "train"}, {"pairs": [2], "split": "train"}]
 
 
 def pair_batch(layout: PairLayout, pairs: list[TokenPair] = PAIRS, features: Any = PACKED) -> dict[str, Any]:
-    """A micro-batch; of all three pairs, two of them in one feature, unless told otherwise."""
+    """A micro-batch; of all three pairs by default, two of them in one feature."""
     return PairCollator(TOKENIZER, {"train": pairs}, layout)(features)
 
 
@@ -58,7 +58,7 @@ def scores_alone(model: Any, pairs: list[TokenPair] = PAIRS) -> torch.Tensor:
     for pair, (ids, labels) in zip([*pairs, *pairs], answers, strict=True):
         document = torch.tensor(np.concatenate([pair.prompt_ids, ids])).long()[None]
         logits = model(input_ids=document, use_cache=False).logits[0].log_softmax(-1)
-        row = logits.new_zeros(max(len(each) for each, _ in answers))
+        row = logits.new_zeros(max(len(ids) for ids, _ in answers))
         for number, label in enumerate(labels.tolist()):
             if label != -100:
                 row[number] = logits[len(pair.prompt_ids) - 1 + number, label]

@@ -117,5 +117,5 @@ def test_the_checksum_knows_labels_lengths_and_order() -> None:
     swapped = TokenPair(
         one.prompt_ids, one.rejected_ids, one.rejected_labels, one.chosen_ids, one.chosen_labels, one.row
     )
-    assert len({checksum(each) for each in (one, masked, swapped, PAIRS[1])}) == 4
+    assert len({checksum(pair) for pair in (one, masked, swapped, PAIRS[1])}) == 4
     assert digest_of(PAIRS) != digest_of(PAIRS[::-1])

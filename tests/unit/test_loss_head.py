@@ -34,19 +34,19 @@ def scores_and_gradients(model: Any, labels: torch.Tensor) -> tuple[Any, dict[st
     ids = torch.arange(10, 10 + labels.numel()).view_as(labels)
     output = model(input_ids=ids, labels=labels, fused_lm_head=True)
     (output.loss + 0.1 * output.entropy.sum()).backward()
-    return output, {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def test_tiles_that_fit_change_nothing(folder: Path) -> None:
     labels = torch.tensor([[-100, -100, 5, TILE, 7], [-100, 2 * TILE + 99, TILE - 1, -100, -100]])
     theirs, wanted = scores_and_gradients(with_head(folder, fitted=False), labels)
-    ours, found = scores_and_gradients(with_head(folder, fitted=True), labels)
+    ours, gradients = scores_and_gradients(with_head(folder, fitted=True), labels)
     for name in FIELDS:
         supervised = theirs.label_mask
         torch.testing.assert_close(ours[name][supervised], theirs[name][supervised], atol=1e-5, rtol=1e-5)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), abs=1e-6)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
