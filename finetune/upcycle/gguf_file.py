@@ -11,25 +11,13 @@ import numpy as np
 import torch
 
 from finetune.errors import Problem, WeightsError
-from finetune.upcycle.dense import EMBEDDING, FINAL_NORM, HEAD, DenseTensor
+from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes
 from finetune.upcycle.files import write_generation_config
 from finetune.upcycle.gguf_tokenizer import write_tokenizer
 from finetune.upcycle.huggingface import FLOATS
 
 ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs some ten bytes of scratch for each
-TOP_NAMES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Every `llama.*` key that is understood. Any other would change the arithmetic unseen, so it is refused.
+# Every `llama.*` key that is understood. Any other would silently change the computation, so it is an error.
 KNOWN_KEYS = {
     "block_count",
     "context_length",
@@ -57,7 +45,8 @@ class GgufSource:
         self.path = file
         self.metadata, reader = read_metadata(file)
         self.settings = read_settings(file, self.metadata)
-        self._infos = {hugging_face_name(info.name): info for info in reader.tensors}
+        stems = hugging_face_stems(self.settings)
+        self._infos = {hugging_face_name(info.name, stems): info for info in reader.tensors}
         self.settings["tie_word_embeddings"] = HEAD not in self._infos
         if EMBEDDING in self._infos:
             self.settings["vocab_size"] = int(self._infos[EMBEDDING].shape[1])
@@ -113,16 +102,19 @@ def undo_rope_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def hugging_face_name(name: str) -> str:
-    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; an unknown name stays, to be refused so."""
+def hugging_face_stems(settings: dict[str, Any]) -> dict[str, str]:
+    """`blk.3.ffn_up` -> `model.layers.3.mlp.up_proj` for every tensor of the model, from llama.cpp's own table."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
+    names = [name.removesuffix(".weight") for name in dense_shapes(settings | {"tie_word_embeddings": False})]
+    return {table.get_name(name): name for name in names}
+
+
+def hugging_face_name(name: str, stems: dict[str, str]) -> str:
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; an unknown name stays as it is and fails later."""
     stem, dot, kind = name.rpartition(".")
-    if kind == "weight" and stem in TOP_NAMES:
-        return TOP_NAMES[stem]
-    if stem.startswith("blk."):
-        number, _, part = stem.removeprefix("blk.").partition(".")
-        if part in LAYER_NAMES:
-            return f"model.layers.{number}.{LAYER_NAMES[part]}{dot}{kind}"
-    return name
+    return f"{stems.get(stem, stem)}{dot}{kind}"
 
 
 def read_metadata(file: Path) -> tuple[dict[str, Any], Any]:
