@@ -10,9 +10,9 @@ from finetune.checkpoint import new_folder, require_free_disk, write_sums
 from finetune.errors import Problem, RecipeError
 from finetune.files import write_json
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
-from finetune.upcycle.source import open_source, packaged_gguf
+from finetune.upcycle.source import open_source
 
-__all__ = ["Options", "Report", "packaged_gguf", "upcycle"]
+__all__ = ["Options", "Report", "upcycle"]
 
 # config, tokenizer and templates; the largest tokenizers are some 30 MB
 COMPANION_BYTES = 64 * 2**20
