@@ -143,7 +143,6 @@ _ALL = (
             disk_expert="mlp.experts.{name}",
             disk_router="mlp.router.weight",
             transposed=True,
-            interleaved=True,
             biases=True,
         ),
         limits=("published in MXFP4: give a bfloat16 copy",),

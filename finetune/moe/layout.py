@@ -34,7 +34,6 @@ class MoeLayout:
     router_weight: str = "weight"  # parameter [E, H] below router_module
     shared: tuple[str, ...] = ()  # linear modules of the experts that see every token; the same names on disk
     transposed: bool = False  # stacks are [E, in, out], in memory and on disk
-    interleaved: bool = False  # gate and up alternate along the output axis instead of following one another
     biases: bool = False  # experts have biases `<stack>_bias [E, out]`, which are neither quantised nor adapted
     scores: Literal["softmax", "sigmoid"] = "softmax"  # what the router makes of its logits
     correction_bias: str | None = None  # tensor of E values added to the scores for the choice only (DeepSeek-V3)

@@ -21,11 +21,6 @@ class Overlap:
     def __add__(self, other: "Overlap") -> "Overlap":
         return Overlap(self.same_L + other.same_L, self.tokens + other.tokens)
 
-    @property
-    def shares(self) -> torch.Tensor:
-        """Share of tokens with equal sets, by layer `[L]`; NaN where nothing was compared."""
-        return self.same_L / self.tokens
-
 
 def policy_overlap(policy: RouterRecord, reference: RouterRecord, weight_T: torch.Tensor) -> Overlap:
     """Policy against reference on the same batch; `weight_T`: how often each token counts, 0 for padding."""

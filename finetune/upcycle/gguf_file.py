@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes
 from finetune.upcycle.files import write_generation_config
 from finetune.upcycle.gguf_tokenizer import write_tokenizer
-from finetune.upcycle.huggingface import FLOATS
 
 ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs some ten bytes of scratch for each
 # Every `llama.*` key that is understood. Any other would silently change the computation, so it is an error.
@@ -64,7 +64,7 @@ class GgufSource:
         info, announced = self._infos[name], self.tensors[name]
         rows, columns = math.prod(announced.shape[:-1]), announced.shape[-1]
         row_bytes = info.n_bytes // rows
-        weight = torch.empty(rows, columns, dtype=FLOATS[announced.dtype])
+        weight = torch.empty(rows, columns, dtype=TORCH_DTYPES[announced.dtype])
         step = max(1, ROWS_ELEMENTS // columns)
         with self.path.open("rb") as stream:
             stream.seek(info.data_offset)

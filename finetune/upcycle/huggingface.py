@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor
 from finetune.upcycle.files import write_generation_config
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F32", "F16", "BF16")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 COMPANIONS = (
     *TOKENIZERS,
@@ -84,7 +85,7 @@ class HuggingFaceSource:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, converted if a dtype was asked for."""
-        return self._reader.read(name).to(FLOATS[self.tensors[name].dtype])
+        return self._reader.read(name).to(TORCH_DTYPES[self.tensors[name].dtype])
 
     def write_companions(self, folder: Path) -> None:
         """Copy tokenizer and template files as they are; the generation config too, or make it from config.json."""

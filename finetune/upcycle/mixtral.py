@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointWriter, TensorSpec
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.families import FAMILIES, MoeLayout
@@ -64,7 +65,7 @@ def write_config(folder: Path, source: DenseSource, options: Options) -> None:
 
 
 def _torch_name(dtype: str) -> str:
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
 def _layout() -> MoeLayout:
@@ -133,7 +134,7 @@ def perturb(weight: torch.Tensor, noise: float, seed: int, key: str) -> torch.Te
 def _router(spec: TensorSpec, seed: int) -> torch.Tensor:
     """A router `[num_experts, hidden_size]`. Never zero: that would send every token to the first `top_k` experts."""
     router_EH = _normal(spec.shape, seed, f"router {spec.key}").mul_(ROUTER_STD)
-    return router_EH.to(getattr(torch, _torch_name(spec.dtype)))
+    return router_EH.to(TORCH_DTYPES[spec.dtype])
 
 
 def _normal(shape: tuple[int, ...], seed: int, stream: str) -> torch.Tensor:
