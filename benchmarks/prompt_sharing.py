@@ -3,7 +3,7 @@
 p tokens of a prompt, c of each answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.harness import Bar, Timings, interleaved
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout, sharing_gain
+from finetune.data.tokens.pair_batches import PairCollator, PairLayout
 from finetune.data.tokens.pairs import TokenPair
 from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.pair_scores import score_pairs
@@ -90,6 +90,16 @@ def sharing_arms(model: Any, case: SharingCase, attention: str = "sdpa") -> dict
     for scores in results.values():
         torch.testing.assert_close(scores, results["padded"], atol=1e-4, rtol=1e-4)
     return arms
+
+
+def sharing_gain(pairs: Iterable[TokenPair]) -> float:
+    """Tokens of all documents, over those that are left where every pair shares its prompt."""
+    plain = shared = 0
+    for pair in pairs:
+        answers = len(pair.chosen_ids) + len(pair.rejected_ids)
+        plain += 2 * len(pair.prompt_ids) + answers
+        shared += len(pair.prompt_ids) + 1 + answers
+    return plain / max(shared, 1)
 
 
 def sharing_bars(case: SharingCase, timings: Timings) -> list[Bar]:

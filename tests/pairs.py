@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
-from finetune.data import PreparedPairs, TokenPair, prepare_pairs
+from finetune.data import DataStats, PairTable, TokenPair, prepare_pair_mixture
 from finetune.data.render import IGNORED
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
@@ -19,6 +21,25 @@ LONG = {
     "chosen": "turn on the kitchen light and set the timer to ten minutes",
     "rejected": "turn on the kitchen light and set the timer",
 }
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """`dataset` as `PairMixture.dataset` says. `stats` counts pairs as rows and the tokens of both their
+    conversations."""
+
+    table: PairTable
+    dataset: Dataset
+    stats: DataStats
+
+
+def prepare_pairs(
+    sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings, seed: int, share_prompts: bool
+) -> PreparedPairs:
+    """As `prepare`, for rows of two answers to one prompt; `share_prompts` says what a pair takes when packed."""
+    mixture = prepare_pair_mixture(sources, tokenizer, settings, seed)
+    dataset = mixture.dataset(settings, share_prompts)
+    return PreparedPairs(mixture.table, dataset, mixture.stats(len(dataset)))
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:

@@ -9,12 +9,10 @@ from finetune.data.tokens import (
     PairMixture,
     PairTable,
     Prepared,
-    PreparedPairs,
     TokenPair,
     prepare,
     prepare_mixture,
     prepare_pair_mixture,
-    prepare_pairs,
 )
 from finetune.data.types import Conversation, Message
 
@@ -27,12 +25,10 @@ __all__ = [
     "PairMixture",
     "PairTable",
     "Prepared",
-    "PreparedPairs",
     "TokenPair",
     "load_tokenizer",
     "prepare",
     "prepare_mixture",
     "prepare_pair_mixture",
-    "prepare_pairs",
     "read_conversations",
 ]

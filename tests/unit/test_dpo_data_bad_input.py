@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from finetune.data import prepare, prepare_pairs
+from finetune.data import prepare
 from finetune.data.render import Renderer, Rendering
 from finetune.data.rows import RowError
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
-from tests.pairs import LONG, SHORT, prepared, refusal, write_rows
+from tests.pairs import LONG, SHORT, prepare_pairs, prepared, refusal, write_rows
 from tests.support import CHATML, tiny_tokenizer
 
 REMOVE = "remove the row: it says nothing about what is better"

@@ -10,9 +10,9 @@ import yaml
 
 from finetune.check import Report, Style, gather, lines
 from finetune.check.page import page
-from finetune.data import prepare_pairs
 from finetune.model import recipe_tokenizer
 from finetune.recipe import Recipe, load_recipe
+from tests.pairs import prepare_pairs
 from tests.real_tokenizers import mistral_tokenizer
 from tests.support import CHATML, save_tiny_mixtral
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.data import prepare, prepare_pair_mixture, prepare_pairs
+from finetune.data import prepare, prepare_pair_mixture
 from finetune.data.render import IGNORED, read_template
 from finetune.data.tokens.cache import cache_folder
 from finetune.recipe import DataSettings, DataSource
-from tests.pairs import LONG, SHORT, pair_settings, prepared, supervised, texts, write_rows
+from tests.pairs import LONG, SHORT, pair_settings, prepare_pairs, prepared, supervised, texts, write_rows
 from tests.real_tokenizers import mistral_tokenizer, smollm2_tokenizer
 from tests.support import tiny_tokenizer
 

@@ -4,10 +4,8 @@ from finetune.data.tokens.collate import Collator
 from finetune.data.tokens.pairs import (
     PairMixture,
     PairTable,
-    PreparedPairs,
     TokenPair,
     prepare_pair_mixture,
-    prepare_pairs,
 )
 from finetune.data.tokens.prepare import Mixture, Prepared, prepare, prepare_mixture
 from finetune.data.tokens.rows import RowSet
@@ -20,7 +18,6 @@ __all__ = [
     "PairMixture",
     "PairTable",
     "Prepared",
-    "PreparedPairs",
     "RowSet",
     "RowStats",
     "SetStats",
@@ -28,5 +25,4 @@ __all__ = [
     "prepare",
     "prepare_mixture",
     "prepare_pair_mixture",
-    "prepare_pairs",
 ]

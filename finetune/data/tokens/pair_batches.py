@@ -4,7 +4,7 @@ B pairs, W tokens of the longest answer, T tokens of the longest row. A pair's d
 answer and its prompt with the rejected one.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -107,16 +107,6 @@ class PairCollator:
             batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
         named = [(feature["split"], index) for feature in features for index in feature["pairs"]]
         return {**batch, "pairs": named, "rows": [pair.row for pair in chain(*groups)]}
-
-
-def sharing_gain(pairs: Iterable[TokenPair]) -> float:
-    """Tokens of all documents, over those that are left where every pair shares its prompt."""
-    plain = shared = 0
-    for pair in pairs:
-        answers = len(pair.chosen_ids) + len(pair.rejected_ids)
-        plain += 2 * len(pair.prompt_ids) + answers
-        shared += len(pair.prompt_ids) + 1 + answers
-    return plain / max(shared, 1)
 
 
 def _document(pair: TokenPair, answer: tuple[Ints, Ints], document: int, branch: int) -> _Stretch:

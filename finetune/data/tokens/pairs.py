@@ -15,7 +15,6 @@ from finetune.data.tokens.kinds import PAIRED_ROWS
 from finetune.data.tokens.mixture import Indices
 from finetune.data.tokens.packing import Bins, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
-from finetune.data.tokens.stats import DataStats
 from finetune.data.tokens.table import PAIRS, TokenTable
 from finetune.recipe import DataSettings, DataSource
 
@@ -107,28 +106,9 @@ class PairMixture(Mixture):
         return Dataset.from_dict({"pairs": pairs, "length": np.add.reduceat(places[bins.rows], ends[:-1])})
 
 
-@dataclass(frozen=True)
-class PreparedPairs:
-    """`dataset` as `PairMixture.dataset` says. `stats` counts pairs as rows and the tokens of both their
-    conversations."""
-
-    table: PairTable
-    dataset: Dataset
-    stats: DataStats
-
-
 def capacity(settings: DataSettings) -> int:
     """Places of a packed sequence of pairs: any pair fits whose conversations fit `max_length`."""
     return 2 * settings.max_length
-
-
-def prepare_pairs(
-    sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings, seed: int, share_prompts: bool
-) -> PreparedPairs:
-    """As `prepare`, for rows of two answers to one prompt; `share_prompts` says what a pair takes when packed."""
-    mixture = prepare_pair_mixture(sources, tokenizer, settings, seed)
-    dataset = mixture.dataset(settings, share_prompts)
-    return PreparedPairs(mixture.table, dataset, mixture.stats(len(dataset)))
 
 
 def prepare_pair_mixture(
@@ -138,7 +118,7 @@ def prepare_pair_mixture(
     seed: int,
     max_problems: int = MAX_PROBLEMS,
 ) -> PairMixture:
-    """The first part of `prepare_pairs`: every pair is read and judged, and those that are used are chosen."""
+    """Read and check every pair, and choose those that are used."""
     if settings.loss_on != "assistant" or settings.overlong == "split":
         raise ValueError("the loss of a pair is on its answers, and a pair is not split")
     mixture = prepare_mixture(sources, tokenizer, settings, seed, max_problems, PAIRED_ROWS)
