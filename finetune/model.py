@@ -26,12 +26,12 @@ from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import add_adapter
-from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
-from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
+from finetune.moe.quantizer import MoeNf4Config, check_weights
+from finetune.moe.rehearsal import check_quantization, differences, rehearse
 from finetune.moe.router_bias import BIAS_FILE, require_biases, save_biases
 from finetune.moe.stored import is_stored
-from finetune.moe.targets import lora_config, refuse_absent
-from finetune.moe.vocabulary import grow_vocabulary, refuse_outside
+from finetune.moe.targets import check_targets, lora_config
+from finetune.moe.vocabulary import check_vocabulary, grow_vocabulary
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
@@ -73,7 +73,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """The checkpoint's architecture; refused where recipe and checkpoint do not fit it. Reads headers, no weights."""
     reader = CheckpointReader(folder)
     family = config_family(folder, recipe, partial(_refuse_targets, reader))
-    refuse_quantized(reader, recipe.model.load_in_4bit)
+    check_quantization(reader, recipe.model.load_in_4bit)
     rehearse(reader, family.transformers_class(), recipe.model.load_in_4bit, **_options(recipe.model))
     return family
 
@@ -126,7 +126,7 @@ def _refuse_targets(reader: CheckpointReader, family: Family, recipe: Recipe) ->
     """What is to be adapted must be there."""
     lora_config(recipe.lora, family)
     on_disk = [key.removesuffix(".weight") for key in reader.keys]  # of linear modules the same names as in the model
-    refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
+    check_targets(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
 
 
 def _refuse_packing(family: Family, recipe: Recipe) -> None:
@@ -179,7 +179,7 @@ def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
     tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template, settings.added_tokens, settings.eos_token)
     new_tokens = added_ids(tokenizer, settings.added_tokens)
     rows = int(read_json(folder / "config.json")["vocab_size"])
-    refuse_outside(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
+    check_vocabulary(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
     return tokenizer, new_tokens
 
 
@@ -204,7 +204,7 @@ def load_base(folder: Path, settings: ModelSettings, new_tokens: Sequence[int] =
     )
     if problems := differences(str(folder), report):
         raise WeightsError(problems)
-    refuse_damaged(model, settings.load_in_4bit, str(folder))
+    check_weights(model, settings.load_in_4bit, str(folder))
     grow_vocabulary(model, new_tokens)
     model.config.use_cache = False
     return model

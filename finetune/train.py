@@ -95,7 +95,7 @@ def _refuse_data_parallel(state: Any) -> None:
 
 def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
     """The run folder, made or continued; refused where another run lies there."""
-    from finetune.run import RunFolder, refuse_other_recipe
+    from finetune.run import RunFolder, check_same_recipe
 
     run = RunFolder(Path(recipe.output_dir))
     resume = recipe.training.resume_from_checkpoint
@@ -103,7 +103,7 @@ def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
         print(f"the earlier run in {run.path} is kept as {kept}")
     state.wait_for_everyone()
     if resume:
-        refuse_other_recipe(run, recipe)
+        check_same_recipe(run, recipe)
     return run
 
 
@@ -120,10 +120,10 @@ def _earlier_adapter(recipe: Recipe, base: dict[str, Any], tokenizer: Any) -> "E
 
 def _refuse_changed_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
     """A run is continued on the rows that it began with."""
-    from finetune.run import refuse_other_rows
+    from finetune.run import check_same_rows
 
     if recipe.training.resume_from_checkpoint:
-        refuse_other_rows(run, {split: each.as_dict() for split, each in rows.stats.items()})
+        check_same_rows(run, {split: each.as_dict() for split, each in rows.stats.items()})
 
 
 def _load(

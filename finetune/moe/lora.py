@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from finetune.errors import Problem, WeightsError
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.families import family_of
-from finetune.moe.targets import attach, lora_config, refuse_absent
+from finetune.moe.targets import attach, check_targets, lora_config
 from finetune.moe.vocabulary import complete_head, vocabulary_modules
 from finetune.recipe import LoraSettings
 
@@ -81,7 +81,7 @@ def add_adapter(model: Any, lora: LoraSettings, new_tokens: Sequence[int] = ()) 
     config = lora_config(lora, family)
     if new_tokens:
         config.trainable_token_indices = {name: list(new_tokens) for name in vocabulary_modules(model)}
-    refuse_absent(lora.targets, family, [name for name, _ in model.named_modules()])
+    check_targets(lora.targets, family, [name for name, _ in model.named_modules()])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with warnings.catch_warnings():

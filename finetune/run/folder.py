@@ -88,11 +88,11 @@ class RunFolder:
         elif self.adapter.is_dir():
             kept = keep_aside(self.path.resolve())
         elif self.path.exists():
-            self._refuse_contents()
+            self._check_contents()
         self.path.mkdir(parents=True, exist_ok=True)
         return kept
 
-    def _refuse_contents(self) -> None:
+    def _check_contents(self) -> None:
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         run = sorted(name for name in names if name == "metrics.jsonl" or name.startswith("checkpoint-"))
         if run:

@@ -22,7 +22,7 @@ _FREE = (
 )
 
 
-def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
+def check_same_recipe(run: RunFolder, recipe: Recipe) -> None:
     """Raise RunError with every setting in which `recipe` is not the one that made the run in this folder.
 
     Optimizer and schedule come from the checkpoint: a changed learning rate, say, would be recorded but not used.
@@ -44,7 +44,7 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def refuse_other_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
+def check_same_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
     """Raise RunError with every data set whose rows are not those that the run in this folder began with.
 
     `rows` are the counts of each split, as in the audit.

@@ -1,6 +1,6 @@
-"""A dense source in one GGUF file: metadata -> settings, tensor names and row order -> Hugging Face's.
+"""A dense source in one GGUF file: converts metadata, tensor names and row order to Hugging Face's.
 
-Only the header is memory-mapped; tensor bytes are read with plain file reads and dequantised a few rows at a time.
+Only the header is memory-mapped; tensors are read with plain file reads and dequantised a few rows at a time.
 """
 
 import math
@@ -16,7 +16,7 @@ from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes
 from finetune.upcycle.files import write_generation_config
 from finetune.upcycle.gguf_tokenizer import write_tokenizer
 
-ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs some ten bytes of scratch for each
+ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs about ten bytes of scratch memory each
 # Every `llama.*` key that is understood. Any other would silently change the computation, so it is an error.
 KNOWN_KEYS = {
     "block_count",
@@ -61,10 +61,10 @@ class GgufSource:
         """One tensor, dequantised, its rows in Hugging Face's order."""
         from gguf import dequantize
 
-        info, announced = self._infos[name], self.tensors[name]
-        rows, columns = math.prod(announced.shape[:-1]), announced.shape[-1]
+        info, tensor = self._infos[name], self.tensors[name]
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
         row_bytes = info.n_bytes // rows
-        weight = torch.empty(rows, columns, dtype=TORCH_DTYPES[announced.dtype])
+        weight = torch.empty(rows, columns, dtype=TORCH_DTYPES[tensor.dtype])
         step = max(1, ROWS_ELEMENTS // columns)
         with self.path.open("rb") as stream:
             stream.seek(info.data_offset)
@@ -76,7 +76,7 @@ class GgufSource:
         heads = self._rotary_heads(name)
         if heads:
             weight = undo_rope_permutation(weight, heads)
-        return weight.reshape(announced.shape)
+        return weight.reshape(tensor.shape)
 
     def _rotary_heads(self, name: str) -> int | None:
         if name.endswith("self_attn.q_proj.weight"):
@@ -144,7 +144,7 @@ def _value(key: str, field: Any) -> Any:
 
 
 def read_settings(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The MixtralConfig fields that GGUF metadata fix. Raises WeightsError for what Mixtral cannot express."""
+    """The MixtralConfig fields that GGUF metadata fix. Raises WeightsError for anything Mixtral cannot express."""
     kind = metadata.get("general.architecture")
     if kind != "llama":
         do = "use a Llama or Mistral model (GGUF calls both llama)"
