@@ -29,21 +29,21 @@ def find_biases(model: torch.nn.Module, moe: MoeLayout) -> dict[str, torch.Tenso
 
     They are float32 afterwards: in 16 bits a step of 0.001 would be lost on a bias of 1.
     """
-    found = {}
+    biases = {}
     for name, (module, attribute) in _places(model, moe).items():
-        found[name] = getattr(module, attribute)
-        found[name].data = found[name].data.float()
-    return found
+        biases[name] = getattr(module, attribute)
+        biases[name].data = biases[name].data.float()
+    return biases
 
 
 def _places(model: torch.nn.Module, moe: MoeLayout) -> dict[str, tuple[torch.nn.Module, str]]:
     """Module and attribute of each bias by its name. A buffer is another tensor after `model.to(...)`."""
-    found = {}
+    places = {}
     for name in [name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named]:
         if moe.correction_bias is not None and clean_name(name).endswith(f".{moe.correction_bias}"):
             path, _, attribute = name.rpartition(".")
-            found[clean_name(name)] = (model.get_submodule(path), attribute)
-    return found
+            places[clean_name(name)] = (model.get_submodule(path), attribute)
+    return places
 
 
 def require_biases(family: Family, rate: float) -> MoeLayout:
