@@ -17,10 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.packaged_gguf import packaged_gguf
 from finetune.evaluate import load_table
 from finetune.files import write_json
 from finetune.run import keep_aside
-from finetune.upcycle import packaged_gguf
 
 MODEL = Path("models/quickstart-moe")
 RECIPE = Path("recipes/quickstart/sft-qlora.yaml")

@@ -22,8 +22,8 @@ from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.rehearsal import rehearse
 from finetune.moe.router_bias import require_biases
-from finetune.moe.targets import lora_config, refuse_absent
-from finetune.moe.vocabulary import refuse_outside
+from finetune.moe.targets import check_targets, lora_config
+from finetune.moe.vocabulary import check_vocabulary
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
@@ -153,7 +153,7 @@ def _check_targets(reader: CheckpointReader, family: Family, recipe: Recipe) -> 
     """The modules that `lora.targets` names must exist."""
     lora_config(recipe.lora, family)
     on_disk = [key.removesuffix(".weight") for key in reader.keys]  # linear modules have the same names as in the model
-    refuse_absent(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
+    check_targets(set(recipe.lora.targets) & set(FRIENDLY_TARGETS), family, on_disk)
 
 
 def _check_packing(family: Family, recipe: Recipe) -> None:
@@ -206,5 +206,5 @@ def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
     tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template, settings.added_tokens, settings.eos_token)
     new_tokens = added_ids(tokenizer, settings.added_tokens)
     rows = int(read_json(folder / "config.json")["vocab_size"])
-    refuse_outside(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
+    check_vocabulary(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
     return tokenizer, new_tokens

@@ -1,4 +1,4 @@
-"""Floor 6: held-out exact match by greedy generation, and the routers' load on the same rows.
+"""Held-out exact match by greedy generation, and router load on the same rows.
 
 finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/quickstart/evaluation.json
 """
@@ -25,7 +25,7 @@ from finetune.moe.families import Family, MoeLayout, family_of
 from finetune.moe.router import capture, find_routers
 from finetune.moe.stored import is_stored
 
-SPARE_TOKENS = 8  # generated beyond the longest reference answer, so that one which does not stop is seen not to
+SPARE_TOKENS = 8  # generated beyond the longest reference answer, to notice answers that do not stop
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Row:
 
     @property
     def exact(self) -> bool:
-        """Whether the answer is the reference, white space around it aside."""
+        """Whether the answer equals the reference, ignoring surrounding white space."""
         return self.answer.strip() == self.reference.strip()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result. `exact_match` in percent by group (`all` is every row); `load`: share of the top-k choices that each
-    expert of each layer got, rows sum to 1, on the tokens of the prompts; None for a dense model."""
+    """The result. `exact_match` in percent by group (`all` is every row); `load`: each
+    expert's share of its layer's top-k choices on the prompt tokens (rows sum to 1); None for a dense model."""
 
     model: str
     data: str
@@ -115,7 +115,7 @@ def _load_model(folder: Path, family: Family, config: dict[str, Any], dtype: str
 def _prompts(
     tokenizer: Any, rows: list[tuple[int, dict[str, Any], Conversation]], path: str, system: System
 ) -> list[str]:
-    """What the model is given: all turns before the last answer, with the generation prompt."""
+    """The model's inputs: all turns before the last answer, with the generation prompt."""
     template = ChatTemplate(tokenizer, "the model's chat template", system)
     prompts, problems = [], Problems()
     for line, _, conversation in rows:
@@ -149,7 +149,7 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: in
         ids = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            # Not the checkpoint's own settings: a repetition penalty, say, would make it another measure.
+            # Not the checkpoint's own settings: a repetition penalty, for example, would change the metric.
             generation_config=GenerationConfig(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,

@@ -20,7 +20,7 @@ from finetune.moe.esft.adapter import keep_chosen
 from finetune.moe.esft.choice import ExpertChoice
 from finetune.moe.families import Family
 from finetune.moe.lora import add_adapter
-from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
+from finetune.moe.quantizer import MoeNf4Config, check_weights
 from finetune.moe.rehearsal import differences
 from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.moe.stored import is_stored
@@ -47,7 +47,7 @@ def load_base(base: Base, settings: ModelSettings) -> Any:
     )
     if problems := differences(str(base.folder), report):
         raise WeightsError(problems)
-    refuse_damaged(model, settings.load_in_4bit, str(base.folder))
+    check_weights(model, settings.load_in_4bit, str(base.folder))
     grow_vocabulary(model, base.new_tokens)
     model.config.use_cache = False
     return model

@@ -93,7 +93,7 @@ def _check_single_gpu(state: Any) -> None:
 
 def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
     """The run folder, new or continued. Raises RunError where it belongs to a run of another recipe."""
-    from finetune.run import RunFolder, refuse_other_recipe
+    from finetune.run import RunFolder, check_same_recipe
 
     run = RunFolder(Path(recipe.output_dir))
     resume = recipe.training.resume_from_checkpoint
@@ -101,7 +101,7 @@ def _open_run(recipe: Recipe, state: Any) -> "RunFolder":
         print(f"the earlier run in {run.path} is kept as {kept}")
     state.wait_for_everyone()
     if resume:
-        refuse_other_recipe(run, recipe)
+        check_same_recipe(run, recipe)
     return run
 
 
@@ -118,10 +118,10 @@ def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
 
 def _check_same_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
     """A resumed run needs the rows that it began with."""
-    from finetune.run import refuse_other_rows
+    from finetune.run import check_same_rows
 
     if recipe.training.resume_from_checkpoint:
-        refuse_other_rows(run, rows.counts())
+        check_same_rows(run, rows.counts())
 
 
 def _load(

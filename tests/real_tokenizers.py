@@ -15,10 +15,10 @@ from tokenizers import AddedToken
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
+from benchmarks.packaged_gguf import packaged_gguf
 from finetune.data.render import LossOn, Renderer, System, read_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import WeightsError
-from finetune.upcycle import packaged_gguf
 from finetune.upcycle.gguf_file import read_metadata
 from finetune.upcycle.gguf_tokenizer import write_tokenizer
 

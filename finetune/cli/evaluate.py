@@ -8,7 +8,7 @@ from finetune.recipe.row_formats import CONVERSATION_FORMATS
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("evaluate", help="held-out exact match by greedy generation, and the routers' load")
+    parser = subparsers.add_parser("evaluate", help="held-out exact match by greedy generation, and router load")
     parser.add_argument("model", type=Path, help="folder of a full checkpoint")
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of held-out rows")
     parser.add_argument("--format", default="messages", choices=CONVERSATION_FORMATS)
@@ -18,7 +18,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--system",
         default="error",
         choices=("error", "merge_into_first_user"),
-        help="data.system of the recipe: a system message that the chat template refuses",
+        help="data.system of the recipe: how to treat a system message that the chat template rejects",
     )
     parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")
     parser.set_defaults(run=run)

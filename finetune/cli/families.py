@@ -1,4 +1,4 @@
-"""`finetune families`: which architectures are supported, how far, and which are refused for what reason."""
+"""`finetune families`: list the supported architectures with their limits, and the unsupported ones with reasons."""
 
 import argparse
 
@@ -10,7 +10,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the table that the program and its tests work with."""
+    """Print the table of architectures."""
     from finetune.moe.listing import families_table
 
     print(families_table())

@@ -1,4 +1,4 @@
-"""`finetune train RECIPE [key.path=value ...]`: check the recipe, then become `accelerate launch -m finetune.train`."""
+"""`finetune train RECIPE [key.path=value ...]`: check the recipe, then exec `accelerate launch -m finetune.train`."""
 
 import argparse
 import os
@@ -9,26 +9,26 @@ from pathlib import Path
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("train", help="train as a recipe says")
+    parser = subparsers.add_parser("train", help="train a model from a recipe")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
     parser.add_argument(
         "--config_file",
         type=_existing_file,
         metavar="FILE",
-        help="accelerate's description of the machine, such as accelerate_configs/multi_gpu.yaml (default: the one "
-        "that `accelerate config` has written, else one process on the first GPU, or on the CPU)",
+        help="accelerate config of the machine, such as accelerate_configs/multi_gpu.yaml (default: the one written by "
+        "`accelerate config`, else one process on the first GPU, or on the CPU)",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does not return: the launcher takes this process's place, and so its signals and its exit code."""
+    """Does not return: the launcher replaces this process, so it gets its signals and sets its exit code."""
     from finetune.recipe import load_recipe
 
     load_recipe(args.recipe, args.overrides)
     flags, changes = launch_flags(args.config_file, os.environ)
-    # --quiet: no second traceback of the launcher's own below that of the run.
+    # --quiet: without a second traceback from the launcher.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *flags]
     command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
     sys.stdout.flush()
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
 def launch_flags(config_file: Path | None, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
     """Flags for `accelerate launch`, and environment variables to change.
 
-    Without any config accelerate would guess, warn, and give the CPU one thread; and with one process on a machine of
-    several GPUs the trainer would turn to DataParallel. So all is said, and that process sees its first GPU only.
+    Without a config accelerate guesses, warns, and gives the CPU one thread; and with one process on a machine with
+    several GPUs the trainer uses DataParallel. So every flag is set, and the process sees the first GPU only.
     """
     if config_file is not None:
         return ["--config_file", str(config_file)], {}
@@ -53,14 +53,14 @@ def launch_flags(config_file: Path | None, environment: Mapping[str, str]) -> tu
 
 
 def default_config_files(environment: Mapping[str, str]) -> list[Path]:
-    """Where accelerate looks for its default config; told here because importing accelerate imports torch."""
+    """Paths of accelerate's default config; repeated here because importing accelerate imports torch."""
     cache = environment.get("XDG_CACHE_HOME", "~/.cache")
     home = Path(environment.get("HF_HOME", f"{cache}/huggingface")).expanduser()
     return [home / "accelerate" / f"default_config.{suffix}" for suffix in ("yaml", "json")]
 
 
 def _cores() -> int:
-    """Physical cores that this process may use; two threads on one core only slow matrix products down."""
+    """Physical cores that this process may use; two threads on one core slow matrix products down."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -1,4 +1,4 @@
-"""`finetune upcycle SOURCE OUT`: a dense Llama or Mistral model becomes a Mixture-of-Experts (Mixtral) model."""
+"""`finetune upcycle SOURCE OUT`: turn a dense Llama or Mistral model into a Mixture-of-Experts (Mixtral) model."""
 
 import argparse
 import re
@@ -14,13 +14,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "upcycle",
         help="turn a dense Llama or Mistral model into a Mixtral with equal experts",
         description="Copy the MLP of a dense Llama or Mistral model into N experts (sparse upcycling, "
-        "arXiv 2212.05055). Without noise the result's logits equal the dense model's. Memory stays at a few tensors, "
-        "not the model.",
+        "arXiv 2212.05055). Without noise the result's logits equal the dense model's. Only a few tensors are "
+        "in memory at a time.",
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="Hugging Face folder, or .gguf file")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the Mixtral checkpoint")
-    parser.add_argument("--num-experts", type=int, required=True, metavar="N", help="experts of each layer, 2 or more")
-    parser.add_argument("--top-k", type=int, required=True, metavar="K", help="experts that each token goes to, 1 to N")
+    parser.add_argument(
+        "--num-experts", type=int, required=True, metavar="N", help="number of experts per layer, 2 or more"
+    )
+    parser.add_argument("--top-k", type=int, required=True, metavar="K", help="number of experts per token, 1 to N")
     parser.add_argument(
         "--noise",
         type=float,
@@ -29,14 +31,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="add Gaussian noise of X times each matrix's own standard deviation to every expert matrix and router, "
         "independently, so that experts differ; the logits then differ from the dense model's (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="seed of routers and noise (default: 42)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: the source's; for GGUF bfloat16)")
+    parser.add_argument("--seed", type=int, default=42, help="seed for routers and noise (default: 42)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the result (default: the source's; for GGUF bfloat16)"
+    )
     parser.add_argument(
         "--max-shard-size",
         type=size,
         default=2 * 2**30,
         metavar="SIZE",
-        help="largest weight file: bytes, or with a unit, such as 500MB or 2GiB (default: 2GiB)",
+        help="maximum size of a weight file: bytes, or with a unit, such as 500MB or 2GiB (default: 2GiB)",
     )
     parser.set_defaults(run=run)
 

@@ -1,6 +1,6 @@
-"""The audit: what is stored in how many bits, what is adapted, what is trained; and where that differs from the recipe.
+"""The audit: how parameters are stored, adapted and trained, and where that differs from the recipe.
 
-Counts what stands in memory, never what a configuration says should stand there.
+It counts the parameters in memory, never what a configuration says.
 """
 
 import re
@@ -30,11 +30,11 @@ class PartAudit:
     weights: dict[str, str] = field(default_factory=dict)  # matrix or stack -> format it is stored in
     vectors: Counter[str] = field(default_factory=Counter)  # format -> number of norms and biases
     adaptable: set[str] = field(default_factory=set)  # the weights that `lora.targets` can name
-    unknown: list[str] = field(default_factory=list)  # linear modules of which the table says nothing
+    unknown: list[str] = field(default_factory=list)  # linear modules that the table of architectures does not name
     ranks: dict[str, int] = field(default_factory=dict)  # adapted weight -> LoRA rank
-    rows: int = 0  # of the embedding or the head that are trained: those of added tokens
+    rows: int = 0  # trained rows of embedding or head: those of added tokens
     trained: int = 0
-    base_trained: int = 0  # parameters of the base itself that would be trained: must stay 0
+    base_trained: int = 0  # trained parameters of the base: must stay 0
 
     @property
     def stored_as(self) -> dict[str, int]:
@@ -90,7 +90,7 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
 
 
 def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
-    """Matrices and stacks, as against norms, biases (also those of each expert) and what corrects a router's scores."""
+    """Whether it is a matrix or stack, not a norm, a bias (of experts too) or a router's correction bias."""
     moe, part = family.moe, family.part(name)
     if moe is not None and part == "router":
         return name.endswith(f".{moe.router_parameter}")
@@ -102,7 +102,7 @@ def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
 def differences(
     parts: dict[str, PartAudit], lora: LoraSettings, load_in_4bit: bool, dtype: str, added_tokens: int = 0
 ) -> list[Problem]:
-    """Every point in which the loaded model is not what the recipe says; empty when it is."""
+    """Every difference between the loaded model and the recipe."""
     problems = []
     for part in parts.values():
         weight_format = "nf4" if load_in_4bit and part.part in QUANTIZED_PARTS else dtype
@@ -129,20 +129,20 @@ def differences(
 def _format_problems(part: PartAudit, weight_format: str, dtype: str) -> list[Problem]:
     """Matrices and stacks must be stored as `weight_format`; vectors (norms, biases) stay in `dtype`.
 
-    Routers and vectors may be in float32 under any recipe: some architectures want theirs so, and nothing is lost.
+    Routers and vectors may be in float32 under any recipe: some architectures require it, and no precision is lost.
     """
     matrices = {weight_format, "float32"} if part.part == "router" else {weight_format}
     wrong = Counter(stored for stored in part.weights.values() if stored not in matrices)
     wrong += Counter({stored: count for stored, count in part.vectors.items() if stored not in (dtype, "float32")})
     if not wrong:
         return []
-    found = ", ".join(f"{count} tensors in {stored}" for stored, count in sorted(wrong.items()))
+    formats = ", ".join(f"{count} tensors in {stored}" for stored, count in sorted(wrong.items()))
     return [
         Problem(
             f"audit: {part.part}",
             f"the recipe asks for {weight_format}",
             "set model.load_in_4bit and model.dtype to what you want stored",
-            got=found,
+            got=formats,
         )
     ]
 
@@ -161,7 +161,7 @@ def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
             )
         )
     rank = lora.expert_r or lora.r if part.part == "experts" else lora.r
-    wrong = sorted({found for found in part.ranks.values() if found != rank})
+    wrong = sorted({adapted_rank for adapted_rank in part.ranks.values() if adapted_rank != rank})
     if wrong:
         problems.append(
             Problem(f"audit: {part.part}", f"the recipe says rank {rank}", "report this", got=f"rank {wrong}")
@@ -170,7 +170,7 @@ def _adapter_problems(part: PartAudit, lora: LoraSettings) -> list[Problem]:
 
 
 def _row_problems(part: PartAudit, added_tokens: int) -> list[Problem]:
-    """Rows are trained in the embedding, and in a head with a weight of its own, one for each added token."""
+    """The embedding, and an untied head, train one row per added token."""
     wanted = added_tokens if part.part in ("embeddings", "head") and part.parameters else 0
     if part.rows == wanted:
         return []
@@ -214,7 +214,7 @@ def _is_lora(name: str) -> bool:
 
 
 def _are_rows(name: str) -> bool:
-    """Whether a parameter is the rows of added tokens, which PEFT keeps apart."""
+    """Whether a parameter holds the rows of added tokens, which PEFT keeps separately."""
     return ".trainable_tokens_delta." in name
 
 

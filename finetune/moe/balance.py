@@ -1,17 +1,18 @@
-"""The balance term and the z-loss, exact in every cut of an optimizer step, and what they say of the load.
+"""Balance term and z-loss, exact for any split of an optimizer step into micro-batches and ranks, and load figures.
 
 The term is `E * sum_e f_e P_e` per layer, averaged over layers (Switch Transformer, arXiv 2101.03961, counted as in
 transformers: balanced scores `top_k`). `f_e` is the share of the real tokens whose top-k holds expert e, `P_e` the mean
 router score: the softmax of the logits, or for sigmoid routers `s_e / sum s` (DeepSeek-V3, arXiv 2412.19437, eq. 18).
 The z-loss is the mean over tokens and layers of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, eq. 5).
 
-`P` and the z-loss are sums over tokens, normalised by the real tokens of the whole step; `f` has no gradient. What `f`
-is taken from decides whether the term depends on how a step's batch is cut into micro-batches and ranks:
+`P` and the z-loss are sums over tokens, normalised by the real tokens of the whole step; `f` has no gradient. The
+source of `f` decides whether the term depends on how a step is split into micro-batches and ranks:
 
-- step: from all of the previous optimizer step (uniform before the first). The term is linear in the tokens, and
-  value and gradient are the same in every cut; compare global-batch balancing, arXiv 2501.11873.
+- step: from all of the previous optimizer step (uniform before the first). The term is linear in the tokens, so
+  value and gradient do not depend on the split; compare global-batch balancing, arXiv 2501.11873.
 - micro_batch: from the micro-batch itself, the classic form. The term of a step is the mean of its micro-batches'
-  terms, each weighted by its share of the step's real tokens: the strength does not depend on the cut, the value does.
+  terms, each weighted by its share of the step's real tokens: the strength does not depend on the split, but
+  the value does.
 
 Pooled, as transformers counts, `f` and `P` are averaged over layers before they are multiplied: layers that collapsed
 onto different experts then score the optimum. Otherwise each layer counts alone.
@@ -35,7 +36,7 @@ Scores = Literal["softmax", "sigmoid"]
 def balance_value(frequency_LE: torch.Tensor, probability_LE: torch.Tensor, pooled: bool = False) -> torch.Tensor:
     """`mean_l E * sum_e f_le P_le`: `top_k` when balanced, up to E when one expert takes all. Scalar."""
     if pooled:
-        frequency_LE, probability_LE = (each.mean(0, keepdim=True) for each in (frequency_LE, probability_LE))
+        frequency_LE, probability_LE = (values_LE.mean(0, keepdim=True) for values_LE in (frequency_LE, probability_LE))
     return frequency_LE.shape[-1] * (frequency_LE * probability_LE).sum(-1).mean()
 
 
@@ -46,11 +47,11 @@ class TokenSums:
     probability_LE: torch.Tensor  # router scores that sum to 1 for each token; with gradient
     count_LE: torch.Tensor  # tokens whose top-k holds the expert
     z_L: torch.Tensor  # logsumexp(logits)^2; with gradient
-    changed_L: torch.Tensor  # tokens whose top-k is not the base router's; 0 where that was not asked for
+    changed_L: torch.Tensor  # tokens whose top-k is not the base router's; 0 if not requested
     finite_L: torch.Tensor  # whether every logit is finite, padding included
 
     def packed(self) -> torch.Tensor:
-        """All that is summed over a step in one tensor `[L, 2 E + 2]`, without gradient."""
+        """All sums of a step in one tensor `[L, 2 E + 2]`, without gradient."""
         columns = (self.probability_LE, self.count_LE, self.z_L.unsqueeze(-1), self.changed_L.unsqueeze(-1))
         return torch.cat(columns, -1).detach()
 
@@ -60,13 +61,13 @@ def token_sums(record: RouterRecord, real_T: torch.Tensor, scores: Scores = "sof
     weight_T = real_T.to(torch.float32)
     probability, count, z, finite = [], [], [], []
     for logits_TE, index_TK in zip(record.logits, record.indices, strict=True):
-        # Checkpointed: the backward keeps the logits, which live anyway, and no float32 copies of them.
+        # Checkpointed: the backward keeps the logits, which are in memory anyway, instead of float32 copies.
         sums = checkpoint(_score_sums, logits_TE, weight_T, scores, use_reentrant=False, preserve_rng_state=False)
         probability.append(sums[0])
         z.append(sums[1])
         count.append(_choices(index_TK, logits_TE.shape[-1], weight_T))
         finite.append(torch.isfinite(logits_TE.detach()).all())
-    changed = [(each_T * weight_T).sum() for each_T in record.changed] or [torch.zeros_like(each) for each in z]
+    changed = [(changed_T * weight_T).sum() for changed_T in record.changed] or [torch.zeros_like(z_sum) for z_sum in z]
     return TokenSums(*map(torch.stack, (probability, count, z, changed, finite)))
 
 
@@ -86,7 +87,7 @@ def _choices(index_TK: torch.Tensor, num_experts: int, weight_T: torch.Tensor) -
 
 @dataclass(frozen=True)
 class StepFigures:
-    """One closed optimizer step, over all ranks and micro-batches; tensors on the device."""
+    """One finished optimizer step, over all ranks and micro-batches; tensors on the device."""
 
     value: torch.Tensor  # the balance value of the step's own f and P: `top_k` when balanced
     z: torch.Tensor  # mean of logsumexp^2
@@ -95,9 +96,9 @@ class StepFigures:
 
 
 class StepBalance:
-    """The terms over optimizer steps: frequencies of the last step, sums of the running one.
+    """The terms over optimizer steps: frequencies of the previous step, sums of the current one.
 
-    Nothing here waits for the device. The state that a resumed run needs is `frequency_LE`.
+    No host sync. A resumed run needs `frequency_LE`.
     """
 
     def __init__(
@@ -120,9 +121,8 @@ class StepBalance:
         self._sums = torch.zeros_like(self._sums)
 
     def terms(self, sums: TokenSums, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """This micro-batch's shares of the balance term and of the z-loss, with gradient; `tokens`: its real ones.
-
-        The shares of a step sum up to its value.
+        """This micro-batch's shares of the balance term and of the z-loss, with gradient; `tokens`: its real
+        tokens. The shares of a step add up to its value.
         """
         self._sums = self._sums + sums.packed()
         frequency_LE = sums.count_LE / tokens.clamp_min(1.0) if self.own_frequencies else self.frequency_LE
@@ -130,7 +130,7 @@ class StepBalance:
         return balance, sums.z_L.mean() / self._step_tokens
 
     def end_step(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> StepFigures:
-        """Close the step; `all_reduce` sums a tensor over all ranks."""
+        """Finish the step; `all_reduce` sums a tensor over all ranks."""
         total = all_reduce(self._sums)
         experts = self.frequency_LE.shape[-1]
         mean = total / self._step_tokens
@@ -143,7 +143,7 @@ class StepBalance:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step depends on, as plain numbers (JSON)."""
+        """State for the next step, as plain numbers (JSON)."""
         return {"frequency": self.frequency_LE.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,11 +1,11 @@
-"""Non-reentrant activation checkpointing that keeps the forward's routing, and, if asked, what is dear to recompute.
+"""Non-reentrant activation checkpointing that keeps the routing, and optionally the results of expensive ops.
 
 Routing decisions are kept and replayed in both modes (`finetune.moe.routing_decisions`):
 
-- `full`: everything else of a layer is computed again in the backward.
-- `selective`: the results of matrix products (4-bit linear layers included) and of attention are kept as well, and of
-  the experts what their backward needs; norms, activations, rotations, the second product of an adapter and the like
-  are computed again.
+- `full`: everything else of a layer is recomputed in the backward.
+- `selective`: the results of matrix products (4-bit linear layers included) and attention are kept as well, and the
+  tensors that the experts' backward needs; norms, activations, rotary embeddings, the second product of an adapter and
+  similar operations are recomputed.
 
 torch's own selective checkpointing counts the calls of every operation, so that it cannot leave out a part of the
 recompute, as the experts do here. Reentrant checkpointing is never used: it leaves the balance term without a gradient
@@ -29,8 +29,8 @@ Recomputation = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})
-_CHEAP_TERMS = 64  # a product that sums up no more terms costs less than keeping it: that of an adapter's B
-DEAR_OPERATIONS = frozenset(
+_CHEAP_TERMS = 64  # a product with an inner dimension up to this is cheaper to recompute than to keep (an adapter's B)
+SAVED_OPS = frozenset(
     {
         *_PRODUCTS,
         torch.ops.bitsandbytes.gemm_4bit.default,
@@ -43,12 +43,12 @@ DEAR_OPERATIONS = frozenset(
 
 
 class Kept:
-    """What one checkpointed block keeps of its forward, in the order in which it was made."""
+    """The values that one checkpointed block keeps from its forward, in the order in which they were computed."""
 
     def __init__(self, keeps_experts: bool) -> None:
         self.keeps_experts = keeps_experts
         self.replaying = False
-        self.paused = False  # while the experts run, who keep their own
+        self.paused = False  # True while the experts run, which save their own tensors
         self._values: list[Any] = []
         self._position = 0
 
@@ -59,7 +59,7 @@ class Kept:
     def once(self, make: Callable[[], Any]) -> Any:
         """The value of `make`, which is called in the forward only.
 
-        Its tensors are kept without a copy, so a later change in place is an error.
+        Its tensors are kept without a copy, so changing them in place later is an error.
         """
         if not self.replaying:
             value = make()
@@ -68,7 +68,7 @@ class Kept:
         value, versions = self._values[self._position]
         self._position += 1
         if _versions(value) != versions:
-            raise RuntimeError("what checkpointing keeps was changed in place; use gradient_checkpointing: none")
+            raise RuntimeError("a tensor kept by checkpointing was changed in place; use gradient_checkpointing: none")
         return _detached(value)
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -79,7 +79,7 @@ class Kept:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Run operations of which nothing is kept."""
+        """Run operations whose results are not kept."""
         self.paused = True
         try:
             yield
@@ -99,9 +99,9 @@ def kept_values() -> Kept | None:
 class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs the forward (or the recompute) of one block with what it keeps."""
 
-    def __init__(self, kept: Kept, dear: frozenset[Any], replaying: bool) -> None:
+    def __init__(self, kept: Kept, saved_ops: frozenset[Any], replaying: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.kept, self.dear, self.replaying = kept, dear, replaying
+        self.kept, self.saved_ops, self.replaying = kept, saved_ops, replaying
 
     def __enter__(self) -> "_Checkpointed":
         self.kept.start(self.replaying)
@@ -121,9 +121,9 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return run()
         if (axis := decision_axis(func, args, kwargs or {})) is not None:
             return self._decide(run, args[0], axis)
-        # What a linear layer returns is its product seen in another shape, with versions of its own.
-        is_seen = func is _aten._unsafe_view.default and self.kept.holds(args[0])
-        return self.kept.once(run) if is_seen or (func in self.dear and not _is_cheap(func, args)) else run()
+        # A linear layer returns a view of its product in another shape, with a version counter of its own.
+        is_view = func is _aten._unsafe_view.default and self.kept.holds(args[0])
+        return self.kept.once(run) if is_view or (func in self.saved_ops and not _is_cheap(func, args)) else run()
 
     def _decide(self, run: Callable[[], Any], scores: torch.Tensor, axis: int) -> Any:
         """The forward's decision; its values anew, as callers may change them in place."""
@@ -144,19 +144,19 @@ def _versions(value: Any) -> list[int]:
 def _detached(value: Any) -> Any:
     """The same memory and versions without the graph.
 
-    Autograd gives what is returned a history; kept with it, a layer would hold itself by way of its graph, and a
-    forward that no backward follows would never be freed.
+    Autograd gives the returned value a history; kept with it, a layer would reference itself through its graph, and a
+    forward without a backward would never be freed.
     """
     # Below autograd a view has its own version, unless this key does its work (as in torch's own checkpointing).
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
-def kept_routing(keep_dear: bool = False) -> tuple[_Checkpointed, _Checkpointed]:
-    """The pair of contexts (forward, recompute) of one block; `keep_dear`: with the results that are dear to make."""
-    kept = Kept(keeps_experts=keep_dear)
-    dear = DEAR_OPERATIONS if keep_dear else frozenset()
-    return _Checkpointed(kept, dear, replaying=False), _Checkpointed(kept, dear, replaying=True)
+def kept_routing(save_expensive: bool = False) -> tuple[_Checkpointed, _Checkpointed]:
+    """The contexts (forward, recompute) of one block; `save_expensive`: also keep the results of `SAVED_OPS`."""
+    kept = Kept(keeps_experts=save_expensive)
+    saved_ops = SAVED_OPS if save_expensive else frozenset()
+    return _Checkpointed(kept, saved_ops, replaying=False), _Checkpointed(kept, saved_ops, replaying=True)
 
 
 def enable_checkpointing(model: Any, mode: Recomputation) -> None:
@@ -164,5 +164,5 @@ def enable_checkpointing(model: Any, mode: Recomputation) -> None:
     if mode == "none":
         model.activation_checkpointing_disable()
         return
-    contexts = partial(kept_routing, keep_dear=mode == "selective")
+    contexts = partial(kept_routing, save_expensive=mode == "selective")
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})

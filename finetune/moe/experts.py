@@ -17,7 +17,7 @@ from finetune.moe.checkpointing import kept_values
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.engine.function import ExpertsCall, run_experts
 from finetune.moe.engine.gates import gate_of
-from finetune.moe.engine.rows import Chunk, Cut, GroupedChunk, Projection, loop_chunks
+from finetune.moe.engine.rows import Chunk, ChunkSize, GroupedChunk, Projection, loop_chunks
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
@@ -29,7 +29,7 @@ def experts_forward(
     """Output `[T, H]` of the selected experts, weighted and summed.
 
     `module` holds the frozen stacks `gate_up_proj [E, 2I, H]` (or `up_proj [E, I, H]` without a gate) and
-    `down_proj [E, H, I]`, 4-bit or dense, transposed where it says so, and their biases; `hidden_states [T, H]`,
+    `down_proj [E, H, I]`, 4-bit or dense, transposed if `is_transposed`, and their biases; `hidden_states [T, H]`,
     `top_k_index` and `top_k_weights [T, K]`. An index of E means "no expert" (expert parallelism). One host sync, none
     where grouped products exist.
     """
@@ -40,8 +40,8 @@ def experts_forward(
     down = _projection(module, "down_proj", x_TH.dtype, grouped)
 
     def sort_rows() -> tuple[torch.Tensor, Sequence[Chunk]]:
-        cut = None if grouped else Cut.for_columns(up.out_features, x_TH.is_cuda)
-        return _sort_rows(top_k_index, module.num_experts, cut)
+        size = None if grouped else ChunkSize.for_columns(up.out_features, x_TH.is_cuda)
+        return _sort_rows(top_k_index, module.num_experts, size)
 
     order_R, chunks = sort_rows() if kept is None else kept.once(sort_rows)
     dropout = any(factors.dropout for factors in up.factors + down.factors)
@@ -59,21 +59,23 @@ def experts_forward(
 
 
 def _compute_cast(hidden_states: torch.Tensor) -> torch.Tensor:
-    """The tokens in the dtype of the computation: autocast's, or their own."""
+    """The tokens in the compute dtype: autocast's, or their own."""
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type):
         return hidden_states.to(torch.get_autocast_dtype(device_type))
     return hidden_states
 
 
-def _sort_rows(index_TK: torch.Tensor, num_experts: int, cut: Cut | None) -> tuple[torch.Tensor, Sequence[Chunk]]:
-    """The rows (token * K + choice) sorted by expert; cut for a loop (a sync), or one chunk for grouped products."""
+def _sort_rows(
+    index_TK: torch.Tensor, num_experts: int, size: ChunkSize | None
+) -> tuple[torch.Tensor, Sequence[Chunk]]:
+    """The rows (token * K + choice) sorted by expert: chunks of `size` for a loop (a sync), else one grouped chunk."""
     expert_R, order_R = index_TK.reshape(-1).sort(stable=True)
     past_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=expert_R.device), right=True)
     top_k = index_TK.shape[-1]
-    if cut is None:
+    if size is None:
         return order_R, [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
-    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k, cut)
+    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k, size)
 
 
 def _grouped_products(x: torch.Tensor) -> bool:

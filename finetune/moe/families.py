@@ -1,7 +1,7 @@
-"""Where each architecture keeps its attention, experts and router, in the loaded model and on disk: one table.
+"""The table of supported architectures: names of attention, experts and router, in the loaded model and on disk.
 
 The engine, the targets of an adapter, 4-bit loading, the audit, the merge, `finetune families` and the tests all read
-it; no code here or there asks for an architecture by name. Names of the model are as transformers 5 builds it, names
+it; no other code checks for an architecture by name. Names of the model are as transformers 5 builds it, names
 on disk those of published checkpoints (transformers' `conversion_mapping.py` turns one into the other).
 """
 
@@ -51,7 +51,7 @@ def _qwen(
     disk_correction_bias: str | None = None,
     router_weight: str = "weight",
 ) -> MoeLayout:
-    """Qwen's names, which most architectures took over: the same in the model and on disk but for the stacks."""
+    """Qwen's names, which most architectures use: the same in the model and on disk except for the stacks."""
     return MoeLayout(
         experts_module="mlp.experts",
         router_module="mlp.gate",
@@ -143,7 +143,6 @@ _ALL = (
             disk_expert="mlp.experts.{name}",
             disk_router="mlp.router.weight",
             transposed=True,
-            interleaved=True,
             biases=True,
         ),
         limits=("published in MXFP4: give a bfloat16 copy",),

@@ -1,12 +1,12 @@
-"""What the table of architectures says of each: its parts by name, in the loaded model and on disk."""
+"""Schema of the table of architectures: names of the parts, in the loaded model and on disk."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Part = Literal["attention", "experts", "router", "mlp", "shared_experts", "other"]
 
-# What 4-bit loading stores in 4 bits. All else stays as it is, routers and gates above all: one row of a router decides
-# where a token goes, and costs nothing to keep.
+# Parts stored in 4 bits by 4-bit loading. Everything else keeps its type, above all the routers: they decide where
+# tokens go, and are small.
 QUANTIZED_PARTS: frozenset[Part] = frozenset({"attention", "experts", "mlp", "shared_experts"})
 
 
@@ -24,7 +24,7 @@ class ExpertStack:
 
 @dataclass(frozen=True)
 class MoeLayout:
-    """What a decoder layer with experts holds. All names are relative to it (`model.layers.N.`)."""
+    """Names in a decoder layer with experts, relative to it (`model.layers.N.`)."""
 
     experts_module: str  # module that holds the stacks
     router_module: str  # module that returns (logits [T, E], weights [T, K], chosen experts [T, K])
@@ -34,9 +34,8 @@ class MoeLayout:
     router_weight: str = "weight"  # parameter [E, H] below router_module
     shared: tuple[str, ...] = ()  # linear modules of the experts that see every token; the same names on disk
     transposed: bool = False  # stacks are [E, in, out], in memory and on disk
-    interleaved: bool = False  # gate and up alternate along the output axis instead of following one another
     biases: bool = False  # experts have biases `<stack>_bias [E, out]`, which are neither quantised nor adapted
-    scores: Literal["softmax", "sigmoid"] = "softmax"  # what the router makes of its logits
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # how the router turns logits into scores
     correction_bias: str | None = None  # tensor of E values added to the scores for the choice only (DeepSeek-V3)
     disk_correction_bias: str | None = None  # its name on disk
 
@@ -53,17 +52,17 @@ class MoeLayout:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture (`config.model_type`). A name fits a module whose path is it or ends in a dot and it."""
+    """One architecture (`config.model_type`). A name matches a module whose path equals it or ends in `.name`."""
 
     model_type: str
     attention: tuple[str, ...]  # linear modules; not every checkpoint has all of them
     dense_mlp: tuple[str, ...]  # linear modules of a layer without experts; empty where every layer has experts
     moe: MoeLayout | None
     unquantized: tuple[str, ...] = ()  # other linear modules; they stay in 16 bits
-    limits: tuple[str, ...] = ()  # what a user must know, as whole phrases
+    limits: tuple[str, ...] = ()  # notes for users, as whole phrases
     model_class: str = "AutoModelForCausalLM"  # of transformers
     attn_implementations: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
-    unpackable: str | None = None  # why rows packed into one sequence would see each other
+    unpackable: str | None = None  # why packed rows would attend to each other
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -75,7 +74,7 @@ class Family:
 
     def transformers_class(self) -> Any:
         """The class whose `from_pretrained` makes the model."""
-        import transformers  # here, so that the table alone is light
+        import transformers  # here, so that importing the table is cheap
 
         return getattr(transformers, self.model_class)
 

@@ -1,4 +1,4 @@
-"""The table of architectures as text, for `finetune families`: what is supported, how far, and what is refused."""
+"""The table of architectures as text, for `finetune families`: supported ones, their limits, and unsupported ones."""
 
 from finetune.moe.families import FAMILIES, REFUSED
 from finetune.moe.layout import Family, MoeLayout
@@ -7,7 +7,7 @@ _HEADINGS = ("model_type", "experts on disk", "router", "lora.targets")
 
 
 def families_table() -> str:
-    """Supported architectures one a line, what to know about some of them, and the refused ones with their reason."""
+    """Supported architectures, one per line, notes on some of them, and unsupported ones with the reason."""
     mixtures = [family for family in FAMILIES.values() if family.moe is not None]
     dense = [family.model_type for family in FAMILIES.values() if family.moe is None]
     rows = [_HEADINGS, *(_row(family, family.moe) for family in mixtures if family.moe is not None)]
@@ -39,7 +39,7 @@ def _row(family: Family, moe: MoeLayout) -> tuple[str, ...]:
 
 
 def _notes(family: Family) -> list[str]:
-    """The limits of one architecture, also those that follow from its other fields."""
+    """The limits of one architecture, including those implied by its other fields."""
     notes = list(family.limits)
     if len(family.attn_implementations) == 1:
         notes.append(f"model.attn_implementation must be {family.attn_implementations[0]}")

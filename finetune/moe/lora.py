@@ -1,4 +1,4 @@
-"""The adapter in the model: PEFT's parameters, our forward.
+"""The adapter in the model: PEFT's parameters with our forward.
 
 Adapters stay stock PEFT adapters on disk. In memory, PEFT's wrapper of a stacked parameter builds `W + s B A` for every
 expert on every forward; `FactoredStackLora` replaces that forward and hands the factors to `finetune.moe.experts`.
@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from finetune.errors import Problem, WeightsError
 from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.families import Family
-from finetune.moe.targets import attach, lora_config, refuse_absent
+from finetune.moe.targets import attach, check_targets, lora_config
 from finetune.moe.vocabulary import complete_head, vocabulary_modules
 from finetune.recipe import LoraSettings
 
@@ -27,7 +27,7 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
     Layout of PEFT's two matrices: `lora_A [E*r, in]` is expert-major, `lora_B [out, E*r]` is rank-major
     (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`).
 
-    `chosen`: adapters that hold the factors of some experts only (`finetune.moe.esft.adapter`), and of which.
+    `chosen`: the experts of adapters that do not adapt all of them (`finetune.moe.esft.adapter`).
     """
 
     chosen: Mapping[str, tuple[int, ...]] = MappingProxyType({})
@@ -51,18 +51,18 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         return ExpertFactors(A_SrI, B_SrO, self.scaling[adapter], self._dropout(adapter), chosen)
 
     def _dropout(self, adapter: str) -> float:
-        """The probability in force: none outside of training."""
+        """The current dropout probability: 0 outside of training."""
         dropout: Any = self.lora_dropout[adapter]
         return dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """The experts without their factors, when PEFT takes the adapter off."""
+        """The experts without their factors, when PEFT removes the adapter."""
         experts: torch.nn.Module = super().unload_and_optionally_merge_module(*args, **kwargs)
         del experts.__dict__["lora_sources"]
         return experts
 
     def merge(self, *_: Any, **__: Any) -> None:
-        """Refused: a 4-bit stack cannot take a delta."""
+        """Raises WeightsError: a delta cannot be added to a 4-bit stack."""
         raise WeightsError(
             Problem("adapter", "a loaded expert stack cannot be merged in memory", "use `finetune merge ADAPTER`")
         )
@@ -80,12 +80,12 @@ def add_adapter(model: Any, family: Family, lora: LoraSettings, new_tokens: Sequ
     config = lora_config(lora, family)
     if new_tokens:
         config.trainable_token_indices = {name: list(new_tokens) for name in vocabulary_modules(model)}
-    refuse_absent(lora.targets, family, [name for name, _ in model.named_modules()])
+    check_targets(lora.targets, family, [name for name, _ in model.named_modules()])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with warnings.catch_warnings():
-        # PEFT looks for rank patterns among modules only and warns about parameters, whose ranks it does apply; the
-        # audit reads the ranks that stand in memory.
+        # PEFT looks for rank patterns among modules only and warns about parameters, although it applies their
+        # ranks; the audit reads the ranks in memory.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         peft_model = attach(model, config)
     factor_stacks(peft_model)
@@ -105,11 +105,11 @@ def _set_dropout(model: torch.nn.Module, probability: float) -> None:
 
 
 def factor_stacks(model: torch.nn.Module) -> None:
-    """Swap PEFT's materialising wrappers of 3-D parameters for the factored one and connect it to the experts."""
+    """Replace PEFT's materialising wrappers of 3-D parameters by the factored one and connect it to the experts."""
     wrappers: list[Any] = [module for module in model.modules() if type(module) is ParamWrapper]
     for wrapper in wrappers:
         if wrapper.get_param().dim() == 2:
-            continue  # a router: a matrix of a few rows, which PEFT's own forward serves well
+            continue  # a router: a small matrix, for which PEFT's own forward is fine
         wrapper.__class__ = FactoredStackLora
         experts = wrapper.get_base_layer()
         # A plain dict, so that torch does not register the wrapper as a child of what it wraps.

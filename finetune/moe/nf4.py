@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from finetune.errors import Problem, WeightsError
 
-BLOCKSIZE = 64  # values that share one maximum
-NESTED_BLOCKSIZE = 256  # maxima that share one second-level maximum
+BLOCKSIZE = 64  # values per quantisation block
+NESTED_BLOCKSIZE = 256  # maxima per second-level block
 CHUNK = 1 << 17  # values quantised at once on the CPU, whole blocks: bitsandbytes needs 20 bytes a value meanwhile
 CUDA_CHUNK = 1 << 30  # its kernels need none, but count in int32
 
@@ -40,7 +40,7 @@ def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def quantize_pieces(pieces: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The same of a matrix whose values come in flat pieces; all of them but the last end with a block."""
+    """The same for a matrix given in flat pieces; every piece except the last ends at a block boundary."""
     operation = torch.ops.bitsandbytes.quantize_4bit.default
     packed, maxima = [], []
     for piece in pieces:
@@ -57,8 +57,8 @@ def quantize_pieces(pieces: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _native(name: str) -> Any:
     """bitsandbytes' own C function for the CPU; None where its library lacks it.
 
-    Its operations with `out` exist for CUDA only (0.50). On the CPU they allocate, and fresh memory costs more than the
-    arithmetic does; so the C function is called the way the operation calls it.
+    Its operations with `out` exist for CUDA only (0.50). On the CPU they allocate, which costs more than the
+    arithmetic; so the C function is called directly, as the operation does.
     """
     return getattr(bnb.lib, f"cdequantize_blockwise_cpu_{name}", None)
 
@@ -67,7 +67,7 @@ def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offse
     """The block maxima of some experts, float32 `[E, Q]`."""
     code = _absmax_code(absmax_EQ.device)
     native = _native("fp32") if absmax_EQ.device.type == "cpu" else None
-    if absmax_EQ.shape[1] % NESTED_BLOCKSIZE == 0:  # no block straddles two experts: all of them in one call
+    if absmax_EQ.shape[1] % NESTED_BLOCKSIZE == 0:  # no block spans two experts: one call for all
         pairs = [(absmax_EQ, nested_absmax_ES)]
     else:
         pairs = list(zip(absmax_EQ, nested_absmax_ES, strict=True))
@@ -85,8 +85,8 @@ def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offse
 def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: torch.Tensor) -> None:
     """Write one NF4 matrix into `out_OI`.
 
-    bitsandbytes 0.50 counts blocks row by row on CPUs with AVX512: rows that are not whole blocks would get the maxima
-    of others. Blocks run through the matrix, whose rows are of no account to them; so the C function gets other rows.
+    bitsandbytes 0.50 counts blocks row by row on CPUs with AVX512: rows that are not whole blocks would get the wrong
+    maxima. Blocks do not depend on the rows of the matrix, so the C function is called with other row lengths.
     """
     shape, dtype, device = out_OI.shape, out_OI.dtype, out_OI.device.type
     native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape.numel() % 2 == 0 else None
@@ -103,7 +103,7 @@ def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: tor
 
 
 def linear_weight(weight: Any) -> torch.Tensor:
-    """The matrix [O, I] that the weight of a `Linear4bit` stands for, in the type that it was quantised in."""
+    """The dequantised weight [O, I] of a `Linear4bit`, in the type it was quantised from."""
     state = weight.quant_state
     dense_OI = torch.empty(state.shape, dtype=state.dtype, device=weight.device)
     maxima = _block_maxima(state.absmax[None], state.state2.absmax[None], state.offset.reshape(1))[0]
@@ -115,8 +115,8 @@ class Nf4Stack(torch.Tensor):
     """A frozen expert stack that looks like `[E, O, I]` in `dtype` and holds 4.13 bits a value.
 
     `expert(e)` gives one dequantised matrix `[O, I]`. Any other operation falls back to the dense stack, so that code
-    which only reads shape, dtype or values keeps working; in-place operations are refused. Experts are quantised one
-    by one: a block never straddles two experts, and bitsandbytes, which counts elements in int32, never sees a stack.
+    which only reads shape, dtype or values keeps working; in-place operations raise an error. Experts are quantised one
+    by one: a block never spans two experts, and bitsandbytes, which counts elements in int32, never sees a stack.
     """
 
     packed_EN: torch.Tensor  # uint8 [E, ceil(O*I/2)]
@@ -141,7 +141,7 @@ class Nf4Stack(torch.Tensor):
 
     @classmethod
     def from_experts(cls, experts: Iterable[torch.Tensor], num_experts: int) -> "Nf4Stack":
-        """Quantise `num_experts` matrices `[O, I]` of one shape and dtype as they come, on the device they are on."""
+        """Quantise `num_experts` matrices `[O, I]` of one shape and dtype from an iterator, on their own device."""
         inner: tuple[torch.Tensor, ...] = ()
         shape, dtype, count = torch.Size(), torch.float32, 0
         for count, weight_OI in enumerate(experts, start=1):
@@ -168,7 +168,7 @@ class Nf4Stack(torch.Tensor):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.stored)
 
     def maxima(self, experts: slice) -> torch.Tensor:
-        """The block maxima of some experts, float32 `[n, Q]`: what `expert` needs, made at once for several."""
+        """The block maxima of some experts, float32 `[n, Q]`: the input of `expert`, computed for several at once."""
         return _block_maxima(self.absmax_EQ[experts], self.nested_absmax_ES[experts], self.offset_E[experts])
 
     def expert(self, index: int, out: torch.Tensor | None = None, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
@@ -185,7 +185,7 @@ class Nf4Stack(torch.Tensor):
         return out
 
     def rows(self, index: int, start: int, stop: int, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
-        """Rows `start:stop` of one expert's weight, of which no others are dequantised than share a block with them."""
+        """Rows `start:stop` of one expert's weight; only the blocks that contain them are dequantised."""
         columns, values = self.shape[2], self.shape[1] * self.shape[2]
         if maxima_Q is None:
             maxima_Q = self.maxima(slice(index, index + 1))[0]

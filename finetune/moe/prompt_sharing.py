@@ -1,4 +1,4 @@
-"""Which models can run a prompt once for two answers."""
+"""Whether a model can run a prompt once for two answers."""
 
 from dataclasses import fields
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from finetune.moe.layout import Family
 
 MASKED_ATTENTION = ("sdpa", "eager")
-"""Attention code that takes a mask of who sees whom."""
+"""Attention implementations that accept an explicit mask."""
 
 
 def prompt_sharing_refusal(family: Family, config: Any, attn_implementation: str, max_length: int) -> str | None:
-    """Why a prompt cannot be shared by two answers with the results of each alone; None where it can.
+    """Why sharing a prompt between two answers would change their results; None if it does not.
 
     `config`: transformers' own, with its defaults. `max_length`: tokens of the longest prompt with one answer.
     """
@@ -28,17 +28,17 @@ def prompt_sharing_refusal(family: Family, config: Any, attn_implementation: str
 
 
 def _reach(config: Any) -> int | None:
-    """Tokens up to which every layer sees all that came before; None where there is no end.
+    """The shortest attention window of all layers in tokens; None without a window.
 
-    Layers see by the positions in a document, so that a longer row of several pairs changes nothing.
+    Windows count positions within a document, so a longer row of several pairs changes nothing.
     """
-    # What a config.json says beyond the architecture's own settings is kept, and read by nobody.
+    # transformers keeps unknown fields of a config.json without using them.
     declared = {field.name: getattr(config, field.name) for field in fields(config)}
     kinds = declared.get("layer_types")
     reaches = {
         "sliding_attention": declared.get("sliding_window"),
         "chunked_attention": declared.get("attention_chunk_size"),
     }
-    # Without types of layers one window is for all of them.
-    found = [reach for kind, reach in reaches.items() if reach is not None and (kinds is None or kind in kinds)]
-    return min(found, default=None)
+    # Without layer types one window applies to all layers.
+    windows = [reach for kind, reach in reaches.items() if reach is not None and (kinds is None or kind in kinds)]
+    return min(windows, default=None)

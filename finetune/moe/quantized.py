@@ -1,4 +1,4 @@
-"""What 4-bit loading stores in NF4, by name and shape in the loaded model: asked of the quantiser, without a weight."""
+"""Weights that 4-bit loading stores in NF4, by name and shape, as the quantiser determines them without weights."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +20,11 @@ class QuantizedWeights:
 
 
 def quantized_weights(config: dict[str, Any]) -> QuantizedWeights:
-    """Of a model with this `config.json`. The quantiser works on an empty model, as it does before it loads one."""
-    found = AutoConfig.for_model(**config)
-    model_class: Any = family_of(found.model_type, "config.json: model_type").transformers_class()
+    """The NF4 weights of a model with this `config.json`, from an empty model as before loading."""
+    model_config = AutoConfig.for_model(**config)
+    model_class: Any = family_of(model_config.model_type, "config.json: model_type").transformers_class()
     with torch.device("meta"):
-        model = getattr(model_class, "from_config", model_class)(found)
+        model = getattr(model_class, "from_config", model_class)(model_config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     MoeNf4Quantizer(MoeNf4Config(), pre_quantized=False).preprocess_model(model, device_map=None)
     linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]

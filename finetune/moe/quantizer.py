@@ -164,7 +164,7 @@ def is_expert_stack(model: torch.nn.Module, name: str) -> bool:
     return hasattr(module, "is_transposed") and parameter is not None and parameter.ndim == 3
 
 
-def refuse_damaged(model: Any, load_in_4bit: bool, folder: str) -> None:
+def check_weights(model: Any, load_in_4bit: bool, folder: str) -> None:
     """Refuse a loaded model whose checkpoint holds NaN or infinity anywhere, or with a stack that is not in 4 bits.
 
     One such value in a router sends every token of its layer to arbitrary experts, and nothing later says why.

@@ -39,7 +39,7 @@ def rehearse(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **o
     with every tensor that is missing, of another shape, left over, or stored in 8 bits or fewer otherwise, and with
     every expert stack that 4-bit loading would leave in 16 bits.
     """
-    refuse_quantized(reader, load_in_4bit)
+    check_quantization(reader, load_in_4bit)
     config = AutoConfig.from_pretrained(reader.folder)
     if is_stored(reader.config):
         reader = StoredReader(reader.folder)
@@ -55,7 +55,7 @@ def rehearse(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **o
         raise WeightsError(problems)
 
 
-def refuse_quantized(reader: CheckpointReader, load_in_4bit: bool) -> None:
+def check_quantization(reader: CheckpointReader, load_in_4bit: bool) -> None:
     """Refuse a checkpoint that is stored in 8 bits or fewer, with the way to 16 bits where transformers has one.
 
     One that this toolkit has quantised to NF4 is good for `load_in_4bit`.

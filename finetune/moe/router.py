@@ -1,7 +1,7 @@
-"""Routers: where they are, what they did in a forward, and what they would have done without the adapter.
+"""Routers: find them, record their decisions in a forward, and compare with the base model's decisions.
 
 Every router that transformers dispatches through its `ExpertsInterface` returns (logits, weights, indices); a forward
-hook reads them, whatever else the router is given. MoE layers may be a part of the layers.
+hook reads them. Only some of the layers may be MoE layers.
 
 T tokens, E experts, K experts a token, L MoE layers.
 """
@@ -55,16 +55,16 @@ class Router:
 
     @property
     def draws(self) -> bool:
-        """Whether it draws its choice at random, as Phi-3.5-MoE's does in training."""
+        """Whether it samples experts, as Phi-3.5-MoE's does in training."""
         return self.module.training and bool(getattr(self.module, "router_jitter_noise", 0))
 
 
 @dataclass
 class RouterRecord:
-    """What the routers did in one forward: per layer logits `[T, E]` (with gradient) and chosen experts `[T, K]`.
+    """Routing of one forward: per layer logits `[T, E]` (with gradient) and chosen experts `[T, K]`.
 
-    `changed`: per layer 1 for each token whose experts are not those that the base router chooses, `[T]`; empty where
-    that was not asked for.
+    `changed`: per layer 1 for each token whose experts differ from the base router's choice, `[T]`; empty if not
+    requested.
     """
 
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -92,14 +92,14 @@ def find_routers(model: torch.nn.Module, router_module: str) -> list[Router]:
 
 
 AsBase = Callable[[int], AbstractContextManager[Any]]
-"""Makes what is not an adapter's the base model's own again, for the router at a position."""
+"""Restores the base model's values of parameters that are not the adapter's, for the router at a position."""
 
 
 @contextmanager
 def capture(routers: list[Router], as_base: AsBase | None = None) -> Iterator[RouterRecord]:
-    """Record the routers' outputs during the block. The recompute of checkpointing runs outside of it.
+    """Record the routers' outputs during the block. Checkpointing's recompute runs outside of it.
 
-    With `as_base` each router also chooses as the base model's, from the same hidden states.
+    With `as_base` the base model's router also chooses experts for the same hidden states.
     """
     record = RouterRecord()
     asking_base = False
@@ -129,8 +129,7 @@ def capture(routers: list[Router], as_base: AsBase | None = None) -> Iterator[Ro
 def base_choice(called: torch.nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
     """The experts `[T, K]` that the router chooses for the same input without its adapter.
 
-    It runs in the midst of a layer that may be checkpointed: nothing of it is kept for the recompute, which does not
-    repeat it.
+    It runs inside a layer that may be checkpointed: nothing is kept for the recompute, which does not repeat it.
     """
     layers = [module for module in called.modules() if isinstance(module, BaseTunerLayer)]
     before = [layer._disable_adapters for layer in layers]
@@ -148,6 +147,6 @@ def base_choice(called: torch.nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
 
 
 def changed_sets(indices_TK: torch.Tensor, other_TK: torch.Tensor) -> torch.Tensor:
-    """1 for each token whose two sets of experts differ, in whatever order they stand; `[T]`, float32."""
+    """1 for each token whose two sets of experts differ, ignoring order; `[T]`, float32."""
     different_TK = indices_TK.sort(-1).values != other_TK.sort(-1).values
     return different_TK.any(-1).to(torch.float32)

@@ -1,10 +1,10 @@
-"""Balancing without a loss: the correction bias that some routers add to their scores for the choice only.
+"""Balancing without a loss: the correction bias that some routers add to their scores to choose experts.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2; 2408.15664): after each optimizer step the bias of an expert that got
-fewer tokens than the mean goes up by a fixed rate and that of one that got more goes down. Every architecture that
-carries the bias adds it to the scores before `topk`, be they sigmoids or a softmax: a higher bias is chosen more often,
-whatever normalises or clamps the weights of the chosen ones afterwards. It has no gradient. An adapter cannot carry it:
-it is saved beside.
+fewer tokens than the mean goes up by a fixed rate and that of one that got more goes down. Every architecture
+with this bias adds it to the scores (sigmoid or softmax) before `topk`: an expert with a higher bias is chosen more
+often, however the weights of the chosen experts are normalised. It has no gradient. A PEFT adapter cannot hold it, so
+it is saved in a file of its own.
 
 E experts, L MoE layers.
 """
@@ -29,25 +29,25 @@ def find_biases(model: torch.nn.Module, moe: MoeLayout) -> dict[str, torch.Tenso
 
     They are float32 afterwards: in 16 bits a step of 0.001 would be lost on a bias of 1.
     """
-    found = {}
+    biases = {}
     for name, (module, attribute) in _places(model, moe).items():
-        found[name] = getattr(module, attribute)
-        found[name].data = found[name].data.float()
-    return found
+        biases[name] = getattr(module, attribute)
+        biases[name].data = biases[name].data.float()
+    return biases
 
 
 def _places(model: torch.nn.Module, moe: MoeLayout) -> dict[str, tuple[torch.nn.Module, str]]:
     """Module and attribute of each bias by its name. A buffer is another tensor after `model.to(...)`."""
-    found = {}
+    places = {}
     for name in [name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named]:
         if moe.correction_bias is not None and clean_name(name).endswith(f".{moe.correction_bias}"):
             path, _, attribute = name.rpartition(".")
-            found[clean_name(name)] = (model.get_submodule(path), attribute)
-    return found
+            places[clean_name(name)] = (model.get_submodule(path), attribute)
+    return places
 
 
 def require_biases(family: Family, rate: float) -> MoeLayout:
-    """The layout of an architecture whose routers carry the bias; RecipeError for any other."""
+    """The layout of an architecture whose routers carry the bias; RecipeError for others."""
     if family.moe is None or family.moe.correction_bias is None:
         raise RecipeError(
             Problem(
@@ -61,7 +61,7 @@ def require_biases(family: Family, rate: float) -> MoeLayout:
 
 
 class BiasBalance:
-    """Moves the correction biases of one model after each optimizer step. Nothing here waits for the device."""
+    """Updates the correction biases of one model after each optimizer step. No host sync."""
 
     def __init__(self, model: torch.nn.Module, family: Family, rate: float) -> None:
         moe = require_biases(family, rate)
@@ -83,7 +83,7 @@ class BiasBalance:
 
     @contextmanager
     def as_base(self, position: int) -> Iterator[None]:
-        """The bias of the router at this position is the base model's own within the block."""
+        """Within the block the router at this position has the base model's bias."""
         bias = list(self.biases.values())[position]
         ours, bias.data = bias.data, self.base[position].to(bias.device)
         try:
@@ -93,7 +93,7 @@ class BiasBalance:
 
     @contextmanager
     def all_as_base(self) -> Iterator[None]:
-        """The same for every router."""
+        """Within the block every router has the base model's bias."""
         with ExitStack() as stack:
             for position in range(len(self.base)):
                 stack.enter_context(self.as_base(position))
@@ -115,7 +115,7 @@ def save_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
 
 
 def load_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
-    """Put the biases that lie beside an adapter into the (adapted or bare) model; nothing to do where none do."""
+    """Load the biases saved with an adapter, if any, into the model (with or without adapter)."""
     path = folder / BIAS_FILE
     if path.is_file():
         copy_biases(find_biases(model, moe), load_file(path), str(path))
@@ -123,7 +123,7 @@ def load_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
 
 def copy_biases(biases: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], where: str) -> None:
     """Copy by name; raises WeightsError, and copies nothing, where names or shapes differ."""
-    ours, theirs = ({name: tuple(each.shape) for name, each in some.items()} for some in (biases, values))
+    ours, theirs = ({name: tuple(bias.shape) for name, bias in group.items()} for group in (biases, values))
     if ours != theirs:
         differing = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
         what, do = "these correction biases are not this model's", "use the base model that the run was made from"

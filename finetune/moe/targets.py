@@ -1,8 +1,8 @@
-"""Friendly target names -> a plain PEFT configuration for one architecture.
+"""Translate friendly target names into a plain PEFT configuration for one architecture.
 
-PEFT 0.21 reads `gate_proj`, `up_proj` and `down_proj` in `target_modules` of most mixtures of experts as the experts of
-older adapters, whatever module they stand in: an adapter of a dense layer or of shared experts would come out as one of
-the experts. Such layers are therefore named in `target_parameters` (`mlp.gate_proj.weight`), which PEFT takes as
+For most MoE models PEFT 0.21 takes `gate_proj`, `up_proj` and `down_proj` in `target_modules` as the experts of older
+adapters, whatever module they belong to: an adapter of a dense layer or of shared experts would become one of the
+experts. Such layers are therefore named in `target_parameters` (`mlp.gate_proj.weight`), which PEFT takes as
 written. The saved tensors have the same names and shapes either way; in memory the layers are ordinary LoRA layers.
 """
 
@@ -21,7 +21,7 @@ from finetune.recipe import FRIENDLY_TARGETS, LoraSettings
 
 ADAPTER = "default"
 _PEFT_RENAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-_NO_MODULES = "dummy-target-modules"  # PEFT's own way to say that `target_modules` is empty on purpose
+_NO_MODULES = "dummy-target-modules"  # PEFT's marker for `target_modules` being empty on purpose
 
 
 def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
@@ -35,16 +35,16 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
             what = "embeddings and head take no adapter"
             raise RecipeError(Problem("lora.targets", what, f"use {_choices(family)}", got=target))
         if target == "router":
-            parameters.append((family.moe or _refuse(family, target)).router_parameter)
+            parameters.append((family.moe or _unsupported(family, target)).router_parameter)
         elif target == "experts":
-            moe = family.moe or _refuse(family, target)
+            moe = family.moe or _unsupported(family, target)
             for stack in moe.stacks:
                 name = f"{moe.experts_module}.{stack.parameter}"
                 parameters.append(name)
                 ranks[name] = lora.expert_r or lora.r
                 alphas[name] = lora.expert_lora_alpha or lora.lora_alpha
         else:
-            for name in linear_modules(target, family) or _refuse(family, target):
+            for name in linear_modules(target, family) or _unsupported(family, target):
                 renamed = family.moe is not None and name.rpartition(".")[2] in _PEFT_RENAMES
                 (parameters if renamed else modules).append(f"{name}.weight" if renamed else name)
     return LoraConfig(
@@ -62,7 +62,7 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
 
 
 def linear_modules(target: str, family: Family) -> tuple[str, ...]:
-    """Suffixes of the linear modules that one target names; a name that is not friendly stands for itself."""
+    """Suffixes of the linear modules that one target names; any other name is a module name itself."""
     moe = family.moe
     friendly = {
         "attention": family.attention,
@@ -76,14 +76,14 @@ def _choices(family: Family) -> str:
     return f"{', '.join(family.targets[:-1])} or {family.targets[-1]}"
 
 
-def _refuse(family: Family, target: str) -> NoReturn:
-    """This architecture has no such part."""
+def _unsupported(family: Family, target: str) -> NoReturn:
+    """Raise RecipeError: this architecture has no such part."""
     what = f"{family.model_type} has no {target}"
     raise RecipeError(Problem("lora.targets", what, f"use {_choices(family)}", got=target))
 
 
-def refuse_absent(targets: Iterable[str], family: Family, modules: Collection[str]) -> None:
-    """Raise where a target of linear modules matches none of `modules`, of which PEFT would only warn.
+def check_targets(targets: Iterable[str], family: Family, modules: Collection[str]) -> None:
+    """Raise RecipeError where a target of linear modules matches none of `modules`; PEFT would only warn.
 
     `modules`: paths in the model, or names of tensors on disk without `.weight`.
     """

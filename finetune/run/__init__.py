@@ -1,4 +1,4 @@
-"""Floor 2: the run folder: what a run leaves behind, written as it goes, never half."""
+"""The run folder: a run's outputs, written as it goes, each file atomically."""
 
 from finetune.run.curve import draw_loss_curve
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
@@ -6,7 +6,7 @@ from finetune.run.facts import final_metrics, training_facts
 from finetune.run.folder import RunFolder, keep_aside
 from finetune.run.metrics import MetricsCallback, read_metrics
 from finetune.run.provenance import collect_provenance
-from finetune.run.resuming import refuse_other_recipe, refuse_other_rows
+from finetune.run.resuming import check_same_recipe, check_same_rows
 from finetune.run.router_load import RouterLoadCallback, draw_router_load
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "MetricsCallback",
     "RouterLoadCallback",
     "RunFolder",
+    "check_same_recipe",
+    "check_same_rows",
     "collect_provenance",
     "draw_loss_curve",
     "draw_router_load",
@@ -21,8 +23,6 @@ __all__ = [
     "keep_aside",
     "prepare_dashboards",
     "read_metrics",
-    "refuse_other_recipe",
-    "refuse_other_rows",
     "resolve_report_to",
     "training_facts",
 ]

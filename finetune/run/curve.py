@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture: loss, what there is to see of pairs, and balance term on axes of their own."""
+"""The loss curve of a run as an image: loss, figures of preference pairs and balance term on separate axes."""
 
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ _OTHERS = (
 
 
 def draw_loss_curve(metrics_path: Path, png_path: Path) -> bool:
-    """Draw `metrics.jsonl` to `png_path`; False, and no file, where the run was too short to log a loss.
+    """Draw `metrics.jsonl` to `png_path`; False, without a file, if the run was too short to log a loss.
 
-    Where the method's loss was not logged apart, the total loss is drawn.
+    If the method's own loss was not logged, the total loss is drawn.
     """
     lines = read_metrics(metrics_path)
     logged = {key for line in lines for key in line}

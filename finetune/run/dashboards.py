@@ -1,4 +1,4 @@
-"""Where the curves are shown: W&B, trackio or TensorBoard, each with its local files in the run folder."""
+"""Dashboards: W&B, trackio or TensorBoard, each with its local files in the run folder."""
 
 import contextlib
 import importlib.util
@@ -21,7 +21,7 @@ from finetune.run.router_load import CAPTION, load_picture
 
 @dataclass(frozen=True)
 class Dashboards:
-    """What the trainer needs: `trainer_args` for its arguments, `callbacks` for its list, `names` to tell the user.
+    """For the trainer: `trainer_args` for its arguments, `callbacks` for its list; `names` for messages.
 
     Each callback also takes the routers' load at a logged step (`show_router`); TensorBoard gets the scalars alone.
     """
@@ -32,7 +32,7 @@ class Dashboards:
 
 
 def resolve_report_to(settings: LoggingSettings) -> list[str]:
-    """The dashboards by name. "auto" is W&B where an account is set up, else trackio; nothing is sent to find out."""
+    """The dashboards by name. "auto" is W&B if an account is set up, else trackio; nothing is sent to determine it."""
     if settings.report_to == "none":
         return []
     if settings.report_to == "auto":
@@ -41,9 +41,9 @@ def resolve_report_to(settings: LoggingSettings) -> list[str]:
 
 
 def prepare_dashboards(settings: LoggingSettings, folder: RunFolder) -> Dashboards:
-    """Check that every dashboard can work, before the model is loaded; RunError says what to do where one cannot.
+    """Check that every dashboard can be used, before the model is loaded; raises RunError if one cannot.
 
-    Sets environment variables that the dashboards read when they are imported, so it comes before they are.
+    Sets environment variables that the dashboards read on import, so call it before they are imported.
     """
     names = resolve_report_to(settings)
     run_name = settings.run_name or folder.path.resolve().name
@@ -55,7 +55,7 @@ def prepare_dashboards(settings: LoggingSettings, folder: RunFolder) -> Dashboar
     if "tensorboard" in names:
         _prepare_tensorboard(folder.path.resolve() / "tensorboard")
     trainer_args = {
-        # W&B and trackio come as callbacks of our own; the trainer makes TensorBoard's itself.
+        # W&B and trackio have callbacks of our own; the trainer creates TensorBoard's.
         "report_to": [name for name in names if name == "tensorboard"],
         "run_name": run_name,
         "project": settings.project,
@@ -111,24 +111,24 @@ def _prepare_tensorboard(folder: Path) -> None:
 
 
 class _RouterPicture(TrainerCallback):  # type: ignore[misc]
-    """Adds a picture of the routers' load to the step's line, for dashboards that show pictures."""
+    """Adds an image of the router load to the logged step, for dashboards that show images."""
 
-    _image: Callable[..., Any]  # makes the dashboard's own kind of picture from pixels
+    _image: Callable[..., Any]  # the dashboard's image class
     _tokens: list[list[int]] | None = None
 
     def show_router(self, _step: int, load: Mapping[str, Any]) -> None:
-        """Keep it for the line that follows."""
+        """Keep the load for the next `on_log`."""
         self._tokens = load["tokens"]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """As the dashboard's own, with the picture where there is one."""
+        """The dashboard's own `on_log`, with the image if there is one."""
         tokens, self._tokens = self._tokens, None
         picture = {} if tokens is None else {"router/load": self._image(load_picture(tokens), caption=CAPTION)}
         super().on_log(args, state, control, logs={**(logs or {}), **picture}, **kwargs)
 
 
 class RunWandbCallback(_RouterPicture, WandbCallback):  # type: ignore[misc]
-    """transformers' callback on a W&B run that lies in the run folder; a resumed training continues the same run."""
+    """transformers' callback with W&B's files in the run folder; a resumed training continues the same W&B run."""
 
     def __init__(self, project: str, run_name: str, mode: str, folder: Path) -> None:
         super().__init__()
@@ -157,9 +157,9 @@ class RunWandbCallback(_RouterPicture, WandbCallback):  # type: ignore[misc]
 
 
 class RunTrackioCallback(_RouterPicture, TrackioCallback):  # type: ignore[misc]
-    """transformers' callback with trackio's files in the run folder, and one line of its own.
+    """transformers' callback with trackio's files in the run folder, and one line of output.
 
-    trackio prints links, in notebooks one with a write token; none of that belongs in a log.
+    trackio's own output is suppressed: it prints links, in notebooks one with a write token.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -168,7 +168,7 @@ class RunTrackioCallback(_RouterPicture, TrackioCallback):  # type: ignore[misc]
         self._image = self._trackio.Image
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
-        """Start the run on the main process and say how to look at it."""
+        """Start the run on the main process and print how to view it."""
         from trackio.utils import TRACKIO_DIR
 
         if self._folder != TRACKIO_DIR:

@@ -1,4 +1,4 @@
-"""The run folder (`output_dir`): its names, what may already lie in it, and files that appear whole or not at all."""
+"""The run folder (`output_dir`): paths, and checks of what the folder already holds."""
 
 import itertools
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune.errors import Problem, RunError
 
-# What a run writes before its first step. A run that died there may be started again in the same folder.
+# Files written before the first step. A run that died before it may be started again in the same folder.
 _BEFORE_TRAINING = {
     *("recipe.yaml", "audit.json", "experts.json", "provenance.json", "reference"),
     *("wandb", "trackio", "tensorboard"),
@@ -48,12 +48,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a logged step."""
+        """One JSON object per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def router_load(self) -> Path:
-        """Load by layer and expert, one JSON object a logged step; none for a dense model."""
+        """Load by layer and expert, one JSON object per logged step; none for a dense model."""
         return self.path / "router_load.jsonl"
 
     @property
@@ -63,7 +63,7 @@ class RunFolder:
 
     @property
     def provenance(self) -> Path:
-        """What the run was made from, JSON."""
+        """Base, versions and hardware of the run, JSON."""
         return self.path / "provenance.json"
 
     @property
@@ -72,7 +72,7 @@ class RunFolder:
         return self.path / "loss_curve.png"
 
     def create(self, resume: bool = False) -> Path | None:
-        """Make the folder. A finished run that lies there is kept under the next free `NAME.1`, which is returned.
+        """Make the folder. A finished run in it is moved to the next free `NAME.1`, which is returned.
 
         Raise RunError where it holds an unfinished run (it may still be writing) or foreign files, unless `resume`
         continues that run.
@@ -88,11 +88,11 @@ class RunFolder:
         elif self.adapter.is_dir():
             kept = keep_aside(self.path.resolve())
         elif self.path.exists():
-            self._refuse_contents()
+            self._check_contents()
         self.path.mkdir(parents=True, exist_ok=True)
         return kept
 
-    def _refuse_contents(self) -> None:
+    def _check_contents(self) -> None:
         names = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
         run = sorted(name for name in names if name == "metrics.jsonl" or name.startswith("checkpoint-"))
         if run:
@@ -103,7 +103,7 @@ class RunFolder:
             raise RunError(Problem(str(self.path), what, "choose another output_dir", got=", ".join(foreign[:5])))
 
     def newest_checkpoint(self) -> Path:
-        """The newest whole `checkpoint-N`: the trainer writes its state last, so one that a kill cut short lacks it."""
+        """The newest complete `checkpoint-N`: the trainer writes its state last, so an interrupted one lacks it."""
         if whole := self._checkpoints():
             return whole[-1]
         do = "set training.resume_from_checkpoint=false to start anew, or name the run's own output_dir"

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a log event, on disk before the next step starts."""
+"""`metrics.jsonl`: one JSON object per log event, on disk before the next step starts."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from finetune.files import write_text
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     """Append what the trainer logs, unrounded, with `step`, `epoch` and `time` (seconds since 1970).
 
-    Only the main process writes. A kill can leave half a line; it is taken out before the next line is written. A
-    resumed run takes out the steps after its checkpoint, because it makes them again: the file reads as if nothing
-    had happened.
+    Only the main process writes. A kill can leave an incomplete line; it is removed before the next one is written. A
+    resumed run removes the steps after its checkpoint, because it repeats them: the file looks like that of an
+    uninterrupted run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,7 +28,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take out what a resumed run will make again."""
+        """Remove the steps that a resumed run will repeat."""
         if state.is_world_process_zero:
             self._repair(last_step=state.global_step)
 
@@ -40,7 +40,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line and bring it to the disk."""
+        """Append one line and sync it to disk."""
         if not state.is_world_process_zero or not logs:
             return
         if not self._repaired:
@@ -55,7 +55,7 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON object and bring it to the disk."""
+    """Append one JSON object and sync it to disk."""
     with path.open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(line, allow_nan=False) + "\n")
         handle.flush()
@@ -63,7 +63,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def repair_lines(path: Path, last_step: int | None) -> None:
-    """Rewrite the file without a half last line and, where `last_step` is given, without later steps."""
+    """Rewrite the file without an incomplete last line and, if `last_step` is given, without later steps."""
     if not path.exists():
         return
     kept = [line for line in read_metrics(path) if last_step is None or line["step"] <= last_step]
@@ -73,9 +73,9 @@ def repair_lines(path: Path, last_step: int | None) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line, in order; a last line that a kill cut short is left out."""
-    *whole, _half = path.read_text(encoding="utf-8").split("\n")
-    return [_parse(path, number, line) for number, line in enumerate(whole, start=1)]
+    """Every complete line, in order; an incomplete last line is skipped."""
+    *complete, _incomplete = path.read_text(encoding="utf-8").split("\n")
+    return [_parse(path, number, line) for number, line in enumerate(complete, start=1)]
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run may be continued only as what it was."""
+"""Checks that a resumed run has the recipe and the rows that it started with."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from finetune.errors import Problem, RunError
 from finetune.recipe import Recipe, load_recipe
 from finetune.run.folder import RunFolder
 
-_CUT = "training.per_device_train_batch_size"  # with router.scope micro_batch it decides the balance term
-# What may differ without changing a result: where it goes, what is shown and kept of it, how a step is cut.
+_BATCH_SIZE = "training.per_device_train_batch_size"  # with router.scope micro_batch the balance term depends on it
+# Settings that do not change the result: output, logging, saving, and how a step is split into micro-batches.
 _FREE = (
     "output_dir",
     "logging",
@@ -17,18 +17,18 @@ _FREE = (
     "training.save_steps",
     "training.eval_steps",
     "training.logging_steps",
-    _CUT,
+    _BATCH_SIZE,
     "training.gradient_checkpointing",
 )
 
 
-def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
-    """Raise RunError with every setting in which `recipe` is not the one that made the run in this folder.
+def check_same_recipe(run: RunFolder, recipe: Recipe) -> None:
+    """Raise RunError with every setting in which `recipe` differs from the recipe of the run in this folder.
 
-    Optimizer and schedule come from the checkpoint: a changed learning rate, say, would be recorded but not used.
+    Optimizer and schedule come from the checkpoint: a changed learning rate would be recorded but not used.
     """
-    before, now = (_flat(each.model_dump(mode="json")) for each in (load_recipe(run.recipe), recipe))
-    free = _FREE if now.get("router.scope") != "micro_batch" else tuple(set(_FREE) - {_CUT})
+    before, now = (_flat(settings.model_dump(mode="json")) for settings in (load_recipe(run.recipe), recipe))
+    free = _FREE if now.get("router.scope") != "micro_batch" else tuple(set(_FREE) - {_BATCH_SIZE})
     changed = [key for key in before | now if before.get(key) != now.get(key) and not key.startswith(free)]
     if changed:
         raise RunError(
@@ -44,8 +44,8 @@ def refuse_other_recipe(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def refuse_other_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
-    """Raise RunError with every data set whose rows are not those that the run in this folder began with.
+def check_same_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
+    """Raise RunError with every data set whose rows differ from those that the run in this folder started with.
 
     `rows` are the counts of each split, as in the audit.
     """

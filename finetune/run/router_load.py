@@ -1,4 +1,4 @@
-"""The routers' load by layer and expert: `router_load.jsonl`, one line a logged step, and pictures of it."""
+"""Router load by layer and expert: `router_load.jsonl`, one line per logged step, and plots of it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +13,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from finetune.files import write_atomically
 from finetune.run.metrics import append_line, read_metrics, repair_lines
 
-_PIXELS = 8  # of one expert of one layer, each way, in a dashboard's picture
+_PIXELS = 8  # width and height of one cell (expert of a layer) in a dashboard's image
 _COLOURS = "coolwarm"
-_FULL_SCALE = 2.0  # load / mean load that has the last colour; balanced is in the middle
+_FULL_SCALE = 2.0  # load / mean load at the end of the colour map; balanced is its middle
 CAPTION = f"load / mean load, 0 (blue) to {_FULL_SCALE:g} and above (red); a row a layer, a column an expert"
 
 
 class RouterLoadCallback(TrainerCallback):  # type: ignore[misc]
-    """Writes what it is shown at a logged step, on the main process; a resumed run takes out what it makes again.
+    """Writes the load of each logged step, on the main process; a resumed run removes the steps that it repeats.
 
     A line: `step`, `layers` (numbers of the MoE layers), `tokens` (by layer and expert: real tokens of that step whose
     top-k held the expert), and by layer `max_load`, `entropy`, `dead_experts` and, where training changes the router,
-    `changed`: the share of tokens whose experts are not those that the base router chooses from the same input.
+    `changed`: the share of tokens whose experts differ from the base router's choice for the same input.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,12 +33,12 @@ class RouterLoadCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take out what a kill cut short and what a resumed run will make again."""
+        """Remove an incomplete line and the steps that a resumed run will repeat."""
         if state.is_world_process_zero:
             repair_lines(self.path, last_step=state.global_step)
 
     def show_router(self, step: int, load: Mapping[str, Any]) -> None:
-        """Append one line and bring it to the disk."""
+        """Append one line and sync it to disk."""
         append_line(self.path, {"step": step, **load})
 
 

@@ -1,4 +1,4 @@
-"""Floor 6: a dense Llama or Mistral model becomes a Mixtral whose experts are copies of its MLP (arXiv 2212.05055)."""
+"""Sparse upcycling: a dense Llama or Mistral model becomes a Mixtral with copies of its MLP as experts (2212.05055)."""
 
 import math
 import time
@@ -10,9 +10,9 @@ from finetune.checkpoint import new_folder, require_free_disk, write_sums
 from finetune.errors import Problem, RecipeError
 from finetune.files import write_json
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
-from finetune.upcycle.source import open_source, packaged_gguf
+from finetune.upcycle.source import open_source
 
-__all__ = ["Options", "Report", "packaged_gguf", "upcycle"]
+__all__ = ["Options", "Report", "upcycle"]
 
 # config, tokenizer and templates; the largest tokenizers are some 30 MB
 COMPANION_BYTES = 64 * 2**20
@@ -20,7 +20,7 @@ COMPANION_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: `parameters` in all, `bytes_written` of weights, `seconds` of wall time."""
+    """The written checkpoint: total `parameters`, `bytes_written` of weights, `seconds` of wall time."""
 
     folder: Path
     parameters: int
@@ -29,7 +29,7 @@ class Report:
 
 
 def upcycle(source: Path, out: Path, options: Options) -> Report:
-    """Write `source` as a Mixtral checkpoint into the new folder `out`; nothing is left there after a failure.
+    """Write `source` as a Mixtral checkpoint into the new folder `out`; a failure leaves nothing there.
 
     With `noise` 0 all experts of a layer are equal, and since Mixtral's top-k weights sum to one its logits are the
     dense model's whatever the router says. Raises RecipeError for options, WeightsError for anything on disk.
@@ -43,7 +43,7 @@ def upcycle(source: Path, out: Path, options: Options) -> Report:
         write_config(folder, dense, options)
         dense.write_companions(folder)
         parameters = write_weights(folder, dense, options)
-        # So that the same model can be made again.
+        # To reproduce the model.
         origin = {"source": source.name, "moe_finetune": __version__, **asdict(options)}
         write_json(folder / "upcycle.json", origin)
         write_sums(folder)

@@ -1,4 +1,4 @@
-"""What a dense source must offer, and which tensors a Llama or Mistral model consists of."""
+"""The interface of a dense source, and the tensors of a Llama or Mistral model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """One tensor as it will be read: `dtype` as in safetensors ("BF16"), after the conversion that was asked for."""
+    """One tensor as `read` returns it: `dtype` as in safetensors ("BF16"), after the requested conversion."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -26,8 +26,8 @@ class DenseTensor:
 class DenseSource(Protocol):
     """A dense Llama or Mistral model on disk, whatever its file format.
 
-    `settings` are the fields of transformers' MixtralConfig that the dense model fixes; `tensors` go by their
-    Hugging Face names.
+    `settings` are the fields of transformers' MixtralConfig that follow from the dense model; `tensors` has Hugging
+    Face's names.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class DenseSource(Protocol):
     tensors: dict[str, DenseTensor]
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in the dtype and shape that `tensors` announces."""
+        """One tensor in the dtype and shape stated in `tensors`."""
         ...
 
     def write_companions(self, folder: Path) -> None:
@@ -45,7 +45,7 @@ class DenseSource(Protocol):
 
 def layer_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of one decoder layer's tensors by the name below `model.layers.N.`."""
-    H, I = settings["hidden_size"], settings["intermediate_size"]  # noqa: E741  (the field's own letters)
+    H, I = settings["hidden_size"], settings["intermediate_size"]  # noqa: E741  (usual symbols)
     q = settings["num_attention_heads"] * settings["head_dim"]
     kv = settings["num_key_value_heads"] * settings["head_dim"]
     return {
@@ -74,9 +74,9 @@ def dense_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(source: DenseSource) -> None:
-    """Raise WeightsError unless the source holds exactly the tensors that its settings ask for.
+    """Raise WeightsError unless the source holds exactly the tensors that its settings require.
 
-    A tensor nobody asked for (a bias, a second norm, a rope table) would be lost: the result would be another model.
+    An extra tensor (a bias, a second norm, a RoPE table) would be dropped, which would change the model.
     """
     expected = dense_shapes(source.settings)
     where = str(source.path)

@@ -1,4 +1,4 @@
-"""Small files beside the weights."""
+"""The generation config of an upcycled checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from finetune.files import write_json
 
 
 def write_generation_config(folder: Path, settings: dict[str, Any], eos: int | list[int] | None = None) -> None:
-    """Write the special tokens that `generate` needs; `eos` replaces the config's where a chat ends differently."""
+    """Write the special tokens that `generate` needs; `eos` replaces the config's if chats end with another token."""
     fields = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if eos is not None:
         fields["eos_token_id"] = eos

@@ -1,6 +1,6 @@
-"""A dense source in one GGUF file: metadata -> settings, tensor names and row order -> Hugging Face's.
+"""A dense source in one GGUF file: converts metadata, tensor names and row order to Hugging Face's.
 
-Only the header is memory-mapped; tensor bytes are read with plain file reads and dequantised a few rows at a time.
+Only the header is memory-mapped; tensors are read with plain file reads and dequantised a few rows at a time.
 """
 
 import math
@@ -10,26 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
-from finetune.upcycle.dense import EMBEDDING, FINAL_NORM, HEAD, DenseTensor
+from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes
 from finetune.upcycle.files import write_generation_config
 from finetune.upcycle.gguf_tokenizer import write_tokenizer
-from finetune.upcycle.huggingface import FLOATS
 
-ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs some ten bytes of scratch for each
-TOP_NAMES = {"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": HEAD}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Every `llama.*` key that is understood. Any other would change the arithmetic unseen, so it is refused.
+ROWS_ELEMENTS = 2**22  # elements dequantised at once; the numpy code needs about ten bytes of scratch memory each
+# Every `llama.*` key that is understood. Any other would silently change the computation, so it is an error.
 KNOWN_KEYS = {
     "block_count",
     "context_length",
@@ -57,7 +45,8 @@ class GgufSource:
         self.path = file
         self.metadata, reader = read_metadata(file)
         self.settings = read_settings(file, self.metadata)
-        self._infos = {hugging_face_name(info.name): info for info in reader.tensors}
+        stems = hugging_face_stems(self.settings)
+        self._infos = {hugging_face_name(info.name, stems): info for info in reader.tensors}
         self.settings["tie_word_embeddings"] = HEAD not in self._infos
         if EMBEDDING in self._infos:
             self.settings["vocab_size"] = int(self._infos[EMBEDDING].shape[1])
@@ -72,10 +61,10 @@ class GgufSource:
         """One tensor, dequantised, its rows in Hugging Face's order."""
         from gguf import dequantize
 
-        info, announced = self._infos[name], self.tensors[name]
-        rows, columns = math.prod(announced.shape[:-1]), announced.shape[-1]
+        info, tensor = self._infos[name], self.tensors[name]
+        rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
         row_bytes = info.n_bytes // rows
-        weight = torch.empty(rows, columns, dtype=FLOATS[announced.dtype])
+        weight = torch.empty(rows, columns, dtype=TORCH_DTYPES[tensor.dtype])
         step = max(1, ROWS_ELEMENTS // columns)
         with self.path.open("rb") as stream:
             stream.seek(info.data_offset)
@@ -87,7 +76,7 @@ class GgufSource:
         heads = self._rotary_heads(name)
         if heads:
             weight = undo_rope_permutation(weight, heads)
-        return weight.reshape(announced.shape)
+        return weight.reshape(tensor.shape)
 
     def _rotary_heads(self, name: str) -> int | None:
         if name.endswith("self_attn.q_proj.weight"):
@@ -113,16 +102,19 @@ def undo_rope_permutation(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def hugging_face_name(name: str) -> str:
-    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; an unknown name stays, to be refused so."""
+def hugging_face_stems(settings: dict[str, Any]) -> dict[str, str]:
+    """`blk.3.ffn_up` -> `model.layers.3.mlp.up_proj` for every tensor of the model, from llama.cpp's own table."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    table = get_tensor_name_map(MODEL_ARCH.LLAMA, settings["num_hidden_layers"])
+    names = [name.removesuffix(".weight") for name in dense_shapes(settings | {"tie_word_embeddings": False})]
+    return {table.get_name(name): name for name in names}
+
+
+def hugging_face_name(name: str, stems: dict[str, str]) -> str:
+    """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`; an unknown name stays as it is and fails later."""
     stem, dot, kind = name.rpartition(".")
-    if kind == "weight" and stem in TOP_NAMES:
-        return TOP_NAMES[stem]
-    if stem.startswith("blk."):
-        number, _, part = stem.removeprefix("blk.").partition(".")
-        if part in LAYER_NAMES:
-            return f"model.layers.{number}.{LAYER_NAMES[part]}{dot}{kind}"
-    return name
+    return f"{stems.get(stem, stem)}{dot}{kind}"
 
 
 def read_metadata(file: Path) -> tuple[dict[str, Any], Any]:
@@ -152,7 +144,7 @@ def _value(key: str, field: Any) -> Any:
 
 
 def read_settings(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
-    """The MixtralConfig fields that GGUF metadata fix. Raises WeightsError for what Mixtral cannot express."""
+    """The MixtralConfig fields that GGUF metadata fix. Raises WeightsError for anything Mixtral cannot express."""
     kind = metadata.get("general.architecture")
     if kind != "llama":
         do = "use a Llama or Mistral model (GGUF calls both llama)"

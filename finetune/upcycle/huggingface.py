@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor
 from finetune.upcycle.files import write_generation_config
 
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = ("F32", "F16", "BF16")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 COMPANIONS = (
     *TOKENIZERS,
@@ -48,7 +49,7 @@ CARRIED = (
 
 
 class HuggingFaceSource:
-    """See `DenseSource`. `dtype` (as in safetensors) converts every tensor; None keeps each one's own."""
+    """See `DenseSource`. `dtype` (as in safetensors) converts every tensor; None keeps each tensor's own."""
 
     def __init__(self, folder: Path, dtype: str | None) -> None:
         self.path = folder
@@ -57,7 +58,7 @@ class HuggingFaceSource:
         self.tensors = {
             key: DenseTensor(dtype or self._reader.info(key).dtype, self._reader.info(key).shape)
             for key in self._reader.keys
-            # Written by transformers before 4.32: a table that follows from the config.
+            # Written by transformers before 4.32: a buffer computed from the config.
             if not key.endswith(".rotary_emb.inv_freq")
         }
         self._check_dtypes()
@@ -68,13 +69,13 @@ class HuggingFaceSource:
 
     def _check_dtypes(self) -> None:
         for key in self.tensors:
-            found = self._reader.info(key).dtype
-            if found not in FLOATS:
+            dtype = self._reader.info(key).dtype
+            if dtype not in FLOATS:
                 do = "use the unquantised checkpoint (float32, bfloat16 or float16)"
-                raise WeightsError(Problem(f"{self.path}: {key}", "is quantised or not a 16/32-bit float", do, found))
+                raise WeightsError(Problem(f"{self.path}: {key}", "is quantised or not a 16/32-bit float", do, dtype))
 
     def _drop_tied_head(self) -> None:
-        """A tied model may carry its head a second time; it must then be the embedding itself."""
+        """Drop the head of a tied model if it is stored as well; it must equal the embedding."""
         if not self.settings["tie_word_embeddings"] or HEAD not in self.tensors or EMBEDDING not in self.tensors:
             return
         if not torch.equal(self._reader.read(HEAD), self._reader.read(EMBEDDING)):
@@ -84,7 +85,7 @@ class HuggingFaceSource:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, converted if a dtype was asked for."""
-        return self._reader.read(name).to(FLOATS[self.tensors[name].dtype])
+        return self._reader.read(name).to(TORCH_DTYPES[self.tensors[name].dtype])
 
     def write_companions(self, folder: Path) -> None:
         """Copy tokenizer and template files as they are; the generation config too, or make it from config.json."""
@@ -106,21 +107,21 @@ def read_settings(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     from transformers import LlamaConfig, MistralConfig
 
     where = str(folder / "config.json")
-    _refuse_architecture(where, raw)
+    _check_architecture(where, raw)
     try:
         config = {"llama": LlamaConfig, "mistral": MistralConfig}[raw["model_type"]].from_dict(raw)
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(Problem(where, "is not a valid config", "fetch it again", got=str(error))) from error
-    _refuse_settings(where, config)
+    _check_settings(where, config)
     settings = {name: getattr(config, name) for name in CARRIED}
     settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)
-    # A window at least as long as the context never masks anything.
+    # A window of at least the context length masks nothing.
     settings["sliding_window"] = window if window is not None and window < config.max_position_embeddings else None
     return settings
 
 
-def _refuse_architecture(where: str, raw: dict[str, Any]) -> None:
+def _check_architecture(where: str, raw: dict[str, Any]) -> None:
     do = "use a dense Llama or Mistral model (LlamaForCausalLM, MistralForCausalLM)"
     kind = raw.get("model_type")
     if any(raw.get(field) for field in MOE_FIELDS):
@@ -136,7 +137,7 @@ def _refuse_architecture(where: str, raw: dict[str, Any]) -> None:
         raise WeightsError(Problem(where, "the source is quantised", do, got))
 
 
-def _refuse_settings(where: str, config: Any) -> None:
+def _check_settings(where: str, config: Any) -> None:
     do = "use a model without it: Mixtral cannot express it"
     for name in ("attention_bias", "mlp_bias"):
         if getattr(config, name, False):

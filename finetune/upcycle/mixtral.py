@@ -12,18 +12,19 @@ import torch
 from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointWriter, TensorSpec
+from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.families import FAMILIES, MoeLayout
 from finetune.upcycle.dense import EMBEDDING, DenseSource, dense_shapes
 
-ROUTER_STD = 0.02  # MixtralConfig.initializer_range: what Mixtral's own routers start from
+ROUTER_STD = 0.02  # MixtralConfig.initializer_range, as for Mixtral's own routers
 EXPERT_NAMES = {"mlp.gate_proj.weight": "w1", "mlp.up_proj.weight": "w3", "mlp.down_proj.weight": "w2"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chooses. `noise` is in standard deviations of each matrix; `dtype` None keeps the source's."""
+    """The user's options. `noise` is in standard deviations of each matrix; `dtype` None keeps the source's."""
 
     num_experts: int
     top_k: int
@@ -35,7 +36,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors that follow from one dense tensor; `source` None is a router, which has no dense counterpart."""
+    """Tensors made from one dense tensor; `source` None: a router, which has no dense counterpart."""
 
     source: str | None
     targets: tuple[TensorSpec, ...]
@@ -55,7 +56,7 @@ def write_config(folder: Path, source: DenseSource, options: Options) -> None:
         dtype=_torch_name(source.tensors[EMBEDDING].dtype),
     )
     fields = config.to_diff_dict()
-    # transformers leaves out what equals a default of its own; other programs have other defaults.
+    # transformers omits fields that equal its defaults; other programs have other defaults.
     fields |= {name: getattr(config, name) for name in (*source.settings, "output_router_logits")}
     fields["rope_theta"] = config.rope_parameters["rope_theta"]
     if config.rope_parameters["rope_type"] != "default":
@@ -64,7 +65,7 @@ def write_config(folder: Path, source: DenseSource, options: Options) -> None:
 
 
 def _torch_name(dtype: str) -> str:
-    return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
 def _layout() -> MoeLayout:
@@ -133,11 +134,11 @@ def perturb(weight: torch.Tensor, noise: float, seed: int, key: str) -> torch.Te
 def _router(spec: TensorSpec, seed: int) -> torch.Tensor:
     """A router `[num_experts, hidden_size]`. Never zero: that would send every token to the first `top_k` experts."""
     router_EH = _normal(spec.shape, seed, f"router {spec.key}").mul_(ROUTER_STD)
-    return router_EH.to(getattr(torch, _torch_name(spec.dtype)))
+    return router_EH.to(TORCH_DTYPES[spec.dtype])
 
 
 def _normal(shape: tuple[int, ...], seed: int, stream: str) -> torch.Tensor:
-    """Standard normal fp32 numbers of a stream of their own, so that no tensor's values depend on another's."""
+    """Standard normal fp32 numbers from a separate stream, so that no tensor's values depend on another tensor."""
     digest = hashlib.sha256(f"{seed} {stream}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.randn(shape, generator=generator, dtype=torch.float32)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig
 
+from benchmarks.packaged_gguf import packaged_gguf
 from finetune.checkpoint import CheckpointWriter, TensorSpec
 from finetune.errors import WeightsError
-from finetune.upcycle import packaged_gguf
 from finetune.upcycle.dense import dense_shapes
 from tests.support import save_tiny_mistral, tiny_tokenizer
 

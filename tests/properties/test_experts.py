@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from finetune.moe import experts as engine
 from finetune.moe.engine.factors import ExpertFactors
-from finetune.moe.engine.rows import Cut
+from finetune.moe.engine.rows import ChunkSize
 from finetune.moe.experts import experts_forward
 from finetune.moe.nf4 import Nf4Stack
 
@@ -176,7 +176,7 @@ def test_experts_of_any_shape_are_those_of_the_plain_reference(case: Case) -> No
 
 @pytest.mark.parametrize("rows", [1, 3, 10_000])
 def test_experts_are_the_same_however_their_rows_are_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Cut, "for_columns", lambda *_: Cut(together=rows, of_one=rows))
+    monkeypatch.setattr(ChunkSize, "for_columns", lambda *_: ChunkSize(shared=rows, single=rows))
     check(Case(num_experts=6, tokens=20, chosen=(1, 4)))
     check(Case(num_experts=6, tokens=20, bias=True, routing="few experts have all"))
     check(Case(num_experts=6, tokens=20, hidden=8, quantised=True, routing="few experts have all"))

@@ -11,7 +11,7 @@ from finetune.errors import RunError
 from finetune.recipe import dump_recipe
 from finetune.run.folder import RunFolder
 from finetune.run.provenance import _toolkit_commit, collect_provenance
-from finetune.run.resuming import refuse_other_recipe, refuse_other_rows
+from finetune.run.resuming import check_same_recipe, check_same_rows
 from tests.unit.recipe_writing import SOUND, Desk
 
 
@@ -76,9 +76,9 @@ def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pyt
     run.path.mkdir(parents=True)
     run.recipe.write_text(dump_recipe(desk.load(SOUND)))
     free = ("logging.report_to=none", "training.save_steps=3", "training.resume_from_checkpoint=true")
-    refuse_other_recipe(run, desk.load(SOUND, *free))
+    check_same_recipe(run, desk.load(SOUND, *free))
     with pytest.raises(RunError) as error:
-        refuse_other_recipe(run, desk.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
+        check_same_recipe(run, desk.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
     assert str(error.value).splitlines() == [
         "lora.r: the run in runs/test was made with 8; got 4; "
         "set it back to continue that run, or name another output_dir",
@@ -92,11 +92,11 @@ def test_a_run_is_continued_only_on_the_rows_that_it_began_with(tmp_path: Path) 
         return {"train": {"sets": [{"name": "a.jsonl", "digest": "1"}, {"name": "b.jsonl", "digest": digest}]}}
 
     run = RunFolder(tmp_path)
-    refuse_other_rows(run, rows("2"))
+    check_same_rows(run, rows("2"))
     run.audit.write_text(json.dumps({"rows": rows("2")}))
-    refuse_other_rows(run, rows("2"))
+    check_same_rows(run, rows("2"))
     with pytest.raises(RunError) as error:
-        refuse_other_rows(run, rows("3"))
+        check_same_rows(run, rows("3"))
     assert str(error.value) == (
         f"b.jsonl: its rows are not those that the run in {tmp_path} began with; "
         "put the data back as it was to continue that run, or name another output_dir"
@@ -111,10 +111,10 @@ def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(
     run.path.mkdir(parents=True)
     cut = "training.per_device_train_batch_size=4"
     run.recipe.write_text(dump_recipe(desk.load(SOUND)))
-    refuse_other_recipe(run, desk.load(SOUND, cut))
+    check_same_recipe(run, desk.load(SOUND, cut))
     run.recipe.write_text(dump_recipe(desk.load(SOUND, "router.scope=micro_batch")))
     with pytest.raises(RunError, match=r"training.per_device_train_batch_size: the run in runs/test was made with 1"):
-        refuse_other_recipe(run, desk.load(SOUND, "router.scope=micro_batch", cut))
+        check_same_recipe(run, desk.load(SOUND, "router.scope=micro_batch", cut))
 
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from finetune.errors import WeightsError
 from finetune.upcycle import Options, upcycle
-from finetune.upcycle.gguf_file import LAYER_NAMES, TOP_NAMES
 from tests.support import CHATML, tiny_tokenizer
 
 WIDE = Options(num_experts=4, top_k=2, dtype="F32")
@@ -50,15 +49,14 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def gguf_tensors(model: Any) -> dict[str, torch.Tensor]:
     state = {key: value.detach() for key, value in model.state_dict().items()}
-    found = {f"{ours}.weight": state[theirs] for ours, theirs in TOP_NAMES.items() if theirs in state}
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    tensors = {f"{table.get_name(key.removesuffix('.weight'))}.weight": value for key, value in state.items()}
     if model.config.tie_word_embeddings:
-        del found["output.weight"]
+        del tensors["output.weight"]
     for layer in range(model.config.num_hidden_layers):
-        for ours, theirs in LAYER_NAMES.items():
-            found[f"blk.{layer}.{ours}.weight"] = state[f"model.layers.{layer}.{theirs}.weight"]
         for name, heads in (("attn_q", model.config.num_attention_heads), ("attn_k", model.config.num_key_value_heads)):
-            found[f"blk.{layer}.{name}.weight"] = permuted(found[f"blk.{layer}.{name}.weight"], heads)
-    return found
+            tensors[f"blk.{layer}.{name}.weight"] = permuted(tensors[f"blk.{layer}.{name}.weight"], heads)
+    return tensors
 
 
 def write_settings(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -280,7 +278,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "format": (
         {"change": lambda w: w.add_tensor("output_norm.bias", np.ones(64, np.int8))},
-        "output_norm.bias: is in a format that gguf cannot read; got I8",
+        "model.norm.bias: is in a format that gguf cannot read; got I8",
     ),
     "byte order": ({"endianess": gguf.GGUFEndian.BIG}, "has the other byte order"),
     "tokenizer": (

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.packaged_gguf import packaged_gguf
 from finetune.errors import RecipeError, WeightsError
-from finetune.upcycle import Options, packaged_gguf, upcycle
+from finetune.upcycle import Options, upcycle
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 
 PLAIN = Options(num_experts=4, top_k=2)

@@ -118,7 +118,7 @@ def prepare_pair_mixture(
     seed: int,
     max_problems: int = MAX_PROBLEMS,
 ) -> PairMixture:
-    """Every pair is read and checked, and those that are used are chosen."""
+    """Read and check every pair, and choose those that are used."""
     if settings.loss_on != "assistant" or settings.overlong == "split":
         raise ValueError("the loss of a pair is on its answers, and a pair is not split")
     mixture = prepare_mixture(sources, tokenizer, settings, seed, max_problems, PAIRED_ROWS)

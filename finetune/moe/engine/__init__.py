@@ -1,1 +1,1 @@
-"""How the experts of a layer are computed: one autograd function over rows sorted by expert."""
+"""The computation of a layer's experts: one autograd function over rows sorted by expert."""

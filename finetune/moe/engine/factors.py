@@ -1,4 +1,4 @@
-"""The LoRA factors of one expert stack, as the engine takes them.
+"""The LoRA factors of one expert stack, in the engine's layout.
 
 E experts, S experts with factors, r rank, I input features, O output features.
 """
@@ -29,7 +29,7 @@ class ExpertFactors:
         return {expert: row for row, expert in enumerate(self.experts or range(self.A.shape[0]))}
 
     def spread(self, num_experts: int) -> "ExpertFactors":
-        """The same factors with one row an expert, zeros for those that have none."""
+        """The same factors with one row per expert, zeros for experts without factors."""
         if self.experts is None:
             return self
         index = torch.tensor(self.experts, device=self.A.device)

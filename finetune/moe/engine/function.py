@@ -3,9 +3,9 @@
 For the rows of expert e: `u = x W1_e + b1_e + s (x A1_e^T) B1_e^T`, `h = gate(u)`,
 `y = h W2_e + b2_e + s (h A2_e^T) B2_e^T`, and a token's output is the sum of its rows' `y`, weighted by the router.
 
-Kept for the backward: `x`, `u` and the rank-r products. Dequantised weights are made again, `h` is computed again from
-`u`, and `y` is not needed: the gradient of a row's router weight is `<g, y> = <W2 g + s A2^T B2^T g, h> + <g, b2>`,
-which the backward has at hand. No gradient of a frozen weight is formed.
+Saved for the backward: `x`, `u` and the rank-r products. Weights are dequantised again, `h` is recomputed from `u`, and
+`y` is not needed: the gradient of a row's router weight is `<g, y> = <W2 g + s A2^T B2^T g, h> + <g, b2>`,
+all of which the backward computes anyway. Frozen weights get no gradient.
 
 T tokens, H hidden, R routed rows sorted by expert, n rows of a chunk, E experts, I intermediate, r rank.
 """
@@ -26,13 +26,13 @@ from finetune.moe.engine.rows import Chunk, Projection, Weights
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """What one call of a layer's experts consists of, besides the tensors that have gradients."""
+    """The inputs of one call of a layer's experts, except the tensors that get gradients."""
 
     up: Projection
     down: Projection
     gate: Gate
     chunks: Sequence[Chunk]
-    seed: int  # of the dropout masks, which are drawn again in the backward
+    seed: int  # for the dropout masks, which the backward generates again
 
     @property
     def factors(self) -> tuple[ExpertFactors, ...]:
@@ -42,7 +42,7 @@ class ExpertsCall:
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> "ExpertsCall":
         """The same call with these factors, `A` and `B` in turn."""
         factors = tuple(
-            replace(each, A=A, B=B) for each, A, B in zip(self.factors, tensors[::2], tensors[1::2], strict=True)
+            replace(pair, A=A, B=B) for pair, A, B in zip(self.factors, tensors[::2], tensors[1::2], strict=True)
         )
         count = len(self.up.factors)
         up, down = replace(self.up, factors=factors[:count]), replace(self.down, factors=factors[count:])
@@ -70,8 +70,8 @@ class _Experts(torch.autograd.Function):
             with kept.apart():
                 run = partial(_forward, call, x_TH, weight_R)
                 out_TH, saved = kept.once(run) if kept.keeps_experts else run()
-        # The factors are saved as tensors, not with the call: they are copies, which checkpointing makes again, and a
-        # change of theirs before the backward is an error.
+        # The factors are saved as tensors, not with the call: they are copies, which checkpointing recomputes, and
+        # autograd raises an error if they change before the backward.
         ctx.call = call.with_tensors([x_TH.new_empty(0)] * len(tensors))
         ctx.save_for_backward(x_TH, weight_R, *tensors, *saved)
         return out_TH

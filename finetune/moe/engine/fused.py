@@ -1,7 +1,7 @@
 """`silu(gate) * up` and its backward as one Triton kernel each. Imported on CUDA devices only: CPU wheels lack Triton.
 
-Without it a step reads and writes the rows a dozen times, in part in float32; that took a seventh of a step of
-Mixtral's layers on an H100, and a quarter of its transient memory. Products are rounded once, sums are float32.
+Separate ops read and write the rows a dozen times, partly in float32: a seventh of a step of Mixtral's layers on an
+H100, and a quarter of its transient memory. Products are rounded once, sums are float32.
 
 n rows, I intermediate (`width`).
 """
@@ -27,7 +27,7 @@ def _forward(u_n2I, h_nI, width: tl.constexpr, BLOCK: tl.constexpr):  # type: ig
 def _backward(  # type: ignore[no-untyped-def]
     u_n2I, dh_nI, weight_n, gradient_n, du_n2I, width: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One row; `h` goes where `dh` was."""
+    """One row; `h` overwrites `dh`."""
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weight_n + row).to(tl.float32)
     products = tl.zeros((BLOCK,), tl.float32)

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 
 Again = tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]
-"""`h [n, I]`, `<dh, h> [n]` in at least float32, and what makes `du [n, O]` from the weighted `dh`."""
+"""`h [n, I]`, `<dh, h> [n]` in at least float32, and a function that computes `du [n, O]` from the weighted `dh`."""
 
 
 class Gate(Protocol):
@@ -25,12 +25,12 @@ class Gate(Protocol):
         ...
 
     def again(self, u_nO: torch.Tensor, dh_nI: torch.Tensor, weight_n: torch.Tensor) -> Again:
-        """`h` once more, and its backward. `dh`, not yet times the row's `weight`, may be overwritten."""
+        """Recompute `h`, and its backward. `dh`, not yet times the row's `weight`, may be overwritten."""
         ...
 
 
 class AnyGate:
-    """Whatever an architecture computes there, through autograd."""
+    """Any gate function, differentiated by autograd."""
 
     def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.function = function
@@ -52,9 +52,9 @@ class AnyGate:
 
 
 class SiluGate:
-    """`silu(gate) * up` of the halves of `u`, which most architectures compute: half the passes over memory.
+    """`silu(gate) * up` of the halves of `u`, which most architectures use: half the passes over memory.
 
-    On a GPU one kernel each way (`fused.py`): element-wise passes of torch's took more time there than the adapters.
+    On a GPU one kernel each for forward and backward (`fused.py`): torch's own ops are slower than the adapters.
     """
 
     def forward(self, u_nO: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ def sum_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _is_fused(u_nO: torch.Tensor) -> bool:
-    """Whether the kernels take it: 16 bits on a CUDA device, where torch's own wheels bring Triton."""
+    """Whether the fused kernels apply: 16 bits on a CUDA device with Triton (part of torch's CUDA wheels)."""
     return u_nO.is_cuda and u_nO.dtype.itemsize == 2 and u_nO.numel() > 0 and _has_triton()
 
 

@@ -1,7 +1,7 @@
 """Rows sorted by expert, and products of such rows with one matrix an expert.
 
-Two ways to compute the same: `LoopChunk` calls one matrix product an expert (CPU, and GPUs before Hopper: needs the
-number of rows of each expert on the host), `GroupedChunk` one grouped product for all of them (no host sync).
+Two implementations: `LoopChunk` runs one matrix product per expert (CPU, and GPUs before Hopper; needs the number of
+rows of each expert on the host), `GroupedChunk` one grouped product for all of them (no host sync).
 
 R routed rows sorted by expert, n rows of a chunk, E experts, I input features, O output features, r rank.
 """
@@ -19,22 +19,22 @@ from finetune.moe.nf4 import Nf4Stack
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the rows are cut into chunks.
+class ChunkSize:
+    """Maximum number of rows in a chunk.
 
-    Experts with few rows share a chunk, so that element-wise work is done for all of them at once. The rows of a busy
-    expert are cut, so that what is made for them is small; each piece costs a pass of the product over the weight.
+    Experts with few rows share a chunk, so that element-wise work runs once for all of them. The rows of a busy expert
+    are split to keep intermediate tensors small; each piece reads the weight once more.
     """
 
-    together: int  # most rows of a chunk of several experts
-    of_one: int  # most rows of a piece of one expert
+    shared: int  # maximum rows of a chunk that holds several experts
+    single: int  # maximum rows of a chunk that holds one expert
 
     @classmethod
-    def for_columns(cls, columns: int, on_gpu: bool) -> "Cut":
+    def for_columns(cls, columns: int, on_gpu: bool) -> "ChunkSize":
         """For a first projection with `columns` outputs; measured (benchmarks/LOG.md)."""
         if on_gpu:
-            return cls(together=1, of_one=2**14)
-        return cls(together=min(3 * 2**16 // columns, 512), of_one=columns // 8 + 64)
+            return cls(shared=1, single=2**14)
+        return cls(shared=min(3 * 2**16 // columns, 512), single=columns // 8 + 64)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class LoopChunk:
             grad_rI.addmm_(p.T, q)
 
 
-_SPREAD_COLUMNS = 256  # of a product that is still bound by reading and writing its result
+_SPREAD_COLUMNS = 256  # up to this width the product is bound by reading and writing its result
 
 
 class GroupedChunk:
@@ -260,8 +260,8 @@ class GroupedChunk:
     ) -> None:
         """`y += scale x M`.
 
-        Of few and narrow factors in one product: a row has its r values in the columns of its expert, zeros elsewhere.
-        A grouped product cannot add to `y`; what it gives would be written and read once more.
+        Few and narrow factors take one dense product: each row has its r values in the columns of its expert and zeros
+        elsewhere. A grouped product cannot accumulate into `y`: its result would be written and read once more.
         """
         experts, rank, _ = M_SrO.shape
         if experts * rank > _SPREAD_COLUMNS:
@@ -276,22 +276,22 @@ class GroupedChunk:
         grad_SrI.add_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
 
 
-def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, cut: Cut) -> list[Chunk]:
+def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, size: ChunkSize) -> list[Chunk]:
     """The chunks of all rows; expert e has the rows from `bounds[e]` to `bounds[e + 1]`."""
     chunks: list[Chunk] = []
     first = 0  # expert
     for expert in range(1, len(bounds)):
         is_last = expert == len(bounds) - 1
-        if is_last or bounds[expert + 1] - bounds[first] > cut.together:
-            chunks += _chunks_of(first, bounds[first : expert + 1], token_R, cut)
+        if is_last or bounds[expert + 1] - bounds[first] > size.shared:
+            chunks += _chunks_of(first, bounds[first : expert + 1], token_R, size)
             first = expert
     return chunks
 
 
-def _chunks_of(first: int, bounds: Sequence[int], token_R: torch.Tensor, cut: Cut) -> Iterator[LoopChunk]:
+def _chunks_of(first: int, bounds: Sequence[int], token_R: torch.Tensor, size: ChunkSize) -> Iterator[LoopChunk]:
     """One chunk of a few experts; equal pieces of one that has too many rows."""
     rows = bounds[-1] - bounds[0]
-    pieces = -(-rows // cut.of_one)
+    pieces = -(-rows // size.single)
     if pieces > 1 and len(bounds) == 2:
         edges = [bounds[0] + rows * piece // pieces for piece in range(pieces + 1)]
         yield from (LoopChunk(first, piece, token_R) for piece in pairwise(edges))

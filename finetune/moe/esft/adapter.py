@@ -1,7 +1,7 @@
-"""Adapters of some experts only: in memory the factors of the chosen ones, on disk a whole stock PEFT adapter.
+"""Adapters of chosen experts: in memory only their factors, on disk a complete stock PEFT adapter.
 
-What is not chosen has no factors in memory: nothing to train, no gradient, no optimizer state. A state dict has PEFT's
-full matrices, with zeros for the others, so that saving, loading, resuming and merging stay what they are.
+Other experts have no factors in memory: no parameters, gradients or optimizer state. A state dict has PEFT's full
+matrices with zeros for them, so saving, loading, resuming and merging work unchanged.
 
 E experts, S chosen experts, r rank. Full: `lora_A [E*r, in]` is expert-major, `lora_B [out, r*E]` rank-major. Compact:
 `lora_A [S*r, in]` and `lora_B [out, r*S]`, in the same orders.
@@ -22,20 +22,20 @@ from finetune.moe.lora import FactoredStackLora
 def keep_chosen(model: torch.nn.Module, chosen: Mapping[str, tuple[int, ...]]) -> None:
     """Drop the factors of all experts but the chosen ones; `chosen`: decoder layer's path -> ascending experts.
 
-    Called on a fresh adapter, before an optimizer exists. Raises WeightsError where a layer of one side is missing on
-    the other, or an expert does not exist.
+    Called on a fresh adapter, before an optimizer exists. Raises WeightsError if model and choice differ in
+    their layers, or an expert does not exist.
     """
-    met: set[str] = set()
+    adapted_layers: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, FactoredStackLora):
             continue
         layer = next((layer for layer in chosen if clean_name(name).startswith(f"{layer}.")), None)
         if layer is None or max(chosen[layer]) >= module.num_experts:
             raise _other_model(clean_name(name), f"experts of {', '.join(chosen)}")
-        met.add(layer)
+        adapted_layers.add(layer)
         for adapter in module.lora_A:
             _compact(module, adapter, chosen[layer])
-    if missing := sorted(set(chosen) - met):
+    if missing := sorted(set(chosen) - adapted_layers):
         raise _other_model(missing[0], "no adapted experts there")
 
 
@@ -58,7 +58,7 @@ def _compact(wrapper: Any, adapter: str, experts: tuple[int, ...]) -> None:
         layout = _Layout(dim, index, full * rank)
         linear.weight = torch.nn.Parameter(layout.compact(linear.weight.detach()).clone(), linear.weight.requires_grad)
         linear.out_features, linear.in_features = linear.weight.shape
-        # torch writes an attribute on a hook, which a bound method does not take.
+        # torch sets an attribute on the hook, which bound methods do not allow.
         linear.register_state_dict_post_hook(partial(layout.save))
         linear.register_load_state_dict_pre_hook(partial(layout.load))
     wrapper.chosen = {**wrapper.chosen, adapter: experts}
@@ -66,7 +66,7 @@ def _compact(wrapper: Any, adapter: str, experts: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the compact slices of one factor stand in the full one: along `dim`, at `index`, of `size` in all."""
+    """Positions of one factor's compact slices in the full matrix: along `dim`, at `index`, of `size` in total."""
 
     dim: int
     index: torch.Tensor
@@ -81,11 +81,11 @@ class _Layout:
         return compact.new_zeros(shape).index_copy_(self.dim, self.index.to(compact.device), compact)
 
     def save(self, _module: Any, state_dict: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
-        """After the module has put its weight into `state_dict`."""
+        """State dict hook: expand the weight in `state_dict`."""
         state_dict[f"{prefix}weight"] = self.expand(state_dict[f"{prefix}weight"].detach())
 
     def load(self, _module: Any, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
-        """Before the module takes its weight from `state_dict`; a weight of another shape is torch's to refuse."""
+        """Load hook: compact the weight in `state_dict`; torch reports a weight of another shape."""
         full = state_dict.get(f"{prefix}weight")
         if full is None or full.shape[self.dim] != self.size:
             return

@@ -1,4 +1,4 @@
-"""Which experts of each layer are adapted, and what the choice was made from (ESFT, arXiv 2407.01906).
+"""The choice of experts to adapt in each layer, and the scores behind it (ESFT, arXiv 2407.01906).
 
 L layers, E experts.
 """
@@ -26,13 +26,13 @@ class LayerChoice:
 
     @property
     def share(self) -> float:
-        """What the adapted experts hold of the layer's score."""
+        """The adapted experts' share of the layer's score."""
         return sum(self.scores[expert] for expert in self.experts)
 
 
 @dataclass(frozen=True)
 class ExpertChoice:
-    """The choice of a run. `share` was asked for; `rows` and `tokens` were measured; layers in the model's order."""
+    """The choice of a run. `share` as requested; `rows` and `tokens` as measured; layers in the model's order."""
 
     score: str
     share: float
@@ -51,16 +51,16 @@ class ExpertChoice:
         return sum(len(layer.experts) for layer in self.layers) / sum(len(layer.scores) for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `reached` and `adapted` are written for the reader, not read again."""
+        """Plain values for JSON; `reached` and `adapted` are informative and not read back."""
         layers = [{**asdict(layer), "reached": layer.share} for layer in self.layers]
         return {**asdict(self), "adapted": self.adapted, "layers": layers}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ExpertChoice":
-        """The choice that `as_dict` gave; ValueError, TypeError or KeyError where it is none."""
+        """The inverse of `as_dict`; raises ValueError, TypeError or KeyError for anything else."""
         layers = tuple(
-            LayerChoice(str(each["layer"]), tuple(map(float, each["scores"])), tuple(map(int, each["experts"])))
-            for each in values["layers"]
+            LayerChoice(str(layer["layer"]), tuple(map(float, layer["scores"])), tuple(map(int, layer["experts"])))
+            for layer in values["layers"]
         )
         choice = cls(str(values["score"]), float(values["share"]), int(values["rows"]), int(values["tokens"]), layers)
         if choice.score not in SCORES or not layers or not all(_is_sound(layer) for layer in layers):
@@ -68,7 +68,7 @@ class ExpertChoice:
         return choice
 
     def lines(self) -> list[str]:
-        """What is printed: a line a layer, and one for all."""
+        """The printed summary: one line per layer, and a total."""
         chosen = sum(len(layer.experts) for layer in self.layers)
         total = sum(len(layer.scores) for layer in self.layers)
         return [
@@ -87,7 +87,7 @@ class ExpertChoice:
 
 
 def read_choice(path: Path) -> ExpertChoice:
-    """The choice that a run has written; RunError where it is missing or not one."""
+    """Read the choice written by a run; RunError if it is missing or invalid."""
     do = "start anew in another output_dir: experts that are measured again may be others"
     if not path.is_file():
         raise RunError(Problem(str(path), "the run that is to be continued has no choice of experts", do))
@@ -104,10 +104,10 @@ def _is_sound(layer: LayerChoice) -> bool:
 
 
 def smallest_set(scores_E: Sequence[int], share: float) -> tuple[int, ...]:
-    """The fewest experts, by descending score, whose scores sum up to at least `share` of all; ascending.
+    """The fewest experts, by descending score, whose scores add up to at least `share` of the total; ascending.
 
-    Exact: the scores are integers and the share is the decimal number that was written. Of equal scores the lower
-    expert comes first.
+    Exact: the scores are integers and the share is the decimal number in the recipe. Of equal scores the lower expert
+    comes first.
     """
     wanted = Fraction(repr(share)) * sum(scores_E)
     reached, chosen = 0, []

@@ -1,7 +1,7 @@
-"""How much each expert matters for the training rows: forward passes of the frozen base, before there is an adapter.
+"""Expert scores on the training rows, from forward passes of the frozen base before the adapter is added.
 
-Read off what the experts themselves are called with, not off the router's output: indices and weights stand there for
-every architecture alike, after grouping, normalisation and bias correction.
+The scores come from the arguments of the experts modules, not from the router's output: these are the final indices
+and weights for every architecture, after grouping, normalisation and bias correction.
 
 T real tokens, K experts a token, E experts.
 """
@@ -20,7 +20,7 @@ from finetune.moe.esft.choice import ExpertChoice, LayerChoice, smallest_set
 from finetune.moe.families import MoeLayout
 from finetune.recipe import Recipe
 
-# Weights are summed as integers of this unit: the sum is then the same in any order, on any number of processes.
+# Weights are summed as integers of this unit, so the sum does not depend on the order or the number of processes.
 _UNIT = 2.0**-32
 
 Batch = Mapping[str, Any]
@@ -28,18 +28,18 @@ Collate = Callable[[list[dict[str, Any]]], Batch]
 
 
 def choose_experts(model: Any, moe: MoeLayout, dataset: Any, collate: Collate, recipe: Recipe) -> ExpertChoice:
-    """Draw rows of `dataset`, measure them, all processes together, and choose as the recipe says.
+    """Draw rows of `dataset`, measure them on all processes, and choose experts as the recipe says.
 
-    The choice is made from integers that are equal on every process, so it cannot differ between them.
+    All processes choose from the same integers, so their choices are equal.
     """
     lora, state = recipe.lora, PartialState()
     assert lora.experts_share is not None  # the recipe was checked
     lengths = draw_rows(dataset, lora.experts_tokens, recipe.seed)
-    mine = batch_rows(lengths, recipe.data.max_length)[state.process_index :: state.num_processes]
-    shown = tqdm(mine, desc="Measuring experts", unit="batch", disable=not state.is_main_process)
-    batches = (collate([dataset[row] for row in rows]) for rows in shown)
+    rank_batches = batch_rows(lengths, recipe.data.max_length)[state.process_index :: state.num_processes]
+    progress = tqdm(rank_batches, desc="Measuring experts", unit="batch", disable=not state.is_main_process)
+    batches = (collate([dataset[row] for row in rows]) for rows in progress)
     scores = reduce(measure_experts(model, moe, batches, lora.experts_score), "sum")
-    layers = tuple(_choose(layer, each.tolist(), lora.experts_share) for layer, each in scores.items())
+    layers = tuple(_choose(layer, scores_E.tolist(), lora.experts_share) for layer, scores_E in scores.items())
     return ExpertChoice(lora.experts_score, lora.experts_share, len(lengths), sum(lengths.values()), layers)
 
 
@@ -52,7 +52,7 @@ def _choose(layer: str, scores_E: list[int], share: float) -> LayerChoice:
 
 
 def draw_rows(dataset: Any, tokens: int, seed: int) -> dict[int, int]:
-    """Rows of a draw with `seed`, each with its length in tokens, until there are `tokens` or all rows are drawn."""
+    """Draw rows with `seed` until they have `tokens` tokens or all are drawn; returns each row's length."""
     lengths: dict[int, int] = {}
     for row in torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist():
         if tokens <= 0:
@@ -63,9 +63,9 @@ def draw_rows(dataset: Any, tokens: int, seed: int) -> dict[int, int]:
 
 
 def batch_rows(lengths: Mapping[int, int], limit: int) -> list[list[int]]:
-    """Rows put together, the longest first, into batches of at most `limit` tokens with their padding.
+    """Group rows, longest first, into batches of at most `limit` tokens including padding.
 
-    No row is longer than `limit`. What is in a batch does not depend on the machine.
+    No row is longer than `limit`. The batches do not depend on the machine.
     """
     batches: list[list[int]] = []
     for row in sorted(lengths, key=lambda row: (-lengths[row], row)):
@@ -83,12 +83,14 @@ def measure_experts(model: Any, moe: MoeLayout, batches: Iterable[Batch], score:
     a weight that is not finite.
     """
     suffix = f".{moe.experts_module}"
-    experts = {name.removesuffix(suffix): each for name, each in model.named_modules() if name.endswith(suffix)}
+    experts = {name.removesuffix(suffix): module for name, module in model.named_modules() if name.endswith(suffix)}
     if not experts:
         what = "the loaded model has no experts of this name"
         raise WeightsError(Problem(moe.experts_module, what, "report this architecture"))
-    # One place more than there are experts: the index E stands for "no expert".
-    totals = [torch.zeros(each.num_experts + 1, dtype=torch.int64, device=model.device) for each in experts.values()]
+    # One more element than there are experts: index E means "no expert".
+    totals = [
+        torch.zeros(module.num_experts + 1, dtype=torch.int64, device=model.device) for module in experts.values()
+    ]
     was_training = model.training
     model.eval()
     for batch in batches:
