@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from finetune.data.formats.oasst import UnusableRowError
-from finetune.data.formats.reader import Reader
-from finetune.data.formats.table import FORMATS, Format
+from finetune.data.formats.format_parsers import UnusableRowError
+from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.rows import RowError
 from finetune.data.types import Conversation, Document, Example, Judged, Preference
 

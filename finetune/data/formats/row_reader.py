@@ -1,14 +1,30 @@
-"""Reading rows of a named format, and naming the file's own places for what is found wrong later."""
+"""Reading rows of a named format, and naming the places of the file where an error is found later."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from finetune.data.formats import format_parsers
 from finetune.data.formats.fields import Fields
-from finetune.data.formats.table import FORMATS, Format
+from finetune.data.formats.parsed import Draft
 from finetune.data.rows import RowError
 from finetune.data.types import Example
 from finetune.errors import DataError, Problem
+from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(RowFormat):
+    """A row format that can be read."""
+
+    read: Callable[[Fields], Draft]
+
+
+FORMATS: dict[str, Format] = {
+    name: Format(**vars(row_format), read=getattr(format_parsers, name)) for name, row_format in ROW_FORMATS.items()
+}
+
 
 _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finetune.data.formats.order import check_order
+from finetune.data.formats.messages import OPENAI, Turn, check_order, roles_of
 from finetune.data.formats.tools import check_arguments
-from finetune.data.formats.turns import OPENAI, Turn, roles_of
 from finetune.data.rows import RowError
 from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
 
