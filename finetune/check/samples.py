@@ -12,9 +12,9 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from finetune.data.render import IGNORED
-from finetune.data.render.rendering import Ints
 from finetune.data.tokens import RowSet
 from finetune.data.tokens.mixture import Indices
+from finetune.data.types import Ints
 
 HEAD_TOKENS, TAIL_TOKENS = 1500, 500
 """Of a longer row so much is kept from its beginning and its end."""

@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from finetune.data.marks import marks_of, refuse_split_marks, refuse_unended_answers
-from finetune.data.render.templates import read_template
+from finetune.data.render.chat_template import read_template
 from finetune.errors import Problem, RecipeError, WeightsError
 
 _RARE_TEXT = "\u0378\ufdd0\U0010fffd"

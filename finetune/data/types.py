@@ -1,7 +1,10 @@
-"""What a row becomes before any tokenizer: a conversation, a document, a pair of answers, or a judged answer."""
+"""The forms of a row: a conversation, document, preference or judged answer; then its text; then its tokens."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
@@ -68,3 +71,41 @@ class Judged:
 
 
 Example = Conversation | Document | Preference | Judged
+
+
+Ints = npt.NDArray[np.int32]
+LossOn = Literal["assistant", "last_assistant", "completion", "all"]
+
+IGNORED = -100
+"""Label of a token that is not supervised; PyTorch's cross entropy leaves it out."""
+
+
+class Answer(NamedTuple):
+    """A supervised turn: its number, and its characters in the text, from the prompt's end through its EOS."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """One row as text, before any tokenizer.
+
+    `answers` are the supervised turns in order; `everything` (loss on all): all characters are supervised, the
+    `holes` [start, end) excepted. A `document` gets its BOS and EOS as ids: they do not stand in `text`.
+    """
+
+    text: str
+    answers: tuple[Answer, ...] = ()
+    everything: bool = False
+    holes: tuple[tuple[int, int], ...] = ()
+    document: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One row as tokens: `input_ids` and `labels` (int32, as long; `IGNORED`: no loss), not shifted."""
+
+    input_ids: Ints
+    labels: Ints

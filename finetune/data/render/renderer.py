@@ -13,11 +13,10 @@ from typing import Any, get_args
 import numpy as np
 
 from finetune.data.render.answers import find_answers, find_holes
-from finetune.data.render.chat import PROBE, ChatTemplate, System, control_tokens, strings
+from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
 from finetune.data.render.encoder import Encoder
-from finetune.data.render.rendering import IGNORED, Answer, Ints, LossOn, Rendered, Rendering
 from finetune.data.rows import RowError, shown
-from finetune.data.types import Conversation, Document, Message
+from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, LossOn, Message, Rendered, Rendering
 from finetune.errors import DataError, Problem
 
 _PLAIN = frozenset(("role", "content", "train"))

@@ -9,13 +9,12 @@ import pyarrow as pa
 
 from finetune.data.formats import Reader
 from finetune.data.render import Rendered
-from finetune.data.render.rendering import Ints
 from finetune.data.rows import Row, RowError
 from finetune.data.tokens.examples import Item, read_items, read_judged_items
 from finetune.data.tokens.lengths import fit
 from finetune.data.tokens.pair_lengths import fit_pair
 from finetune.data.tokens.table import PAIRS, ROWS
-from finetune.data.types import Conversation, Document, Example, Message, Preference
+from finetune.data.types import Conversation, Document, Example, Ints, Message, Preference
 from finetune.recipe import DataSettings
 
 _MESSAGE = re.compile(r"messages\[(\d+)\](.*)", re.DOTALL)

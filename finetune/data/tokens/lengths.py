@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.render.rendering import IGNORED, Ints
 from finetune.data.rows import RowError
+from finetune.data.types import IGNORED, Ints
 from finetune.recipe import DataSettings
 
 

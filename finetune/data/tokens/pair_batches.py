@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from finetune.data.render import IGNORED
-from finetune.data.render.rendering import Ints
 from finetune.data.tokens.pairs import TokenPair
+from finetune.data.types import Ints
 
 PairLayout = Literal["padded", "flat", "shared"]
 

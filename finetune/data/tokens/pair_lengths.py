@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.data.render import IGNORED, Rendered
-from finetune.data.render.rendering import Ints
 from finetune.data.rows import RowError
 from finetune.data.tokens.lengths import too_long
+from finetune.data.types import Ints
 from finetune.recipe import DataSettings
 
 ANSWERS = ("chosen", "rejected")

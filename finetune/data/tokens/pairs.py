@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from finetune.data.render.rendering import Ints
 from finetune.data.rows import MAX_PROBLEMS
 from finetune.data.tokens.kinds import PAIRED_ROWS
 from finetune.data.tokens.mixture import Indices
@@ -17,6 +16,7 @@ from finetune.data.tokens.packing import Bins, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
 from finetune.data.tokens.stats import DataStats
 from finetune.data.tokens.table import PAIRS, TokenTable
+from finetune.data.types import Ints
 from finetune.recipe import DataSettings, DataSource
 
 _PROMPT, _CHOSEN, _REJECTED = (PAIRS.names.index(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))

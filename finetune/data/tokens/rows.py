@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from finetune.data.formats import reader, recognise
 from finetune.data.render import Renderer
-from finetune.data.render.rendering import Ints
 from finetune.data.rows import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import digest, entry, rows_fingerprint
@@ -26,6 +25,7 @@ from finetune.data.tokens.seen import Seen
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.stream import Tokenised, tokenised
 from finetune.data.tokens.table import TokenTable, Writer
+from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 

@@ -6,7 +6,7 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from finetune.data.render.rendering import Ints
+from finetune.data.types import Ints
 
 IDS = pa.list_(pa.int32())
 ROWS = pa.schema([("input_ids", IDS), ("labels", IDS), ("row", pa.string())])

@@ -1,19 +1,40 @@
-"""One tokenizer's chat template: conversation -> text, as generation would render it too.
+"""A tokenizer's chat template: conversation -> text, as generation would render it too; the shipped templates by name.
 
 The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from finetune.data.render.borders import Turns, ending
+from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.rows import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
+
+FOLDER = Path(__file__).parent / "templates"
+SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
+
+
+def read_template(name_or_path: str) -> str:
+    """The Jinja source of a shipped template (by name) or of a file; `DataError` if it is neither."""
+    path = FOLDER / f"{name_or_path}.jinja" if name_or_path in SHIPPED else Path(name_or_path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            Problem(
+                where="data.chat_template",
+                what="no such template",
+                got=f"{name_or_path!r} ({error.__class__.__name__})",
+                do=f"name a shipped template ({', '.join(SHIPPED)}) or the path of a .jinja file",
+            )
+        ) from error
+
 
 System = Literal["error", "merge_into_first_user"]
 
