@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from finetune.data.rows import FileError, RowError
-from finetune.data.sources import local, streams
+from finetune.data.sources import data_files, local
 from tests.sources import json_lines, messages, pack, read, values, write, write_table
 
 JSONL = "write one JSON object a line (JSONL), UTF-8"
@@ -222,13 +222,13 @@ class TestABrokenArray:
         path = write(tmp_path / "r.json", content)
         expected = read(path)
         for size in (1, 7, 64):
-            monkeypatch.setattr("finetune.data.sources.json_stream.BUFFER", size)
+            monkeypatch.setattr("finetune.data.sources.json_files.BUFFER", size)
             assert read(path) == expected
         assert [row.value for row in expected] == rows
 
 
 def test_a_number_is_not_cut_where_a_piece_that_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.data.sources.json_stream.BUFFER", 1)
+    monkeypatch.setattr("finetune.data.sources.json_files.BUFFER", 1)
     assert [message.split("; ")[1] for message in messages(write(tmp_path / "r.json", b"[12, true, 3.5]"))] == [
         "got 12",
         "got true",
@@ -368,7 +368,7 @@ def test_a_json_column_that_holds_none(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_row_without_an_end_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("json_files", "json_stream", "csv_files"):
+    for module in ("json_files", "tables"):
         monkeypatch.setattr(f"finetune.data.sources.{module}.MAX_ROW_BYTES", 1 << 20)
     endless = b"x" * (3 << 20)
     cases = {
@@ -401,7 +401,7 @@ def test_a_file_that_breaks_does_not_hide_the_next_one(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(file: Any, place: streams.Place) -> Any:
+    def failing(file: Any, place: data_files.Place) -> Any:
         place.number = 7
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

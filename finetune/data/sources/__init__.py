@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from finetune.data.rows import Row
+from finetune.data.sources.data_files import find_files
 from finetune.data.sources.local import LocalSource
-from finetune.data.sources.paths import find_files
 from finetune.recipe import DataSource
 
 

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.rows import FileError, Row, RowError
-from finetune.data.sources.csv_files import read_csv
+from finetune.data.sources.data_files import SAVED, DataFile, Place
 from finetune.data.sources.json_files import read_json, read_json_lines
-from finetune.data.sources.paths import SAVED, DataFile
-from finetune.data.sources.streams import Place
-from finetune.data.sources.tables import read_arrow, read_parquet
+from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 
 Reader = Callable[[DataFile, Place], Iterator[dict[str, Any] | RowError]]
 """Yields rows, or what is wrong with them, and moves the place along; raises `FileError` where it cannot go on."""
