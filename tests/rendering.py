@@ -3,7 +3,7 @@
 from typing import Any
 
 from finetune.data.render import IGNORED, Rendered, Renderer
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Function, Message, ToolCall
 
 CALL_ID = "abcdefghi"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import FORMATS, reader
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Example, Message, Preference
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "examples"

@@ -12,7 +12,7 @@ from finetune.check.texts import read_without_tokenizer, texts
 from finetune.check.twins import find_twins
 from finetune.checkpoint import fingerprint
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
-from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
+from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.methods.pair_layout import pair_layout

@@ -13,7 +13,7 @@ from tokenizers.decoders import DecodeStream
 
 from finetune.data.render import IGNORED
 from finetune.data.tokens import RowSet
-from finetune.data.tokens.mixture import Indices
+from finetune.data.tokens.packing import Indices
 from finetune.data.types import Ints
 
 HEAD_TOKENS, TAIL_TOKENS = 1500, 500

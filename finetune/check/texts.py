@@ -5,10 +5,9 @@ from itertools import islice
 
 from finetune.check.twins import words_of
 from finetune.data.formats import reader, recognise
-from finetune.data.rows import Problems, Row, RowError
+from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
-from finetune.data.tokens.examples import Item, Wrong
-from finetune.data.tokens.kinds import Kind
+from finetune.data.tokens.examples import Item, Kind, Wrong
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSource
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from finetune.data.formats import Reader, reader
-from finetune.data.rows import Problems, Row, RowError
+from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_files
 from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem

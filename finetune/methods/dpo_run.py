@@ -11,7 +11,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
+from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.methods.dpo import MoeDpoTrainer, dpo_config
 from finetune.methods.pair_layout import pair_layout
 from finetune.methods.reference import Reference

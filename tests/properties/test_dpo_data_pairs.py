@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from finetune.data import TokenPair
 from finetune.data.render import IGNORED, Rendered, Renderer, read_template
-from finetune.data.rows import RowError
-from finetune.data.tokens.kinds import PAIRED_ROWS
+from finetune.data.row_errors import RowError
+from finetune.data.tokens.examples import PAIRED_ROWS
 from finetune.data.tokens.packing import best_fit_decreasing
 from finetune.data.types import Conversation, Message, Preference
 from finetune.recipe import DataSettings, DataSource

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.data.rows import FileError, RowError
+from finetune.data.row_errors import FileError, RowError
 from finetune.data.sources import data_files, local
 from tests.sources import json_lines, messages, pack, read, values, write, write_table
 

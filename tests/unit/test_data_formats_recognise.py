@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import recognise
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from tests.row_formats import assistant, example_rows, user
 
 LISTS: dict[str, Any] = {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}

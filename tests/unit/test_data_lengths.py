@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.render import IGNORED
-from finetune.data.rows import RowError
-from finetune.data.tokens.lengths import Piece, TooLongError, fit
+from finetune.data.row_errors import RowError
+from finetune.data.tokens.truncation import Piece, TooLongError, fit
 from finetune.recipe import DataSettings, DataSource
 
 

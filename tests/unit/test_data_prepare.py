@@ -416,7 +416,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
                 file.write("\n")
             return super().update(n)
 
-    monkeypatch.setattr("finetune.data.tokens.rows.tqdm", WithAWriter)
+    monkeypatch.setattr("finetune.data.tokens.tokenize_rows.tqdm", WithAWriter)
     assert refusal(tmp_path, [SHORT]) == [
         "rows.jsonl: changed while it was read; start again when nothing writes to it any more"
     ]

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import IGNORED, Renderer, read_template
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.errors import DataError
 from tests.rendering import chat, labelled, supervised
 from tests.support import tiny_tokenizer

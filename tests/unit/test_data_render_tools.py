@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finetune.data.render import Renderer, read_template
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from tests.rendering import CALL_ID, chat, labelled, supervised, tool_call, tool_schema, weather
 from tests.support import CHATML as PLAIN

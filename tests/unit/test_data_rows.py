@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.data.rows import MAX_PROBLEMS, FileError, Problems, RowError, shown
+from finetune.data.row_errors import MAX_PROBLEMS, FileError, Problems, RowError, shown
 from finetune.errors import DataError
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.data import prepare, prepare_pairs
 from finetune.data.render import Renderer, Rendering
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
 from tests.pairs import LONG, SHORT, prepared, refusal, write_rows

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 
 ADD = "add it, map it with `columns`, or name the data's true format"
 

@@ -22,7 +22,7 @@ from finetune.data.formats.messages import (
 )
 from finetune.data.formats.parsed import Pair, Plain, Talk, Verdict
 from finetune.data.formats.tools import read_call_text, read_tools
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role
 
 SHAREGPT = Spelling("from", "value")

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Judged, Message, Preference
 
 DO = "train on it with a method for judged answers, or remove the row"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
 from finetune.data.formats.tools import parse_json, read_calls, refuse_unknown
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role, ToolCall
 
 

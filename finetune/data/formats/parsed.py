@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from finetune.data.formats.messages import OPENAI, Turn, check_order, roles_of
 from finetune.data.formats.tools import check_arguments
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
 
 Tools = list[dict[str, Any]] | None

@@ -17,7 +17,7 @@ from typing import Any
 
 from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Example, Judged, Preference
 
 SAMPLE = 100

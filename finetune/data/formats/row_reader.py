@@ -8,7 +8,7 @@ from typing import Any
 from finetune.data.formats import format_parsers
 from finetune.data.formats.fields import Fields
 from finetune.data.formats.parsed import Draft
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Example
 from finetune.errors import DataError, Problem
 from finetune.recipe.row_formats import ROW_FORMATS, RowFormat

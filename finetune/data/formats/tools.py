@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from finetune.data.formats.fields import below, check_utf8, checked_text
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Function, ToolCall
 
 TOOL = "write {type: function, function: {name, description, parameters}}"

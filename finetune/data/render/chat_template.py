@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from finetune.data.render.prompt_ends import Turns, ending
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Ints
 
 _STEPS = ("normalizer", "pre_tokenizer")

@@ -15,7 +15,7 @@ import numpy as np
 from finetune.data.render.answers import find_answers, find_holes
 from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
 from finetune.data.render.encoder import Encoder
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, LossOn, Message, Rendered, Rendering
 from finetune.errors import DataError, Problem
 

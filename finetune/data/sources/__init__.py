@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from finetune.data.rows import Row
+from finetune.data.row_errors import Row
 from finetune.data.sources.data_files import find_files
 from finetune.data.sources.local import LocalSource
 from finetune.recipe import DataSource

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from finetune.data.rows import FileError
+from finetune.data.row_errors import FileError
 from finetune.errors import DataError, Problem
 from finetune.recipe.names import looks_like_hub_id
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from finetune.data.rows import FileError, RowError, shown
+from finetune.data.row_errors import FileError, RowError, shown
 from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
 
 WHITE = " \t\r\n"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.data.rows import FileError, Row, RowError
+from finetune.data.row_errors import FileError, Row, RowError
 from finetune.data.sources.data_files import SAVED, DataFile, Place
 from finetune.data.sources.json_files import read_json, read_json_lines
 from finetune.data.sources.tables import read_arrow, read_csv, read_parquet

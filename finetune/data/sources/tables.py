@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.data.rows import FileError, RowError, shown
+from finetune.data.row_errors import FileError, RowError, shown
 from finetune.data.sources.data_files import COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
 from finetune.data.sources.json_files import DECODER, SAVE_UTF8, not_utf8
 

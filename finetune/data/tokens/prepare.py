@@ -10,14 +10,12 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from finetune.data.render import Renderer, read_template
-from finetune.data.rows import MAX_PROBLEMS
-from finetune.data.tokens.cache import digest, entry
-from finetune.data.tokens.kinds import SINGLE_ROWS, Kind
-from finetune.data.tokens.mixture import Indices, mix
-from finetune.data.tokens.packing import best_fit_decreasing
-from finetune.data.tokens.rows import RowSet, prepare_rows
+from finetune.data.row_errors import MAX_PROBLEMS
+from finetune.data.tokens.cache import PACKED, Writer, digest, entry
+from finetune.data.tokens.examples import SINGLE_ROWS, Kind
+from finetune.data.tokens.packing import Indices, best_fit_decreasing, mix
 from finetune.data.tokens.stats import DataStats, SetStats
-from finetune.data.tokens.table import PACKED, Writer
+from finetune.data.tokens.tokenize_rows import RowSet, prepare_rows
 from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource

@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from finetune.data.rows import MAX_PROBLEMS
-from finetune.data.tokens.kinds import PAIRED_ROWS
-from finetune.data.tokens.mixture import Indices
-from finetune.data.tokens.packing import Bins, best_fit_decreasing
+from finetune.data.row_errors import MAX_PROBLEMS
+from finetune.data.tokens.cache import PAIRS, TokenTable
+from finetune.data.tokens.examples import PAIRED_ROWS
+from finetune.data.tokens.packing import Bins, Indices, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
 from finetune.data.tokens.stats import DataStats
-from finetune.data.tokens.table import PAIRS, TokenTable
 from finetune.data.types import Ints
 from finetune.recipe import DataSettings, DataSource
 

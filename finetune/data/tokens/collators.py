@@ -1,7 +1,7 @@
-"""Pairs of answers -> one micro-batch of tensors, in one of three layouts.
+"""Rows, or pairs of answers in one of three layouts -> one micro-batch of tensors.
 
-B pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the chosen
-answer and its prompt with the rejected one.
+B rows or pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the
+chosen answer and its prompt with the rejected one.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,10 +11,42 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.render import IGNORED
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.token_pairs import TokenPair
 from finetune.data.types import Ints
+
+
+class Collator:
+    """Makes micro-batches; B rows, T tokens of the longest row. `rows` (list[str]) says where they come from,
+    `file:line`, for messages.
+
+    Unpacked: `input_ids`, `labels`, `attention_mask`, each [B, T], padded on the right.
+    Packed: `input_ids`, `labels`, `position_ids`, each [1, T], the B packed rows one after the other without padding.
+    There is no `attention_mask`: transformers keeps documents apart by the restarts in `position_ids` only where no
+    mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._pad_token_id: int = tokenizer.pad_token_id
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows that are all packed or all unpacked."""
+        if "position_ids" in features[0]:
+            keys = ("input_ids", "labels", "position_ids")
+            batch = {key: torch.tensor([[x for row in features for x in row[key]]]) for key in keys}
+            return {**batch, "rows": [where for row in features for where in row["row"]]}
+        ids = [torch.tensor(row["input_ids"]) for row in features]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
+            "labels": pad_sequence(
+                [torch.tensor(row["labels"]) for row in features], batch_first=True, padding_value=IGNORED
+            ),
+            "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True, padding_value=0),
+            "rows": [row["row"] for row in features],
+        }
+
 
 PairLayout = Literal["padded", "flat", "shared"]
 
