@@ -23,7 +23,7 @@ from benchmarks.memory import cuda_transient_bytes, transient_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.plan import DRY, H200, Plan
 from finetune.data.tokens.collators import PairCollator, PairLayout, sharing_gain
-from finetune.data.tokens.token_pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.files import write_json
 from finetune.methods.pair_scores import score_pairs
 from finetune.methods.reference import Reference

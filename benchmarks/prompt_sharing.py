@@ -17,7 +17,7 @@ from benchmarks.harness import Bar, Timings, interleaved
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
 from finetune.data.tokens.collators import PairCollator, PairLayout, sharing_gain
-from finetune.data.tokens.token_pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.pair_scores import score_pairs
 

@@ -104,8 +104,8 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
         return None
     of_pairs = recipe.method.kind == "dpo"
     if tokenizer is None:
-        kind = PAIRED_ROWS if of_pairs else SINGLE_ROWS
-        _attempt(report, lambda: read_without_tokenizer(sources, kind, MAX_PROBLEMS))
+        example_type = PAIRED_ROWS if of_pairs else SINGLE_ROWS
+        _attempt(report, lambda: read_without_tokenizer(sources, example_type, MAX_PROBLEMS))
         return None
     prepare = prepare_pair_mixture if of_pairs else prepare_mixture
     return _attempt(report, lambda: prepare(sources, tokenizer, recipe.data, recipe.seed, MAX_PROBLEMS))

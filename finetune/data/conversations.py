@@ -15,7 +15,7 @@ def conversation_reader(row_format: str) -> Reader:
     found = reader(row_format)
     if found.format.gives != "conversation":
         do = f"use one of {', '.join(CONVERSATION_FORMATS)}"
-        what = f"{row_format} gives a {found.format.gives}, no conversation"
+        what = f"{row_format} gives a {found.format.gives}, not a conversation"
         raise DataError(Problem(where="format", what=what, do=do))
     return found
 
@@ -50,4 +50,4 @@ def read_conversations(path: str, row_format: str) -> list[tuple[int, dict[str, 
 
 def no_rows(path: str) -> DataError:
     """What is raised for a file that has only blank lines, or none."""
-    return DataError(Problem(where=path, what="there is no row in the file", do="write one JSON object a line"))
+    return DataError(Problem(where=path, what="the file has no rows", do="write one JSON object a line"))

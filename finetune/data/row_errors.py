@@ -30,6 +30,10 @@ class FileError(RowError):
         super().__init__(None, what, do, got)
 
 
+RowValue = dict[str, Any] | RowError
+"""The object of a row, or what is wrong with it."""
+
+
 class Row(NamedTuple):
     """One row of a source: the object, or what is wrong with it.
 
@@ -41,7 +45,7 @@ class Row(NamedTuple):
     path: str
     number: int
     progress: int
-    value: dict[str, Any] | RowError
+    value: RowValue
 
 
 class Problems:
@@ -69,7 +73,7 @@ class Problems:
         path, *others = self._paths
         where = path if not others else f"{path} and {len(others)} more file{'s' * (len(others) > 1)}"
         what = "1 more row is wrong" if rest == 1 else f"{rest} more rows are wrong"
-        return [*self.first, Problem(where=where, what=what, do="mend those above first")]
+        return [*self.first, Problem(where=where, what=what, do="fix those above first")]
 
     def raise_if_any(self) -> None:
         """Raise `DataError` with everything found."""

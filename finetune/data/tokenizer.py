@@ -41,7 +41,7 @@ def _probe(tokenizer: Any) -> str:
     return text
 
 
-def refuse_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
+def check_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     """Raise DataError where the template that the recipe names writes marks which are not single tokens.
 
     A checkpoint's own template is left alone: some checkpoints were trained on marks in pieces (Zephyr).
@@ -65,7 +65,7 @@ def refuse_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     )
 
 
-def refuse_unended_answers(tokenizer: Any) -> None:
+def check_unended_answers(tokenizer: Any) -> None:
     """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS."""
     end = _mark_after_answer(tokenizer)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -113,8 +113,8 @@ def load_tokenizer(
     _set_eos(tokenizer, eos_token, name_or_path)
     if template is not None:
         tokenizer.chat_template = template
-        refuse_split_marks(tokenizer, str(chat_template), added_tokens)
-    refuse_unended_answers(tokenizer)
+        check_split_marks(tokenizer, str(chat_template), added_tokens)
+    check_unended_answers(tokenizer)
     _ensure_pad(tokenizer, name_or_path)
     return tokenizer
 
@@ -140,7 +140,7 @@ def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
         Problem(
             f"model.added_tokens[{index}]",
             f"the vocabulary has this token (id {vocabulary[token]}), with a row that the checkpoint trained",
-            "remove it from the list: nothing need be added",
+            "remove it from the list: it need not be added",
             got=token,
         )
         for index, token in enumerate(tokens)

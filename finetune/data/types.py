@@ -46,7 +46,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text: no turns, no chat template."""
+    """ParsedText text: no turns, no chat template."""
 
     text: str
 
@@ -70,7 +70,7 @@ class Judged:
     desirable: bool
 
 
-Example = Conversation | Document | Preference | Judged
+RowContent = Conversation | Document | Preference | Judged
 
 
 Ints = npt.NDArray[np.int32]
@@ -104,8 +104,60 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
-    """One row as tokens: `input_ids` and `labels` (int32, as long; `IGNORED`: no loss), not shifted."""
+class TokenizedText:
+    """A text, or a piece of it, as tokens (int32). A label is the id of its own token, or `IGNORED`: not shifted."""
 
     input_ids: Ints
     labels: Ints
+
+    @property
+    def columns(self) -> tuple[Ints, ...]:
+        """The token columns as they are written."""
+        return self.input_ids, self.labels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry a loss."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """Two answers to one prompt as tokens, int32 throughout. A whole conversation is `prompt_ids` and then one answer.
+
+    `prompt_ids` are what generation is given: the same for both answers, at least one token, none of them supervised.
+    `chosen_labels` and `rejected_labels` are as long as their ids: the id where the token is supervised, else -100 (a
+    tool's result between two turns, say), NOT shifted; each has at least one supervised token. `row` is `file:line`.
+    """
+
+    prompt_ids: Ints
+    chosen_ids: Ints
+    chosen_labels: Ints
+    rejected_ids: Ints
+    rejected_labels: Ints
+    row: str
+
+    @property
+    def answers(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+        """(ids, labels) of the chosen and of the rejected answer."""
+        return (self.chosen_ids, self.chosen_labels), (self.rejected_ids, self.rejected_labels)
+
+    @property
+    def columns(self) -> tuple[Ints, ...]:
+        """The token columns as they are written."""
+        return self.prompt_ids, self.chosen_ids, self.chosen_labels, self.rejected_ids, self.rejected_labels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads: of both conversations, each with the prompt."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry a loss, of both answers."""
+        return sum(int(np.count_nonzero(labels != IGNORED)) for labels in (self.chosen_labels, self.rejected_labels))

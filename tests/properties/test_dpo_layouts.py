@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.tokens.collators import PairCollator, PairLayout, sharing_gain
-from finetune.data.tokens.token_pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.methods.pair_scores import shared_prompt_mask
 from tests.unit.pairs import LAYOUTS, TOKENIZER, token_pair
 

@@ -8,7 +8,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
-from finetune.data.tokens.token_pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.moe.lora import add_adapter
 from tests.support import tiny_tokenizer
 from tests.unit.engine import base_model, lora_settings

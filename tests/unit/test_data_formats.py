@@ -135,7 +135,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([USER, {**ASSISTANT, "content": " \n"}], 'messages[1].content: is empty; got " \\n"; remove the row or fill'),
         ([USER, {**ASSISTANT, "content": []}], 'messages[1].content: is empty; got ""; remove the row or fill it in'),
         ([USER, {**ASSISTANT, "content": "\ud83d"}], "messages[1].content: half of a surrogate pair; got "),
-        ([{**USER, "content": [{"type": "image_url"}]}], "messages[0].content[0].type: is no text part; got"),
+        ([{**USER, "content": [{"type": "image_url"}]}], "messages[0].content[0].type: is not a text part; got"),
         ([{**USER, "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text: must be text; got 3"),
         ([{**USER, "content": ["hi"]}], 'messages[0].content[0]: must be an object with type and text; got "hi"'),
         (

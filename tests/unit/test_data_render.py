@@ -114,7 +114,7 @@ def changed(old: str, new: str) -> str:
         (changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}"), "X renders what comes before an answer differently"),
         (
             changed(CONTENT, f"({CONTENT} if message.role != 'user' else '')"),
-            "X drops or changes what the user says; got",
+            "X drops or changes the content of the user message; got",
         ),
         (changed(CONTENT, CONTENT + " | upper"), "X changes the answer or writes its own words into it; got"),
         (changed(CONTENT, CONTENT + " + '!'"), "X changes the answer or writes its own words into it; got"),

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
-from finetune.data.tokens.token_pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.methods.pair_scores import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing

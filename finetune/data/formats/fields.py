@@ -68,7 +68,7 @@ def check_utf8(text: str, place: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         got = shown(ascii(text[max(0, error.start - 20) : error.start + 20]))
-        raise RowError(place, "half of a surrogate pair", "mend the \\u escapes", got) from error
+        raise RowError(place, "half of a surrogate pair", "fix the \\u escapes", got) from error
 
 
 def below(place: str, key: str) -> str:

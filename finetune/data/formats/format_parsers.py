@@ -20,7 +20,7 @@ from finetune.data.formats.messages import (
     take_train,
     text_or_turns,
 )
-from finetune.data.formats.parsed import Pair, Plain, Talk, Verdict
+from finetune.data.formats.parsed import ParsedConversation, ParsedJudgement, ParsedPair, ParsedText
 from finetune.data.formats.tools import read_call_text, read_tools
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role
@@ -44,14 +44,14 @@ SHAREGPT_ROLES: dict[str, Role] = {
 }
 
 
-def messages(row: Fields) -> Talk:
+def messages(row: Fields) -> ParsedConversation:
     """`messages`: OpenAI's chat, with `tools` (a list, or its JSON text) beside it."""
-    return Talk(read_turns(row.required("messages"), row.name("messages")), tools_of(row))
+    return ParsedConversation(read_turns(row.required("messages"), row.name("messages")), tools_of(row))
 
 
-def sharegpt(row: Fields) -> Talk:
+def sharegpt(row: Fields) -> ParsedConversation:
     """`conversations` or `conversation`: turns of from and value, or of role and content; `system`, `tools`."""
-    return Talk(sharegpt_turns(row), tools_of(row))
+    return ParsedConversation(sharegpt_turns(row), tools_of(row))
 
 
 def sharegpt_turns(row: Fields) -> list[Turn]:
@@ -83,29 +83,31 @@ def tools_of(row: Fields) -> list[dict[str, Any]] | None:
     return read_tools(row.optional("tools"), row.name("tools"))
 
 
-def alpaca(row: Fields) -> Talk:
+def alpaca(row: Fields) -> ParsedConversation:
     """`instruction`, and after an empty line `input`, -> user; `output` -> assistant; `history`: earlier pairs."""
-    return Talk([*_system(row), *_history(row), _question(row, "input"), column_turn(row, "output", "assistant")])
+    return ParsedConversation(
+        [*_system(row), *_history(row), _question(row, "input"), column_turn(row, "output", "assistant")]
+    )
 
 
-def dolly(row: Fields) -> Talk:
+def dolly(row: Fields) -> ParsedConversation:
     """`instruction`, and after an empty line `context`, -> user; `response` -> assistant."""
-    return Talk([_question(row, "context"), column_turn(row, "response", "assistant")])
+    return ParsedConversation([_question(row, "context"), column_turn(row, "response", "assistant")])
 
 
-def prompt_completion(row: Fields) -> Talk:
+def prompt_completion(row: Fields) -> ParsedConversation:
     """`prompt` and `completion`, each a text or a list of messages; what the prompt's assistant says is not learned."""
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
     if completion[0].message["role"] != "assistant":
         what, do = "a completion must begin with the assistant", "move what precedes it to the prompt"
         raise RowError(completion[0].role_place, what, do, shown(completion[0].message["role"]))
-    return Talk([*(_given(turn) for turn in prompt), *completion])
+    return ParsedConversation([*(_given(turn) for turn in prompt), *completion])
 
 
-def text(row: Fields) -> Plain:
+def text(row: Fields) -> ParsedText:
     """`text`: learned as a whole, without a chat template."""
-    return Plain(row.text("text"))
+    return ParsedText(row.text("text"))
 
 
 def _question(row: Fields, further: str) -> Turn:
@@ -146,7 +148,7 @@ TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
 TRUE, FALSE = ("true", "1"), ("false", "0")
 
 
-def preference(row: Fields) -> Pair:
+def preference(row: Fields) -> ParsedPair:
     """`chosen` and `rejected`, both texts or both lists of messages; `prompt` likewise.
 
     Without `prompt` it is the messages that both lists begin with; with it the lists may repeat it.
@@ -159,14 +161,14 @@ def preference(row: Fields) -> Pair:
     if row.optional("prompt") is not None:
         prompt = text_or_turns(row, "prompt", "user")
         count = _repeated(prompt, chosen, rejected, row)
-        return Pair(chosen[:count] or prompt, chosen[count:], rejected[count:], places, tools_of(row))
+        return ParsedPair(chosen[:count] or prompt, chosen[count:], rejected[count:], places, tools_of(row))
     if isinstance(row.required("chosen"), str):
         what = "is missing: two texts do not say where their prompt ends"
         raise RowError(row.name("prompt"), what, "add prompt, or name the format hh for Human/Assistant transcripts")
     return _split(chosen, rejected, places, row)
 
 
-def ultrafeedback(row: Fields) -> Pair:
+def ultrafeedback(row: Fields) -> ParsedPair:
     """`prompt` (text), `chosen` and `rejected` (messages that repeat it), `score_chosen` above `score_rejected`."""
     for field in ("chosen", "rejected"):
         if isinstance(row.required(field), str):
@@ -180,41 +182,41 @@ def ultrafeedback(row: Fields) -> Pair:
     return pair
 
 
-def hh(row: Fields) -> Pair:
+def hh(row: Fields) -> ParsedPair:
     """`chosen` and `rejected`: transcripts of Human and Assistant; what both begin with is the prompt."""
     chosen, rejected = (_transcript(row, field) for field in ("chosen", "rejected"))
     return _split(chosen, rejected, (row.name("chosen"), row.name("rejected")), row)
 
 
-def orca_dpo(row: Fields) -> Pair:
+def orca_dpo(row: Fields) -> ParsedPair:
     """`system` (may be missing or empty), `question`, `chosen`, `rejected`: texts."""
     system = [] if row.optional_text("system") is None else [column_turn(row, "system", "system")]
     chosen, rejected = ([column_turn(row, field, "assistant")] for field in ("chosen", "rejected"))
     prompt = [*system, column_turn(row, "question", "user")]
-    return Pair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
+    return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
-def sharegpt_dpo(row: Fields) -> Pair:
+def sharegpt_dpo(row: Fields) -> ParsedPair:
     """`conversations` as in sharegpt, up to a user's turn or a tool's; `chosen` and `rejected`: one turn each."""
     chosen, rejected = ([sharegpt_turn(row.required(field), row.name(field))] for field in ("chosen", "rejected"))
     places = row.name("chosen"), row.name("rejected")
-    return Pair(sharegpt_turns(row), chosen, rejected, places, tools_of(row))
+    return ParsedPair(sharegpt_turns(row), chosen, rejected, places, tools_of(row))
 
 
-def kto(row: Fields) -> Verdict:
+def kto(row: Fields) -> ParsedJudgement:
     """`prompt`, `completion` (texts or messages), `label`: true if the completion is desirable."""
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
-    return Verdict(prompt, completion, _label(row), row.name("completion"))
+    return ParsedJudgement(prompt, completion, _label(row), row.name("completion"))
 
 
-def _split(chosen: list[Turn], rejected: list[Turn], places: tuple[str, str], row: Fields) -> Pair:
+def _split(chosen: list[Turn], rejected: list[Turn], places: tuple[str, str], row: Fields) -> ParsedPair:
     """The prompt is what both answers begin with."""
     count = _shared(chosen, rejected)
     if not count:
         what = f"does not begin with the same message as {places[0]}, so there is no prompt"
         raise RowError(places[1], what, "add the prompt to both", shown(rejected[0].message["content"]))
-    return Pair(chosen[:count], chosen[count:], rejected[count:], places, tools_of(row))
+    return ParsedPair(chosen[:count], chosen[count:], rejected[count:], places, tools_of(row))
 
 
 def _shared(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> int:
@@ -247,7 +249,7 @@ def _transcript(row: Fields, field: str) -> list[Turn]:
     before, *pieces = TRANSCRIPT.split(text)
     if before or not pieces:
         do = "write \\n\\nHuman: ...\\n\\nAssistant: ..., or name the data's true format"
-        raise RowError(place, "is no transcript that begins with Human", do, shown(text))
+        raise RowError(place, "is not a transcript that begins with Human", do, shown(text))
     turns = []
     for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
         content = checked_text(said.removeprefix(" "), place)
@@ -279,7 +281,7 @@ class UnusableRowError(RowError):
     """The row is surely of this format, in a form that cannot be used: so it is of no other format either."""
 
 
-def oasst(row: Fields) -> Talk:
+def oasst(row: Fields) -> ParsedConversation:
     """`prompt`: the root of a tree (text, role, replies); the best-ranked path, up to its last answer.
 
     Left out are messages deleted, rejected in review (`review_result: false`) or labelled spam. Rank 0 is the best;
@@ -307,7 +309,7 @@ def oasst(row: Fields) -> Talk:
         ]
         candidates = [(reply, where) for reply, where in candidates if not _left_out(reply)]
         if not candidates:
-            return Talk(_until_last_answer(turns))
+            return ParsedConversation(_until_last_answer(turns))
         node, place = min(candidates, key=lambda candidate: _rank(*candidate))
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
-from finetune.data.formats.tools import parse_json, read_calls, refuse_unknown
+from finetune.data.formats.tools import check_known_keys, parse_json, read_calls
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role, ToolCall
 
@@ -112,7 +112,7 @@ def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str
         do = f"write {{{spelling.role}, {spelling.content}}}"
         raise RowError(place, f"must be an object with {spelling.role} and {spelling.content}", do, shown(entry))
     if not entry.keys() <= spelling.known:
-        refuse_unknown(entry, place, spelling.known, f"a message has {', '.join(spelling.keys)}")
+        check_known_keys(entry, place, spelling.known, f"a message has {', '.join(spelling.keys)}")
     if entry.get(spelling.role) is None:
         do = f"a message has {spelling.role} and {spelling.content}"
         raise RowError(f"{place}.{spelling.role}", "is missing", do, f"keys {sorted(entry)}")
@@ -164,8 +164,8 @@ def _part(part: object, place: str) -> str:
         raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
     if part.get("type") != "text":
         do = "only text can be trained on: remove the row or the part"
-        raise RowError(f"{place}.type", "is no text part", do, shown(part.get("type")))
-    refuse_unknown(part, place, PART_KEYS, "a text part has type and text")
+        raise RowError(f"{place}.type", "is not a text part", do, shown(part.get("type")))
+    check_known_keys(part, place, PART_KEYS, "a text part has type and text")
     text = part.get("text")
     if not isinstance(text, str):
         raise RowError(f"{place}.text", "must be text", "write a string", shown(text))

@@ -18,7 +18,7 @@ from typing import Any
 from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.row_errors import RowError
-from finetune.data.types import Conversation, Document, Example, Judged, Preference
+from finetune.data.types import Conversation, Document, Judged, Preference, RowContent
 
 SAMPLE = 100
 NEAREST = 3
@@ -49,7 +49,7 @@ class _Trial:
     elsewhere: set[str] = field(default_factory=set)
     """Formats with a content that does not stand in this one's text."""
 
-    def try_row(self, row: Mapping[str, Any]) -> Example | None:
+    def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
         fields = self.reader.fields(row)
         for name in self.format.fields:
@@ -84,7 +84,7 @@ def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str
         keys.update(row.keys())
         _try_all(trials, row)
     if not count:
-        raise RowError(None, "no sound row to recognise a format by", "name the format, and mend the rows")
+        raise RowError(None, "no valid row to recognise a format by", "name the format, and fix the rows")
     for trial in trials:
         if 2 * len(trial.unusable) >= count:
             raise trial.unusable[0]
@@ -121,7 +121,7 @@ def _gives_way(one: _Trial, other: _Trial) -> bool:
     return one.format.gives == "document" and name not in one.elsewhere
 
 
-def _contents(example: Example) -> list[str]:
+def _contents(example: RowContent) -> list[str]:
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, Conversation):

@@ -7,9 +7,9 @@ from typing import Any
 
 from finetune.data.formats import format_parsers
 from finetune.data.formats.fields import Fields
-from finetune.data.formats.parsed import Draft
+from finetune.data.formats.parsed import Parsed
 from finetune.data.row_errors import RowError
-from finetune.data.types import Example
+from finetune.data.types import RowContent
 from finetune.errors import DataError, Problem
 from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
 
@@ -18,7 +18,7 @@ from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
 class Format(RowFormat):
     """A row format that can be read."""
 
-    read: Callable[[Fields], Draft]
+    read: Callable[[Fields], Parsed]
 
 
 FORMATS: dict[str, Format] = {
@@ -37,7 +37,7 @@ class Reader:
         self._columns = dict(columns)
         _check_columns(row_format, columns)
 
-    def __call__(self, row: Mapping[str, Any]) -> Example:
+    def __call__(self, row: Mapping[str, Any]) -> RowContent:
         """The example of a row; `RowError` (and nothing else) names what is wrong by the file's own columns."""
         for field, column in self._columns.items():
             if column not in row:
@@ -46,7 +46,7 @@ class Reader:
         try:
             return self.format.read(self.fields(row)).example()
         except RecursionError as error:
-            raise RowError(None, "is nested too deeply", "flatten what is nested") from error
+            raise RowError(None, "is nested too deeply", "flatten it") from error
 
     def locate(self, row: Mapping[str, Any], place: str | None) -> str | None:
         """The file's own name of a place in the example: `messages[1].content` is `output` in an alpaca row.
@@ -94,7 +94,7 @@ def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:
     taken: dict[str, str] = {}
     for field, column in columns.items():
         if column in taken:
-            what = f"the column already stands for {taken[column]}"
+            what = f"the column is already mapped to {taken[column]}"
             problems.append(Problem(where=f"columns.{field}", what=what, got=repr(column), do="name another column"))
         taken[column] = field
     if problems:

@@ -2,7 +2,7 @@
 
 from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
 from finetune.data.render.renderer import LOSSES, Renderer
-from finetune.data.types import IGNORED, Answer, LossOn, Rendered, Rendering
+from finetune.data.types import IGNORED, Answer, LossOn, Rendering, TokenizedText
 
 __all__ = [
     "IGNORED",
@@ -11,9 +11,9 @@ __all__ = [
     "Answer",
     "ChatTemplate",
     "LossOn",
-    "Rendered",
     "Renderer",
     "Rendering",
     "System",
+    "TokenizedText",
     "read_template",
 ]

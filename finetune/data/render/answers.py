@@ -5,7 +5,6 @@ Templates silently drop what they do not know, tools and tool calls above all.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from finetune.data.render.chat_template import ANOTHER_TEMPLATE, ChatTemplate
@@ -72,22 +71,14 @@ def _quoted(text: str, ascii_only: bool) -> str:
     return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The whole text and the supervised turns in it."""
-
-    text: str
-    found: tuple[Answer, ...]
-
-
-def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> Answers:
-    """Render the conversation and find its supervised turns; `RowError` where that cannot be done for sure."""
+def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> tuple[str, tuple[Answer, ...]]:
+    """The rendered conversation and its supervised turns; `RowError` where that cannot be done for sure."""
     messages = given.messages
     indices = supervised(messages, loss_on)
     text, prompts = chat.text_and_prompts(messages, given.tools, indices)
-    found = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
-    _check_said(chat, given, text, found)
-    return Answers(text, tuple(found.values()))
+    answers = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
+    _check_said(chat, given, text, answers)
+    return text, tuple(answers.values())
 
 
 def supervised(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
@@ -165,11 +156,11 @@ def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) ->
         raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
 
 
-def _check_said(chat: ChatTemplate, given: Conversation, text: str, found: dict[int, Answer]) -> None:
+def _check_said(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:
     """Every turn must stand in the text, one after the other (a system message anywhere), and so must the tools."""
     end = 0
     for index, message in enumerate(given.messages):
-        answer, field = found.get(index), f"messages[{index}]"
+        answer, field = answers.get(index), f"messages[{index}]"
         if answer is not None:
             if end > answer.start:
                 raise _dropped(chat, given.messages[index - 1], index - 1)
@@ -204,6 +195,6 @@ def _same_without_tools(chat: ChatTemplate, given: Conversation, text: str) -> b
 
 
 def _dropped(chat: ChatTemplate, message: Message, index: int) -> RowError:
-    what = f"{chat.name} drops or changes what the {message['role']} says"
+    what = f"{chat.name} drops or changes the content of the {message['role']} message"
     do = TOOL_TEMPLATES if message["role"] == "tool" else ANOTHER_TEMPLATE
     return RowError(f"messages[{index}]", what, do, shown(message["content"]))

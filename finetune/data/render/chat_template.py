@@ -62,7 +62,7 @@ class ChatTemplate:
             self._compiled = [_compile_jinja_template(source) for source in sources]
         except TemplateError as error:
             what, got = f"{name} cannot be read", str(error)
-            raise DataError(Problem("data.chat_template", what, f"mend it, or {ANOTHER_TEMPLATE}", got)) from error
+            raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
         self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, "documents": None}

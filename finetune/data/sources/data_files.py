@@ -77,8 +77,8 @@ class _Unpacked(io.RawIOBase):
         except (OSError, zlib.error) as error:
             if "Truncated" in str(error):
                 raise FileError("the compressed file is truncated", COPY_AGAIN) from error
-            what = "not what .gz or .zst says, or damaged"
-            raise FileError(what, f"{COPY_AGAIN}, or name it after what it is", str(error)) from error
+            what = "not the format of its suffix, or damaged"
+            raise FileError(what, f"{COPY_AGAIN}, or give it the right suffix", str(error)) from error
         view[: len(piece)] = piece
         return len(piece)
 
@@ -171,7 +171,7 @@ def _refusal(path: str, what: str, do: str, got: str | None = None) -> DataError
 def _data_file(path: str) -> DataFile:
     if not os.path.exists(path):
         if os.path.islink(path):
-            raise _refusal(path, "a link to a file that does not exist", "mend the link", os.readlink(path))
+            raise _refusal(path, "a link to a file that does not exist", "fix the link", os.readlink(path))
         do = "give the path of a data file, relative to the folder the command is run in"
         if looks_like_hub_id(path):
             do += "; a data set on the Hugging Face hub is named by id instead of path"
@@ -193,7 +193,9 @@ def _kind(path: str) -> tuple[str, str | None]:
         return kind, packed
     if kind in TABLES:
         raise _refusal(path, f"{kind} files are read as they are, not packed", "unpack it", _suffix(path))
-    raise _refusal(path, "what is in the file must be told by its name", f"read are {WHAT_IS_READ}", _suffix(path))
+    raise _refusal(
+        path, "the suffix does not say what kind of file this is", f"use one of {WHAT_IS_READ}", _suffix(path)
+    )
 
 
 def _suffix(path: str) -> str:
@@ -206,7 +208,7 @@ def _check_readable(path: str) -> None:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise _refusal(path, f"cannot be read ({error.strerror})", "check that it is there and may be read") from error
+        raise _refusal(path, f"cannot be read ({error.strerror})", "check that it exists and can be read") from error
 
 
 def _saved_folder(path: str) -> DataFile:

@@ -160,7 +160,7 @@ def _told(settings: DataSource, error: Exception) -> DataError:
         return _refusal(settings, "no such configuration", f"write config: {names}", settings.config)
     if "scripts are no longer supported" in reason:
         do = "take a version with data files: often revision: refs/convert/parquet"
-        return _refusal(settings, "the data set is a Python script, and none is run", do)
+        return _refusal(settings, "the data set is a Python script, and scripts are not run", do)
     return _refusal(settings, "the data set cannot be opened", "check its page on the hub, and the network", reason)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from finetune.data.row_errors import FileError, RowError, shown
+from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
 
 WHITE = " \t\r\n"
@@ -28,7 +28,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise RowError(twice, "the key stands twice in one object", "keep one of them")
+        raise RowError(twice, "the key occurs twice in one object", "keep one of them")
     return row
 
 
@@ -40,7 +40,7 @@ def _no_constant(name: str) -> NoReturn:
 DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 
 
-def parse_line(content: bytes) -> dict[str, Any] | RowError:
+def parse_line(content: bytes) -> RowValue:
     """The row of one line (no white space around it)."""
     try:
         return parse_text(content.decode("utf-8"))
@@ -48,7 +48,7 @@ def parse_line(content: bytes) -> dict[str, Any] | RowError:
         return not_utf8(content[error.start])
 
 
-def parse_text(text: str) -> dict[str, Any] | RowError:
+def parse_text(text: str) -> RowValue:
     """The row of one JSON text (no white space around it)."""
     try:
         value, end = DECODER.raw_decode(text)
@@ -61,12 +61,12 @@ def parse_text(text: str) -> dict[str, Any] | RowError:
     return checked(value, has_escaped_surrogate(text))
 
 
-def checked(value: Any, escaped_surrogates: bool) -> dict[str, Any] | RowError:
+def checked(value: Any, escaped_surrogates: bool) -> RowValue:
     """The value if it is an object without half surrogate pairs; these can only come from \\ud... escapes."""
     if not isinstance(value, dict):
         return RowError(None, "a row must be a JSON object", WRITE_JSONL, shown(value))
     if escaped_surrogates and (found := _half_surrogate(value)) is not None:
-        return RowError(found[0] or None, "half of a surrogate pair", "mend the \\u escapes", shown(ascii(found[1])))
+        return RowError(found[0] or None, "half of a surrogate pair", "fix the \\u escapes", shown(ascii(found[1])))
     return value
 
 
@@ -127,7 +127,7 @@ _SPACE = re.compile(f"[{WHITE}]*")
 # A string or anything else but a bracket, any number of times; then a bracket, unless the text ends before it.
 _TO_BRACKET = re.compile(r'(?:[^"{}\[\]]++|"(?:[^"\\]++|\\.)*+")*+([{}\[\]]?)', re.DOTALL)
 _SCALAR = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[^",\s{}\[\]]++', re.DOTALL)
-_MEND = "mend the file here: nothing after this place was read"
+_FIX = "fix the file here: nothing after this place was read"
 
 
 class JsonStream:
@@ -143,7 +143,7 @@ class JsonStream:
         self._line = place.number
         self._broken: FileError | None = None
 
-    def array(self) -> Iterator[dict[str, Any] | RowError]:
+    def array(self) -> Iterator[RowValue]:
         """The rows of an array whose opening bracket was taken."""
         if (following := self._next()) != "]":
             while True:
@@ -155,12 +155,12 @@ class JsonStream:
         if following == "":
             raise FileError("the array does not end", COPY_AGAIN)
         if following != "]":
-            raise FileError("a comma or ] was expected after the row", _MEND, self._rest())
+            raise FileError("a comma or ] was expected after the row", _FIX, self._rest())
         self._take(self._position + 1)
         if self._next():
-            raise FileError("text after the end of the array", _MEND, self._rest())
+            raise FileError("text after the end of the array", _FIX, self._rest())
 
-    def objects(self) -> Iterator[dict[str, Any] | RowError]:
+    def objects(self) -> Iterator[RowValue]:
         """The rows of objects that stand one after another."""
         while self._next():
             yield self._value()
@@ -189,7 +189,7 @@ class JsonStream:
         pieces = [self._text[self._position :]]
         if len(pieces[0]) > MAX_ROW_BYTES:
             what = f"the row that begins here has more than {MAX_ROW_BYTES >> 20} MiB"
-            raise FileError(what, f"is a quote or a bracket missing? {_MEND}", self._rest())
+            raise FileError(what, f"is a quote or a bracket missing? {_FIX}", self._rest())
         wanted = max(BUFFER, len(pieces[0]))
         try:
             while wanted > 0 and (piece := self._stream.read1(BUFFER)):
@@ -207,7 +207,7 @@ class JsonStream:
         self._has_bad_bytes |= not text.isascii() and not is_unicode(text)
         return text
 
-    def _value(self) -> dict[str, Any] | RowError:
+    def _value(self) -> RowValue:
         """Take the row that begins at the position."""
         while True:
             row, end = self._read()
@@ -220,7 +220,7 @@ class JsonStream:
                 do = f"{COPY_AGAIN} if it was cut; otherwise a quote or a bracket is missing"
                 raise FileError("the row that begins here does not end", do, self._rest())
 
-    def _read(self) -> tuple[dict[str, Any] | RowError, int | None]:
+    def _read(self) -> tuple[RowValue, int | None]:
         """The row at the position and where it ends: None if it goes on after what was read so far."""
         text, start = self._text, self._position
         try:
@@ -243,7 +243,7 @@ class JsonStream:
         if text[position : position + 1] not in ("{", "[", ""):
             match = _SCALAR.match(text, position)
             if match is None:
-                raise FileError("a row was expected", _MEND, self._rest())
+                raise FileError("a row was expected", _FIX, self._rest())
             return match.end() if match.end() < len(text) else None
         while True:
             match = _TO_BRACKET.match(text, position)
@@ -256,10 +256,7 @@ class JsonStream:
                 return position
 
 
-Value = dict[str, Any] | RowError
-
-
-def read_json_lines(file: DataFile, place: Place) -> Iterator[Value]:
+def read_json_lines(file: DataFile, place: Place) -> Iterator[RowValue]:
     """One object a line; blank lines count but hold no row."""
     do = f"rename it to .json{file.packed or ''}, or {WRITE_JSONL}"
     with opened(file.path, file.packed, place) as stream:
@@ -271,7 +268,7 @@ def read_json_lines(file: DataFile, place: Place) -> Iterator[Value]:
         yield from _lines(first, stream, place)
 
 
-def read_json(file: DataFile, place: Place) -> Iterator[Value]:
+def read_json(file: DataFile, place: Place) -> Iterator[RowValue]:
     """An array of objects, or objects one after another, each on one line or on several."""
     with opened(file.path, file.packed, place) as stream:
         if _first_byte(stream, place) == b"[":
@@ -303,7 +300,7 @@ def _is_indented(first: bytes, stream: ByteStream) -> bool:
     return content[:1] == b"{" and content[-1:] in b"{[," and following not in b"{"
 
 
-def _lines(first: bytes, stream: ByteStream, place: Place) -> Iterator[Value]:
+def _lines(first: bytes, stream: ByteStream, place: Place) -> Iterator[RowValue]:
     # Bytes, cut at \n only: U+2028 and the like may stand inside a JSON string and end no line.
     line = first
     while line:

@@ -3,17 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from finetune.data.row_errors import FileError, Row, RowError
+from finetune.data.row_errors import FileError, Row, RowValue
 from finetune.data.sources.data_files import SAVED, DataFile, Place
 from finetune.data.sources.json_files import read_json, read_json_lines
 from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 
-Reader = Callable[[DataFile, Place], Iterator[dict[str, Any] | RowError]]
+FileReader = Callable[[DataFile, Place], Iterator[RowValue]]
 """Yields rows, or what is wrong with them, and moves the place along; raises `FileError` where it cannot go on."""
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, FileReader] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
@@ -54,12 +53,12 @@ class LocalSource:
                     reported, rows = done, rows + 1
                 if not rows:
                     place.number = 0
-                    raise FileError("there is no row in the file", "fill it or leave it out")
+                    raise FileError("the file has no rows", "fill it or leave it out")
             except FileError as error:
                 yield Row(file.path, place.number, before + file.size - reported, error)
                 reported = before + file.size
             except OSError as error:
-                broken = FileError(f"cannot be read ({error.strerror or error})", "check the disk it lies on")
+                broken = FileError(f"cannot be read ({error.strerror or error})", "check the disk")
                 yield Row(file.path, place.number, before + file.size - reported, broken)
                 reported = before + file.size
             before += file.size

@@ -9,16 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.data.row_errors import FileError, RowError, shown
+from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.data_files import COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
 from finetune.data.sources.json_files import DECODER, SAVE_UTF8, not_utf8
 
-Value = dict[str, Any] | RowError
 _PIECE = 1 << 24
 """Bytes of a table that are turned into Python objects at a time; at least one row, at most 1000."""
 
 
-def read_parquet(file: DataFile, place: Place) -> Iterator[Value]:
+def read_parquet(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of a Parquet file, through row groups of any size."""
     # Columns are read as they are needed: by default each row group is fetched as a whole, and may be all of the file.
     streamed = {"pre_buffer": False, "buffer_size": 1 << 20}
@@ -32,7 +31,7 @@ def read_parquet(file: DataFile, place: Place) -> Iterator[Value]:
                 yield value
 
 
-def read_arrow(file: DataFile, place: Place) -> Iterator[Value]:
+def read_arrow(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of an .arrow file (stream or file format), or of all those of a `save_to_disk` folder."""
     before = 0
     for part, size in file.parts.items():
@@ -71,7 +70,7 @@ def _rows_a_piece(nbytes: int, rows: int) -> int:
     return max(1, min(1000, _PIECE * rows // max(1, nbytes)))
 
 
-def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[Value]:
+def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[RowValue]:
     """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns what they hold."""
     names = table.schema.names
     if len(set(names)) < len(names):
@@ -83,7 +82,7 @@ def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[Value]:
             yield from _to_python(batch.slice(start, step))
 
 
-def _to_python(batch: pa.RecordBatch) -> list[Value]:
+def _to_python(batch: pa.RecordBatch) -> list[RowValue]:
     try:
         columns = [_column(column) for column in batch.columns]
     except (ValueError, KeyError, ArithmeticError, RecursionError, RowError, pa.ArrowException) as error:
@@ -91,7 +90,7 @@ def _to_python(batch: pa.RecordBatch) -> list[Value]:
             return [row for index in range(batch.num_rows) for row in _to_python(batch.slice(index, 1))]
         if isinstance(error, RowError):
             return [error]
-        return [RowError(None, "a value that cannot be read", "mend or remove the row", str(error))]
+        return [RowError(None, "a value that cannot be read", "fix or remove the row", str(error))]
     names = batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
@@ -124,7 +123,7 @@ def _with_nulls(array: pa.Array, values: list[Any]) -> list[Any]:
 _QUOTING = 'put it in quotes and double those inside ("")'
 
 
-def read_csv(file: DataFile, place: Place) -> Iterator[dict[str, Any] | RowError]:
+def read_csv(file: DataFile, place: Place) -> Iterator[RowValue]:
     """Records as `{column of the header: string}`; blank lines count but hold no row."""
     csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit, 128 KiB, is one for the whole process
     columns: list[str] | None = None

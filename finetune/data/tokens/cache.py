@@ -53,11 +53,11 @@ def digest(parts: Mapping[str, Any]) -> str:
 
 
 def rows_fingerprint(
-    paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any, kind: str
+    paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any, example_type: str
 ) -> dict[str, Any]:
     """What the token rows of one source depend on; `content` is the hash of what is in its files, the `paths`."""
     return {
-        "kind": kind,  # single rows or pairs
+        "example_type": example_type,
         "paths": list(paths),  # stand in the rows and in messages
         "content": content,
         "source": {key: getattr(source, key) for key in _SOURCE_KEYS},
@@ -121,8 +121,8 @@ def _room(root: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free < _LITTLE_ROOM
         if error.filename is not None or not full:
             raise
-        do = "make room, or name a folder with more in FINETUNE_CACHE"
-        raise DataError(Problem(str(root), "no room to keep the prepared rows", do, str(error))) from error
+        do = "free some space, or set FINETUNE_CACHE to a folder with more"
+        raise DataError(Problem(str(root), "no space left for the prepared rows", do, str(error))) from error
 
 
 def _remove_left_behind(root: Path) -> None:
@@ -170,9 +170,9 @@ class Writer:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        if error_type is None:
             self._flush()
         self._stream.close()
 
@@ -251,7 +251,7 @@ class Seen:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._database.close()
 

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.render import IGNORED
-from finetune.data.tokens.token_pairs import TokenPair
-from finetune.data.types import Ints
+from finetune.data.types import Ints, TokenPair
 
 
 class Collator:

@@ -70,7 +70,7 @@ def best_fit_decreasing(lengths: Sequence[int] | npt.NDArray[np.integer], capaci
     the first of them goes, as many follow as fit, so the work grows with the number of different lengths.
     """
     tokens = np.asarray(lengths, dtype=np.int64)
-    _refuse_misfits(tokens, capacity)
+    _check_lengths(tokens, capacity)
     order = np.argsort(-tokens, kind="stable")
     sizes, firsts = np.unique(-tokens[order], return_index=True)
     bin_of = np.empty(len(tokens), dtype=np.int64)  # by place in `order`
@@ -88,7 +88,7 @@ def best_fit_decreasing(lengths: Sequence[int] | npt.NDArray[np.integer], capaci
 
 def count_sequences(lengths: npt.NDArray[np.integer], capacity: int) -> int:
     """How many bins `best_fit_decreasing` makes, without saying which rows are in them: a few bytes a row."""
-    _refuse_misfits(lengths, capacity)
+    _check_lengths(lengths, capacity)
     sizes, rows = np.unique(lengths, return_counts=True)
     room = _Room(capacity)
     for size, left in zip(sizes[::-1].tolist(), rows[::-1].tolist(), strict=True):
@@ -139,7 +139,7 @@ class _Room:
             self._queues[free].append(bins)
 
 
-def _refuse_misfits(tokens: npt.NDArray[np.integer], capacity: int) -> None:
+def _check_lengths(tokens: npt.NDArray[np.integer], capacity: int) -> None:
     for wrong, what in ((tokens > capacity, f"more than a sequence of {capacity}"), (tokens < 1, "so there is no row")):
         if wrong.any():
             index = int(np.argmax(wrong))

@@ -12,7 +12,7 @@ from datasets import Dataset, concatenate_datasets
 from finetune.data.render import Renderer, read_template
 from finetune.data.row_errors import MAX_PROBLEMS
 from finetune.data.tokens.cache import PACKED, Writer, digest, entry
-from finetune.data.tokens.examples import SINGLE_ROWS, Kind
+from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType
 from finetune.data.tokens.packing import Indices, best_fit_decreasing, mix
 from finetune.data.tokens.stats import DataStats, SetStats
 from finetune.data.tokens.tokenize_rows import RowSet, prepare_rows
@@ -82,7 +82,7 @@ def prepare_mixture(
     settings: DataSettings,
     seed: int,
     max_problems: int = MAX_PROBLEMS,
-    kind: Kind = SINGLE_ROWS,
+    example_type: ExampleType = SINGLE_ROWS,
 ) -> Mixture:
     """The first part of `prepare`: every row is read and judged, and those that are used are chosen."""
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings.chat_template), settings.loss_on, settings.system)
@@ -90,7 +90,7 @@ def prepare_mixture(
     problems: list[Problem] = []
     for source in sources:
         try:
-            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, kind))
+            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, example_type))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -98,7 +98,7 @@ def prepare_mixture(
     weights = [source.weight for source in sources if source.weight is not None]
     sizes = [len(rows.lengths) for rows in sets]
     chosen = mix(sizes, weights or None, settings.stopping_strategy, seed)
-    _refuse_empty(sets, chosen)
+    _check_not_empty(sets, chosen)
     return Mixture(sets, sources, chosen)
 
 
@@ -113,7 +113,7 @@ def _template_name(tokenizer: Any, name: str | None) -> str:
     return f"the chat template {name}"
 
 
-def _refuse_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
+def _check_not_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
     problems = [
         Problem(
             rows.name,

@@ -1,4 +1,4 @@
-"""Two answers to one prompt, as tokens, and the data set of a preference run."""
+"""The data set of a preference run: tables of pairs, mixed and packed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,32 +15,10 @@ from finetune.data.tokens.examples import PAIRED_ROWS
 from finetune.data.tokens.packing import Bins, Indices, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
 from finetune.data.tokens.stats import DataStats
-from finetune.data.types import Ints
+from finetune.data.types import Ints, TokenPair
 from finetune.recipe import DataSettings, DataSource
 
 _PROMPT, _CHOSEN, _REJECTED = (PAIRS.names.index(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPair:
-    """One pair, int32 throughout. A whole conversation is `prompt_ids` and then one answer.
-
-    `prompt_ids` are what generation is given: the same for both answers, at least one token, none of them supervised.
-    `chosen_labels` and `rejected_labels` are as long as their ids: the id where the token is supervised, else -100 (a
-    tool's result between two turns, say), NOT shifted; each has at least one supervised token. `row` is `file:line`.
-    """
-
-    prompt_ids: Ints
-    chosen_ids: Ints
-    chosen_labels: Ints
-    rejected_ids: Ints
-    rejected_labels: Ints
-    row: str
-
-    @property
-    def answers(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
-        """(ids, labels) of the chosen and of the rejected answer."""
-        return (self.chosen_ids, self.chosen_labels), (self.rejected_ids, self.rejected_labels)
 
 
 class PairTable(Sequence[TokenPair]):

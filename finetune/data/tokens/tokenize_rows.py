@@ -22,14 +22,14 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.formats import reader, recognise
-from finetune.data.render import Rendered, Renderer, Rendering
+from finetune.data.render import Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
-from finetune.data.tokens.examples import Item, Kept, Kind, Side, Wrong, place_of
+from finetune.data.tokens.examples import Example, ExampleType, RowProblem, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
-from finetune.data.types import Ints
+from finetune.data.types import Ints, TokenizedText, TokenPair
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -39,48 +39,28 @@ _TOKENISERS = 2
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    """An item with its text and the tokens of its sides, or with what is wrong with it."""
-
-    item: Item
-    text: str
-    result: tuple[Rendered, ...] | Wrong
-
-
-@dataclass(frozen=True)
-class _Job:
-    """An item with its sides and their texts, or with what is wrong with it."""
-
-    item: Item
-    sides: tuple[Side, ...] = ()
-    texts: tuple[Rendering, ...] = ()
-    wrong: Wrong | None = None
-
-
-Chunk = list[_Job]
-
-
-def tokenised(items: Iterable[Item], kind: Kind, renderer: Renderer) -> Iterator[Tokenised]:
-    """Every item, in order."""
-    waiting: deque[tuple[Chunk, Future[list[Rendered | RowError]]]] = deque()
+def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: Renderer) -> Iterator[Example]:
+    """Every example, in order, with its texts and tokens or its problem."""
+    waiting: deque[tuple[list[Example], Future[list[TokenizedText | RowError]]]] = deque()
     with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
-        for chunk in _chunks(items, kind, renderer):
-            texts = [text for job in chunk for text in job.texts]
+        for chunk in _rendered_chunks(examples, example_type, renderer):
+            texts = [text for example in chunk for text in example.texts]
             waiting.append((chunk, pool.submit(renderer.tokenise, texts)))
             if len(waiting) > _AHEAD:
-                yield from _finished(*waiting.popleft())
+                yield from _with_tokens(*waiting.popleft(), example_type)
         while waiting:
-            yield from _finished(*waiting.popleft())
+            yield from _with_tokens(*waiting.popleft(), example_type)
 
 
-def _chunks(items: Iterable[Item], kind: Kind, renderer: Renderer) -> Iterator[Chunk]:
-    chunk: Chunk = []
+def _rendered_chunks(
+    examples: Iterable[Example], example_type: ExampleType, renderer: Renderer
+) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
     characters = 0
-    for item in items:
-        job = _job(item, kind, renderer)
-        chunk.append(job)
-        characters += sum(len(text.text) for text in job.texts)
+    for example in examples:
+        _render(example, example_type, renderer)
+        chunk.append(example)
+        characters += sum(len(text.text) for text in example.texts)
         if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -88,43 +68,45 @@ def _chunks(items: Iterable[Item], kind: Kind, renderer: Renderer) -> Iterator[C
         yield chunk
 
 
-def _job(item: Item, kind: Kind, renderer: Renderer) -> _Job:
-    if isinstance(item.example, Wrong):
-        return _Job(item, wrong=item.example)
+def _render(example: Example, example_type: ExampleType, renderer: Renderer) -> None:
+    if example.content is None:
+        return
     try:
-        sides = kind.sides(item.example)
-        return _Job(item, sides, tuple(_render(side, renderer) for side in sides))
+        conversations = example_type.conversations(example.content)
     except RowError as error:
-        return _Job(item, wrong=item.wrong(error))
+        example.fail(error)
+        return
+    texts = []
+    for index, conversation in enumerate(conversations):
+        try:
+            texts.append(renderer.render(conversation))
+        except RowError as error:
+            error.field = example_type.locate(example.content, index, error.field)
+            example.fail(error)
+            return
+    example.texts = tuple(texts)
 
 
-def _render(side: Side, renderer: Renderer) -> Rendering:
-    try:
-        return renderer.render(side.example)
-    except RowError as error:
-        error.field = side.place(error.field)
-        raise
-
-
-def _finished(chunk: Chunk, future: Future[list[Rendered | RowError]]) -> Iterator[Tokenised]:
+def _with_tokens(
+    chunk: list[Example], future: Future[list[TokenizedText | RowError]], example_type: ExampleType
+) -> Iterator[Example]:
     results = iter(future.result())
-    for job in chunk:
-        if job.wrong is not None:
-            yield Tokenised(job.item, "", job.wrong)
-            continue
-        text = "\0".join(text.text for text in job.texts)
-        yield Tokenised(job.item, text, _result(job, list(islice(results, len(job.sides)))))
+    for example in chunk:
+        _take_tokens(example, list(islice(results, len(example.texts))), example_type)
+        yield example
 
 
-def _result(job: _Job, results: Sequence[Rendered | RowError]) -> tuple[Rendered, ...] | Wrong:
-    """The tokens of all sides, or what is wrong with the first that has none."""
-    rows = []
-    for side, result in zip(job.sides, results, strict=True):
+def _take_tokens(example: Example, results: Sequence[TokenizedText | RowError], example_type: ExampleType) -> None:
+    """Set the tokens of all texts, or the problem of the first that has none."""
+    tokens = []
+    for index, result in enumerate(results):
         if isinstance(result, RowError):
-            result.field = side.place(result.field)
-            return job.item.wrong(result)
-        rows.append(result)
-    return tuple(rows)
+            assert example.content is not None
+            result.field = example_type.locate(example.content, index, result.field)
+            example.fail(result)
+            return
+        tokens.append(result)
+    example.tokens = tuple(tokens)
 
 
 RECOGNISED_ROWS = 100
@@ -143,7 +125,7 @@ class RowSet:
     content: str  # fingerprint of the source's rows, whatever is made of them
 
     def dataset(self) -> Dataset:
-        """The columns of the kind's schema, memory-mapped."""
+        """The columns of the example type's schema, memory-mapped."""
         return Dataset.from_file(str(self.folder / "rows.arrow"))
 
     def table(self) -> TokenTable:
@@ -152,20 +134,25 @@ class RowSet:
 
 
 def prepare_rows(
-    source: DataSource, tokenizer: Any, settings: DataSettings, renderer: Renderer, max_problems: int, kind: Kind
+    source: DataSource,
+    tokenizer: Any,
+    settings: DataSettings,
+    renderer: Renderer,
+    max_problems: int,
+    example_type: ExampleType,
 ) -> RowSet:
-    """What `kind` makes of the rows of one source, from the cache if nothing that they depend on has changed.
+    """The tokens of one source, as examples of this type; from the cache if nothing that they depend on has changed.
 
     Raises `DataError` with the bad rows, the first `max_problems` of them named, where the settings do not drop them.
     """
     opened = open_source(source)
     content = opened.fingerprint()
-    parts = rows_fingerprint(opened.paths, content, source, settings, tokenizer, kind.name)
+    parts = rows_fingerprint(opened.paths, content, source, settings, tokenizer, example_type.name)
 
     def write(folder: Path) -> None:
-        _Pass(source, settings, renderer, kind, Problems(max_problems)).write(opened, folder)
+        _Pass(source, settings, renderer, example_type, Problems(max_problems)).write(opened, folder)
         if opened.fingerprint() != content:
-            do = "start again when nothing writes to it any more"
+            do = "run again when no process writes to it"
             raise DataError(Problem(opened.name, "changed while it was read", do))
 
     folder = entry(f"rows-{digest(parts)}", write)
@@ -181,25 +168,25 @@ class _Pass:
     source: DataSource
     settings: DataSettings
     renderer: Renderer
-    kind: Kind
+    example_type: ExampleType
     problems: Problems
     stats: RowStats = field(default_factory=RowStats)
     lengths: "array[int]" = field(default_factory=lambda: array("i"))
     supervised: "array[int]" = field(default_factory=lambda: array("i"))
-    kept: Any = field(default_factory=hashlib.sha256)  # of the tokens and labels that are written
+    written: Any = field(default_factory=hashlib.sha256)  # SHA-256 of the tokens and labels
     broken: bool = False  # something that no setting drops
 
     def write(self, source: Source, folder: Path) -> None:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
-        items = self.kind.items(rows, reader(self.stats.format, self.source.columns))
-        with Writer(folder / "rows.arrow", self.kind.schema) as writer, Seen() as texts, Seen() as ids:
-            for each in tokenised(items, self.kind, self.renderer):
-                self._take(each, writer, texts, ids)
-        self._refuse(source.name)
+        examples = self.example_type.examples(rows, reader(self.stats.format, self.source.columns))
+        with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
+            for example in tokenised(examples, self.example_type, self.renderer):
+                self._add(example, writer, texts, ids)
+        self._check_usable(source.name)
         for name, values in (("lengths", self.lengths), ("supervised", self.supervised)):
             np.save(folder / f"{name}.npy", np.asarray(values))
-        self.stats.digest = self.kept.hexdigest()
+        self.stats.digest = self.written.hexdigest()
         stats = json.dumps(self.stats.as_json(), ensure_ascii=False)
         (folder / "stats.json").write_text(stats, encoding="utf-8")
 
@@ -220,39 +207,42 @@ class _Pass:
         self.stats.format, self.stats.why = recognition.format, recognition.why
         return chain(first, rows)
 
-    def _take(self, each: Tokenised, writer: Writer, texts: Seen, ids: Seen) -> None:
-        where, rows = each.item.where, len(each.item.rows)
+    def _add(self, example: Example, writer: Writer, texts: Seen, ids: Seen) -> None:
+        """Write the rows of an example, or report its problem."""
+        where, rows = example.where, len(example.rows)
         self.stats.rows += rows
-        kept = self._kept(each, ids)
-        if isinstance(kept, Wrong):
-            self._refuse_item(each.item, kept)
+        pieces = self._fit(example, ids)
+        if example.problem is not None:
+            self._report(example, example.problem)
             return
-        for piece in kept:
+        for piece in pieces:
             writer.append(*piece.columns, where)
             for column in piece.columns:
-                self.kept.update(column.tobytes())
+                self.written.update(column.tobytes())
             self.lengths.append(piece.tokens)
             self.supervised.append(piece.supervised)
             self.stats.pieces += 1
             self.stats.tokens += piece.tokens
             self.stats.supervised_tokens += piece.supervised
-        if kept and (first := texts.first(each.text, where)):
+        if pieces and (first := texts.first("\0".join(text.text for text in example.texts), where)):
             self.stats.saw_duplicate(where, first, rows)
 
-    def _kept(self, each: Tokenised, ids: Seen) -> Sequence[Kept] | Wrong:
-        """What is kept of an item, counted, or what is wrong with it."""
-        if isinstance(each.result, Wrong):
-            return each.result
-        for row in each.item.rows:
-            if twice := _same_id(row, ids):
-                return Wrong(row, twice)
+    def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
+        """The rows of an example that are written, counted; none if it has a problem, which is set."""
+        if example.problem is not None:
+            return []
+        for row in example.rows:
+            if (repeated := _same_id(row, ids)) is not None:
+                example.problem = RowProblem(row, repeated)
+                return []
         try:
-            pieces = self.kind.fit(each.result, self.settings)
+            pieces = self.example_type.fit(example, self.settings)
         except RowError as error:
-            return each.item.wrong(error)
-        length = max(len(side.input_ids) for side in each.result)
-        self.stats.saw_length(length, each.item.where)
-        too_long, rows = length > self.settings.max_length, len(each.item.rows)
+            example.fail(error)
+            return []
+        length = max(text.tokens for text in example.tokens)
+        self.stats.saw_length(length, example.where)
+        too_long, rows = length > self.settings.max_length, len(example.rows)
         self.stats.dropped += 0 if pieces else rows
         self.stats.truncated += rows if too_long and self.settings.overlong == "truncate" else 0
         if too_long and self.settings.overlong == "split":
@@ -260,24 +250,24 @@ class _Pass:
             self.stats.pieces_left_out += -(-length // self.settings.max_length) - len(pieces)
         return pieces
 
-    def _refuse_item(self, item: Item, wrong: Wrong) -> None:
-        self.problems.add(wrong.row.path, wrong.row.number, wrong.error)
-        if self.settings.on_bad_row == "error" or isinstance(wrong.error, FileError | TooLongError):
+    def _report(self, example: Example, problem: RowProblem) -> None:
+        self.problems.add(problem.row.path, problem.row.number, problem.error)
+        if self.settings.on_bad_row == "error" or isinstance(problem.error, FileError | TooLongError):
             self.broken = True
             return
-        for row, error in item.left_out(wrong):
+        for row, error in example.row_problems():
             self.stats.bad += 1
             if len(self.stats.bad_rows) < NAMED:
                 self.stats.bad_rows.append(str(error.problem(row.path, row.number)))
 
-    def _refuse(self, name: str) -> None:
+    def _check_usable(self, name: str) -> None:
         """Raise everything that makes the source unusable."""
         bad, rows, ceiling = self.stats.bad, self.stats.rows, self.settings.max_bad_share
         problems = self.problems.report() if self.broken else []
         if rows and bad > ceiling * rows:
             share = f"a share of {bad / rows:.3g}: above data.max_bad_share = {ceiling:g}"
             what = f"{bad:,} of {rows:,} rows are bad, {share}"
-            problems = [*self.problems.report(), Problem(name, what, "mend the rows above, or raise the ceiling")]
+            problems = [*self.problems.report(), Problem(name, what, "fix the rows above, or raise data.max_bad_share")]
         if not rows:
             problems = [_no_row(name)]
         elif not problems and not self.lengths:
@@ -298,7 +288,7 @@ def _same_id(row: Row, ids: Seen) -> RowError | None:
 
 
 def _no_row(name: str) -> Problem:
-    return Problem(name, "there is no row in it", "write one JSON object a line, or name another file")
+    return Problem(name, "it has no rows", "write one JSON object a line, or name another file")
 
 
 def _with_progress(source: Source) -> Iterator[Row]:
