@@ -1,8 +1,8 @@
 """Load a tokenizer that training can rely on: fast, with a chat template whose marks are tokens, an EOS, and a pad
 token that is neither the EOS nor a mark. Tokens are added where the recipe names them, and never otherwise.
 
-A mark (`<|im_start|>`) that is no token is split into pieces like any other text: the model has to learn its spelling,
-a user can write it, and an answer that ends with one does not end for any server.
+A mark (`<|im_start|>`) that is not a token is split into pieces like other text: the model has to learn its spelling, a
+user can write it, and an answer that ends with one does not end for any server.
 """
 
 import re
@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from finetune.data.render.chat_template import read_template
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
-# ChatML and its kin, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text in some
-# vocabularies and meant to be.
+# ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
+# in some vocabularies and meant to be.
 _MARK = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
@@ -25,7 +25,7 @@ _PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "conte
 
 
 def marks_of(tokenizer: Any) -> list[str]:
-    """What looks like a mark in the template's source and in a small conversation that it renders, in their order."""
+    """The marks in the template's source and in a small conversation that it renders, in their order."""
     if not tokenizer.chat_template:
         return []
     source = _COMMENT.sub("", str(tokenizer.chat_template))
@@ -33,7 +33,7 @@ def marks_of(tokenizer: Any) -> list[str]:
 
 
 def _probe(tokenizer: Any) -> str:
-    """A question and an answer as the template writes them; empty where it refuses them: the renderer will say so."""
+    """A question and an answer as the template writes them; empty where it rejects them, which the renderer reports."""
     try:
         text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False)
     except (TemplateError, TypeError, ValueError):
@@ -105,7 +105,7 @@ def load_tokenizer(
 
     `added_tokens` and `eos_token` are those of the recipe's model. Raises `WeightsError` for a tokenizer that cannot be
     used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or whose marks
-    are no tokens.
+    are not tokens.
     """
     template = None if chat_template is None else read_template(chat_template)
     tokenizer = _load(name_or_path, revision)
@@ -180,12 +180,12 @@ def _set_eos(tokenizer: Any, eos_token: str | None, where: str) -> None:
 
 def _ensure_pad(tokenizer: Any, where: str) -> None:
     """Pad = EOS would mask the EOS wherever pads are masked, and the model would never learn to stop; so with marks."""
-    taken = {tokenizer.eos_token, *marks_of(tokenizer)}
-    if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
+    unsuitable = {tokenizer.eos_token, *marks_of(tokenizer)}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in unsuitable:
         return
     unknown = tokenizer.unk_token
     text = tokenizer.encode(_RARE_TEXT, add_special_tokens=False)
-    if unknown is None or unknown in {*taken, tokenizer.bos_token} or tokenizer.unk_token_id in text:
+    if unknown is None or unknown in {*unsuitable, tokenizer.bos_token} or tokenizer.unk_token_id in text:
         raise WeightsError(
             Problem(
                 where=where,

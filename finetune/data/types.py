@@ -11,7 +11,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
 class Function(TypedDict):
-    """What a tool call names: `arguments` is the parsed object, never its JSON text."""
+    """The function of a tool call: `arguments` is the parsed object, never its JSON text."""
 
     name: str
     arguments: dict[str, Any]
@@ -53,7 +53,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two ways to go on after `prompt`, each a list of turns that begins with the assistant; `chosen` is the better."""
+    """Two continuations of `prompt`, each a list of turns that begins with the assistant; `chosen` is the better."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -93,7 +93,7 @@ class Rendering:
     """One row as text, before any tokenizer.
 
     `answers` are the supervised turns in order; `everything` (loss on all): all characters are supervised, the
-    `holes` [start, end) excepted. A `document` gets its BOS and EOS as ids: they do not stand in `text`.
+    `holes` [start, end) excepted. A `document` gets its BOS and EOS as ids: they are not in `text`.
     """
 
     text: str

@@ -96,7 +96,8 @@ def rendered(renderer: Renderer, preference: Preference) -> tuple[list[str], lis
 
 def pair_of(preference: Preference, rows: list[TokenizedText], allowed: DataSettings) -> TokenPair:
     try:
-        [pair] = fit_pair(*rows, allowed, "f:1")
+        chosen, rejected = rows
+        [pair] = fit_pair(chosen, rejected, allowed, "f:1")
     except RowError as error:
         # Only such as differ in white space that a template or SentencePiece takes away, or by what was cut.
         assert "the same" in error.what or "neither answer" in error.what  # noqa: PT017

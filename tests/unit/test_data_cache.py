@@ -71,7 +71,7 @@ def test_a_full_disk_is_an_error_with_its_folder_and_what_to_do(
         with Path("/dev/full").open("wb", buffering=0) as file:
             write(file)
 
-    monkeypatch.setattr("finetune.data.tokens.cache._LITTLE_ROOM", sys.maxsize)
+    monkeypatch.setattr("finetune.data.tokens.cache._LITTLE_SPACE", sys.maxsize)
     with pytest.raises(DataError) as caught:
         entry("a", fills)
     [problem] = caught.value.problems

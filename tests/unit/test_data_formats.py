@@ -222,7 +222,7 @@ def test_a_row_nested_beyond_what_can_be_walked_is_refused() -> None:
         arguments = {"a": arguments}
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
-    assert refusal("messages", row).endswith("is nested too deeply; flatten what is nested")
+    assert refusal("messages", row).endswith("is nested too deeply; flatten it")
 
 
 def test_a_conversation_without_tools_has_none() -> None:

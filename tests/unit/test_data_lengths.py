@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from finetune.data.render import IGNORED
 from finetune.data.row_errors import RowError
-from finetune.data.tokens.truncation import TokenizedText, TooLongError, fit
+from finetune.data.tokens.truncation import TooLongError, fit
+from finetune.data.types import TokenizedText
 from finetune.recipe import DataSettings, DataSource
 
 

@@ -79,7 +79,7 @@ def sharegpt_turn(entry: object, place: str) -> Turn:
 
 
 def tools_of(row: Fields) -> list[dict[str, Any]] | None:
-    """The tools that stand beside the messages."""
+    """The tools of the row."""
     return read_tools(row.optional("tools"), row.name("tools"))
 
 
@@ -96,7 +96,7 @@ def dolly(row: Fields) -> ParsedConversation:
 
 
 def prompt_completion(row: Fields) -> ParsedConversation:
-    """`prompt` and `completion`, each a text or a list of messages; what the prompt's assistant says is not learned."""
+    """`prompt` and `completion`, each text or a list of messages; the prompt's assistant messages are not learned."""
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
     if completion[0].message["role"] != "assistant":
@@ -131,8 +131,8 @@ def _history(row: Fields) -> list[Turn]:
     for i, pair in enumerate(value):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"{place}[{i}]", "must be a pair", "write [instruction, output]", shown(pair))
-        for j, said in enumerate(pair):
-            content = checked_text(said, f"{place}[{i}][{j}]")
+        for j, text in enumerate(pair):
+            content = checked_text(text, f"{place}[{i}][{j}]")
             turns.append(Turn(Message(role="assistant" if j else "user", content=content), f"{place}[{i}][{j}]"))
     return turns
 
@@ -177,8 +177,8 @@ def ultrafeedback(row: Fields) -> ParsedPair:
     pair = preference(row)
     better, worse = (_score(row, field) for field in ("score_chosen", "score_rejected"))
     if better <= worse:
-        says = "no preference: both answers have this score" if better == worse else "is above the chosen answer's"
-        raise RowError(row.name("score_rejected"), says, "remove the row", f"{worse}, chosen {better}")
+        what = "no preference: both answers have this score" if better == worse else "is above the chosen answer's"
+        raise RowError(row.name("score_rejected"), what, "remove the row", f"{worse}, chosen {better}")
     return pair
 
 
@@ -237,8 +237,8 @@ def _repeated(prompt: Sequence[Turn], chosen: list[Turn], rejected: list[Turn], 
     if _shared(prompt, chosen[:count]) == len(prompt):
         return len(prompt)
     is_text = isinstance(row.required("prompt"), str)
-    said = {turn.message["content"] for turn in chosen[:count] if turn.message["role"] == "user"}
-    if is_text and prompt[0].message["content"] in said:
+    questions = {turn.message["content"] for turn in chosen[:count] if turn.message["role"] == "user"}
+    if is_text and prompt[0].message["content"] in questions:
         return count  # the lists have more before it: a system message, earlier turns
     what = f"is not what {row.name('chosen')} and {row.name('rejected')} begin with"
     raise RowError(row.name("prompt"), what, "write the same prompt three times, or remove this one")
@@ -251,8 +251,8 @@ def _transcript(row: Fields, field: str) -> list[Turn]:
         do = "write \\n\\nHuman: ...\\n\\nAssistant: ..., or name the data's true format"
         raise RowError(place, "is not a transcript that begins with Human", do, shown(text))
     turns = []
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        content = checked_text(said.removeprefix(" "), place)
+    for speaker, text in zip(pieces[::2], pieces[1::2], strict=True):
+        content = checked_text(text.removeprefix(" "), place)
         turns.append(Turn(Message(role="user" if speaker == "Human" else "assistant", content=content), place))
     return turns
 

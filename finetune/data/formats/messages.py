@@ -19,7 +19,7 @@ from finetune.data.types import Message, Role, ToolCall
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a file calls role and content."""
+    """The names of role and content in a file."""
 
     role: str
     content: str
@@ -55,12 +55,12 @@ class Turn(NamedTuple):
 
     @property
     def role_place(self) -> str:
-        """Where the file says who speaks."""
+        """The place of the role in the file."""
         return f"{self.place}.{self.spelling.role}" if self.spelling else self.place
 
     @property
     def content_place(self) -> str:
-        """Where the file says what is said."""
+        """The place of the content in the file."""
         return f"{self.place}.{self.spelling.content}" if self.spelling else self.place
 
 
@@ -203,7 +203,7 @@ CALL_IN_TEXT = "<tool_call>"
 
 
 def check_order(turns: Sequence[Turn]) -> None:
-    """`RowError` at the first turn that may not stand where it does, or if the last one is not the assistant's."""
+    """`RowError` at the first turn that may not follow those before it, or if the last one is not the assistant's."""
     before: Message | None = None
     open_calls: list[str | None] = []  # ids (None: without one) of calls that no result has answered yet
     for turn in turns:
@@ -224,7 +224,7 @@ def check_order(turns: Sequence[Turn]) -> None:
 
 
 def _objection(before: Message | None, message: Message, open_calls: Sequence[str | None]) -> tuple[str, str]:
-    """What speaks against `message` after `before`, and what to do; two empty texts if nothing does."""
+    """Why `message` may not follow `before`, and what to do; two empty texts if it may."""
     role = message["role"]
     if role == "system":
         return _unless(before is None, "a system message must come first", "move it to the beginning, or merge it")

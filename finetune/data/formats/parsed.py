@@ -1,4 +1,4 @@
-"""What a format found in a row: turns that know their places. `example` checks them and lets the places go."""
+"""The parsed form of a row: turns with their places in the file. `content` checks them and drops the places."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ Tools = list[dict[str, Any]] | None
 
 
 class Parsed(Protocol):
-    """One kind of example before its checks."""
+    """One form of row content before its checks."""
 
-    def example(self) -> RowContent:
-        """The example; `RowError` at the file's own place."""
+    def content(self) -> RowContent:
+        """The content; `RowError` at the file's own place."""
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """The turns by the field of the example that they become."""
+        """The turns by the field of the content that they become."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ParsedConversation:
         """See `Parsed`."""
         return {"messages": self.turns}
 
-    def example(self) -> Conversation:
+    def content(self) -> Conversation:
         """See `Parsed`."""
         check_order(self.turns)
         answers = [turn for turn in self.turns if turn.message["role"] == "assistant"]
@@ -57,7 +57,7 @@ class ParsedText:
         """See `Parsed`."""
         return {}
 
-    def example(self) -> Document:
+    def content(self) -> Document:
         """See `Parsed`."""
         return Document(self.text)
 
@@ -77,7 +77,7 @@ class ParsedPair:
         """See `Parsed`."""
         return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
-    def example(self) -> Preference:
+    def content(self) -> Preference:
         """See `Parsed`."""
         if _messages(self.chosen) == _messages(self.rejected):
             do = "remove the row: it does not say which answer is better"
@@ -102,7 +102,7 @@ class ParsedJudgement:
         """See `Parsed`."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def example(self) -> Judged:
+    def content(self) -> Judged:
         """See `Parsed`."""
         check_answer(self.prompt, self.completion, self.place)
         return Judged(_messages(self.prompt), _messages(self.completion), self.desirable)

@@ -38,13 +38,13 @@ class Reader:
         _check_columns(row_format, columns)
 
     def __call__(self, row: Mapping[str, Any]) -> RowContent:
-        """The example of a row; `RowError` (and nothing else) names what is wrong by the file's own columns."""
+        """The content of a row; `RowError` (and nothing else) at a place named by the file's own columns."""
         for field, column in self._columns.items():
             if column not in row:
                 do = f"columns.{field} names it: correct that, or add the column"
                 raise RowError(column, "is missing", do, f"keys {sorted(row)}")
         try:
-            return self.format.read(self.fields(row)).example()
+            return self.format.read(self.fields(row)).content()
         except RecursionError as error:
             raise RowError(None, "is nested too deeply", "flatten it") from error
 
@@ -91,17 +91,17 @@ def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:
         for field, column in columns.items()
         if field not in row_format.fields
     ]
-    taken: dict[str, str] = {}
+    field_of: dict[str, str] = {}
     for field, column in columns.items():
-        if column in taken:
-            what = f"the column is already mapped to {taken[column]}"
+        if column in field_of:
+            what = f"the column is already mapped to {field_of[column]}"
             problems.append(Problem(where=f"columns.{field}", what=what, got=repr(column), do="name another column"))
-        taken[column] = field
+        field_of[column] = field
     if problems:
         raise DataError(problems)
 
 
 def _common_head(row: Mapping[str, Any], places: Iterable[str]) -> str | None:
-    """`conversations` for `conversations[0]`, `conversations[1]`; None where the turns stand in several columns."""
+    """`conversations` for `conversations[0]`, `conversations[1]`; None where the turns are in several columns."""
     heads = {place if place in row else re.split(r"\[|\.", place, maxsplit=1)[0] for place in places}
     return heads.pop() if len(heads) == 1 else None

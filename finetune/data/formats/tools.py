@@ -134,7 +134,7 @@ def check_known_keys(entry: Mapping[str, Any], place: str, known: frozenset[str]
 
 
 def _check_json(value: Mapping[str, Any], place: str) -> None:
-    """What comes from Arrow may hold dates or bytes; no template can write those."""
+    """Values from Arrow may hold dates or bytes; no template can write those."""
     try:
         check_utf8(_ENCODER.encode(value), place)
     except (TypeError, ValueError) as error:

@@ -25,11 +25,11 @@ def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
 
 
 def missing_of_calls(calls: list[ToolCall], text: str) -> str | None:
-    """The first function name or argument of `calls` that does not stand in `text`, as JSON or plainly."""
+    """The first function name or argument of `calls` that does not occur in `text`, as JSON or plainly."""
     for call in calls:
         function = call["function"]
         for value in (function["name"], *_leaves(function["arguments"])):
-            if not _stands(value, text):
+            if not _occurs(value, text):
                 return str(value)
     return None
 
@@ -37,18 +37,18 @@ def missing_of_calls(calls: list[ToolCall], text: str) -> str | None:
 def find_content(message: Message, text: str, start: int) -> int:
     """Where the content of a user's, tool's or earlier assistant's turn ends in `text`, from `start`; -1 if nowhere.
 
-    White space around it may differ. A tool's result may also stand as a JSON string.
+    White space around it may differ. A tool's result may also be written as a JSON string.
     """
     content = message["content"].strip()
     forms = [content]
     if message["role"] == "tool":
         forms += [_quoted(content, True), _quoted(content, False)]
-    ends = [found + len(form) for form in forms if (found := text.find(form, start)) >= 0]
-    return min(ends, default=-1)  # a later one may be another turn that says the same
+    ends = [position + len(form) for form in forms if (position := text.find(form, start)) >= 0]
+    return min(ends, default=-1)  # a later one may be another turn with the same content
 
 
 def _leaves(value: object) -> Iterator[object]:
-    """Everything that is said inside a JSON value: its keys, strings, numbers, true, false and null."""
+    """Every scalar and key inside a JSON value: its keys, strings, numbers, true, false and null."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key
@@ -60,7 +60,7 @@ def _leaves(value: object) -> Iterator[object]:
         yield value
 
 
-def _stands(value: object, text: str) -> bool:
+def _occurs(value: object, text: str) -> bool:
     if isinstance(value, str):
         return value.strip() in text or _quoted(value, False) in text or _quoted(value, True) in text
     return json.dumps(value) in text or str(value) in text
@@ -77,7 +77,7 @@ def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> tu
     indices = supervised(messages, loss_on)
     text, prompts = chat.text_and_prompts(messages, given.tools, indices)
     answers = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
-    _check_said(chat, given, text, answers)
+    _check_content(chat, given, text, answers)
     return text, tuple(answers.values())
 
 
@@ -156,8 +156,8 @@ def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) ->
         raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
 
 
-def _check_said(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:
-    """Every turn must stand in the text, one after the other (a system message anywhere), and so must the tools."""
+def _check_content(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:
+    """Every turn must be in the text, one after the other (a system message anywhere), and so must the tools."""
     end = 0
     for index, message in enumerate(given.messages):
         answer, field = answers.get(index), f"messages[{index}]"

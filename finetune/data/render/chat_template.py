@@ -46,7 +46,7 @@ _SYSTEM_PROBE = "Count in base seven."
 class ChatTemplate:
     """Renders with the chat template of `tokenizer`; `name` is what messages call it.
 
-    `system` says what becomes of a system message where the template has no system role: an error, or the beginning
+    `system` decides about a system message where the template has no system role: an error, or the beginning
     of the first user message. Raises `DataError` where there is no template.
     """
 
@@ -74,7 +74,7 @@ class ChatTemplate:
     def text(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
     ) -> str:
-        """What the template writes; `generation` adds what makes the model answer. `RowError` if it refuses."""
+        """What the template writes; `generation` adds what makes the model answer. `RowError` if it fails."""
         written: list[str] = []
         self._write(written, [_without_train(message) for message in messages], tools, generation)
         return "".join(written)
@@ -82,9 +82,9 @@ class ChatTemplate:
     def text_and_prompts(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
     ) -> tuple[str, list[int | str]]:
-        """The whole text, and for each turn of `indices` what generation would be given before it.
+        """The whole text, and for each turn of `indices` the prompt before it.
 
-        That is where it ends in the text, or, if it is no beginning of the text, the prompt itself.
+        That is where it ends in the text, or, if it is not a prefix of the text, the prompt itself.
         """
         fixed = self._endings[bool(tools)]
         if fixed is None:
@@ -146,7 +146,7 @@ class ChatTemplate:
         return replace(given, messages=[merged, *given.messages[2:]])
 
     def prompt(self, conversation: Conversation) -> str:
-        """What generation is given for the last message: all turns before it, with the generation prompt."""
+        """The prompt of the last message: all turns before it, with the generation prompt."""
         given = self.conversation(conversation)
         return self.text(given.messages[:-1], given.tools, generation=True)
 

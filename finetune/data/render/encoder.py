@@ -58,13 +58,13 @@ def state_of(backend: Tokenizer) -> dict[str, Any]:
     }
 
 
-# GPT-2's table: byte -> the character that stands for it, in the order in which it was made.
+# GPT-2's table: byte -> the character that represents it, in the order in which it was made.
 _PLAIN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 
 
 class Alphabet:
-    """What a tokenizer cannot say, from its own JSON (`state`); `check` refuses a text that needs it."""
+    """The characters that a tokenizer cannot represent, from its JSON (`state`); `check` rejects texts with them."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.dropped = _dropped_bytes(state)
@@ -99,7 +99,7 @@ def _dropped_bytes(state: dict[str, Any]) -> bytes:
 
 
 def _space_sign(state: dict[str, Any]) -> str | None:
-    """What stands for a space inside (SentencePiece's U+2581)."""
+    """The character that replaces a space (SentencePiece's U+2581)."""
     for step in _steps(state["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace":
             return str(step["replacement"])
@@ -250,14 +250,14 @@ class Encoder:
         """For each character, where a prompt ends: how many tokens it becomes, if proven; None if it must be tried."""
         places: dict[str, Ints | None] = {}
         ends: Ints | None = None
-        found: list[int | None] = []
+        borders: list[int | None] = []
         for character in characters:
             border = self._after_tail(text, ids, character, places)
             if border is None and self._lengths is not None:
                 ends = self._lengths.ends(text, ids) if ends is None else ends
                 border = self._lengths.border(ids, ends, character)
-            found.append(border)
-        return found
+            borders.append(border)
+        return borders
 
     def _after_tail(self, text: str, ids: Ints, character: int, places: dict[str, Ints | None]) -> int | None:
         for tail in self._tails:
@@ -281,5 +281,5 @@ def _places(text: str, ids: Ints, tail: Tail) -> Ints | None:
 
 
 def _cuts_plainly(token: dict[str, Any]) -> bool:
-    """Whether an added token is found in the text as it is written, and takes nothing of what stands around it."""
+    """Whether an added token is found in the text as it is written, and takes no characters around it."""
     return not (token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"])

@@ -1,9 +1,9 @@
 """A row -> text -> token ids and labels, through the tokenizer's chat template.
 
-What is supervised is found by rendering prefixes, the way generation does it: the conversation up to an answer, with
-the generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the
-EOS are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
-for which this does not hold is refused.
+Supervised tokens are found by rendering prefixes, as generation does it: the conversation up to an answer, with the
+generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the EOS
+are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
+for which this does not hold is rejected.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Renderer:
             self._check_template()
 
     def render(self, example: Conversation | Document) -> Rendering:
-        """One row as text with its supervised places; `RowError` if they cannot be told for sure."""
+        """One row as text with its supervised places; `RowError` if they cannot be found for certain."""
         if isinstance(example, Document):
             return self._document(example)
         if not self._checked:
@@ -75,8 +75,8 @@ class Renderer:
         ]
         self._try_prompts(renderings, rows, borders)
         return [
-            self._labelled(rendering, ids, found)
-            for rendering, ids, found in zip(renderings, rows, borders, strict=True)
+            self._labelled(rendering, ids, row_borders)
+            for rendering, ids, row_borders in zip(renderings, rows, borders, strict=True)
         ]
 
     @cached_property
@@ -146,7 +146,7 @@ class Renderer:
         self, renderings: Sequence[Rendering], rows: Sequence[Ints], borders: Sequence[list[int | None]]
     ) -> None:
         """Fill in the borders that were not proven: tokenise these prompts and compare."""
-        open_ones = [(row, place) for row, found in enumerate(borders) for place, b in enumerate(found) if b is None]
+        open_ones = [(row, place) for row, places in enumerate(borders) for place, b in enumerate(places) if b is None]
         if not open_ones:
             return
         prompts = [renderings[row].text[: renderings[row].answers[place].start] for row, place in open_ones]

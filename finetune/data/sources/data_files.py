@@ -60,7 +60,7 @@ class _Counted(io.FileIO):
 
 
 class _Unpacked(io.RawIOBase):
-    """What a decompressor gives, as soon as it has it, so that all before a broken place is read."""
+    """The output of a decompressor as soon as it is there, so that all before a damaged place is read."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
         self._read = read
@@ -106,11 +106,11 @@ def opened(path: str, packed: str | None, place: Place) -> Iterator[ByteStream]:
         yield stream
 
 
-TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-TABLES = (".parquet", ".arrow")
-PACKED = (".gz", ".zst")
+_TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow")
+_PACKED = (".gz", ".zst")
 SAVED = "save_to_disk"
-WHAT_IS_READ = f"{', '.join(TEXT)} (each also with {' or '.join(PACKED)}), {', '.join(TABLES)}"
+_SUFFIXES = f"{', '.join(_TEXT)} (each also with {' or '.join(_PACKED)}), {', '.join(_TABLES)}"
 _NAME_ONE = "give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk"
 
 
@@ -136,9 +136,9 @@ def find_files(path: str) -> list[DataFile]:
     paths = _matches(path) if is_glob else [path]
     files: list[DataFile] = []
     problems: list[Problem] = []
-    for each in paths:
+    for file_path in paths:
         try:
-            files.append(_data_file(each))
+            files.append(_data_file(file_path))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -150,13 +150,13 @@ def _matches(pattern: str) -> list[str]:
     paths = sorted(glob.glob(pattern, recursive=True))
     saved = [path for path in paths if _is_saved(path)]
     inside = tuple(os.path.join(folder, "") for folder in saved)
-    found = [path for path in paths if not path.startswith(inside) and (not os.path.isdir(path) or path in saved)]
-    if not found:
-        raise _refusal(pattern, "no file matches", _NAME_ONE, _here())
-    return found
+    matches = [path for path in paths if not path.startswith(inside) and (not os.path.isdir(path) or path in saved)]
+    if not matches:
+        raise _error(pattern, "no file matches", _NAME_ONE, _working_directory())
+    return matches
 
 
-def _here() -> str:
+def _working_directory() -> str:
     return f"working directory {os.getcwd()}"
 
 
@@ -164,22 +164,22 @@ def _is_saved(path: str) -> bool:
     return os.path.isfile(os.path.join(path, "state.json"))
 
 
-def _refusal(path: str, what: str, do: str, got: str | None = None) -> DataError:
+def _error(path: str, what: str, do: str, got: str | None = None) -> DataError:
     return DataError(Problem(where=path, what=what, do=do, got=got))
 
 
 def _data_file(path: str) -> DataFile:
     if not os.path.exists(path):
         if os.path.islink(path):
-            raise _refusal(path, "a link to a file that does not exist", "fix the link", os.readlink(path))
+            raise _error(path, "a link to a file that does not exist", "fix the link", os.readlink(path))
         do = "give the path of a data file, relative to the folder the command is run in"
         if looks_like_hub_id(path):
             do += "; a data set on the Hugging Face hub is named by id instead of path"
-        raise _refusal(path, "no such data file", do, _here())
+        raise _error(path, "no such data file", do, _working_directory())
     if os.path.isdir(path):
         return _saved_folder(path)
     if not os.path.isfile(path):
-        raise _refusal(path, "is not a file", _NAME_ONE)
+        raise _error(path, "is not a file", _NAME_ONE)
     kind, packed = _kind(path)
     _check_readable(path)
     return DataFile(path, kind, packed, {path: os.path.getsize(path)})
@@ -187,15 +187,13 @@ def _data_file(path: str) -> DataFile:
 
 def _kind(path: str) -> tuple[str, str | None]:
     stem, suffix = os.path.splitext(path)
-    packed = suffix.lower() if suffix.lower() in PACKED else None
+    packed = suffix.lower() if suffix.lower() in _PACKED else None
     kind = (os.path.splitext(stem)[1] if packed else suffix).lower()
-    if kind in TEXT or (kind in TABLES and not packed):
+    if kind in _TEXT or (kind in _TABLES and not packed):
         return kind, packed
-    if kind in TABLES:
-        raise _refusal(path, f"{kind} files are read as they are, not packed", "unpack it", _suffix(path))
-    raise _refusal(
-        path, "the suffix does not say what kind of file this is", f"use one of {WHAT_IS_READ}", _suffix(path)
-    )
+    if kind in _TABLES:
+        raise _error(path, f"{kind} files are read as they are, not packed", "unpack it", _suffix(path))
+    raise _error(path, "the suffix does not say what kind of file this is", f"use one of {_SUFFIXES}", _suffix(path))
 
 
 def _suffix(path: str) -> str:
@@ -208,21 +206,21 @@ def _check_readable(path: str) -> None:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise _refusal(path, f"cannot be read ({error.strerror})", "check that it exists and can be read") from error
+        raise _error(path, f"cannot be read ({error.strerror})", "check that it exists and can be read") from error
 
 
 def _saved_folder(path: str) -> DataFile:
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         names = _load(path, "dataset_dict.json", "splits")
         do = f"give the folder of one: {' or '.join(os.path.join(path, name) for name in names)}"
-        raise _refusal(path, "is a folder of several splits", do, ", ".join(names))
+        raise _error(path, "is a folder of several splits", do, ", ".join(names))
     if not _is_saved(path):
-        raise _refusal(path, "is a folder", f"write a glob, such as {os.path.join(path, '*.jsonl')}")
+        raise _error(path, "is a folder", f"write a glob, such as {os.path.join(path, '*.jsonl')}")
     if _load(path, "state.json", "_indices_data_files"):
-        raise _refusal(path, "is a save_to_disk folder of an old version, with an index", "save it again")
+        raise _error(path, "is a save_to_disk folder of an old version, with an index", "save it again")
     parts = [os.path.join(path, entry["filename"]) for entry in _load(path, "state.json", "_data_files")]
     if not parts:
-        raise _refusal(path, "is a save_to_disk folder whose state.json names no file", "save or copy it again")
+        raise _error(path, "is a save_to_disk folder whose state.json names no file", "save or copy it again")
     for part in parts:
         _check_readable(part)
     return DataFile(path, SAVED, None, {part: os.path.getsize(part) for part in parts})
@@ -230,7 +228,7 @@ def _saved_folder(path: str) -> DataFile:
 
 def _load(folder: str, name: str, key: str) -> list[Any]:
     try:
-        found = json.loads(Path(folder, name).read_text(encoding="utf-8")).get(key) or []
+        values = json.loads(Path(folder, name).read_text(encoding="utf-8")).get(key) or []
     except (ValueError, AttributeError) as error:
-        raise _refusal(os.path.join(folder, name), "is damaged", "save or copy the folder again") from error
-    return list(found)
+        raise _error(os.path.join(folder, name), "is damaged", "save or copy the folder again") from error
+    return list(values)

@@ -20,7 +20,7 @@ SAVE_UTF8 = "save the file as UTF-8"
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD]")
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
-"""What `surrogateescape` makes of bytes that are not UTF-8."""
+"""The characters that `surrogateescape` makes of bytes that are not UTF-8."""
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,14 +65,16 @@ def checked(value: Any, escaped_surrogates: bool) -> RowValue:
     """The value if it is an object without half surrogate pairs; these can only come from \\ud... escapes."""
     if not isinstance(value, dict):
         return RowError(None, "a row must be a JSON object", WRITE_JSONL, shown(value))
-    if escaped_surrogates and (found := _half_surrogate(value)) is not None:
-        return RowError(found[0] or None, "half of a surrogate pair", "fix the \\u escapes", shown(ascii(found[1])))
+    if escaped_surrogates and (surrogate := _half_surrogate(value)) is not None:
+        return RowError(
+            surrogate[0] or None, "half of a surrogate pair", "fix the \\u escapes", shown(ascii(surrogate[1]))
+        )
     return value
 
 
 def has_escaped_surrogate(text: str, start: int = 0, end: int | None = None) -> bool:
-    """Whether a \\ud... escape stands in this part of the text."""
-    # Most rows have no \\u at all, and that is told in a fifth of the time.
+    """Whether a \\ud... escape occurs in this part of the text."""
+    # Most rows have no \\u at all, which is seen in a fifth of the time.
     end = len(text) if end is None else end
     return text.find("\\u", start, end) >= 0 and _ESCAPED_SURROGATE.search(text, start, end) is not None
 
@@ -88,14 +90,14 @@ def invalid(error: Exception, text: str, start: int = 0) -> RowError:
 
 
 def not_utf8(byte: int) -> RowError:
-    """The message for a byte that is no part of UTF-8."""
+    """The message for a byte that is not UTF-8."""
     return RowError(None, "not UTF-8", SAVE_UTF8, f"byte 0x{byte:02x}")
 
 
 def undecoded(text: str, start: int = 0, end: int | None = None) -> RowError | None:
-    """What is wrong with text that was decoded with `surrogateescape`."""
-    found = _BAD_BYTE.search(text, start, len(text) if end is None else end)
-    return None if found is None else not_utf8(ord(found[0]) - 0xDC00)
+    """The error of text that was decoded with `surrogateescape`; None if there is none."""
+    match = _BAD_BYTE.search(text, start, len(text) if end is None else end)
+    return None if match is None else not_utf8(ord(match[0]) - 0xDC00)
 
 
 def _half_surrogate(row: dict[str, Any]) -> tuple[str, str] | None:
@@ -135,7 +137,7 @@ class JsonStream:
 
     def __init__(self, stream: ByteStream, place: Place, first: bytes = b"") -> None:
         self._stream, self._place = stream, place
-        # Bytes that are not UTF-8 become half surrogates, so that the row they stand in can be named.
+        # Bytes that are not UTF-8 become half surrogates, so that their row can be named.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._has_bad_bytes = False
         self._text = self._decoded(first)
@@ -161,7 +163,7 @@ class JsonStream:
             raise FileError("text after the end of the array", _FIX, self._rest())
 
     def objects(self) -> Iterator[RowValue]:
-        """The rows of objects that stand one after another."""
+        """The rows of objects one after another."""
         while self._next():
             yield self._value()
 
@@ -221,7 +223,7 @@ class JsonStream:
                 raise FileError("the row that begins here does not end", do, self._rest())
 
     def _read(self) -> tuple[RowValue, int | None]:
-        """The row at the position and where it ends: None if it goes on after what was read so far."""
+        """The row at the position and where it ends: None if it continues after the text read so far."""
         text, start = self._text, self._position
         try:
             value, end = DECODER.raw_decode(text, start)
@@ -301,7 +303,7 @@ def _is_indented(first: bytes, stream: ByteStream) -> bool:
 
 
 def _lines(first: bytes, stream: ByteStream, place: Place) -> Iterator[RowValue]:
-    # Bytes, cut at \n only: U+2028 and the like may stand inside a JSON string and end no line.
+    # Bytes, cut at \n only: U+2028 and the like may occur inside a JSON string and do not end a line.
     line = first
     while line:
         if len(line) == MAX_ROW_BYTES:

@@ -10,7 +10,7 @@ from finetune.data.sources.json_files import read_json, read_json_lines
 from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 
 FileReader = Callable[[DataFile, Place], Iterator[RowValue]]
-"""Yields rows, or what is wrong with them, and moves the place along; raises `FileError` where it cannot go on."""
+"""Yields rows or their errors and moves the place along; raises `FileError` where it cannot continue."""
 
 READERS: dict[str, FileReader] = {
     ".jsonl": read_json_lines,
@@ -64,7 +64,7 @@ class LocalSource:
             before += file.size
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is in the files and how it is read, in their order; not of their names.
+        """SHA-256 of the contents of the files and how they are read, in their order; not of their names.
 
         It was the fastest of hashlib's here (1.8 GB/s, blake2b 0.65): processors have instructions for it.
         """

@@ -71,7 +71,7 @@ def _rows_a_piece(nbytes: int, rows: int) -> int:
 
 
 def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[RowValue]:
-    """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns what they hold."""
+    """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns decoded."""
     names = table.schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -97,7 +97,7 @@ def _to_python(batch: pa.RecordBatch) -> list[RowValue]:
 
 def _column(array: pa.Array) -> list[Any]:
     """The values of a column as Python objects; lists of structs in a quarter of the time of pyarrow's `to_pylist`,
-    and columns that `datasets` stores as JSON text as what the text says."""
+    and columns that `datasets` stores as JSON text decoded."""
     kind = array.type
     if isinstance(kind, pa.JsonType):
         return [None if text is None else DECODER.decode(text) for text in array.storage.to_pylist()]
@@ -160,7 +160,7 @@ def _header(record: list[str] | RowError, kind: str) -> list[str]:
 
 
 class _Lines:
-    """Decoded lines; what is wrong with one waits in `error`, so that the record it belongs to can be named."""
+    """Decoded lines; the error of one is kept in `error` until its record can be named."""
 
     def __init__(self, stream: ByteStream) -> None:
         self._stream = stream
@@ -205,7 +205,7 @@ def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[
 
 
 def _broken(reason: str) -> RowError:
-    """What the csv module says, in words that help. After a quote without an end nothing is left to read."""
+    """An error of the csv module with a remedy. After a quote without an end nothing is left to read."""
     if reason == "unexpected end of data" or "field limit" in reason:
         return FileError("a quote that begins in this record has no end", _QUOTING.replace("it", "the field", 1))
     if "new-line character" in reason:

@@ -7,11 +7,11 @@ from finetune.data.tokens.token_pairs import (
     PairMixture,
     PairTable,
     PreparedPairs,
-    TokenPair,
     prepare_pair_mixture,
     prepare_pairs,
 )
 from finetune.data.tokens.tokenize_rows import RowSet
+from finetune.data.types import TokenPair
 
 __all__ = [
     "Collator",

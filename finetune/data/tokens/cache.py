@@ -31,9 +31,9 @@ from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource, row_formats
 
-_LITTLE_ROOM = 1 << 16  # bytes
+_LITTLE_SPACE = 1 << 16  # bytes
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
-# What of the settings decides the token rows of one source. The rest (weights, packing) is applied to them later.
+# The settings that the token rows of one source depend on. The rest (weights, packing) is applied to them later.
 _SOURCE_KEYS = ("config", "split", "format", "columns", "max_rows")
 _DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share")
 
@@ -55,10 +55,10 @@ def digest(parts: Mapping[str, Any]) -> str:
 def rows_fingerprint(
     paths: Sequence[str], content: str, source: DataSource, settings: DataSettings, tokenizer: Any, example_type: str
 ) -> dict[str, Any]:
-    """What the token rows of one source depend on; `content` is the hash of what is in its files, the `paths`."""
+    """All that the token rows of one source depend on; `content` is the hash of the contents of its files, `paths`."""
     return {
         "example_type": example_type,
-        "paths": list(paths),  # stand in the rows and in messages
+        "paths": list(paths),  # are part of the rows and of messages
         "content": content,
         "source": {key: getattr(source, key) for key in _SOURCE_KEYS},
         "settings": {key: getattr(settings, key) for key in _DATA_KEYS},
@@ -74,9 +74,9 @@ def rows_fingerprint(
 
 @cache
 def _code() -> str:
-    """The hash of the source that makes rows: a mended format or mask must not meet rows of the broken one."""
-    room = Path(__file__).parents[1]
-    paths = sorted(path for path in room.rglob("*") if path.suffix in (".py", ".jinja"))
+    """The hash of the source that makes rows: rows of a wrong format or mask must not be used once it is corrected."""
+    package = Path(__file__).parents[1]
+    paths = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".jinja"))
     paths.append(Path(row_formats.__file__))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
@@ -84,8 +84,8 @@ def _code() -> str:
 def entry(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of the entry `name`; `write` fills a new one if there is none yet.
 
-    Two writers at once do the work twice and keep one result. What `write` raises leaves nothing behind; what a killed
-    process left behind is removed by the next writer.
+    Two writers at once do the work twice and keep one result. Nothing is left behind where `write` raises; the next
+    writer removes the files of a killed process.
     """
     root = cache_folder()
     target = root / name
@@ -97,7 +97,7 @@ def entry(name: str, write: Callable[[Path], None]) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with _room(root):
+        with _full_disk_named(root):
             write(temporary)
         for path in temporary.iterdir():
             with path.open("rb") as file:
@@ -113,12 +113,12 @@ def entry(name: str, write: Callable[[Path], None]) -> Path:
 
 
 @contextmanager
-def _room(root: Path) -> Iterator[None]:
-    """A full disk as an error that says which; numpy and pyarrow name neither the file nor, at times, the cause."""
+def _full_disk_named(root: Path) -> Iterator[None]:
+    """Name the folder in the error of a full disk; numpy and pyarrow do not name the file, or even the cause."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free < _LITTLE_ROOM
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free < _LITTLE_SPACE
         if error.filename is not None or not full:
             raise
         do = "free some space, or set FINETUNE_CACHE to a folder with more"
@@ -126,7 +126,7 @@ def _room(root: Path) -> Iterator[None]:
 
 
 def _remove_left_behind(root: Path) -> None:
-    """Remove what writers of this machine that are no longer alive had begun."""
+    """Remove the unfinished entries of writers of this machine that are no longer alive."""
     for path in root.glob(f".*.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
         if pid.isdecimal() and not _alive(int(pid)):
@@ -234,7 +234,9 @@ class _Batch:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         *tokens, self.where = batch.columns
-        self.columns: list[tuple[Ints, Ints]] = [(each.offsets.to_numpy(), each.values.to_numpy()) for each in tokens]
+        self.columns: list[tuple[Ints, Ints]] = [
+            (column.offsets.to_numpy(), column.values.to_numpy()) for column in tokens
+        ]
 
 
 class Seen:

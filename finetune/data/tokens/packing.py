@@ -74,32 +74,32 @@ def best_fit_decreasing(lengths: Sequence[int] | npt.NDArray[np.integer], capaci
     order = np.argsort(-tokens, kind="stable")
     sizes, firsts = np.unique(-tokens[order], return_index=True)
     bin_of = np.empty(len(tokens), dtype=np.int64)  # by place in `order`
-    room = _Room(capacity)
+    open_bins = _OpenBins(capacity)
     ends = np.append(firsts[1:], len(tokens)) if len(firsts) else firsts
     for size, first, end in zip((-sizes).tolist(), firsts.tolist(), ends.tolist(), strict=True):
         while first < end:
-            bins, each = room.take(size, end - first)
-            fits = min(each * len(bins), end - first)
-            bin_of[first : first + fits] = np.repeat(bins, each)[:fits]
+            bins, per_bin = open_bins.take(size, end - first)
+            fits = min(per_bin * len(bins), end - first)
+            bin_of[first : first + fits] = np.repeat(bins, per_bin)[:fits]
             first += fits
     by_bin = np.argsort(bin_of, kind="stable")
-    return Bins(order[by_bin], np.cumsum(np.bincount(bin_of, minlength=room.bins)))
+    return Bins(order[by_bin], np.cumsum(np.bincount(bin_of, minlength=open_bins.bins)))
 
 
 def count_sequences(lengths: npt.NDArray[np.integer], capacity: int) -> int:
     """How many bins `best_fit_decreasing` makes, without saying which rows are in them: a few bytes a row."""
     _check_lengths(lengths, capacity)
     sizes, rows = np.unique(lengths, return_counts=True)
-    room = _Room(capacity)
+    open_bins = _OpenBins(capacity)
     for size, left in zip(sizes[::-1].tolist(), rows[::-1].tolist(), strict=True):
         while left > 0:
-            bins, each = room.take(size, left)
-            left -= each * len(bins)
-    return room.bins
+            bins, per_bin = open_bins.take(size, left)
+            left -= per_bin * len(bins)
+    return open_bins.bins
 
 
-class _Room:
-    """The free places of all bins: bins with as much room stand in one queue, oldest first."""
+class _OpenBins:
+    """Bins with free tokens: one queue for each number of free tokens, oldest first."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.bins = capacity, 0
@@ -110,18 +110,18 @@ class _Room:
         """Bins for up to `rows` rows of one `size`, and how many of them each takes; only the last may take fewer."""
         position = bisect_left(self._sizes, size)
         free = self._sizes[position] if position < len(self._sizes) else self.capacity
-        each = free // size
-        wanted = -(-rows // each)
+        per_bin = free // size
+        wanted = -(-rows // per_bin)
         if position < len(self._sizes):
             bins = self._pop(free, wanted)
         else:
             bins = np.arange(self.bins, self.bins + wanted)
             self.bins += wanted
-        last = min(rows - each * (len(bins) - 1), each)
-        self._push(free - each * size, bins[:-1] if last < each else bins)
-        if last < each:
+        last = min(rows - per_bin * (len(bins) - 1), per_bin)
+        self._push(free - per_bin * size, bins[:-1] if last < per_bin else bins)
+        if last < per_bin:
             self._push(free - last * size, bins[-1:])
-        return bins, each
+        return bins, per_bin
 
     def _pop(self, free: int, wanted: int) -> Indices:
         queue = self._queues[free]
@@ -140,7 +140,10 @@ class _Room:
 
 
 def _check_lengths(tokens: npt.NDArray[np.integer], capacity: int) -> None:
-    for wrong, what in ((tokens > capacity, f"more than a sequence of {capacity}"), (tokens < 1, "so there is no row")):
-        if wrong.any():
-            index = int(np.argmax(wrong))
+    for invalid, what in (
+        (tokens > capacity, f"more than a sequence of {capacity}"),
+        (tokens < 1, "so there is no row"),
+    ):
+        if invalid.any():
+            index = int(np.argmax(invalid))
             raise ValueError(f"row {index} has {tokens[index]} tokens, {what}")

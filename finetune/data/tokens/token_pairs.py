@@ -22,7 +22,7 @@ _PROMPT, _CHOSEN, _REJECTED = (PAIRS.names.index(name) for name in ("prompt_ids"
 
 
 class PairTable(Sequence[TokenPair]):
-    """Pairs of several sets, memory-mapped: `table_of` says in which table the pair stands, `row_of` where there."""
+    """Pairs of several sets, memory-mapped: `table_of` is the table of each pair, `row_of` its row there."""
 
     def __init__(self, tables: Sequence[TokenTable], table_of: Indices, row_of: Indices) -> None:
         self._tables, self._table_of, self._row_of = tables, table_of, row_of
@@ -51,13 +51,13 @@ class PairMixture(Mixture):
     @cached_property
     def table(self) -> PairTable:
         """The pairs in the order of the data set, those that are used twice twice."""
-        table_of = np.repeat(np.arange(len(self.sets)), [len(each) for each in self.chosen])
+        table_of = np.repeat(np.arange(len(self.sets)), [len(indices) for indices in self.chosen])
         return PairTable([rows.table() for rows in self.sets], table_of, np.concatenate(self.chosen))
 
     def places(self, share_prompts: bool) -> Ints:
-        """What each pair takes of a packed sequence: two conversations, or one prompt with two answers behind it.
+        """Tokens of each pair in a packed sequence: two conversations, or one prompt with two answers behind it.
 
-        A prompt that is shared stands once, but its last token before each answer.
+        A prompt that is shared comes once, but its last token before each answer.
         """
         return self.lengths - self._tokens(_PROMPT) + 1 if share_prompts else self.lengths
 
@@ -70,7 +70,9 @@ class PairMixture(Mixture):
     def _tokens(self, column: int) -> Ints:
         """How long a column of `PAIRS` is in each pair of the data set."""
         tables = [rows.table() for rows in self.sets]
-        return np.concatenate([table.lengths(column)[each] for table, each in zip(tables, self.chosen, strict=True)])
+        return np.concatenate(
+            [table.lengths(column)[indices] for table, indices in zip(tables, self.chosen, strict=True)]
+        )
 
     def dataset(self, settings: DataSettings, share_prompts: bool) -> Dataset:
         """Column `pairs`: indices into `table`, one a row, or with packing those that share a sequence; and `length`,
@@ -115,7 +117,7 @@ def prepare_pair_mixture(
     seed: int,
     max_problems: int = MAX_PROBLEMS,
 ) -> PairMixture:
-    """The first part of `prepare_pairs`: every pair is read and judged, and those that are used are chosen."""
+    """The first part of `prepare_pairs`: every pair is read and checked, and those that are used are chosen."""
     if settings.loss_on != "assistant" or settings.overlong == "split":
         raise ValueError("the loss of a pair is on its answers, and a pair is not split")
     mixture = prepare_mixture(sources, tokenizer, settings, seed, max_problems, PAIRED_ROWS)

@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm import tqdm
 
-from finetune.data.formats import reader, recognise
+from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.render import Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
@@ -109,10 +109,6 @@ def _take_tokens(example: Example, results: Sequence[TokenizedText | RowError], 
     example.tokens = tuple(tokens)
 
 
-RECOGNISED_ROWS = 100
-"""`format: auto` looks at so many rows."""
-
-
 @dataclass(frozen=True)
 class RowSet:
     """Prepared rows (or pairs) of one source: `lengths` and `supervised` are tokens of each that is kept, int32."""
@@ -122,7 +118,7 @@ class RowSet:
     stats: RowStats
     lengths: Ints
     supervised: Ints
-    content: str  # fingerprint of the source's rows, whatever is made of them
+    content: str  # fingerprint of the source's rows, before they are tokenised
 
     def dataset(self) -> Dataset:
         """The columns of the example type's schema, memory-mapped."""
@@ -195,7 +191,7 @@ class _Pass:
         self.stats.format = self.source.format
         if self.source.format != "auto":
             return rows
-        first = list(islice(rows, RECOGNISED_ROWS))
+        first = list(islice(rows, SAMPLE_ROWS))
         try:
             recognition = recognise((row.value for row in first), self.source.columns)
         except RowError as error:
@@ -225,7 +221,7 @@ class _Pass:
             self.stats.tokens += piece.tokens
             self.stats.supervised_tokens += piece.supervised
         if pieces and (first := texts.first("\0".join(text.text for text in example.texts), where)):
-            self.stats.saw_duplicate(where, first, rows)
+            self.stats.count_duplicate(where, first, rows)
 
     def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
         """The rows of an example that are written, counted; none if it has a problem, which is set."""
@@ -241,7 +237,7 @@ class _Pass:
             example.fail(error)
             return []
         length = max(text.tokens for text in example.tokens)
-        self.stats.saw_length(length, example.where)
+        self.stats.count_length(length, example.where)
         too_long, rows = length > self.settings.max_length, len(example.rows)
         self.stats.dropped += 0 if pieces else rows
         self.stats.truncated += rows if too_long and self.settings.overlong == "truncate" else 0
@@ -262,10 +258,10 @@ class _Pass:
 
     def _check_usable(self, name: str) -> None:
         """Raise everything that makes the source unusable."""
-        bad, rows, ceiling = self.stats.bad, self.stats.rows, self.settings.max_bad_share
+        bad, rows, limit = self.stats.bad, self.stats.rows, self.settings.max_bad_share
         problems = self.problems.report() if self.broken else []
-        if rows and bad > ceiling * rows:
-            share = f"a share of {bad / rows:.3g}: above data.max_bad_share = {ceiling:g}"
+        if rows and bad > limit * rows:
+            share = f"a share of {bad / rows:.3g}: above data.max_bad_share = {limit:g}"
             what = f"{bad:,} of {rows:,} rows are bad, {share}"
             problems = [*self.problems.report(), Problem(name, what, "fix the rows above, or raise data.max_bad_share")]
         if not rows:
@@ -279,7 +275,7 @@ class _Pass:
 
 
 def _same_id(row: Row, ids: Seen) -> RowError | None:
-    """What is wrong with a row whose `id` came before."""
+    """The error of a row whose `id` came before."""
     assert isinstance(row.value, dict)
     key = row.value.get("id")
     if not isinstance(key, str | int) or (first := ids.first(repr(key), place_of(row))) is None:

@@ -10,11 +10,11 @@ from finetune.recipe import DataSettings
 
 
 class TooLongError(RowError):
-    """A row that is too long where the recipe says `overlong: error`. It is no bad row that could be dropped."""
+    """A row that is too long where the recipe says `overlong: error`. It is not a bad row that could be dropped."""
 
 
 def too_long(field: str | None, tokens: int, limit: int, policies: str) -> TooLongError:
-    """The error of a row that the settings refuse for its length."""
+    """The error of a row whose length the settings do not allow."""
     do = f"raise data.max_length, shorten the row, or set data.overlong to {policies}"
     return TooLongError(field, f"longer than data.max_length = {limit} tokens", do, f"{tokens} tokens")
 
@@ -22,7 +22,7 @@ def too_long(field: str | None, tokens: int, limit: int, policies: str) -> TooLo
 def fit(row: TokenizedText, settings: DataSettings) -> list[TokenizedText]:
     """The pieces of the row that are kept: itself, cut, several, or none (dropped).
 
-    Raises `TooLongError` where the settings refuse its length, and `RowError` for a cut that leaves nothing supervised.
+    Raises `TooLongError` where the settings do not allow its length, and `RowError` if nothing supervised is left.
     """
     limit = settings.max_length
     input_ids, labels = row.input_ids, row.labels
@@ -44,7 +44,7 @@ def fit(row: TokenizedText, settings: DataSettings) -> list[TokenizedText]:
 
 
 def _rest(input_ids: Ints, labels: Ints, limit: int) -> Sequence[TokenizedText]:
-    """What follows the first `limit` tokens. Nothing of its own piece predicts a piece's first token: no loss there."""
+    """The pieces after the first `limit` tokens. Their first tokens have no loss: nothing predicts them."""
     pieces = []
     for start in range(limit, len(input_ids), limit):
         part = labels[start : start + limit].copy()
@@ -59,9 +59,9 @@ ANSWERS = ("chosen", "rejected")
 def fit_pair(chosen: TokenizedText, rejected: TokenizedText, settings: DataSettings, where: str) -> list[TokenPair]:
     """The pair that is kept: itself, with its answers cut, or none (dropped).
 
-    Each conversation, the prompt with one answer, may have `max_length` tokens. Raises `TooLongError` where the
-    settings refuse their length, and `RowError` at `chosen` or `rejected` for a pair that says nothing. `where` is the
-    `file:line` of the pair.
+    Each conversation, the prompt with one answer, may have `max_length` tokens. `where` is the `file:line` of the pair.
+    Raises `TooLongError` where the settings do not allow their length, and `RowError` at `chosen` or `rejected` for a
+    pair that compares nothing.
     """
     limit = settings.max_length
     prompt = _prompt(chosen, rejected)
@@ -77,12 +77,14 @@ def fit_pair(chosen: TokenizedText, rejected: TokenizedText, settings: DataSetti
             return []
         both = _cut(both, len(prompt), limit)
     start = len(prompt)
-    answers = [tokens[start:] for text in both for tokens in (text.input_ids, text.labels)]
-    return [TokenPair(prompt, *answers, row=where)]
+    (chosen_ids, chosen_labels), (rejected_ids, rejected_labels) = (
+        (text.input_ids[start:], text.labels[start:]) for text in both
+    )
+    return [TokenPair(prompt, chosen_ids, chosen_labels, rejected_ids, rejected_labels, where)]
 
 
 def _prompt(chosen: TokenizedText, rejected: TokenizedText) -> Ints:
-    """What stands before the first supervised token of each answer, and must be the same for both."""
+    """The tokens before the first supervised token of each answer, and must be the same for both."""
     prompt, other = (text.input_ids[: int(np.argmax(text.labels != IGNORED))] for text in (chosen, rejected))
     if not np.array_equal(prompt, other):
         what = "the template renders another prompt before this answer than before the chosen one"
