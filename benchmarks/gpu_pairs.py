@@ -23,8 +23,8 @@ from benchmarks.memory import cuda_transient_bytes, transient_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.plan import DRY, H200, Plan
 from benchmarks.prompt_sharing import sharing_gain
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.types import TokenPair
 from finetune.files import write_json
 from finetune.methods.pair_scores import score_pairs
 from finetune.methods.reference import Reference

@@ -16,8 +16,8 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.harness import Bar, Timings, interleaved
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.types import TokenPair
 from finetune.methods.loss_head import fit_head_to_cpu
 from finetune.methods.pair_scores import score_pairs
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from finetune.data import Conversation, load_tokenizer, read_conversations
 from finetune.data.render import ChatTemplate, System
-from finetune.data.rows import Problems, RowError
+from finetune.data.row_errors import Problems, RowError
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.balance import load_share, token_sums

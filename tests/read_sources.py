@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.sources import open_source
 from finetune.errors import DataError
 from finetune.recipe import DataSource

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from finetune.data.render import IGNORED, Rendered, Renderer
-from finetune.data.rows import RowError
+from finetune.data.render import IGNORED, Renderer, TokenizedText
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Function, Message, ToolCall
 
 CALL_ID = "abcdefghi"
@@ -41,7 +41,7 @@ def weather(result: str = "22 degrees", final: str = "It is warm.") -> Conversat
     return Conversation(messages, [tool_schema("get_weather")])
 
 
-def labelled(renderer: Renderer, example: Conversation | Document) -> Rendered:
+def labelled(renderer: Renderer, example: Conversation | Document) -> TokenizedText:
     """Render and tokenise one row; raises its `RowError`."""
     rendered = renderer.tokenise([renderer.render(example)])[0]
     if isinstance(rendered, RowError):
@@ -49,7 +49,7 @@ def labelled(renderer: Renderer, example: Conversation | Document) -> Rendered:
     return rendered
 
 
-def supervised(tokenizer: Any, rendered: Rendered) -> list[str]:
+def supervised(tokenizer: Any, rendered: TokenizedText) -> list[str]:
     """The texts of the runs of supervised tokens."""
     runs: list[list[int]] = [[]]
     for label in rendered.labels.tolist():

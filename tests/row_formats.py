@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import FORMATS, reader
-from finetune.data.rows import RowError
-from finetune.data.types import Conversation, Example, Message, Preference
+from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation, Message, Preference, RowContent
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "examples"
 
@@ -23,7 +23,7 @@ def example_rows(row_format: str) -> list[dict[str, Any]]:
 ALL_EXAMPLES = [(name, row) for name in FORMATS for row in example_rows(name)]
 
 
-def convert(row_format: str, row: Mapping[str, Any], **columns: str) -> Example:
+def convert(row_format: str, row: Mapping[str, Any], **columns: str) -> RowContent:
     return reader(row_format, columns)(row)
 
 

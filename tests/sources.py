@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.data.rows import Row, RowError
+from finetune.data.row_errors import Row, RowError
 from finetune.data.sources import open_source
 from finetune.recipe import DataSource
 

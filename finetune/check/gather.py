@@ -16,7 +16,7 @@ from finetune.check.texts import read_without_tokenizer, texts
 from finetune.check.twins import find_duplicates
 from finetune.checkpoint import fingerprint
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
-from finetune.data.tokens.kinds import PAIRED_ROWS, SINGLE_ROWS
+from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import FinetuneError
 from finetune.methods.pair_layout import pair_layout
@@ -95,8 +95,8 @@ def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixt
         return None
     of_pairs = recipe.method.kind == "dpo"
     if tokenizer is None:
-        kind = PAIRED_ROWS if of_pairs else SINGLE_ROWS
-        _attempt(report, lambda: read_without_tokenizer(sources, kind, MAX_PROBLEMS))
+        example_type = PAIRED_ROWS if of_pairs else SINGLE_ROWS
+        _attempt(report, lambda: read_without_tokenizer(sources, example_type, MAX_PROBLEMS))
         return None
     prepare = prepare_pair_mixture if of_pairs else prepare_mixture
     return _attempt(report, lambda: prepare(sources, tokenizer, recipe.data, recipe.seed, MAX_PROBLEMS))

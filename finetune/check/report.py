@@ -12,8 +12,8 @@ from finetune.check.figures import Bin, histogram, padding_share
 from finetune.check.samples import Sample
 from finetune.check.twins import Duplicates
 from finetune.data.tokens.packing import count_sequences
-from finetune.data.tokens.pairs import PairMixture, capacity
 from finetune.data.tokens.stats import DataStats
+from finetune.data.tokens.token_pairs import PairMixture, capacity
 from finetune.errors import Problem
 from finetune.recipe import Recipe
 

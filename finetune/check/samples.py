@@ -12,9 +12,9 @@ import numpy as np
 from tokenizers.decoders import DecodeStream
 
 from finetune.data.render import IGNORED
-from finetune.data.render.rendering import Ints
 from finetune.data.tokens import RowSet
-from finetune.data.tokens.mixture import Indices
+from finetune.data.tokens.packing import Indices
+from finetune.data.types import Ints
 
 HEAD_TOKENS, TAIL_TOKENS = 1500, 500
 """Tokens shown of the beginning and the end of a longer row."""

@@ -5,10 +5,9 @@ from itertools import islice
 
 from finetune.check.twins import words_of
 from finetune.data.formats import reader, recognise
-from finetune.data.rows import Problems, Row, RowError
+from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
-from finetune.data.tokens.examples import Item, Wrong
-from finetune.data.tokens.kinds import Kind
+from finetune.data.tokens.examples import Example, ExampleType
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSource
 
@@ -24,19 +23,19 @@ def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
                 continue  # one of the bad rows that the recipe says to drop; it is named among them
 
 
-def read_without_tokenizer(sources: Sequence[DataSource], kind: Kind, max_problems: int) -> None:
-    """Read every row; `DataError` with all of those that the format refuses, or that `kind` cannot be made of."""
+def read_without_tokenizer(sources: Sequence[DataSource], example_type: ExampleType, max_problems: int) -> None:
+    """Read every row; `DataError` with all of those that the format refuses, or that are no example of this type."""
     problems: list[Problem] = []
     for source in sources:
         try:
-            problems += _refused(source, kind, max_problems)
+            problems += _refused(source, example_type, max_problems)
         except DataError as error:
             problems += error.problems
     if problems:
         raise DataError(problems)
 
 
-def _refused(source: DataSource, kind: Kind, max_problems: int) -> list[Problem]:
+def _refused(source: DataSource, example_type: ExampleType, max_problems: int) -> list[Problem]:
     refused = Problems(max_problems)
     try:
         read = reader(_format(source), source.columns)
@@ -46,20 +45,19 @@ def _refused(source: DataSource, kind: Kind, max_problems: int) -> list[Problem]
             if isinstance(row.value, RowError):
                 refused.add(row.path, row.number, row.value)
         return [*refused.report(), error.problem(str(source.path or source.id), 0)]
-    for item in kind.items(_rows(source), read):
-        if (wrong := _wrong(item, kind)) is not None:
-            refused.add(wrong.row.path, wrong.row.number, wrong.error)
+    for example in example_type.examples(_rows(source), read):
+        _check_content(example, example_type)
+        if (problem := example.problem) is not None:
+            refused.add(problem.row.path, problem.row.number, problem.error)
     return refused.report()
 
 
-def _wrong(item: Item, kind: Kind) -> Wrong | None:
-    if isinstance(item.example, Wrong):
-        return item.example
-    try:
-        kind.sides(item.example)
-    except RowError as error:
-        return item.wrong(error)
-    return None
+def _check_content(example: Example, example_type: ExampleType) -> None:
+    if example.content is not None:
+        try:
+            example_type.conversations(example.content)
+        except RowError as error:
+            example.fail(error)
 
 
 def _format(source: DataSource) -> str:

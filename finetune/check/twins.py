@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from rensa import RMinHash, RMinHashLSH
 
-from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
+from finetune.data.types import Conversation, Document, Judged, Message, Preference, RowContent
 
 NEAR = 0.8
 """Similarity from which two rows are near duplicates."""
@@ -69,7 +69,7 @@ class Duplicates:
     pairs: list[Pair]
 
 
-def words_of(example: Example) -> str:
+def words_of(example: RowContent) -> str:
     """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once."""
     if isinstance(example, Document):
         return example.text

@@ -1,4 +1,4 @@
-"""Floor 2: what a recipe points at -> conversations -> token ids with the supervised ones marked -> batches."""
+"""From the data sources of a recipe to batches: rows -> conversations -> token ids and labels -> tensors."""
 
 from finetune.data.conversations import read_conversations
 from finetune.data.tokenizer import load_tokenizer

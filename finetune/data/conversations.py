@@ -1,9 +1,9 @@
-"""A data file as conversations, before any tokenizer: what evaluation reads."""
+"""A data file as conversations, before any tokenizer, for evaluation."""
 
 from typing import Any
 
 from finetune.data.formats import Reader, reader
-from finetune.data.rows import Problems, Row, RowError
+from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_files
 from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
@@ -12,12 +12,12 @@ from finetune.recipe.row_formats import CONVERSATION_FORMATS
 
 def conversation_reader(row_format: str) -> Reader:
     """The reader of a format that gives conversations; `DataError` for any other."""
-    found = reader(row_format)
-    if found.format.gives != "conversation":
+    read = reader(row_format)
+    if read.format.gives != "conversation":
         do = f"use one of {', '.join(CONVERSATION_FORMATS)}"
-        what = f"{row_format} gives a {found.format.gives}, no conversation"
+        what = f"{row_format} gives a {read.format.gives}, not a conversation"
         raise DataError(Problem(where="format", what=what, do=do))
-    return found
+    return read
 
 
 def to_conversation(row: Row, read: Reader) -> Conversation:
@@ -49,5 +49,5 @@ def read_conversations(path: str, row_format: str) -> list[tuple[int, dict[str, 
 
 
 def no_rows(path: str) -> DataError:
-    """What is raised for a file that has only blank lines, or none."""
-    return DataError(Problem(where=path, what="there is no row in the file", do="write one JSON object a line"))
+    """The error of a file that has only blank lines, or none."""
+    return DataError(Problem(where=path, what="the file has no rows", do="write one JSON object a line"))

@@ -1,15 +1,94 @@
 """Load a tokenizer that training can rely on: fast, with a chat template whose marks are tokens, an EOS, and a pad
-token that is neither the EOS nor a mark. Tokens are added where the recipe names them, and never otherwise."""
+token that is neither the EOS nor a mark. Tokens are added where the recipe names them, and never otherwise.
 
+A mark (`<|im_start|>`) that is not a token is split into pieces like other text: the model has to learn its spelling, a
+user can write it, and an answer that ends with one does not end for any server.
+"""
+
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from finetune.data.marks import marks_of, refuse_split_marks, refuse_unended_answers
-from finetune.data.render.templates import read_template
-from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.data.render.chat_template import read_template
+from finetune.errors import DataError, Problem, RecipeError, WeightsError
+
+# ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
+# in some vocabularies and meant to be.
+_MARK = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
+_ANSWER = "answer!"
+_PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
+
+
+def marks_of(tokenizer: Any) -> list[str]:
+    """The marks in the template's source and in a small conversation that it renders, in their order."""
+    if not tokenizer.chat_template:
+        return []
+    source = _COMMENT.sub("", str(tokenizer.chat_template))
+    return list(dict.fromkeys(_MARK.findall(source) + _MARK.findall(_probe(tokenizer))))
+
+
+def _probe(tokenizer: Any) -> str:
+    """A question and an answer as the template writes them; empty where it rejects them, which the renderer reports."""
+    try:
+        text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False)
+    except (TemplateError, TypeError, ValueError):
+        return ""
+    return text
+
+
+def check_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
+    """Raise DataError where the template that the recipe names writes marks which are not single tokens.
+
+    A checkpoint's own template is left alone: some checkpoints were trained on marks in pieces (Zephyr).
+    `added`: tokens that the recipe has already added.
+    """
+    lengths = {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks_of(tokenizer)}
+    split = [mark for mark, length in lengths.items() if length > 1]
+    if not split:
+        return
+    end = _mark_after_answer(tokenizer)
+    lines = f"model.added_tokens: [{', '.join(map(_quoted, [*added, *split]))}]"
+    if end is not None and end != tokenizer.eos_token:
+        lines += f" and model.eos_token: {_quoted(end)}"
+    raise DataError(
+        Problem(
+            where="data.chat_template",
+            what=f"{name} writes marks that this vocabulary lacks, and that would be split into pieces",
+            got=", ".join(f"{mark} in {lengths[mark]} pieces" for mark in split),
+            do=f"write {lines}, or name another template",
+        )
+    )
+
+
+def check_unended_answers(tokenizer: Any) -> None:
+    """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS."""
+    end = _mark_after_answer(tokenizer)
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    if end is not None and end != tokenizer.eos_token and end in special:
+        raise DataError(
+            Problem(
+                where="model.eos_token",
+                what=f"the chat template ends an answer with {end}, so the model would never learn to stop",
+                got=str(tokenizer.eos_token),
+                do=f"write model.eos_token: {_quoted(end)}, or name another template in data.chat_template",
+            )
+        )
+
+
+def _mark_after_answer(tokenizer: Any) -> str | None:
+    after = _probe(tokenizer).rpartition(_ANSWER)[2]
+    match = _MARK.match(after.lstrip())
+    return match[0] if match else None
+
+
+def _quoted(token: str) -> str:
+    return '"' + token + '"'
+
 
 _RARE_TEXT = "\u0378\ufdd0\U0010fffd"
 """Characters that no vocabulary has, so that only one that falls back to bytes can spell them."""
@@ -26,7 +105,7 @@ def load_tokenizer(
 
     `added_tokens` and `eos_token` are those of the recipe's model. Raises `WeightsError` for a tokenizer that cannot be
     used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or whose marks
-    are no tokens.
+    are not tokens.
     """
     template = None if chat_template is None else read_template(chat_template)
     tokenizer = _load(name_or_path, revision)
@@ -34,8 +113,8 @@ def load_tokenizer(
     _set_eos(tokenizer, eos_token, name_or_path)
     if template is not None:
         tokenizer.chat_template = template
-        refuse_split_marks(tokenizer, str(chat_template), added_tokens)
-    refuse_unended_answers(tokenizer)
+        check_split_marks(tokenizer, str(chat_template), added_tokens)
+    check_unended_answers(tokenizer)
     _ensure_pad(tokenizer, name_or_path)
     return tokenizer
 
@@ -61,7 +140,7 @@ def _add(tokenizer: Any, tokens: Sequence[str]) -> None:
         Problem(
             f"model.added_tokens[{index}]",
             f"the vocabulary has this token (id {vocabulary[token]}), with a row that the checkpoint trained",
-            "remove it from the list: nothing need be added",
+            "remove it from the list: it need not be added",
             got=token,
         )
         for index, token in enumerate(tokens)
@@ -101,12 +180,12 @@ def _set_eos(tokenizer: Any, eos_token: str | None, where: str) -> None:
 
 def _ensure_pad(tokenizer: Any, where: str) -> None:
     """Pad = EOS would mask the EOS wherever pads are masked, and the model would never learn to stop; so with marks."""
-    taken = {tokenizer.eos_token, *marks_of(tokenizer)}
-    if tokenizer.pad_token is not None and tokenizer.pad_token not in taken:
+    unsuitable = {tokenizer.eos_token, *marks_of(tokenizer)}
+    if tokenizer.pad_token is not None and tokenizer.pad_token not in unsuitable:
         return
     unknown = tokenizer.unk_token
     text = tokenizer.encode(_RARE_TEXT, add_special_tokens=False)
-    if unknown is None or unknown in {*taken, tokenizer.bos_token} or tokenizer.unk_token_id in text:
+    if unknown is None or unknown in {*unsuitable, tokenizer.bos_token} or tokenizer.unk_token_id in text:
         raise WeightsError(
             Problem(
                 where=where,

@@ -1,14 +1,17 @@
-"""What a row becomes before any tokenizer: a conversation, a document, a pair of answers, or a judged answer."""
+"""The forms of a row: a conversation, document, preference or judged answer; then its text; then its tokens."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 
 class Function(TypedDict):
-    """What a tool call names: `arguments` is the parsed object, never its JSON text."""
+    """The function of a tool call: `arguments` is the parsed object, never its JSON text."""
 
     name: str
     arguments: dict[str, Any]
@@ -43,14 +46,14 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text: no turns, no chat template."""
+    """ParsedText text: no turns, no chat template."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Two ways to go on after `prompt`, each a list of turns that begins with the assistant; `chosen` is the better."""
+    """Two continuations of `prompt`, each a list of turns that begins with the assistant; `chosen` is the better."""
 
     prompt: list[Message]
     chosen: list[Message]
@@ -67,4 +70,94 @@ class Judged:
     desirable: bool
 
 
-Example = Conversation | Document | Preference | Judged
+RowContent = Conversation | Document | Preference | Judged
+
+
+Ints = npt.NDArray[np.int32]
+LossOn = Literal["assistant", "last_assistant", "completion", "all"]
+
+IGNORED = -100
+"""Label of a token that is not supervised; PyTorch's cross entropy leaves it out."""
+
+
+class Answer(NamedTuple):
+    """A supervised turn: its number, and its characters in the text, from the prompt's end through its EOS."""
+
+    message: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """One row as text, before any tokenizer.
+
+    `answers` are the supervised turns in order; `everything` (loss on all): all characters are supervised, the
+    `holes` [start, end) excepted. A `document` gets its BOS and EOS as ids: they are not in `text`.
+    """
+
+    text: str
+    answers: tuple[Answer, ...] = ()
+    everything: bool = False
+    holes: tuple[tuple[int, int], ...] = ()
+    document: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedText:
+    """A text, or a piece of it, as tokens (int32). A label is the id of its own token, or `IGNORED`: not shifted."""
+
+    input_ids: Ints
+    labels: Ints
+
+    @property
+    def columns(self) -> tuple[Ints, ...]:
+        """The token columns as they are written."""
+        return self.input_ids, self.labels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry a loss."""
+        return int(np.count_nonzero(self.labels != IGNORED))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """Two answers to one prompt as tokens, int32 throughout. A whole conversation is `prompt_ids` and then one answer.
+
+    `prompt_ids` are what generation is given: the same for both answers, at least one token, none of them supervised.
+    `chosen_labels` and `rejected_labels` are as long as their ids: the id where the token is supervised, else -100 (a
+    tool's result between two turns, say), NOT shifted; each has at least one supervised token. `row` is `file:line`.
+    """
+
+    prompt_ids: Ints
+    chosen_ids: Ints
+    chosen_labels: Ints
+    rejected_ids: Ints
+    rejected_labels: Ints
+    row: str
+
+    @property
+    def answers(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
+        """(ids, labels) of the chosen and of the rejected answer."""
+        return (self.chosen_ids, self.chosen_labels), (self.rejected_ids, self.rejected_labels)
+
+    @property
+    def columns(self) -> tuple[Ints, ...]:
+        """The token columns as they are written."""
+        return self.prompt_ids, self.chosen_ids, self.chosen_labels, self.rejected_ids, self.rejected_labels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads: of both conversations, each with the prompt."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry a loss, of both answers."""
+        return sum(int(np.count_nonzero(labels != IGNORED)) for labels in (self.chosen_labels, self.rejected_labels))

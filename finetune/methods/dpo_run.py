@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
+from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.methods.dpo import MoeDpoTrainer, dpo_config
 from finetune.methods.pair_layout import pair_layout
 from finetune.methods.reference import Reference

@@ -3,7 +3,7 @@
 from typing import Any
 
 from finetune.data import PairMixture
-from finetune.data.tokens.pair_batches import PairLayout
+from finetune.data.tokens.collators import PairLayout
 from finetune.moe.layout import Family
 from finetune.moe.prompt_sharing import prompt_sharing_refusal
 from finetune.recipe import DpoSettings, Recipe

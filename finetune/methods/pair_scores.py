@@ -1,4 +1,4 @@
-"""Log-probabilities of both answers of each pair, from one forward on a batch of `finetune.data.tokens.pair_batches`.
+"""Log-probabilities of both answers of each pair, from one forward on a batch of `finetune.data.tokens.collators`.
 
 B pairs, W tokens of the longest answer, T tokens of a row.
 """
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.data.tokens.pair_batches import PROMPT
+from finetune.data.tokens.collators import PROMPT
 
 _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 

@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.types import TokenPair
 from finetune.errors import Problem, RunError
 from finetune.files import write_json, write_text
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.formats import FORMATS, reader, recognise
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from tests.row_formats import ALL_EXAMPLES, convert, example_rows
 
 every_format = pytest.mark.parametrize("row_format", FORMATS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from finetune.data.render import IGNORED, LOSSES, LossOn, Renderer, read_template
 from finetune.data.render.encoder import Encoder
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Message
 from tests.real_tokenizers import mistral_tokenizer, smollm2_tokenizer, with_template
 from tests.rendering import labelled, tool_call, tool_schema

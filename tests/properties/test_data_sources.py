@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.rows import RowError
-from finetune.data.sources.json_text import parse_text
+from finetune.data.row_errors import RowError
+from finetune.data.sources.json_files import parse_text
 from finetune.data.sources.tables import rows_of
 from tests.sources import json_lines, pack, read, write
 

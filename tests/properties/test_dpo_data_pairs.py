@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from finetune.data import TokenPair
-from finetune.data.render import IGNORED, Rendered, Renderer, read_template
-from finetune.data.rows import RowError
-from finetune.data.tokens.kinds import PAIRED_ROWS
+from finetune.data.render import IGNORED, Renderer, TokenizedText, read_template
+from finetune.data.row_errors import RowError
+from finetune.data.tokens.examples import PAIRED_ROWS
 from finetune.data.tokens.packing import best_fit_decreasing
+from finetune.data.tokens.truncation import fit_pair
 from finetune.data.types import Conversation, Message, Preference
 from finetune.recipe import DataSettings, DataSource
 from tests.real_tokenizers import mistral_tokenizer, with_template
@@ -82,25 +83,26 @@ def limit(tokens: int, overlong: Literal["error", "truncate"] = "error") -> Data
     return DataSettings(train=DataSource(path="a", format="preference"), max_length=tokens, overlong=overlong)
 
 
-def rendered(renderer: Renderer, preference: Preference) -> tuple[list[str], list[Rendered]]:
+def rendered(renderer: Renderer, preference: Preference) -> tuple[list[str], list[TokenizedText]]:
     """Texts and tokens of both sides; gives up on rows that the template or the tokenizer refuses."""
     try:
-        texts = [renderer.render(side.example) for side in PAIRED_ROWS.sides(preference)]
-        rows = [row for row in renderer.tokenise(texts) if isinstance(row, Rendered)]
+        texts = [renderer.render(conversation) for conversation in PAIRED_ROWS.conversations(preference)]
+        rows = [row for row in renderer.tokenise(texts) if isinstance(row, TokenizedText)]
     except RowError:
         assume(False)
     assume(len(rows) == 2)
     return [text.text for text in texts], rows
 
 
-def pair_of(preference: Preference, rows: list[Rendered], allowed: DataSettings) -> TokenPair:
+def pair_of(preference: Preference, rows: list[TokenizedText], allowed: DataSettings) -> TokenPair:
     try:
-        [kept] = PAIRED_ROWS.fit(rows, allowed)
+        chosen, rejected = rows
+        [pair] = fit_pair(chosen, rejected, allowed, "f:1")
     except RowError as error:
         # Only such as differ in white space that a template or SentencePiece takes away, or by what was cut.
         assert "the same" in error.what or "neither answer" in error.what  # noqa: PT017
         assume(False)
-    return TokenPair(*kept.columns, "f:1")  # type: ignore[arg-type, call-arg]
+    return pair
 
 
 @pytest.mark.parametrize(("name", "template"), CASES)
@@ -190,9 +192,9 @@ def test_packed_sequences_hold_every_pair_once_and_never_more_than_fits(
 def test_the_conversations_of_a_pair_do_not_change_the_row_that_was_read() -> None:
     prompt = [said("user", "a"), said("assistant", "b"), said("user", "c")]
     preference = Preference(prompt, [said("assistant", "d")], [said("assistant", "e")])
-    first, second = PAIRED_ROWS.sides(preference)
-    assert isinstance(first.example, Conversation)
-    assert isinstance(second.example, Conversation)
-    assert [message.get("train") for message in first.example.messages] == [None, False, None, None]
+    first, second = PAIRED_ROWS.conversations(preference)
+    assert isinstance(first, Conversation)
+    assert isinstance(second, Conversation)
+    assert [message.get("train") for message in first.messages] == [None, False, None, None]
     assert all("train" not in message for message in prompt)
-    assert [message["content"] for message in second.example.messages] == ["a", "b", "c", "e"]
+    assert [message["content"] for message in second.messages] == ["a", "b", "c", "e"]

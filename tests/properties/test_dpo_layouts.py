@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.types import TokenPair
 from finetune.methods.pair_scores import shared_prompt_mask
 from tests.unit.pairs import LAYOUTS, TOKENIZER, token_pair
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.types import TokenPair
 from tests.bases import with_lora
 from tests.support import tiny_tokenizer
 from tests.unit.engine import base_model, lora_settings

@@ -107,9 +107,9 @@ def test_a_token_of_the_vocabulary_is_not_added_again(tmp_path: Path) -> None:
     turn = tiny_tokenizer().get_vocab()["turn"]
     assert lines == [
         "model.added_tokens[1]: the vocabulary has this token (id 1), with a row that the checkpoint trained; "
-        "got <|im_start|>; remove it from the list: nothing need be added",
+        "got <|im_start|>; remove it from the list: it need not be added",
         f"model.added_tokens[2]: the vocabulary has this token (id {turn}), with a row that the checkpoint trained; "
-        "got turn; remove it from the list: nothing need be added",
+        "got turn; remove it from the list: it need not be added",
     ]
 
 

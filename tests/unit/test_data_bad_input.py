@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from finetune.data.rows import FileError, RowError
-from finetune.data.sources import local, streams
+from finetune.data.row_errors import FileError, RowError
+from finetune.data.sources import data_files, local
 from tests.sources import json_lines, messages, pack, read, values, write, write_table
 
 JSONL = "write one JSON object a line (JSONL), UTF-8"
-MEND = "mend the file here: nothing after this place was read"
+FIX = "fix the file here: nothing after this place was read"
 AGAIN = "copy or download it again"
 
 
@@ -36,12 +36,12 @@ def one(path: Path, content: bytes) -> str:
         (b"[1, 2]", f"a row must be a JSON object; got [1, 2]; {JSONL}"),
         (b"null", f"a row must be a JSON object; got null; {JSONL}"),
         (b'{"a": "\xff"}', "not UTF-8; got byte 0xff; save the file as UTF-8"),
-        (b'{"b": 0, "a": 1, "a": 2}', "a: the key stands twice in one object; keep one of them"),
-        (b'{"m": [{"role": 1, "role": 2}]}', "role: the key stands twice in one object; keep one of them"),
+        (b'{"b": 0, "a": 1, "a": 2}', "a: the key occurs twice in one object; keep one of them"),
+        (b'{"m": [{"role": 1, "role": 2}]}', "role: the key occurs twice in one object; keep one of them"),
         (b'{"a": NaN}', "NaN is not JSON; got NaN; write null, a number, or leave the key out"),
         (b'{"a": -Infinity}', "-Infinity is not JSON; got -Infinity; write null, a number, or leave the key out"),
-        (b'{"a": ["x", "\\ud83d!"]}', "a[1]: half of a surrogate pair; got \"'\\\\ud83d!'\"; mend the \\u escapes"),
-        (b'{"m": {"\\uDE00": 1}}', "m: half of a surrogate pair; got \"'\\\\ude00'\"; mend the \\u escapes"),
+        (b'{"a": ["x", "\\ud83d!"]}', "a[1]: half of a surrogate pair; got \"'\\\\ud83d!'\"; fix the \\u escapes"),
+        (b'{"m": {"\\uDE00": 1}}', "m: half of a surrogate pair; got \"'\\\\ude00'\"; fix the \\u escapes"),
         (b'{"a": "tab\there"}', "not valid JSON (Invalid control character at at character 11); got "),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON (Exceeds the limit (4300 digits) for integer string"),
         (b"[" * 100_000, "objects or lists nested too deep; got "),
@@ -97,12 +97,12 @@ class TestAFileOfAnotherShape:
     @pytest.mark.parametrize("name", ["r.jsonl.gz", "r.json.gz", "r.csv.gz"])
     def test_not_gzip_at_all(self, tmp_path: Path, name: str) -> None:
         got = "Not a gzipped file (b'{\"')"
-        what = f"not what .gz or .zst says, or damaged; got {got}; {AGAIN}, or name it after what it is"
+        what = f"not the format of its suffix, or damaged; got {got}; {AGAIN}, or give it the right suffix"
         assert one(tmp_path / name, b'{"a": 1}') == f"{name}: {what}"
 
     def test_not_zstandard_at_all(self, tmp_path: Path) -> None:
         message = one(tmp_path / "r.jsonl.zst", b'{"a": 1}')
-        assert message.startswith("r.jsonl.zst: not what .gz or .zst says, or damaged; got ZSTD decompress failed")
+        assert message.startswith("r.jsonl.zst: not the format of its suffix, or damaged; got ZSTD decompress failed")
 
     @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
     def test_not_a_table_at_all(self, tmp_path: Path, suffix: str) -> None:
@@ -193,7 +193,7 @@ class TestABrokenArray:
             f'r.json:2: not valid JSON (Expecting value at character 7); got "{{\\"a\\": }}"; {JSONL}',
             "r.json:3: not UTF-8; got byte 0xff; save the file as UTF-8",
             f"r.json:4: a row must be a JSON object; got 5; {JSONL}",
-            "r.json:5: a: the key stands twice in one object; keep one of them",
+            "r.json:5: a: the key occurs twice in one object; keep one of them",
         ]
         assert values(path)[::5] == [{"a": 1}, {"a": 4}]
 
@@ -202,10 +202,10 @@ class TestABrokenArray:
         [
             (
                 b'[{"a": 1}\n {"a": 2}]',
-                f'r.json:2: a comma or ] was expected after the row; got "{{\\"a\\": 2}}]"; {MEND}',
+                f'r.json:2: a comma or ] was expected after the row; got "{{\\"a\\": 2}}]"; {FIX}',
             ),
-            (b'[{"a": 1},\n]', f'r.json:2: a row was expected; got "]"; {MEND}'),
-            (b'[{"a": 1}]\n{"a": 2}', f'r.json:2: text after the end of the array; got "{{\\"a\\": 2}}"; {MEND}'),
+            (b'[{"a": 1},\n]', f'r.json:2: a row was expected; got "]"; {FIX}'),
+            (b'[{"a": 1}]\n{"a": 2}', f'r.json:2: text after the end of the array; got "{{\\"a\\": 2}}"; {FIX}'),
         ],
     )
     def test_what_holds_the_array_together(self, tmp_path: Path, content: bytes, message: str) -> None:
@@ -222,13 +222,13 @@ class TestABrokenArray:
         path = write(tmp_path / "r.json", content)
         expected = read(path)
         for size in (1, 7, 64):
-            monkeypatch.setattr("finetune.data.sources.json_stream.BUFFER", size)
+            monkeypatch.setattr("finetune.data.sources.json_files.BUFFER", size)
             assert read(path) == expected
         assert [row.value for row in expected] == rows
 
 
 def test_a_number_is_not_cut_where_a_piece_that_is_read_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.data.sources.json_stream.BUFFER", 1)
+    monkeypatch.setattr("finetune.data.sources.json_files.BUFFER", 1)
     assert [message.split("; ")[1] for message in messages(write(tmp_path / "r.json", b"[12, true, 3.5]"))] == [
         "got 12",
         "got true",
@@ -242,7 +242,7 @@ def test_an_empty_file_and_one_of_blank_lines(tmp_path: Path, name: str, content
     if name.endswith(("csv", "tsv", "zst")) and content.strip(b"\n\r\xef\xbb\xbf"):
         content = b"\n\r\n\n"  # white space is a column name there
     packed = Path(name).suffix if name.endswith(("gz", "zst")) else ""
-    empty = "there is no row in the file; fill it or leave it out"
+    empty = "the file has no rows; fill it or leave it out"
     assert one(tmp_path / name, pack(content, packed)) == f"{name}: {empty}"
 
 
@@ -254,7 +254,7 @@ def test_a_file_with_a_frame_and_no_row(tmp_path: Path, name: str) -> None:
     else:
         table = pa.schema([("a", pa.string())]).empty_table()
         pq.write_table(table, path) if name == "r.parquet" else _stream(path, table)
-    assert messages(path) == [f"{name}: there is no row in the file; fill it or leave it out"]
+    assert messages(path) == [f"{name}: the file has no rows; fill it or leave it out"]
 
 
 def _stream(path: Path, table: pa.Table) -> None:
@@ -350,14 +350,14 @@ def test_a_value_of_a_table_that_python_cannot_hold_is_one_bad_row(tmp_path: Pat
         assert isinstance(second.value, RowError)
         message = str(second.value.problem(name, second.number))
         assert message.startswith(f"{name}:2: a value that cannot be read; got ")
-        assert message.endswith("; mend or remove the row")
+        assert message.endswith("; fix or remove the row")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "r.arrow:1: a value that cannot be read; got Expecting property name"),
-        ('{"a": 1, "a": 2}', "r.arrow:1: a: the key stands twice in one object; keep one of them"),
+        ('{"a": 1, "a": 2}', "r.arrow:1: a: the key occurs twice in one object; keep one of them"),
     ],
 )
 def test_a_json_column_that_holds_none(tmp_path: Path, text: str, message: str) -> None:
@@ -368,7 +368,7 @@ def test_a_json_column_that_holds_none(tmp_path: Path, text: str, message: str) 
 
 
 def test_a_row_without_an_end_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("json_files", "json_stream", "csv_files"):
+    for module in ("json_files", "tables"):
         monkeypatch.setattr(f"finetune.data.sources.{module}.MAX_ROW_BYTES", 1 << 20)
     endless = b"x" * (3 << 20)
     cases = {
@@ -401,11 +401,9 @@ def test_a_file_that_breaks_does_not_hide_the_next_one(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(file: Any, place: streams.Place) -> Any:
+    def failing(file: Any, place: data_files.Place) -> Any:
         place.number = 7
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setitem(local.READERS, ".jsonl", failing)
-    assert one(tmp_path / "r.jsonl", b"{}") == (
-        "r.jsonl:7: cannot be read (Input/output error); check the disk it lies on"
-    )
+    assert one(tmp_path / "r.jsonl", b"{}") == ("r.jsonl:7: cannot be read (Input/output error); check the disk")

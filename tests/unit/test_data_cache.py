@@ -71,12 +71,12 @@ def test_a_full_disk_is_an_error_with_its_folder_and_what_to_do(
         with Path("/dev/full").open("wb", buffering=0) as file:
             write(file)
 
-    monkeypatch.setattr("finetune.data.tokens.cache._LITTLE_ROOM", sys.maxsize)
+    monkeypatch.setattr("finetune.data.tokens.cache._LITTLE_SPACE", sys.maxsize)
     with pytest.raises(DataError) as caught:
         entry("a", fills)
     [problem] = caught.value.problems
-    assert (problem.where, problem.what) == (str(folder), "no room to keep the prepared rows")
-    assert problem.do == "make room, or name a folder with more in FINETUNE_CACHE"
+    assert (problem.where, problem.what) == (str(folder), "no space left for the prepared rows")
+    assert problem.do == "free some space, or set FINETUNE_CACHE to a folder with more"
     assert list(folder.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import MixtralForCausalLM
 
 from finetune.data.render import IGNORED
-from finetune.data.tokens.collate import Collator
+from finetune.data.tokens.collators import Collator
 from tests.support import tiny_mixtral_config, tiny_tokenizer
 
 ROWS = [([5, 6, 7, 8, 9], "f:11"), ([10, 11, 12], "f:12"), ([13, 14, 15, 16], "f:13")]

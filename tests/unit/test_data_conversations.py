@@ -23,7 +23,7 @@ def test_conversations_can_be_read_without_a_tokenizer_and_keep_the_rows_own_key
     ("content", "message"),
     [
         ("1\n{}\n", r"f.jsonl:1: a row must be a JSON object; got 1; .*\n.*f.jsonl:2: prompt: is missing"),
-        ("\n", "there is no row in the file; fill it or leave it out"),
+        ("\n", "the file has no rows; fill it or leave it out"),
     ],
 )
 def test_conversations_that_cannot_be_read_are_named(tmp_path: Path, content: str, message: str) -> None:

@@ -135,7 +135,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([USER, {**ASSISTANT, "content": " \n"}], 'messages[1].content: is empty; got " \\n"; remove the row or fill'),
         ([USER, {**ASSISTANT, "content": []}], 'messages[1].content: is empty; got ""; remove the row or fill it in'),
         ([USER, {**ASSISTANT, "content": "\ud83d"}], "messages[1].content: half of a surrogate pair; got "),
-        ([{**USER, "content": [{"type": "image_url"}]}], "messages[0].content[0].type: is no text part; got"),
+        ([{**USER, "content": [{"type": "image_url"}]}], "messages[0].content[0].type: is not a text part; got"),
         ([{**USER, "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text: must be text; got 3"),
         ([{**USER, "content": ["hi"]}], 'messages[0].content[0]: must be an object with type and text; got "hi"'),
         (
@@ -222,7 +222,7 @@ def test_a_row_nested_beyond_what_can_be_walked_is_refused() -> None:
         arguments = {"a": arguments}
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
-    assert refusal("messages", row).endswith("is nested too deeply; flatten what is nested")
+    assert refusal("messages", row).endswith("is nested too deeply; flatten it")
 
 
 def test_a_conversation_without_tools_has_none() -> None:

@@ -112,11 +112,15 @@ HH = "\n\nHuman: hi\n\nAssistant: "
         ),
         ("ultrafeedback", {**LISTS, "score_chosen": float("nan")}, "score_chosen: must be a number; got NaN; write th"),
         ("ultrafeedback", {**LISTS, "chosen": "hello"}, "chosen: must be a list of messages; got text; name the forma"),
-        ("hh", {"chosen": "hello", "rejected": HH + "a"}, 'chosen: is no transcript that begins with Human; got "hell'),
+        (
+            "hh",
+            {"chosen": "hello", "rejected": HH + "a"},
+            'chosen: is not a transcript that begins with Human; got "hell',
+        ),
         (
             "hh",
             {"chosen": "a" + HH + "b", "rejected": HH + "c"},
-            "chosen: is no transcript that begins with Human; got",
+            "chosen: is not a transcript that begins with Human; got",
         ),
         ("hh", {"chosen": HH + "a", "rejected": HH + " "}, 'rejected: is empty; got " "'),
         ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: ho\n\nAssistant: b"}, "rejected: does not begin with the"),

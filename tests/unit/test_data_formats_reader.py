@@ -45,7 +45,7 @@ def test_one_column_for_two_fields_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         reader("preference", {"chosen": "answer", "rejected": "answer"})
     assert str(caught.value) == (
-        "columns.rejected: the column already stands for chosen; got 'answer'; name another column"
+        "columns.rejected: the column is already mapped to chosen; got 'answer'; name another column"
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import reader, recognise
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Preference
 
 DATASETS = Path(__file__).parents[3] / "shared" / "datasets"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.data.formats import recognise
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from tests.row_formats import assistant, example_rows, user
 
 LISTS: dict[str, Any] = {"chosen": [user("hi"), assistant("yes")], "rejected": [user("hi"), assistant("no")]}
@@ -124,12 +124,12 @@ def test_with_columns_only_formats_that_have_these_fields_are_tried() -> None:
 
 def test_rows_that_are_broken_do_not_count_and_a_hundred_sound_ones_are_enough() -> None:
     def rows() -> Iterator[dict[str, Any] | RowError]:
-        yield RowError(None, "not valid JSON", "mend it")
+        yield RowError(None, "not valid JSON", "fix it")
         for _ in range(100):
             yield ALPACA
         raise AssertionError("one row too many was read")
 
     assert recognise(rows()).why.endswith("100 of 100 rows read")
-    assert refusal([RowError(None, "not valid JSON", "mend it")]) == (
-        "no sound row to recognise a format by; name the format, and mend the rows"
+    assert refusal([RowError(None, "not valid JSON", "fix it")]) == (
+        "no valid row to recognise a format by; name the format, and fix the rows"
     )

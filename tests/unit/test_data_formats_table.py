@@ -14,7 +14,7 @@ from tests.row_formats import EXAMPLES
 
 PACKAGE = Path(__file__).parents[2] / "finetune" / "data" / "formats"
 LIGHT = (
-    "finetune.data.rows",
+    "finetune.data.row_errors",
     "finetune.data.types",
     "finetune.data.formats",
     "finetune.errors",

@@ -124,11 +124,11 @@ def test_results_follow_their_calls_and_the_assistant_follows_them(messages: lis
         ([USER, calling(call("[]"))], "messages[1].tool_calls[0].function.arguments: must be an object; got []; write"),
         (
             [USER, calling(call('{"a": 1, "a": 2}'))],
-            "messages[1].tool_calls[0].function.arguments: not valid JSON (a key stands twice in one object)",
+            "messages[1].tool_calls[0].function.arguments: not valid JSON (a key occurs twice in one object)",
         ),
         (
             [USER, calling(call('{"a": NaN}'))],
-            "messages[1].tool_calls[0].function.arguments: not valid JSON (NaN is no JSON number)",
+            "messages[1].tool_calls[0].function.arguments: not valid JSON (NaN is not a JSON number)",
         ),
         (
             [USER, calling(call({"a": float("inf")}))],
@@ -160,7 +160,7 @@ def test_wrong_calls_are_named(messages: list[dict[str, Any]], message: str) -> 
         ([{"parameters": {}}], 'tools[0].name: is missing; got ["parameters"]; write '),
         (
             [{"name": "f", "parameters": {"properties": {"city": None}}}],
-            "tools[0].parameters.properties.city: is null, which is no schema; write tools as JSON text",
+            "tools[0].parameters.properties.city: is null, which is not a schema; write tools as JSON text",
         ),
         ([{"function": {"name": 3}}], "tools[0].function.name: must be text; got 3; write a string"),
     ],
@@ -182,7 +182,11 @@ def test_a_null_argument_that_the_tool_lacks_comes_from_arrow_and_not_from_the_m
     ("value", "message"),
     [
         ("f(x)", "conversations[1].value: not valid JSON (Expecting value: line 1 column 1 (char 0)); got "),
-        ("[]", 'conversations[1].value: is no call; got "[]"; write {name, arguments} as JSON text, or a list of them'),
+        (
+            "[]",
+            'conversations[1].value: is not a tool call; got "[]"; write {name, arguments} as JSON text, or '
+            "a list of them",
+        ),
         ('{"name": "f"}', "conversations[1].value.arguments: is missing; got "),
         (
             '{"name": "f", "arguments": {}, "x": 1}',

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.data.render import IGNORED
-from finetune.data.rows import RowError
-from finetune.data.tokens.lengths import Piece, TooLongError, fit
+from finetune.data.row_errors import RowError
+from finetune.data.tokens.truncation import TooLongError, fit
+from finetune.data.types import TokenizedText
 from finetune.recipe import DataSettings, DataSource
 
 
@@ -18,11 +19,11 @@ def settings(limit: int, overlong: Any) -> DataSettings:
     return DataSettings(train=source, max_length=limit, overlong=overlong)
 
 
-def pieces(labels: list[int], limit: int, overlong: Any) -> list[Piece]:
+def pieces(labels: list[int], limit: int, overlong: Any) -> list[TokenizedText]:
     """A row whose token ids count from 1; a label of 0 is one without loss."""
     ids = np.arange(1, len(labels) + 1, dtype=np.int32)
     marked = np.where(np.array(labels) > 0, ids, IGNORED).astype(np.int32)
-    return fit(ids, marked, settings(limit, overlong))
+    return fit(TokenizedText(ids, marked), settings(limit, overlong))
 
 
 @pytest.mark.parametrize("overlong", ["error", "truncate", "drop", "split"])

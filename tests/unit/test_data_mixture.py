@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.data.tokens.mixture import StoppingStrategy, mix, quotas
+from finetune.data.tokens.packing import StoppingStrategy, mix, quotas
 
 STRATEGIES: tuple[StoppingStrategy, ...] = ("first_exhausted", "all_exhausted")
 sets = st.lists(st.tuples(st.integers(1, 300), st.floats(0.1, 10)), min_size=1, max_size=5)

@@ -136,7 +136,7 @@ def test_dropping_every_row_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    assert refusal(tmp_path, [None]) == ["rows.jsonl: there is no row in the file; fill it or leave it out"]
+    assert refusal(tmp_path, [None]) == ["rows.jsonl: the file has no rows; fill it or leave it out"]
 
 
 def test_every_bad_row_is_named_in_one_go_by_the_rows_own_field(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_more_bad_rows_than_the_ceiling_allows_are_an_error(tmp_path: Path) -> N
     assert first.startswith("rows.jsonl:4: completion: is missing")
     assert second == (
         "rows.jsonl: 1 of 4 rows are bad, a share of 0.25: above data.max_bad_share = 0.2; "
-        "mend the rows above, or raise the ceiling"
+        "fix the rows above, or raise data.max_bad_share"
     )
 
 
@@ -416,9 +416,9 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
                 file.write("\n")
             return super().update(n)
 
-    monkeypatch.setattr("finetune.data.tokens.rows.tqdm", WithAWriter)
+    monkeypatch.setattr("finetune.data.tokens.tokenize_rows.tqdm", WithAWriter)
     assert refusal(tmp_path, [SHORT]) == [
-        "rows.jsonl: changed while it was read; start again when nothing writes to it any more"
+        "rows.jsonl: changed while it was read; run again when no process writes to it"
     ]
     assert entries() == set()
 

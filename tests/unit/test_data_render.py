@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import IGNORED, Renderer, read_template
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.errors import DataError
 from tests.rendering import chat, labelled, supervised
 from tests.support import tiny_tokenizer
@@ -114,7 +114,7 @@ def changed(old: str, new: str) -> str:
         (changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}"), "X renders what comes before an answer differently"),
         (
             changed(CONTENT, f"({CONTENT} if message.role != 'user' else '')"),
-            "X drops or changes what the user says; got",
+            "X drops or changes the content of the user message; got",
         ),
         (changed(CONTENT, CONTENT + " | upper"), "X changes the answer or writes its own words into it; got"),
         (changed(CONTENT, CONTENT + " + '!'"), "X changes the answer or writes its own words into it; got"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.render.backend import bare_copy, state_of
+from finetune.data.render.encoder import bare_copy, state_of
 from tests.real_tokenizers import mistral_tokenizer
 from tests.support import tiny_tokenizer
 

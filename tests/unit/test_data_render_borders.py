@@ -10,11 +10,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import SHIPPED, ChatTemplate, Renderer, read_template
-from finetune.data.render.alphabet import Alphabet
-from finetune.data.render.chat import control_tokens
-from finetune.data.render.encoder import Encoder
-from finetune.data.render.lengths import PieceLengths
-from finetune.data.rows import RowError
+from finetune.data.render.chat_template import control_tokens
+from finetune.data.render.encoder import Alphabet, Encoder, PieceLengths
+from finetune.data.row_errors import RowError
 from tests.real_tokenizers import mistral_renderer, mistral_tokenizer
 from tests.rendering import chat, labelled, supervised, weather
 from tests.support import tiny_tokenizer

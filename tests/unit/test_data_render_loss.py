@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import IGNORED, LossOn, Renderer, read_template
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Document, Message
 from finetune.errors import DataError
 from tests.rendering import chat, labelled, supervised, weather

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from finetune.data.render import Renderer, read_template
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from tests.rendering import CALL_ID, chat, labelled, supervised, tool_call, tool_schema, weather
 from tests.support import CHATML as PLAIN
@@ -122,7 +122,7 @@ def test_a_template_that_knows_no_tools_is_refused_where_the_row_has_them() -> N
 def test_a_template_that_drops_results_is_refused_also_where_another_turn_says_the_same() -> None:
     dropped = CHATML.replace("+ message['content'] + '\\n</tool_response>'", "+ '\\n</tool_response>'")
     assert dropped != CHATML
-    expected = f'f:1: messages[2]: X drops or changes what the tool says; got "It is warm."; {DO}'
+    expected = f'f:1: messages[2]: X drops or changes the content of the tool message; got "It is warm."; {DO}'
     assert row_error(dropped, weather("It is warm.", "It is warm. Enjoy!")) == expected
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.data.rows import MAX_PROBLEMS, FileError, Problems, RowError, shown
+from finetune.data.row_errors import MAX_PROBLEMS, FileError, Problems, RowError, shown
 from finetune.errors import DataError
 
 
@@ -19,26 +19,26 @@ def test_all_problems_are_reported_up_to_a_cap_and_the_rest_is_counted() -> None
     printed = report(problems)
     assert printed[0] == "rows.jsonl:1: prompt: is missing; add it"
     assert len(printed) == MAX_PROBLEMS + 1
-    assert printed[-1] == "rows.jsonl: 5 more rows are wrong; mend those above first"
+    assert printed[-1] == "rows.jsonl: 5 more rows are wrong; fix those above first"
 
 
 def test_problems_of_several_files_keep_their_order_and_the_rest_names_its_files() -> None:
     problems = Problems(limit=2)
     for path, number in (("a.jsonl", 3), ("b.csv", 2), ("a.jsonl", 7), ("c.json", 1), ("c.json", 9)):
-        problems.add(path, number, RowError("x", "is wrong", "mend it", "1"))
+        problems.add(path, number, RowError("x", "is wrong", "fix it", "1"))
     assert report(problems) == [
-        "a.jsonl:3: x: is wrong; got 1; mend it",
-        "b.csv:2: x: is wrong; got 1; mend it",
-        "a.jsonl and 1 more file: 3 more rows are wrong; mend those above first",
+        "a.jsonl:3: x: is wrong; got 1; fix it",
+        "b.csv:2: x: is wrong; got 1; fix it",
+        "a.jsonl and 1 more file: 3 more rows are wrong; fix those above first",
     ]
     assert problems.count == 5
 
 
 def test_one_row_more_than_is_printed() -> None:
     problems = Problems(limit=1)
-    problems.add("a.jsonl", 1, RowError(None, "is wrong", "mend it"))
-    problems.add("a.jsonl", 2, RowError(None, "is wrong", "mend it"))
-    assert report(problems)[-1] == "a.jsonl: 1 more row is wrong; mend those above first"
+    problems.add("a.jsonl", 1, RowError(None, "is wrong", "fix it"))
+    problems.add("a.jsonl", 2, RowError(None, "is wrong", "fix it"))
+    assert report(problems)[-1] == "a.jsonl: 1 more row is wrong; fix those above first"
 
 
 def test_what_is_wrong_with_a_file_as_a_whole_has_no_line() -> None:

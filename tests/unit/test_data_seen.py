@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from finetune.data.tokens.seen import Seen
+from finetune.data.tokens.cache import Seen
 
 
 def test_a_key_is_new_once_and_then_names_where_it_came_first() -> None:
@@ -23,7 +23,7 @@ def test_half_a_surrogate_pair_is_a_key_like_any_other() -> None:
 def test_memory_does_not_grow_with_the_keys() -> None:
     script = (
         "import resource\n"
-        "from finetune.data.tokens.seen import Seen\n"
+        "from finetune.data.tokens.cache import Seen\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "with Seen() as seen:\n"
         "    for i in range(50_000): seen.first(str(i), f'file.jsonl:{i}')\n"

@@ -258,7 +258,7 @@ class TestRefusedPaths:
         [message] = refusal(tmp_path / "d")
         assert message.endswith(
             "data-00000-of-00001.arrow: cannot be read (No such file or directory); "
-            "check that it is there and may be read"
+            "check that it exists and can be read"
         )
 
     @pytest.mark.parametrize(
@@ -289,12 +289,12 @@ class TestRefusedPaths:
         (tmp_path / "4.jsonl").symlink_to(tmp_path / "gone")
         os.mkfifo(tmp_path / "5.jsonl")
         read = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz or .zst), .parquet, .arrow"
-        told = f"what is in the file must be told by its name; got suffix .xlsx; read are {read}"
+        told = f"the suffix does not say what kind of file this is; got suffix .xlsx; use one of {read}"
         assert [message.removeprefix(f"{tmp_path}/") for message in refusal(tmp_path / "*")] == [
             f"1.xlsx: {told}",
             f"2: {told.replace('suffix .xlsx', 'no suffix')}",
             "3.parquet.gz: .parquet files are read as they are, not packed; got suffix .parquet.gz; unpack it",
-            f"4.jsonl: a link to a file that does not exist; got {tmp_path}/gone; mend the link",
+            f"4.jsonl: a link to a file that does not exist; got {tmp_path}/gone; fix the link",
             "5.jsonl: is not a file; give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk",
         ]
 
@@ -302,7 +302,7 @@ class TestRefusedPaths:
     def test_a_file_that_may_not_be_read(self, tmp_path: Path) -> None:
         write(tmp_path / "rows.jsonl", b"{}").chmod(0)
         assert refusal(tmp_path / "rows.jsonl")[0].endswith(
-            "cannot be read (Permission denied); check that it is there and may be read"
+            "cannot be read (Permission denied); check that it exists and can be read"
         )
 
 

@@ -166,8 +166,8 @@ def test_the_fingerprint_is_the_commits_however_the_recipe_names_it(online: dict
         ),
         (
             "script",
-            "owner/script: the data set is a Python script, and none is run; take a version with data files: often "
-            "revision: refs/convert/parquet",
+            "owner/script: the data set is a Python script, and scripts are not run; take a version with data files: "
+            "often revision: refs/convert/parquet",
         ),
         ("empty", "owner/empty: the data set cannot be opened; got "),
         ("broken", "owner/broken: the data set cannot be opened; got "),

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset
 
-from finetune.data.tokens.table import BATCH_TOKENS, PACKED, ROWS, TokenTable, Writer
+from finetune.data.tokens.cache import BATCH_TOKENS, PACKED, ROWS, TokenTable, Writer
 
 
 def test_rows_are_found_in_every_batch_of_the_file(tmp_path: Path) -> None:

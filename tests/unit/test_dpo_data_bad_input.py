@@ -8,13 +8,13 @@ import pytest
 
 from finetune.data import prepare
 from finetune.data.render import Renderer, Rendering
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
 from tests.pairs import LONG, SHORT, prepare_pairs, prepared, refusal, write_rows
 from tests.support import CHATML, tiny_tokenizer
 
-REMOVE = "remove the row: it says nothing about what is better"
+REMOVE = "remove the row: it does not say which answer is better"
 FRAME = "which would be read as the conversation's frame"
 RAISE = "raise data.max_length, shorten the row, or set data.overlong to truncate or drop"
 OR_DROP = "raise data.max_length, or set data.overlong to drop"
@@ -339,7 +339,7 @@ class TestJudgedAnswers:
         first, second = found.stats.sets[0].source.bad_rows
         assert first.startswith(f"{tmp_path}/rows.jsonl:5: completion: contains the control token")
         assert second == (
-            f"{tmp_path}/rows.jsonl:6: makes a pair with {tmp_path}/rows.jsonl:5, which cannot be used; mend that row"
+            f"{tmp_path}/rows.jsonl:6: makes a pair with {tmp_path}/rows.jsonl:5, which cannot be used; fix that row"
         )
 
     def test_two_rows_count_where_their_pair_is_dropped_cut_or_came_before(self, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.data.tokens.pair_batches import PairCollator, PairLayout
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.types import TokenPair
 from finetune.methods.pair_scores import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from finetune.data.tokens.pair_batches import PairLayout
+from finetune.data.tokens.collators import PairLayout
 from finetune.methods.pair_scores import score_pairs
 from finetune.moe.families import FAMILIES, Family
 from finetune.moe.prompt_sharing import prompt_sharing_refusal

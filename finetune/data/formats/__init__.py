@@ -4,9 +4,8 @@ Contents are kept as they are, white space included. Keys of a row that its form
 message are not, because what they usually say would change what is trained.
 """
 
-from finetune.data.formats.pairs import Pairing, pairs
-from finetune.data.formats.reader import Reader, reader
-from finetune.data.formats.recognise import Recognition, recognise
-from finetune.data.formats.table import FORMATS, Format
+from finetune.data.formats.kto_pairs import pairs
+from finetune.data.formats.recognise import SAMPLE_ROWS, recognise
+from finetune.data.formats.row_reader import FORMATS, Reader, reader
 
-__all__ = ["FORMATS", "Format", "Pairing", "Reader", "Recognition", "pairs", "reader", "recognise"]
+__all__ = ["FORMATS", "SAMPLE_ROWS", "Reader", "pairs", "reader", "recognise"]

@@ -1,11 +1,11 @@
-"""One row, read by the names of its format; what is wrong is named by the file's own columns."""
+"""One row, read by the names of its format; errors name the file's own columns."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 
-ADD = "add it, map it with `columns`, or name the data's true format"
+_ADD = "add it, map it with `columns`, or name the data's true format"
 
 
 class Fields:
@@ -34,14 +34,14 @@ class Fields:
         """The value; `RowError` if the column is missing or null."""
         name = self.name(field)
         if name not in self.row:
-            raise RowError(name, "is missing", ADD, f"keys {sorted(self.row)}")
+            raise RowError(name, "is missing", _ADD, f"keys {sorted(self.row)}")
         value = self.row[name]
         if value is None:
             raise RowError(name, "is null", "fill it in or remove the row", "null")
         return value
 
     def text(self, field: str) -> str:
-        """The text of a required field, exactly as it stands; `RowError` if it is no text or empty."""
+        """The text of a required field, unchanged; `RowError` if it is not text or empty."""
         return checked_text(self.required(field), self.name(field))
 
     def optional_text(self, field: str) -> str | None:
@@ -68,7 +68,7 @@ def check_utf8(text: str, place: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         got = shown(ascii(text[max(0, error.start - 20) : error.start + 20]))
-        raise RowError(place, "half of a surrogate pair", "mend the \\u escapes", got) from error
+        raise RowError(place, "half of a surrogate pair", "fix the \\u escapes", got) from error
 
 
 def below(place: str, key: str) -> str:

@@ -1,10 +1,10 @@
-"""`format: auto`: which format the rows are in, by reading them with every format; what is not clear is an error.
+"""`format: auto`: which format the rows are in, by reading them with every format; an unclear case is an error.
 
-A format fits where it reads at least half of the first sound rows. Of two that fit, one gives way to the other
+A format fits where it reads at least half of the first valid rows. Of two that fit, one gives way to the other
 
 - if the other needs all its fields and more, and finds them (`prompt`, `completion` gives way to those with a `label`);
 - if both made the same examples of the rows (the first of the table stays);
-- if it takes one plain text, and the other's contents stand in that text: the text is the same row, rendered.
+- if it takes one plain text, and the other's contents occur in that text: the text is the same row, rendered.
 
 If more than one is left, the user must choose.
 """
@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from finetune.data.formats.oasst import UnusableRowError
-from finetune.data.formats.reader import Reader
-from finetune.data.formats.table import FORMATS, Format
-from finetune.data.rows import RowError
-from finetune.data.types import Conversation, Document, Example, Judged, Preference
+from finetune.data.formats.format_parsers import UnusableRowError
+from finetune.data.formats.row_reader import FORMATS, Format, Reader
+from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation, Document, Judged, Preference, RowContent
 
-SAMPLE = 100
-NEAREST = 3
+SAMPLE_ROWS = 100
+_NEAREST = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Recognition:
 
 @dataclass
 class _Trial:
-    """What one format made of the sample: counts only, so that large rows are not kept."""
+    """The result of one format on the sample: counts only, so that large rows are not kept."""
 
     format: Format
     reader: Reader
@@ -43,14 +42,14 @@ class _Trial:
     present: Counter[str] = field(default_factory=Counter)
     kinds: dict[str, Counter[str]] = field(default_factory=dict)
     columns: dict[str, str] = field(default_factory=dict)
-    refusal: RowError | None = None
+    error: RowError | None = None
     unusable: list[RowError] = field(default_factory=list)
     unlike: set[str] = field(default_factory=set)
     """Formats that made another example of a row than this one, or read one that this one did not."""
     elsewhere: set[str] = field(default_factory=set)
-    """Formats with a content that does not stand in this one's text."""
+    """Formats with a content that does not occur in this one's text."""
 
-    def try_row(self, row: Mapping[str, Any]) -> Example | None:
+    def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
         fields = self.reader.fields(row)
         for name in self.format.fields:
@@ -62,7 +61,7 @@ class _Trial:
         try:
             example = self.reader(row)
         except RowError as error:
-            self.refusal = self.refusal or error
+            self.error = self.error or error
             self.unusable += [error] if isinstance(error, UnusableRowError) else []
             return None
         self.read += 1
@@ -70,22 +69,26 @@ class _Trial:
 
 
 def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str, str] | None = None) -> Recognition:
-    """The format of the first `SAMPLE` sound rows; `RowError` lists the candidates, or what comes nearest.
+    """The format of the first `SAMPLE_ROWS` valid rows; `RowError` lists the candidates, or what comes nearest.
 
     With `columns` only formats that have all the fields named there are tried.
     """
     columns = columns or {}
-    trials = [_Trial(each, Reader(each, columns)) for each in FORMATS.values() if columns.keys() <= set(each.fields)]
+    trials = [
+        _Trial(row_format, Reader(row_format, columns))
+        for row_format in FORMATS.values()
+        if columns.keys() <= set(row_format.fields)
+    ]
     if not trials:
         what, do = "no format has all the fields that columns names", "name fields of one format"
         raise RowError(None, what, do, str(sorted(columns)))
     count, keys = 0, Counter[str]()
-    for row in islice((row for row in rows if not isinstance(row, RowError)), SAMPLE):
+    for row in islice((row for row in rows if not isinstance(row, RowError)), SAMPLE_ROWS):
         count += 1
         keys.update(row.keys())
         _try_all(trials, row)
     if not count:
-        raise RowError(None, "no sound row to recognise a format by", "name the format, and mend the rows")
+        raise RowError(None, "no valid row to recognise a format by", "name the format, and fix the rows")
     for trial in trials:
         if 2 * len(trial.unusable) >= count:
             raise trial.unusable[0]
@@ -122,7 +125,7 @@ def _gives_way(one: _Trial, other: _Trial) -> bool:
     return one.format.gives == "document" and name not in one.elsewhere
 
 
-def _contents(example: Example) -> list[str]:
+def _contents(example: RowContent) -> list[str]:
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, Conversation):
@@ -165,7 +168,7 @@ def _ambiguous(best: Iterable[_Trial], count: int) -> RowError:
 
 def _nothing(trials: Iterable[_Trial], keys: Counter[str], count: int) -> RowError:
     near = sorted(trials, key=lambda trial: (-trial.read, -_share(trial, count)))
-    said = [f"{trial.format.name} ({_lacks(trial)})" for trial in near if trial.present][:NEAREST]
+    said = [f"{trial.format.name} ({_lacks(trial)})" for trial in near if trial.present][:_NEAREST]
     nearest = f"nearest: {', '.join(said)}. " if said else ""
     do = f"{nearest}Write the format, and map its fields to your keys with columns: {{field: key}}"
     got = f"keys {sorted(keys)}"
@@ -180,6 +183,6 @@ def _lacks(trial: _Trial) -> str:
     missing = [name for name in trial.format.required if not trial.present[name]]
     if missing:
         return f"lacks {', '.join(missing)}"
-    assert trial.refusal is not None
-    error = trial.refusal
+    assert trial.error is not None
+    error = trial.error
     return f"{trial.read} rows read; {error.field}: {error.what}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from finetune.data.formats.fields import below, check_utf8, checked_text
-from finetune.data.rows import RowError, shown
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Function, ToolCall
 
 TOOL = "write {type: function, function: {name, description, parameters}}"
@@ -44,7 +44,7 @@ def _tool(entry: object, place: str) -> dict[str, Any]:
     for name, schema in properties(function).items():
         if schema is None:
             do = "write tools as JSON text: columns of objects give each tool the keys of all"
-            raise RowError(below(f"{inner}.parameters.properties", name), "is null, which is no schema", do)
+            raise RowError(below(f"{inner}.parameters.properties", name), "is null, which is not a schema", do)
     return {"type": "function", "function": dict(function)}
 
 
@@ -77,7 +77,7 @@ def read_calls(value: object, place: str) -> list[ToolCall]:
 def _call(entry: object, place: str) -> ToolCall:
     if not isinstance(entry, dict) or not isinstance(entry.get("function"), dict):
         raise RowError(place, "must be an object with function", CALL, shown(entry))
-    refuse_unknown(entry, place, CALL_KEYS, CALL)
+    check_known_keys(entry, place, CALL_KEYS, CALL)
     if entry.get("type") not in (None, "function"):
         raise RowError(f"{place}.type", "only functions can be called", CALL, shown(entry["type"]))
     call = ToolCall(type="function", function=read_function(entry["function"], f"{place}.function"))
@@ -88,7 +88,7 @@ def _call(entry: object, place: str) -> ToolCall:
 
 def read_function(entry: Mapping[str, Any], place: str) -> Function:
     """`{name, arguments}`, the arguments as an object or as its JSON text."""
-    refuse_unknown(entry, place, FUNCTION_KEYS, CALL)
+    check_known_keys(entry, place, FUNCTION_KEYS, CALL)
     for key in ("name", "arguments"):
         if entry.get(key) is None:
             raise RowError(
@@ -108,7 +108,9 @@ def read_call_text(text: str, place: str) -> list[ToolCall]:
     value = parse_json(text, place)
     entries = value if isinstance(value, list) else [value]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise RowError(place, "is no call", "write {name, arguments} as JSON text, or a list of them", shown(text))
+        raise RowError(
+            place, "is not a tool call", "write {name, arguments} as JSON text, or a list of them", shown(text)
+        )
     return [ToolCall(type="function", function=read_function(entry, place)) for entry in entries]
 
 
@@ -117,10 +119,10 @@ def parse_json(text: str, place: str) -> Any:
     try:
         return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise RowError(place, f"not valid JSON ({error})", "mend the JSON text", shown(text)) from error
+        raise RowError(place, f"not valid JSON ({error})", "fix the JSON text", shown(text)) from error
 
 
-def refuse_unknown(entry: Mapping[str, Any], place: str, known: frozenset[str], do: str) -> None:
+def check_known_keys(entry: Mapping[str, Any], place: str, known: frozenset[str], do: str) -> None:
     """Keys of messages and calls change what is trained, so none is ignored; null says nothing and is."""
     if entry.keys() <= known:
         return
@@ -132,7 +134,7 @@ def refuse_unknown(entry: Mapping[str, Any], place: str, known: frozenset[str], 
 
 
 def _check_json(value: Mapping[str, Any], place: str) -> None:
-    """What comes from Arrow may hold dates or bytes; no template can write those."""
+    """Values from Arrow may hold dates or bytes; no template can write those."""
     try:
         check_utf8(_ENCODER.encode(value), place)
     except (TypeError, ValueError) as error:
@@ -142,12 +144,12 @@ def _check_json(value: Mapping[str, Any], place: str) -> None:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("a key occurs twice in one object")
     return value
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)

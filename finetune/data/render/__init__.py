@@ -1,9 +1,8 @@
 """An example -> text with its supervised places -> token ids and labels, through the tokenizer's chat template."""
 
-from finetune.data.render.chat import ChatTemplate, System
+from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
 from finetune.data.render.renderer import LOSSES, Renderer
-from finetune.data.render.rendering import IGNORED, Answer, LossOn, Rendered, Rendering
-from finetune.data.render.templates import SHIPPED, read_template
+from finetune.data.types import IGNORED, Answer, LossOn, Rendering, TokenizedText
 
 __all__ = [
     "IGNORED",
@@ -12,9 +11,9 @@ __all__ = [
     "Answer",
     "ChatTemplate",
     "LossOn",
-    "Rendered",
     "Renderer",
     "Rendering",
     "System",
+    "TokenizedText",
     "read_template",
 ]

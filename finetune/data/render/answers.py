@@ -1,31 +1,84 @@
-"""Where the answers stand in a rendered conversation, and whether the template says everything that was said."""
+"""The positions of the answers in a rendered conversation, and whether the template writes all of its content.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Templates silently drop what they do not know, tools and tool calls above all.
+"""
 
-from finetune.data.render.chat import ANOTHER_TEMPLATE, ChatTemplate
-from finetune.data.render.rendering import Answer, LossOn
-from finetune.data.render.tools import TOOL_TEMPLATES, find_content, missing_of_calls, missing_tool
-from finetune.data.rows import RowError, shown
-from finetune.data.types import Conversation, Message
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from finetune.data.render.chat_template import ANOTHER_TEMPLATE, ChatTemplate
+from finetune.data.row_errors import RowError, shown
+from finetune.data.types import Answer, Conversation, LossOn, Message, ToolCall
 
-@dataclass(frozen=True)
-class Answers:
-    """The whole text and the supervised turns in it."""
-
-    text: str
-    found: tuple[Answer, ...]
+TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
 
 
-def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> Answers:
-    """Render the conversation and find its supervised turns; `RowError` where that cannot be done for sure."""
+def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
+    """The name of the first tool that `text` does not name."""
+    for tool in tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in text:
+            return name
+    return None
+
+
+def missing_of_calls(calls: list[ToolCall], text: str) -> str | None:
+    """The first function name or argument of `calls` that does not occur in `text`, as JSON or plainly."""
+    for call in calls:
+        function = call["function"]
+        for value in (function["name"], *_leaves(function["arguments"])):
+            if not _occurs(value, text):
+                return str(value)
+    return None
+
+
+def find_content(message: Message, text: str, start: int) -> int:
+    """Where the content of a user's, tool's or earlier assistant's turn ends in `text`, from `start`; -1 if nowhere.
+
+    White space around it may differ. A tool's result may also be written as a JSON string.
+    """
+    content = message["content"].strip()
+    forms = [content]
+    if message["role"] == "tool":
+        forms += [_quoted(content, True), _quoted(content, False)]
+    ends = [position + len(form) for form in forms if (position := text.find(form, start)) >= 0]
+    return min(ends, default=-1)  # a later one may be another turn with the same content
+
+
+def _leaves(value: object) -> Iterator[object]:
+    """Every scalar and key inside a JSON value: its keys, strings, numbers, true, false and null."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _occurs(value: object, text: str) -> bool:
+    if isinstance(value, str):
+        return value.strip() in text or _quoted(value, False) in text or _quoted(value, True) in text
+    return json.dumps(value) in text or str(value) in text
+
+
+def _quoted(text: str, ascii_only: bool) -> str:
+    """The inside of the JSON string."""
+    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
+
+
+def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> tuple[str, tuple[Answer, ...]]:
+    """The rendered conversation and its supervised turns; `RowError` where that cannot be done for sure."""
     messages = given.messages
     indices = supervised(messages, loss_on)
     text, prompts = chat.text_and_prompts(messages, given.tools, indices)
-    found = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
-    _check_said(chat, given, text, found)
-    return Answers(text, tuple(found.values()))
+    answers = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
+    _check_content(chat, given, text, answers)
+    return text, tuple(answers.values())
 
 
 def supervised(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
@@ -103,11 +156,11 @@ def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) ->
         raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
 
 
-def _check_said(chat: ChatTemplate, given: Conversation, text: str, found: dict[int, Answer]) -> None:
-    """Every turn must stand in the text, one after the other (a system message anywhere), and so must the tools."""
+def _check_content(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:
+    """Every turn must be in the text, one after the other (a system message anywhere), and so must the tools."""
     end = 0
     for index, message in enumerate(given.messages):
-        answer, field = found.get(index), f"messages[{index}]"
+        answer, field = answers.get(index), f"messages[{index}]"
         if answer is not None:
             if end > answer.start:
                 raise _dropped(chat, given.messages[index - 1], index - 1)
@@ -142,6 +195,6 @@ def _same_without_tools(chat: ChatTemplate, given: Conversation, text: str) -> b
 
 
 def _dropped(chat: ChatTemplate, message: Message, index: int) -> RowError:
-    what = f"{chat.name} drops or changes what the {message['role']} says"
+    what = f"{chat.name} drops or changes the content of the {message['role']} message"
     do = TOOL_TEMPLATES if message["role"] == "tool" else ANOTHER_TEMPLATE
     return RowError(f"messages[{index}]", what, do, shown(message["content"]))

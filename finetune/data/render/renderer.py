@@ -1,9 +1,9 @@
 """A row -> text -> token ids and labels, through the tokenizer's chat template.
 
-What is supervised is found by rendering prefixes, the way generation does it: the conversation up to an answer, with
-the generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the
-EOS are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
-for which this does not hold is refused.
+Supervised tokens are found by rendering prefixes, as generation does it: the conversation up to an answer, with the
+generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the EOS
+are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
+for which this does not hold is rejected.
 """
 
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from typing import Any, get_args
 import numpy as np
 
 from finetune.data.render.answers import find_answers, find_holes
-from finetune.data.render.chat import PROBE, ChatTemplate, System, control_tokens, strings
+from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
 from finetune.data.render.encoder import Encoder
-from finetune.data.render.rendering import IGNORED, Answer, Ints, LossOn, Rendered, Rendering
-from finetune.data.rows import RowError, shown
-from finetune.data.types import Conversation, Document, Message
+from finetune.data.row_errors import RowError, shown
+from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, LossOn, Message, Rendering, TokenizedText
 from finetune.errors import DataError, Problem
 
 _PLAIN = frozenset(("role", "content", "train"))
@@ -50,7 +49,7 @@ class Renderer:
             self._check_template()
 
     def render(self, example: Conversation | Document) -> Rendering:
-        """One row as text with its supervised places; `RowError` if they cannot be told for sure."""
+        """One row as text with its supervised places; `RowError` if they cannot be found for certain."""
         if isinstance(example, Document):
             return self._document(example)
         if not self._checked:
@@ -67,7 +66,7 @@ class Renderer:
         answers = tuple(answer._replace(message=answer.message + merged) for answer in rendering.answers)
         return Rendering(rendering.text, answers, rendering.everything, rendering.holes)
 
-    def tokenise(self, renderings: Sequence[Rendering]) -> list[Rendered | RowError]:
+    def tokenise(self, renderings: Sequence[Rendering]) -> list[TokenizedText | RowError]:
         """Ids and labels of each, or why not; one call of the Rust tokenizer, which lets other threads run."""
         rows = self._encoder.ids([rendering.text for rendering in renderings])
         borders = [
@@ -76,8 +75,8 @@ class Renderer:
         ]
         self._try_prompts(renderings, rows, borders)
         return [
-            self._labelled(rendering, ids, found)
-            for rendering, ids, found in zip(renderings, rows, borders, strict=True)
+            self._labelled(rendering, ids, row_borders)
+            for rendering, ids, row_borders in zip(renderings, rows, borders, strict=True)
         ]
 
     @cached_property
@@ -123,12 +122,10 @@ class Renderer:
 
     def _conversation(self, given: Conversation) -> Rendering:
         self._check_contents(given)
-        answers = find_answers(self._chat, given, self._loss_on)
-        text = answers.text
+        text, answers = find_answers(self._chat, given, self._loss_on)
         if self._loss_on != "all":
-            return Rendering(text, answers.found)
-        holes = find_holes(self._chat, given, text)
-        return Rendering(text, answers.found, True, holes)
+            return Rendering(text, answers)
+        return Rendering(text, answers, everything=True, holes=find_holes(self._chat, given, text))
 
     def _check_contents(self, given: Conversation) -> None:
         for index, message in enumerate(given.messages):
@@ -149,7 +146,7 @@ class Renderer:
         self, renderings: Sequence[Rendering], rows: Sequence[Ints], borders: Sequence[list[int | None]]
     ) -> None:
         """Fill in the borders that were not proven: tokenise these prompts and compare."""
-        open_ones = [(row, place) for row, found in enumerate(borders) for place, b in enumerate(found) if b is None]
+        open_ones = [(row, place) for row, places in enumerate(borders) for place, b in enumerate(places) if b is None]
         if not open_ones:
             return
         prompts = [renderings[row].text[: renderings[row].answers[place].start] for row, place in open_ones]
@@ -157,7 +154,7 @@ class Renderer:
             if np.array_equal(rows[row][: len(ids)], ids):
                 borders[row][place] = len(ids)
 
-    def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> Rendered | RowError:
+    def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> TokenizedText | RowError:
         if rendering.document:
             ids = np.array([*self._bos, *ids.tolist(), self._eos_id], dtype=np.int32)
         labels = ids.copy() if rendering.everything else np.full(len(ids), IGNORED, dtype=np.int32)
@@ -169,12 +166,12 @@ class Renderer:
                 length = int(np.argmax(ids[start:] == self._eos_id)) + 1 if start < len(ids) else 0
                 if not length or ids[start + length - 1] != self._eos_id:
                     what = f"the tokenizer does not read {self._tokenizer.eos_token} as one token"
-                    return RowError(f"messages[{answer.message}]", what, "mend its tokenizer.json")
+                    return RowError(f"messages[{answer.message}]", what, "fix its tokenizer.json")
                 labels[start : start + length] = ids[start : start + length]
         if rendering.everything:
             labels[:1] = IGNORED
             self._ignore_holes(rendering, labels)
-        return Rendered(ids, labels)
+        return TokenizedText(ids, labels)
 
     def _ignore_holes(self, rendering: Rendering, labels: Ints) -> None:
         if not rendering.holes:

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Protocol
 
-from finetune.data.rows import Row
+from finetune.data.row_errors import Row
+from finetune.data.sources.data_files import find_files
 from finetune.data.sources.local import LocalSource
-from finetune.data.sources.paths import find_files
 from finetune.recipe import DataSource
 
 
@@ -14,17 +14,17 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call the whole: the path or the id of the recipe."""
+        """The name of the whole in messages: the path or the id of the recipe."""
         ...
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """What messages call each part, as in `Row.path`."""
+        """The name of each part in messages, as in `Row.path`."""
         ...
 
     @property
     def total(self) -> int | None:
-        """What the rows' `progress` adds up to, in `unit`; None: not known before the end."""
+        """The sum of the rows' `progress`, in `unit`; None: not known before the end."""
         ...
 
     @property
@@ -33,7 +33,7 @@ class Source(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Row]:
-        """All rows, bad ones included. What breaks a file is its last row; those of the next file follow."""
+        """All rows, bad ones included. An error that breaks a file is its last row; those of the next file follow."""
         ...
 
     def fingerprint(self) -> str:
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 def open_source(settings: DataSource) -> Source:
-    """The source; `DataError` with all paths that are missing or cannot be read, or why a hub set cannot be had."""
+    """The source; `DataError` with all paths that are missing or cannot be read, or why a hub set cannot be opened."""
     if settings.path is not None:
         return open_files(settings.path)
     from finetune.data.sources.hub import open_hub  # the library behind it is slow to import

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-from finetune.data.rows import FileError, Row
+from finetune.data.row_errors import FileError, Row
 from finetune.data.sources.tables import rows_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSource
@@ -64,15 +64,15 @@ class HubSource:
             yield Row(self.name, number + 1, 0, cannot)
 
     def fingerprint(self) -> str:
-        """Commit, configuration and split: what stands there never changes."""
+        """Commit, configuration and split: a commit never changes."""
         return hashlib.sha256(f"{self.commit} {self.config} {self.split}".encode()).hexdigest()
 
 
 def open_hub(settings: DataSource) -> HubSource:
-    """The split; `DataError` says what there is instead, or why it cannot be had."""
+    """The split; `DataError` names the splits there are, or why it cannot be opened."""
     assert settings.id is not None
     name = f"{settings.id}[{', '.join(filter(None, (settings.config, settings.split)))}]"
-    with _refusals(settings):
+    with _library_errors(settings):
         commit = _commit(settings)
         builder = _builder(settings, commit)
         _check_split(settings, builder)
@@ -103,65 +103,65 @@ def _builder(settings: DataSource, commit: str | None) -> Any:
         return datasets.load_dataset_builder(settings.id, settings.config, revision=commit)
     what = "the hub cannot be reached"
     if settings.streaming:
-        raise _refusal(settings, what, "check the network, or write streaming: false and download the set first")
+        raise _error(settings, what, "check the network, or write streaming: false and download the set first")
     try:
-        # What the library falls back to itself, but after half a minute of trying.
+        # The library's own fallback, which it takes only after half a minute of trying.
         name = str(settings.id)
         builder = Cache(repo_id=name, dataset_name=name.split("/")[-1], config_name=settings.config, **_LATEST)
     except (OSError, ValueError) as error:
         do = "check the network and HF_HUB_OFFLINE, or run once where there is a network"
-        raise _refusal(settings, f"{what}, and the set is not in the local cache", do) from error
+        raise _error(settings, f"{what}, and the set is not in the local cache", do) from error
     if settings.revision != builder.hash:
-        # Which commit a branch is at cannot be told now, and the library would take whatever was loaded last.
+        # The commit of a branch is unknown now, and the library would take the one that was loaded last.
         what += ", so that only a commit in the local cache can be read"
         do = f"check the network, or write revision: {builder.hash}, the one that is there"
-        raise _refusal(settings, what, do, f"revision {settings.revision or 'null'}")
+        raise _error(settings, what, do, f"revision {settings.revision or 'null'}")
     return builder
 
 
 def _check_split(settings: DataSource, builder: Any) -> None:
     names = [str(name) for name in builder.config.data_files or builder.info.splits or ()]
     if names and settings.split.partition("[")[0] not in names:
-        raise _refusal(settings, "no such split", f"write split: {' or '.join(names)}", settings.split)
+        raise _error(settings, "no such split", f"write split: {' or '.join(names)}", settings.split)
     if settings.streaming and "[" in settings.split:
         do = "write streaming: false, or max_rows"
-        raise _refusal(settings, "part of a split cannot be streamed", do, settings.split)
+        raise _error(settings, "part of a split cannot be streamed", do, settings.split)
 
 
-def _refusal(settings: DataSource, what: str, do: str, got: str | None = None) -> DataError:
+def _error(settings: DataSource, what: str, do: str, got: str | None = None) -> DataError:
     return DataError(Problem(where=str(settings.id), what=what, do=do, got=got))
 
 
 @contextmanager
-def _refusals(settings: DataSource) -> Iterator[None]:
-    """What the libraries say in a page each, in a line."""
+def _library_errors(settings: DataSource) -> Iterator[None]:
+    """Turn errors of the libraries, a page each, into messages of one line."""
     try:
         yield
     except DataError:
         raise
     except RevisionNotFoundError as error:
         what = "the data set has no such revision"
-        raise _refusal(settings, what, "write a branch, tag or commit of it", settings.revision) from error
+        raise _error(settings, what, "write a branch, tag or commit of it", settings.revision) from error
     except Exception as error:
-        raise _told(settings, error) from error
+        raise _translated(settings, error) from error
 
 
-def _told(settings: DataSource, error: Exception) -> DataError:
+def _translated(settings: DataSource, error: Exception) -> DataError:
     reason = _reason(error)
     if isinstance(error, GatedRepoError) or "is a gated dataset" in reason:
-        return _refusal(settings, "the data set is gated", f"accept its terms on its page, then log in ({_LOG_IN})")
+        return _error(settings, "the data set is gated", f"accept its terms on its page, then log in ({_LOG_IN})")
     if isinstance(error, RepositoryNotFoundError):
         do = f"check the name; if the set is private, log in ({_LOG_IN})"
-        return _refusal(settings, "no such data set on the hub", do)
+        return _error(settings, "no such data set on the hub", do)
     if "BuilderConfig" in reason or "Config name is missing" in reason:
         names = " or ".join(datasets.get_dataset_config_names(settings.id, revision=settings.revision))
         if settings.config is None:
-            return _refusal(settings, "the data set has several configurations", f"write config: {names}")
-        return _refusal(settings, "no such configuration", f"write config: {names}", settings.config)
+            return _error(settings, "the data set has several configurations", f"write config: {names}")
+        return _error(settings, "no such configuration", f"write config: {names}", settings.config)
     if "scripts are no longer supported" in reason:
         do = "take a version with data files: often revision: refs/convert/parquet"
-        return _refusal(settings, "the data set is a Python script, and none is run", do)
-    return _refusal(settings, "the data set cannot be opened", "check its page on the hub, and the network", reason)
+        return _error(settings, "the data set is a Python script, and scripts are not run", do)
+    return _error(settings, "the data set cannot be opened", "check its page on the hub, and the network", reason)
 
 
 def _reason(error: BaseException) -> str:

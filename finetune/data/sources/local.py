@@ -3,19 +3,16 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from finetune.data.rows import FileError, Row, RowError
-from finetune.data.sources.csv_files import read_csv
+from finetune.data.row_errors import FileError, Row, RowValue
+from finetune.data.sources.data_files import SAVED, DataFile, Place
 from finetune.data.sources.json_files import read_json, read_json_lines
-from finetune.data.sources.paths import SAVED, DataFile
-from finetune.data.sources.streams import Place
-from finetune.data.sources.tables import read_arrow, read_parquet
+from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
 
-Reader = Callable[[DataFile, Place], Iterator[dict[str, Any] | RowError]]
-"""Yields rows, or what is wrong with them, and moves the place along; raises `FileError` where it cannot go on."""
+FileReader = Callable[[DataFile, Place], Iterator[RowValue]]
+"""Yields rows or their errors and moves the place along; raises `FileError` where it cannot continue."""
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, FileReader] = {
     ".jsonl": read_json_lines,
     ".ndjson": read_json_lines,
     ".json": read_json,
@@ -56,18 +53,18 @@ class LocalSource:
                     reported, rows = done, rows + 1
                 if not rows:
                     place.number = 0
-                    raise FileError("there is no row in the file", "fill it or leave it out")
+                    raise FileError("the file has no rows", "fill it or leave it out")
             except FileError as error:
                 yield Row(file.path, place.number, before + file.size - reported, error)
                 reported = before + file.size
             except OSError as error:
-                broken = FileError(f"cannot be read ({error.strerror or error})", "check the disk it lies on")
+                broken = FileError(f"cannot be read ({error.strerror or error})", "check the disk")
                 yield Row(file.path, place.number, before + file.size - reported, broken)
                 reported = before + file.size
             before += file.size
 
     def fingerprint(self) -> str:
-        """SHA-256 of what is in the files and how it is read, in their order; not of their names.
+        """SHA-256 of the contents of the files and how they are read, in their order; not of their names.
 
         It was the fastest of hashlib's here (1.8 GB/s, blake2b 0.65): processors have instructions for it.
         """

@@ -1,5 +1,6 @@
-"""Parquet and Arrow files: rows as plain Python, a few at a time."""
+"""Parquet, Arrow and CSV files: rows as plain Python, a few at a time."""
 
+import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -8,17 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from finetune.data.rows import FileError, RowError, shown
-from finetune.data.sources.json_text import DECODER
-from finetune.data.sources.paths import DataFile
-from finetune.data.sources.streams import COPY_AGAIN, Place
+from finetune.data.row_errors import FileError, RowError, RowValue, shown
+from finetune.data.sources.data_files import COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
+from finetune.data.sources.json_files import DECODER, SAVE_UTF8, not_utf8
 
-Value = dict[str, Any] | RowError
 _PIECE = 1 << 24
 """Bytes of a table that are turned into Python objects at a time; at least one row, at most 1000."""
 
 
-def read_parquet(file: DataFile, place: Place) -> Iterator[Value]:
+def read_parquet(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of a Parquet file, through row groups of any size."""
     # Columns are read as they are needed: by default each row group is fetched as a whole, and may be all of the file.
     streamed = {"pre_buffer": False, "buffer_size": 1 << 20}
@@ -32,7 +31,7 @@ def read_parquet(file: DataFile, place: Place) -> Iterator[Value]:
                 yield value
 
 
-def read_arrow(file: DataFile, place: Place) -> Iterator[Value]:
+def read_arrow(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of an .arrow file (stream or file format), or of all those of a `save_to_disk` folder."""
     before = 0
     for part, size in file.parts.items():
@@ -71,8 +70,8 @@ def _rows_a_piece(nbytes: int, rows: int) -> int:
     return max(1, min(1000, _PIECE * rows // max(1, nbytes)))
 
 
-def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[Value]:
-    """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns what they hold."""
+def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[RowValue]:
+    """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns decoded."""
     names = table.schema.names
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -83,7 +82,7 @@ def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[Value]:
             yield from _to_python(batch.slice(start, step))
 
 
-def _to_python(batch: pa.RecordBatch) -> list[Value]:
+def _to_python(batch: pa.RecordBatch) -> list[RowValue]:
     try:
         columns = [_column(column) for column in batch.columns]
     except (ValueError, KeyError, ArithmeticError, RecursionError, RowError, pa.ArrowException) as error:
@@ -91,14 +90,14 @@ def _to_python(batch: pa.RecordBatch) -> list[Value]:
             return [row for index in range(batch.num_rows) for row in _to_python(batch.slice(index, 1))]
         if isinstance(error, RowError):
             return [error]
-        return [RowError(None, "a value that cannot be read", "mend or remove the row", str(error))]
+        return [RowError(None, "a value that cannot be read", "fix or remove the row", str(error))]
     names = batch.schema.names
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _column(array: pa.Array) -> list[Any]:
     """The values of a column as Python objects; lists of structs in a quarter of the time of pyarrow's `to_pylist`,
-    and columns that `datasets` stores as JSON text as what the text says."""
+    and columns that `datasets` stores as JSON text decoded."""
     kind = array.type
     if isinstance(kind, pa.JsonType):
         return [None if text is None else DECODER.decode(text) for text in array.storage.to_pylist()]
@@ -119,3 +118,96 @@ def _with_nulls(array: pa.Array, values: list[Any]) -> list[Any]:
     if not array.null_count:
         return values
     return [value if valid else None for value, valid in zip(values, array.is_valid().to_pylist(), strict=True)]
+
+
+_QUOTING = 'put it in quotes and double those inside ("")'
+
+
+def read_csv(file: DataFile, place: Place) -> Iterator[RowValue]:
+    """Records as `{column of the header: string}`; blank lines count but hold no row."""
+    csv.field_size_limit(MAX_ROW_BYTES)  # the module's own limit, 128 KiB, is one for the whole process
+    columns: list[str] | None = None
+    with opened(file.path, file.packed, place) as stream:
+        for record in _records(stream, "\t" if file.kind == ".tsv" else ",", place):
+            if columns is None:
+                columns = _header(record, file.kind)
+            elif isinstance(record, RowError):
+                yield record
+            elif len(record) != len(columns):
+                what = f"{len(record)} fields where the header has {len(columns)}"
+                do = f"if a field has a separator or a line break in it, {_QUOTING}"
+                yield RowError(None, what, do, shown(record))
+            else:
+                yield dict(zip(columns, record, strict=True))
+
+
+def _header(record: list[str] | RowError, kind: str) -> list[str]:
+    if isinstance(record, RowError):
+        raise FileError(record.what, record.do, record.got)
+    if "" in record:
+        do = "the first line must name every column (pandas writes the row numbers without a name unless index=False)"
+        raise FileError(f"column {record.index('') + 1} has no name", do, shown(record))
+    if len(set(record)) < len(record):
+        twice = next(name for name in record if record.count(name) > 1)
+        do = "the first line must name each column once"
+        raise FileError(f"two columns are named {shown(twice)}", do, shown(record))
+    if len(record) == 1:
+        for character, do in ((";", "write commas"), ("\t", "name it .tsv"), (",", "name it .csv")):
+            if character in record[0]:
+                what = f"the header has one column, with {shown(character)} in its name"
+                raise FileError(what, f"{kind} wants another separator: {do}", shown(record))
+    return record
+
+
+class _Lines:
+    """Decoded lines; the error of one is kept in `error` until its record can be named."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream = stream
+        self.error: RowError | None = None
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(MAX_ROW_BYTES)
+        if not line:
+            raise StopIteration
+        if len(line) == MAX_ROW_BYTES:
+            # The csv module would take the rest of it for another record.
+            raise FileError(f"a line of more than {MAX_ROW_BYTES >> 20} MiB", "write one record a line")
+        if b"\0" in line:
+            self.error = RowError(None, "a NUL byte: binary data, or UTF-16", SAVE_UTF8)
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            self.error = not_utf8(line[error.start])
+            return line.decode("utf-8", "replace")
+
+
+def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[str] | RowError]:
+    lines = _Lines(stream)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        place.number = reader.line_num + 1
+        lines.error = None
+        record: list[str] | RowError
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            record = _broken(str(error))
+            if isinstance(record, FileError):
+                raise record from error
+        if record:
+            yield lines.error or record
+
+
+def _broken(reason: str) -> RowError:
+    """An error of the csv module with a remedy. After a quote without an end nothing is left to read."""
+    if reason == "unexpected end of data" or "field limit" in reason:
+        return FileError("a quote that begins in this record has no end", _QUOTING.replace("it", "the field", 1))
+    if "new-line character" in reason:
+        return RowError(None, "a carriage return without a line feed", "end lines with LF or CR LF, or quote the field")
+    return RowError(None, f"a quote inside a field ({reason})", _QUOTING.replace("it", "the field", 1))

@@ -10,15 +10,13 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from finetune.data.render import Renderer, read_template
-from finetune.data.render.rendering import Ints
-from finetune.data.rows import MAX_PROBLEMS
-from finetune.data.tokens.cache import digest, entry
-from finetune.data.tokens.kinds import SINGLE_ROWS, Kind
-from finetune.data.tokens.mixture import Indices, mix
-from finetune.data.tokens.packing import best_fit_decreasing
-from finetune.data.tokens.rows import RowSet, prepare_rows
+from finetune.data.row_errors import MAX_PROBLEMS
+from finetune.data.tokens.cache import PACKED, Writer, digest, entry
+from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType
+from finetune.data.tokens.packing import Indices, best_fit_decreasing, mix
 from finetune.data.tokens.stats import DataStats, SetStats
-from finetune.data.tokens.table import PACKED, Writer
+from finetune.data.tokens.tokenize_rows import RowSet, prepare_rows
+from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -45,7 +43,7 @@ class Mixture:
     @property
     def lengths(self) -> Ints:
         """Tokens of each row (or pair) of the data set."""
-        return np.concatenate([rows.lengths[each] for rows, each in zip(self.sets, self.chosen, strict=True)])
+        return np.concatenate([rows.lengths[indices] for rows, indices in zip(self.sets, self.chosen, strict=True)])
 
     def stats(self, sequences: int) -> DataStats:
         """The counts; `sequences` is the length of the data set that was made."""
@@ -54,13 +52,13 @@ class Mixture:
                 SetStats(
                     name=rows.name,
                     weight=source.weight,
-                    rows=len(each),
-                    tokens=int(rows.lengths[each].sum()),
-                    supervised_tokens=int(rows.supervised[each].sum()),
+                    rows=len(indices),
+                    tokens=int(rows.lengths[indices].sum()),
+                    supervised_tokens=int(rows.supervised[indices].sum()),
                     source=rows.stats,
                     content=rows.content,
                 )
-                for rows, source, each in zip(self.sets, self.sources, self.chosen, strict=True)
+                for rows, source, indices in zip(self.sets, self.sources, self.chosen, strict=True)
             ],
             sequences,
         )
@@ -84,15 +82,15 @@ def prepare_mixture(
     settings: DataSettings,
     seed: int,
     max_problems: int = MAX_PROBLEMS,
-    kind: Kind = SINGLE_ROWS,
+    example_type: ExampleType = SINGLE_ROWS,
 ) -> Mixture:
-    """The first part of `prepare`: every row is read and judged, and those that are used are chosen."""
+    """The first part of `prepare`: every row is read and checked, and those that are used are chosen."""
     renderer = Renderer(tokenizer, _template_name(tokenizer, settings.chat_template), settings.loss_on, settings.system)
     sets: list[RowSet] = []
     problems: list[Problem] = []
     for source in sources:
         try:
-            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, kind))
+            sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, example_type))
         except DataError as error:
             problems += error.problems
     if problems:
@@ -100,7 +98,7 @@ def prepare_mixture(
     weights = [source.weight for source in sources if source.weight is not None]
     sizes = [len(rows.lengths) for rows in sets]
     chosen = mix(sizes, weights or None, settings.stopping_strategy, seed)
-    _refuse_empty(sets, chosen)
+    _check_not_empty(sets, chosen)
     return Mixture(sets, sources, chosen)
 
 
@@ -115,15 +113,15 @@ def _template_name(tokenizer: Any, name: str | None) -> str:
     return f"the chat template {name}"
 
 
-def _refuse_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
+def _check_not_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
     problems = [
         Problem(
             rows.name,
             f"its weight is so small that none of its {len(rows.lengths):,} rows is used",
             "raise its weight, give the other sets more rows, or set data.stopping_strategy: all_exhausted",
         )
-        for rows, each in zip(sets, chosen, strict=True)
-        if not len(each)
+        for rows, indices in zip(sets, chosen, strict=True)
+        if not len(indices)
     ]
     if problems:
         raise DataError(problems)
@@ -131,8 +129,8 @@ def _refuse_empty(sets: Sequence[RowSet], chosen: Sequence[Indices]) -> None:
 
 def _joined(mixture: Mixture) -> Dataset:
     parts = [
-        rows.dataset() if np.array_equal(each, np.arange(len(rows.lengths))) else rows.dataset().select(each)
-        for rows, each in zip(mixture.sets, mixture.chosen, strict=True)
+        rows.dataset() if np.array_equal(indices, np.arange(len(rows.lengths))) else rows.dataset().select(indices)
+        for rows, indices in zip(mixture.sets, mixture.chosen, strict=True)
     ]
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
@@ -142,18 +140,18 @@ def _packed(mixture: Mixture, max_length: int) -> Dataset:
     # The names of the sets' folders tell max_length too.
     parts = {
         "sets": [rows.folder.name for rows in mixture.sets],
-        "chosen": [hashlib.sha256(each.tobytes()).hexdigest() for each in mixture.chosen],
+        "chosen": [hashlib.sha256(indices.tobytes()).hexdigest() for indices in mixture.chosen],
     }
 
     def write(folder: Path) -> None:
         tables = [rows.table() for rows in mixture.sets]
-        table_of = np.repeat(np.arange(len(tables)), [len(each) for each in mixture.chosen])
+        table_of = np.repeat(np.arange(len(tables)), [len(indices) for indices in mixture.chosen])
         index_of = np.concatenate(mixture.chosen)
         with Writer(folder / "packed.arrow", PACKED) as writer:
             for indices in best_fit_decreasing(mixture.lengths, max_length):
                 columns, where = zip(*(tables[table_of[i]].row(int(index_of[i])) for i in indices), strict=True)
                 ids, labels = zip(*columns, strict=True)
-                positions = np.concatenate([np.arange(len(each), dtype=np.int32) for each in ids])
+                positions = np.concatenate([np.arange(len(row_ids), dtype=np.int32) for row_ids in ids])
                 writer.append(np.concatenate(ids), np.concatenate(labels), positions, list(where))
 
     return Dataset.from_file(str(entry(f"packed-{digest(parts)}", write) / "packed.arrow"))

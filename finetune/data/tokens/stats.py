@@ -1,4 +1,4 @@
-"""What was counted while rows were prepared."""
+"""Counts of the rows and tokens of a prepared data set."""
 
 import heapq
 from collections import Counter
@@ -11,7 +11,7 @@ NAMED = 20
 
 @dataclass
 class RowStats:
-    """What became of the rows of one source.
+    """How many rows of one source were read, left out, cut and kept.
 
     `rows` read = `bad` (left out by `on_bad_row: drop`) + `dropped` (too long) + those that are kept, as one piece each
     or, if `split`, as several; `truncated` and `split` are among the kept. `pieces_left_out`: pieces in which nothing
@@ -45,7 +45,7 @@ class RowStats:
         """Tokens of the longest row, before anything is cut; 0 without rows."""
         return max(self.lengths, default=0)
 
-    def saw_length(self, tokens: int, where: str) -> None:
+    def count_length(self, tokens: int, where: str) -> None:
         """Count a row that could be tokenised."""
         self.lengths[tokens] += 1
         entry = (tokens, where)
@@ -54,7 +54,7 @@ class RowStats:
         elif tokens > self.longest_rows[0][0]:
             heapq.heapreplace(self.longest_rows, entry)
 
-    def saw_duplicate(self, where: str, first: str, rows: int = 1) -> None:
+    def count_duplicate(self, where: str, first: str, rows: int = 1) -> None:
         """Count a row, or the rows of a pair, whose text came before."""
         self.duplicates += rows
         if len(self.duplicate_rows) < NAMED:
@@ -62,13 +62,13 @@ class RowStats:
 
     def as_json(self) -> dict[str, Any]:
         """For the cache; `from_json` reads it back."""
-        longest = sorted(self.longest_rows, key=lambda each: -each[0])
+        longest = sorted(self.longest_rows, key=lambda entry: -entry[0])
         return {**asdict(self), "lengths": sorted(self.lengths.items()), "longest_rows": longest}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RowStats":
         """The stats that `as_json` wrote."""
-        pairs = {key: [tuple(each) for each in values[key]] for key in ("longest_rows", "duplicate_rows")}
+        pairs = {key: [tuple(entry) for entry in values[key]] for key in ("longest_rows", "duplicate_rows")}
         return cls(**{**values, "lengths": Counter(dict(values["lengths"])), **pairs})
 
 
@@ -82,12 +82,12 @@ class SetStats:
     tokens: int
     supervised_tokens: int
     source: RowStats
-    content: str = ""  # fingerprint of the source's rows, whatever is made of them
+    content: str = ""  # fingerprint of the source's rows, before they are tokenised
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """What stands in a prepared data set and where it came from. `sequences` is its length: packing joins rows."""
+    """The contents of a prepared data set and their sources. `sequences` is its length: packing joins rows."""
 
     sets: list[SetStats]
     sequences: int
@@ -125,25 +125,25 @@ class DataStats:
     @property
     def longest(self) -> int:
         """Tokens of the longest row before anything is cut."""
-        return max(each.source.longest for each in self.sets)
+        return max(set_stats.source.longest for set_stats in self.sets)
 
     @property
     def used(self) -> int:
         """Rows (or pieces) in the data set."""
-        return sum(each.rows for each in self.sets)
+        return sum(set_stats.rows for set_stats in self.sets)
 
     @property
     def tokens(self) -> int:
         """Tokens in the data set."""
-        return sum(each.tokens for each in self.sets)
+        return sum(set_stats.tokens for set_stats in self.sets)
 
     @property
     def supervised_tokens(self) -> int:
         """Tokens in the data set that carry a loss."""
-        return sum(each.supervised_tokens for each in self.sets)
+        return sum(set_stats.supervised_tokens for set_stats in self.sets)
 
     def _sum(self, name: str) -> int:
-        return sum(getattr(each.source, name) for each in self.sets)
+        return sum(getattr(set_stats.source, name) for set_stats in self.sets)
 
     def as_dict(self) -> dict[str, Any]:
         """For the audit file."""
@@ -152,39 +152,43 @@ class DataStats:
         return {
             **{name: getattr(self, name) for name in (*totals, "supervised_tokens", "sequences")},
             "sets": [
-                {**{name: getattr(each, name) for name in of_set}, "digest": each.source.digest} for each in self.sets
+                {**{name: getattr(one, name) for name in of_set}, "digest": one.source.digest} for one in self.sets
             ],
         }
 
     def lines(self) -> list[str]:
         """As it is printed: what was read and is used; of each set its proportion, recognised format and bad rows."""
-        of = max(self.rows, 1)
+        total = max(self.rows, 1)
         counts = {"bad": self.bad, "truncated": self.truncated, "split": self.split, "dropped": self.dropped}
         counts |= {"duplicate": self.duplicates}
-        said = [f"{100 * count / of:.1f} % {name}" for name, count in counts.items() if count or name in _ALWAYS]
+        shares = [f"{100 * count / total:.1f} % {name}" for name, count in counts.items() if count or name in _ALWAYS]
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
         first = (
-            f"{self.rows:,} read, {', '.join(said)}; {self.tokens:,} tokens in {self.sequences:,} sequences, "
+            f"{self.rows:,} read, {', '.join(shares)}; {self.tokens:,} tokens in {self.sequences:,} sequences, "
             f"{self.supervised_tokens:,} supervised ({share:.1f} %)"
         )
-        return [first, *(line for each in self.sets for line in self._of_set(each))]
+        return [first, *(line for set_stats in self.sets for line in self._set_lines(set_stats))]
 
-    def _of_set(self, each: SetStats) -> list[str]:
+    def _set_lines(self, set_stats: SetStats) -> list[str]:
         """Its proportion among others, the format that was recognised, and the rows that were left out."""
-        bad, idle = each.source.bad - len(each.source.bad_rows), each.source.pieces_left_out
+        bad, idle = set_stats.source.bad - len(set_stats.source.bad_rows), set_stats.source.pieces_left_out
         return [
-            *([self._proportion(each)] if len(self.sets) > 1 else []),
-            *([f"  {each.name}: recognised as {each.source.format} ({each.source.why})"] if each.source.why else []),
-            *([f"  left out: {idle:,} unsupervised pieces of split rows of {each.name}"] if idle else []),
-            *(f"  left out: {row}" for row in each.source.bad_rows),
-            *([f"  left out: {bad:,} more rows of {each.name}"] if bad else []),
+            *([self._proportion(set_stats)] if len(self.sets) > 1 else []),
+            *(
+                [f"  {set_stats.name}: recognised as {set_stats.source.format} ({set_stats.source.why})"]
+                if set_stats.source.why
+                else []
+            ),
+            *([f"  left out: {idle:,} unsupervised pieces of split rows of {set_stats.name}"] if idle else []),
+            *(f"  left out: {row}" for row in set_stats.source.bad_rows),
+            *([f"  left out: {bad:,} more rows of {set_stats.name}"] if bad else []),
         ]
 
-    def _proportion(self, each: SetStats) -> str:
-        weight = "" if each.weight is None else f", weight {each.weight:g}"
+    def _proportion(self, set_stats: SetStats) -> str:
+        weight = "" if set_stats.weight is None else f", weight {set_stats.weight:g}"
         return (
-            f"  {each.name}{weight}: {each.rows:,} rows ({100 * each.rows / self.used:.1f} %), "
-            f"{each.tokens:,} tokens ({100 * each.tokens / self.tokens:.1f} %)"
+            f"  {set_stats.name}{weight}: {set_stats.rows:,} rows ({100 * set_stats.rows / self.used:.1f} %), "
+            f"{set_stats.tokens:,} tokens ({100 * set_stats.tokens / self.tokens:.1f} %)"
         )
 
 

@@ -1,7 +1,7 @@
-"""Pairs of answers -> one micro-batch of tensors, in one of three layouts.
+"""Rows, or pairs of answers in one of three layouts -> one micro-batch of tensors.
 
-B pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the chosen
-answer and its prompt with the rejected one.
+B rows or pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the
+chosen answer and its prompt with the rejected one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +11,52 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.data.render import IGNORED
-from finetune.data.render.rendering import Ints
-from finetune.data.tokens.pairs import TokenPair
+from finetune.data.types import Ints, TokenPair
+
+
+class Collator:
+    """Makes micro-batches; B rows, T tokens of the longest row. `rows` (list[str]) says where they come from,
+    `file:line`, for messages.
+
+    Unpacked: `input_ids`, `labels`, `attention_mask`, each [B, T], padded on the right.
+    Packed: `input_ids`, `labels`, `position_ids`, each [1, T], the B packed rows one after the other without padding.
+    There is no `attention_mask`: transformers keeps documents apart by the restarts in `position_ids` only where no
+    mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._pad_token_id: int = tokenizer.pad_token_id
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows that are all packed or all unpacked."""
+        if "position_ids" in features[0]:
+            keys = ("input_ids", "labels", "position_ids")
+            batch = {key: torch.tensor([[x for row in features for x in row[key]]]) for key in keys}
+            return {**batch, "rows": [where for row in features for where in row["row"]]}
+        ids = [torch.tensor(row["input_ids"]) for row in features]
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
+            "labels": pad_sequence(
+                [torch.tensor(row["labels"]) for row in features], batch_first=True, padding_value=IGNORED
+            ),
+            "attention_mask": pad_sequence(
+                [torch.ones_like(row_ids) for row_ids in ids], batch_first=True, padding_value=0
+            ),
+            "rows": [row["row"] for row in features],
+        }
+
 
 PairLayout = Literal["padded", "flat", "shared"]
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
-"""What a token of a shared row is part of (`branch`)."""
+"""The parts of a pair that a token of a shared row can belong to (`branch`)."""
 
 
-class _Stretch(NamedTuple):
-    """Tokens one after the other in a row, of one document and branch."""
+class _Segment(NamedTuple):
+    """Consecutive tokens of a row that belong to one document and branch."""
 
     ids: Ints
     next_labels: Ints  # label of the token after each, IGNORED where there is none
@@ -33,20 +66,20 @@ class _Stretch(NamedTuple):
     branch: int
 
 
-class _Answer(NamedTuple):
-    """Where an answer is: `start` is the place in `row` that predicts its first token."""
+class _AnswerPosition(NamedTuple):
+    """The position of an answer: `start` is the index in `row` that predicts its first token."""
 
     row: int
     start: int
     labels: Ints
 
 
-class _Laid(NamedTuple):
-    """The rows of a batch, and where the answers are: of each pair the chosen one, and the rejected one."""
+class _BatchRows(NamedTuple):
+    """The rows of a batch, and the positions of the chosen and of the rejected answer of each pair."""
 
-    rows: list[list[_Stretch]]
-    chosen: list[_Answer]
-    rejected: list[_Answer]
+    rows: list[list[_Segment]]
+    chosen: list[_AnswerPosition]
+    rejected: list[_AnswerPosition]
 
 
 class PairCollator:
@@ -58,7 +91,7 @@ class PairCollator:
     - flat: `input_ids` and `position_ids` `[1, T]`, all documents in one row, those of a pair side by side. As with
       `Collator` there is no `attention_mask`: the restarts of `position_ids` keep documents apart.
     - shared: `input_ids`, `position_ids`, `document` and `branch` `[rows, T]`, a feature a row, padded on the right.
-      Of each pair the prompt without its last token stands once; then that token and the chosen answer, then that
+      The prompt of a pair comes once, without its last token; then that token and the chosen answer, then that
       token and the rejected answer, so that every hidden state predicts one token. Positions go on from the prompt
       in both branches (prefix sharing, arXiv 2410.20305). Who sees whom follows from `document` (number of the pair in
       its row; padding has negative ones, each its own) and `branch`.
@@ -68,7 +101,7 @@ class PairCollator:
     - `shift_labels`, as `input_ids`: the label of the next token of its own document, -100 where there is none.
     - `weight`, as `input_ids`: how many tokens of the padded layout each stands for: 2 in a shared prompt, 1, and 0 for
       padding. Its sum is the number of tokens in both documents of all pairs, whatever the layout.
-    - `answer_index` `[2B, W]`: flattened place that predicts the j-th token of an answer; 0 beyond its end.
+    - `answer_index` `[2B, W]`: flattened position that predicts the j-th token of an answer; 0 beyond its end.
     - `completion_mask` `[2B, W]`: 1 where the j-th token is supervised. `answer_length` `[2B]`, in tokens.
     - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
     - `pairs`: (split, index) of each pair; `rows` (list of str): its `file:line`, for messages.
@@ -93,12 +126,12 @@ class PairCollator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate the pairs of all features."""
         groups = [[self._tables[feature["split"]][index] for index in feature["pairs"]] for feature in features]
-        laid = _LAY[self.layout](groups)
-        T = max(sum(len(each.ids) for each in row) for row in laid.rows)
+        batch_rows = _LAYOUTS[self.layout](groups)
+        T = max(sum(len(segment.ids) for segment in row) for row in batch_rows.rows)
         if self.layout != "flat":
             T += -T % self._pad_to_multiple_of
-        batch = _tokens(laid.rows, T, self._pad_token_id)
-        batch |= _answers([*laid.chosen, *laid.rejected], T)
+        batch = _tokens(batch_rows.rows, T, self._pad_token_id)
+        batch |= _answers([*batch_rows.chosen, *batch_rows.rejected], T)
         for name in _UNUSED[self.layout]:
             del batch[name]
         if self.reference is not None:
@@ -109,60 +142,60 @@ class PairCollator:
         return {**batch, "pairs": named, "rows": [pair.row for pair in chain(*groups)]}
 
 
-def _document(pair: TokenPair, answer: tuple[Ints, Ints], document: int, branch: int) -> _Stretch:
+def _document(pair: TokenPair, answer: tuple[Ints, Ints], document: int, branch: int) -> _Segment:
     """A whole conversation."""
     ids, labels = answer
     before = np.full(len(pair.prompt_ids) - 1, IGNORED, np.int32)
-    return _Stretch(np.concatenate([pair.prompt_ids, ids]), _next(before, labels), 0, 1, document, branch)
+    return _Segment(np.concatenate([pair.prompt_ids, ids]), _next(before, labels), 0, 1, document, branch)
 
 
 def _next(*labels: Ints) -> Ints:
     return np.concatenate([*labels, np.array([IGNORED], np.int32)])
 
 
-def _padded(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
-    rows: list[list[_Stretch]] = []
-    answers: list[list[_Answer]] = []
+def _padded(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
+    rows: list[list[_Segment]] = []
+    answers: list[list[_AnswerPosition]] = []
     for branch in (CHOSEN, REJECTED):
         answers.append([])
         for pair in chain(*groups):
             answer = pair.answers[branch - CHOSEN]
-            answers[-1].append(_Answer(len(rows), len(pair.prompt_ids) - 1, answer[1]))
+            answers[-1].append(_AnswerPosition(len(rows), len(pair.prompt_ids) - 1, answer[1]))
             rows.append([_document(pair, answer, 0, branch)])
-    return _Laid(rows, *answers)
+    return _BatchRows(rows, *answers)
 
 
-def _flat(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
-    row: list[_Stretch] = []
-    answers: tuple[list[_Answer], list[_Answer]] = ([], [])
+def _flat(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
+    row: list[_Segment] = []
+    answers: tuple[list[_AnswerPosition], list[_AnswerPosition]] = ([], [])
     length = 0
     for pair in chain(*groups):
-        for found, branch, answer in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
-            found.append(_Answer(0, length + len(pair.prompt_ids) - 1, answer[1]))
+        for positions, branch, answer in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
+            positions.append(_AnswerPosition(0, length + len(pair.prompt_ids) - 1, answer[1]))
             row.append(_document(pair, answer, len(row), branch))
             length += len(row[-1].ids)
-    return _Laid([row], *answers)
+    return _BatchRows([row], *answers)
 
 
-def _shared(groups: Sequence[Sequence[TokenPair]]) -> _Laid:
-    rows: list[list[_Stretch]] = []
-    answers: tuple[list[_Answer], list[_Answer]] = ([], [])
+def _shared(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
+    rows: list[list[_Segment]] = []
+    answers: tuple[list[_AnswerPosition], list[_AnswerPosition]] = ([], [])
     for number, group in enumerate(groups):
-        row: list[_Stretch] = []
+        row: list[_Segment] = []
         length = 0
         for document, pair in enumerate(group):
             prompt, last = pair.prompt_ids[:-1], pair.prompt_ids[-1:]
-            row.append(_Stretch(prompt, np.full(len(prompt), IGNORED, np.int32), 0, 2, document, PROMPT))
+            row.append(_Segment(prompt, np.full(len(prompt), IGNORED, np.int32), 0, 2, document, PROMPT))
             length += len(prompt)
-            for found, branch, (ids, labels) in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
-                found.append(_Answer(number, length, labels))
-                row.append(_Stretch(np.concatenate([last, ids]), _next(labels), len(prompt), 1, document, branch))
+            for positions, branch, (ids, labels) in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
+                positions.append(_AnswerPosition(number, length, labels))
+                row.append(_Segment(np.concatenate([last, ids]), _next(labels), len(prompt), 1, document, branch))
                 length += len(ids) + 1
         rows.append(row)
-    return _Laid(rows, *answers)
+    return _BatchRows(rows, *answers)
 
 
-_LAY: dict[PairLayout, Callable[[Sequence[Sequence[TokenPair]]], _Laid]] = {
+_LAYOUTS: dict[PairLayout, Callable[[Sequence[Sequence[TokenPair]]], _BatchRows]] = {
     "padded": _padded,
     "flat": _flat,
     "shared": _shared,
@@ -174,7 +207,7 @@ _UNUSED: dict[PairLayout, tuple[str, ...]] = {
 }
 
 
-def _tokens(rows: Sequence[Sequence[_Stretch]], T: int, pad_token_id: int) -> dict[str, Any]:
+def _tokens(rows: Sequence[Sequence[_Segment]], T: int, pad_token_id: int) -> dict[str, Any]:
     """All columns `[rows, T]`."""
     shape = (len(rows), T)
     columns = {
@@ -189,20 +222,20 @@ def _tokens(rows: Sequence[Sequence[_Stretch]], T: int, pad_token_id: int) -> di
     }
     for number, row in enumerate(rows):
         place = 0
-        for each in row:
-            here = (number, slice(place, place + len(each.ids)))
-            columns["input_ids"][here] = each.ids
-            columns["shift_labels"][here] = each.next_labels
-            columns["position_ids"][here] = each.position + np.arange(len(each.ids))
-            columns["weight"][here] = each.weight
-            columns["document"][here] = each.document
-            columns["branch"][here] = each.branch
+        for segment in row:
+            here = (number, slice(place, place + len(segment.ids)))
+            columns["input_ids"][here] = segment.ids
+            columns["shift_labels"][here] = segment.next_labels
+            columns["position_ids"][here] = segment.position + np.arange(len(segment.ids))
+            columns["weight"][here] = segment.weight
+            columns["document"][here] = segment.document
+            columns["branch"][here] = segment.branch
             columns["attention_mask"][here] = 1
-            place += len(each.ids)
+            place += len(segment.ids)
     return {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
-def _answers(answers: Sequence[_Answer], T: int) -> dict[str, Any]:
+def _answers(answers: Sequence[_AnswerPosition], T: int) -> dict[str, Any]:
     """Where each answer is predicted, in rows of `T` tokens."""
     W = max(len(answer.labels) for answer in answers)
     index_BW, mask_BW = (np.zeros((len(answers), W), np.int64) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A row as it comes out of a source, what can be wrong with it, and how all of it is reported at once."""
+"""A row as it comes out of a source, its errors, and the report of all of them at once."""
 
 import json
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from finetune.errors import DataError, Problem
 
 MAX_PROBLEMS = 20
-"""More than these are counted, not printed: the same mistake usually stands in every row."""
+"""More than these are counted, not printed: the same mistake is usually in every row."""
 
 
 class RowError(Exception):
@@ -30,8 +30,12 @@ class FileError(RowError):
         super().__init__(None, what, do, got)
 
 
+RowValue = dict[str, Any] | RowError
+"""The object of a row, or its error."""
+
+
 class Row(NamedTuple):
-    """One row of a source: the object, or what is wrong with it.
+    """One row of a source: the object, or its error.
 
     `path` is how messages name the file. `number` is 1-based: the line at which the row begins in JSONL, JSON and CSV
     files, the row itself in Parquet, Arrow and hub sets; 0 with a `FileError` of the file as a whole. `progress` is
@@ -41,7 +45,7 @@ class Row(NamedTuple):
     path: str
     number: int
     progress: int
-    value: dict[str, Any] | RowError
+    value: RowValue
 
 
 class Problems:
@@ -54,7 +58,7 @@ class Problems:
         self._paths: dict[str, None] = {}
 
     def add(self, path: str, number: int, error: RowError) -> None:
-        """Remember what is wrong with this row."""
+        """Add the error of a row."""
         self.count += 1
         if self.count <= self.limit:
             self.first.append(error.problem(path, number))
@@ -62,14 +66,14 @@ class Problems:
             self._paths[path] = None
 
     def report(self) -> list[Problem]:
-        """What is printed: the first problems, and how many more there are in which files."""
+        """The problems to print: the first, and how many more there are in which files."""
         rest = self.count - len(self.first)
         if not rest:
             return self.first
         path, *others = self._paths
         where = path if not others else f"{path} and {len(others)} more file{'s' * (len(others) > 1)}"
         what = "1 more row is wrong" if rest == 1 else f"{rest} more rows are wrong"
-        return [*self.first, Problem(where=where, what=what, do="mend those above first")]
+        return [*self.first, Problem(where=where, what=what, do="fix those above first")]
 
     def raise_if_any(self) -> None:
         """Raise `DataError` with everything found."""
@@ -83,7 +87,7 @@ def shown(value: object, limit: int = 60) -> str:
         value = value[: limit + 1]
     try:
         text = json.dumps(value, ensure_ascii=False, default=repr)
-    except (ValueError, TypeError, RecursionError):  # a cycle, keys that are no strings, too deep
+    except (ValueError, TypeError, RecursionError):  # a cycle, keys that are not strings, too deep
         text = f"a {type(value).__name__}"
     # Half surrogate pairs cannot be printed.
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,14 +1,30 @@
-"""Reading rows of a named format, and naming the file's own places for what is found wrong later."""
+"""Reading rows of a named format, and naming the places of the file where an error is found later."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from finetune.data.formats import format_parsers
 from finetune.data.formats.fields import Fields
-from finetune.data.formats.table import FORMATS, Format
-from finetune.data.rows import RowError
-from finetune.data.types import Example
+from finetune.data.formats.parsed import Parsed
+from finetune.data.row_errors import RowError
+from finetune.data.types import RowContent
 from finetune.errors import DataError, Problem
+from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(RowFormat):
+    """A row format that can be read."""
+
+    read: Callable[[Fields], Parsed]
+
+
+FORMATS: dict[str, Format] = {
+    name: Format(**vars(row_format), read=getattr(format_parsers, name)) for name, row_format in ROW_FORMATS.items()
+}
+
 
 _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 
@@ -21,16 +37,16 @@ class Reader:
         self._columns = dict(columns)
         _check_columns(row_format, columns)
 
-    def __call__(self, row: Mapping[str, Any]) -> Example:
-        """The example of a row; `RowError` (and nothing else) names what is wrong by the file's own columns."""
+    def __call__(self, row: Mapping[str, Any]) -> RowContent:
+        """The content of a row; `RowError` (and nothing else) at a place named by the file's own columns."""
         for field, column in self._columns.items():
             if column not in row:
                 do = f"columns.{field} names it: correct that, or add the column"
                 raise RowError(column, "is missing", do, f"keys {sorted(row)}")
         try:
-            return self.format.read(self.fields(row)).example()
+            return self.format.read(self.fields(row)).content()
         except RecursionError as error:
-            raise RowError(None, "is nested too deeply", "flatten what is nested") from error
+            raise RowError(None, "is nested too deeply", "flatten it") from error
 
     def locate(self, row: Mapping[str, Any], place: str | None) -> str | None:
         """The file's own name of a place in the example: `messages[1].content` is `output` in an alpaca row.
@@ -75,17 +91,17 @@ def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:
         for field, column in columns.items()
         if field not in row_format.fields
     ]
-    taken: dict[str, str] = {}
+    field_of: dict[str, str] = {}
     for field, column in columns.items():
-        if column in taken:
-            what = f"the column already stands for {taken[column]}"
+        if column in field_of:
+            what = f"the column is already mapped to {field_of[column]}"
             problems.append(Problem(where=f"columns.{field}", what=what, got=repr(column), do="name another column"))
-        taken[column] = field
+        field_of[column] = field
     if problems:
         raise DataError(problems)
 
 
 def _common_head(row: Mapping[str, Any], places: Iterable[str]) -> str | None:
-    """`conversations` for `conversations[0]`, `conversations[1]`; None where the turns stand in several columns."""
+    """`conversations` for `conversations[0]`, `conversations[1]`; None where the turns are in several columns."""
     heads = {place if place in row else re.split(r"\[|\.", place, maxsplit=1)[0] for place in places}
     return heads.pop() if len(heads) == 1 else None

@@ -1,19 +1,40 @@
-"""One tokenizer's chat template: conversation -> text, as generation would render it too.
+"""A tokenizer's chat template: conversation -> text, as generation would render it too; the shipped templates by name.
 
 The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from finetune.data.render.borders import Turns, ending
-from finetune.data.rows import RowError, shown
+from finetune.data.render.prompt_ends import Turns, ending
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
+
+FOLDER = Path(__file__).parent / "templates"
+SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
+
+
+def read_template(name_or_path: str) -> str:
+    """The Jinja source of a shipped template (by name) or of a file; `DataError` if it is neither."""
+    path = FOLDER / f"{name_or_path}.jinja" if name_or_path in SHIPPED else Path(name_or_path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            Problem(
+                where="data.chat_template",
+                what="no such template",
+                got=f"{name_or_path!r} ({error.__class__.__name__})",
+                do=f"name a shipped template ({', '.join(SHIPPED)}) or the path of a .jinja file",
+            )
+        ) from error
+
 
 System = Literal["error", "merge_into_first_user"]
 
@@ -25,7 +46,7 @@ _SYSTEM_PROBE = "Count in base seven."
 class ChatTemplate:
     """Renders with the chat template of `tokenizer`; `name` is what messages call it.
 
-    `system` says what becomes of a system message where the template has no system role: an error, or the beginning
+    `system` decides about a system message where the template has no system role: an error, or the beginning
     of the first user message. Raises `DataError` where there is no template.
     """
 
@@ -41,7 +62,7 @@ class ChatTemplate:
             self._compiled = [_compile_jinja_template(source) for source in sources]
         except TemplateError as error:
             what, got = f"{name} cannot be read", str(error)
-            raise DataError(Problem("data.chat_template", what, f"mend it, or {ANOTHER_TEMPLATE}", got)) from error
+            raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
         self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, "documents": None}
@@ -53,7 +74,7 @@ class ChatTemplate:
     def text(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
     ) -> str:
-        """What the template writes; `generation` adds what makes the model answer. `RowError` if it refuses."""
+        """What the template writes; `generation` adds what makes the model answer. `RowError` if it fails."""
         written: list[str] = []
         self._write(written, [_without_train(message) for message in messages], tools, generation)
         return "".join(written)
@@ -61,9 +82,9 @@ class ChatTemplate:
     def text_and_prompts(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
     ) -> tuple[str, list[int | str]]:
-        """The whole text, and for each turn of `indices` what generation would be given before it.
+        """The whole text, and for each turn of `indices` the prompt before it.
 
-        That is where it ends in the text, or, if it is no beginning of the text, the prompt itself.
+        That is where it ends in the text, or, if it is not a prefix of the text, the prompt itself.
         """
         fixed = self._endings[bool(tools)]
         if fixed is None:
@@ -125,7 +146,7 @@ class ChatTemplate:
         return replace(given, messages=[merged, *given.messages[2:]])
 
     def prompt(self, conversation: Conversation) -> str:
-        """What generation is given for the last message: all turns before it, with the generation prompt."""
+        """The prompt of the last message: all turns before it, with the generation prompt."""
         given = self.conversation(conversation)
         return self.text(given.messages[:-1], given.tools, generation=True)
 

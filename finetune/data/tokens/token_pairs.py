@@ -1,4 +1,4 @@
-"""Two answers to one prompt, as tokens, and the data set of a preference run."""
+"""The data set of a preference run: tables of pairs, mixed and packed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,42 +9,19 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from finetune.data.render.rendering import Ints
-from finetune.data.rows import MAX_PROBLEMS
-from finetune.data.tokens.kinds import PAIRED_ROWS
-from finetune.data.tokens.mixture import Indices
-from finetune.data.tokens.packing import Bins, best_fit_decreasing
+from finetune.data.row_errors import MAX_PROBLEMS
+from finetune.data.tokens.cache import PAIRS, TokenTable
+from finetune.data.tokens.examples import PAIRED_ROWS
+from finetune.data.tokens.packing import Bins, Indices, best_fit_decreasing
 from finetune.data.tokens.prepare import Mixture, prepare_mixture
-from finetune.data.tokens.table import PAIRS, TokenTable
+from finetune.data.types import Ints, TokenPair
 from finetune.recipe import DataSettings, DataSource
 
 _PROMPT, _CHOSEN, _REJECTED = (PAIRS.names.index(name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 
 
-@dataclass(frozen=True, slots=True)
-class TokenPair:
-    """One pair, int32 throughout. A whole conversation is `prompt_ids` and then one answer.
-
-    `prompt_ids` are what generation is given: the same for both answers, at least one token, none of them supervised.
-    `chosen_labels` and `rejected_labels` are as long as their ids: the id where the token is supervised, else -100 (a
-    tool's result between two turns, say), NOT shifted; each has at least one supervised token. `row` is `file:line`.
-    """
-
-    prompt_ids: Ints
-    chosen_ids: Ints
-    chosen_labels: Ints
-    rejected_ids: Ints
-    rejected_labels: Ints
-    row: str
-
-    @property
-    def answers(self) -> tuple[tuple[Ints, Ints], tuple[Ints, Ints]]:
-        """(ids, labels) of the chosen and of the rejected answer."""
-        return (self.chosen_ids, self.chosen_labels), (self.rejected_ids, self.rejected_labels)
-
-
 class PairTable(Sequence[TokenPair]):
-    """Pairs of several sets, memory-mapped: `table_of` says in which table the pair stands, `row_of` where there."""
+    """Pairs of several sets, memory-mapped: `table_of` is the table of each pair, `row_of` its row there."""
 
     def __init__(self, tables: Sequence[TokenTable], table_of: Indices, row_of: Indices) -> None:
         self._tables, self._table_of, self._row_of = tables, table_of, row_of
@@ -73,13 +50,13 @@ class PairMixture(Mixture):
     @cached_property
     def table(self) -> PairTable:
         """The pairs in the order of the data set, those that are used twice twice."""
-        table_of = np.repeat(np.arange(len(self.sets)), [len(each) for each in self.chosen])
+        table_of = np.repeat(np.arange(len(self.sets)), [len(indices) for indices in self.chosen])
         return PairTable([rows.table() for rows in self.sets], table_of, np.concatenate(self.chosen))
 
     def places(self, share_prompts: bool) -> Ints:
-        """What each pair takes of a packed sequence: two conversations, or one prompt with two answers behind it.
+        """Tokens of each pair in a packed sequence: two conversations, or one prompt with two answers behind it.
 
-        A prompt that is shared stands once, but its last token before each answer.
+        A prompt that is shared comes once, but its last token before each answer.
         """
         return self.lengths - self._tokens(_PROMPT) + 1 if share_prompts else self.lengths
 
@@ -92,7 +69,9 @@ class PairMixture(Mixture):
     def _tokens(self, column: int) -> Ints:
         """How long a column of `PAIRS` is in each pair of the data set."""
         tables = [rows.table() for rows in self.sets]
-        return np.concatenate([table.lengths(column)[each] for table, each in zip(tables, self.chosen, strict=True)])
+        return np.concatenate(
+            [table.lengths(column)[indices] for table, indices in zip(tables, self.chosen, strict=True)]
+        )
 
     def dataset(self, settings: DataSettings, share_prompts: bool) -> Dataset:
         """Column `pairs`: indices into `table`, one a row, or with packing those that share a sequence; and `length`,

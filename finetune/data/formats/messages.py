@@ -1,4 +1,10 @@
-"""One message of a file -> one turn that knows where it came from."""
+"""One message of a file -> one turn that knows where it came from, and the order in which turns may come.
+
+A system message is the first or there is none. Then user and assistant alternate, beginning with the user; an assistant
+message that calls tools is followed by their results (at least one, at most one a call) and then by the assistant.
+Two messages of one speaker in a row are an error, not joined: nearly always an answer between them is missing, and
+chat templates do not agree on what to write for them.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,14 +12,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
-from finetune.data.formats.tools import parse_json, read_calls, refuse_unknown
-from finetune.data.rows import RowError, shown
+from finetune.data.formats.tools import check_known_keys, parse_json, read_calls
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role, ToolCall
 
 
 @dataclass(frozen=True)
 class Spelling:
-    """What a file calls role and content."""
+    """The names of role and content in a file."""
 
     role: str
     content: str
@@ -49,12 +55,12 @@ class Turn(NamedTuple):
 
     @property
     def role_place(self) -> str:
-        """Where the file says who speaks."""
+        """The place of the role in the file."""
         return f"{self.place}.{self.spelling.role}" if self.spelling else self.place
 
     @property
     def content_place(self) -> str:
-        """Where the file says what is said."""
+        """The place of the content in the file."""
         return f"{self.place}.{self.spelling.content}" if self.spelling else self.place
 
 
@@ -106,7 +112,7 @@ def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str
         do = f"write {{{spelling.role}, {spelling.content}}}"
         raise RowError(place, f"must be an object with {spelling.role} and {spelling.content}", do, shown(entry))
     if not entry.keys() <= spelling.known:
-        refuse_unknown(entry, place, spelling.known, f"a message has {', '.join(spelling.keys)}")
+        check_known_keys(entry, place, spelling.known, f"a message has {', '.join(spelling.keys)}")
     if entry.get(spelling.role) is None:
         do = f"a message has {spelling.role} and {spelling.content}"
         raise RowError(f"{place}.{spelling.role}", "is missing", do, f"keys {sorted(entry)}")
@@ -158,8 +164,8 @@ def _part(part: object, place: str) -> str:
         raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
     if part.get("type") != "text":
         do = "only text can be trained on: remove the row or the part"
-        raise RowError(f"{place}.type", "is no text part", do, shown(part.get("type")))
-    refuse_unknown(part, place, PART_KEYS, "a text part has type and text")
+        raise RowError(f"{place}.type", "is not a text part", do, shown(part.get("type")))
+    check_known_keys(part, place, PART_KEYS, "a text part has type and text")
     text = part.get("text")
     if not isinstance(text, str):
         raise RowError(f"{place}.text", "must be text", "write a string", shown(text))
@@ -190,3 +196,69 @@ def _of_a_tool(entry: Mapping[str, Any], key: str, role: Role, place: str) -> st
 def roles_of(turns: Sequence[Turn]) -> str:
     """The roles in order, as messages quote them."""
     return shown([turn.message["role"] for turn in turns])
+
+
+CALL_IN_TEXT = "<tool_call>"
+"""Sets in the style of Hermes write the call into the assistant's text."""
+
+
+def check_order(turns: Sequence[Turn]) -> None:
+    """`RowError` at the first turn that may not follow those before it, or if the last one is not the assistant's."""
+    before: Message | None = None
+    open_calls: list[str | None] = []  # ids (None: without one) of calls that no result has answered yet
+    for turn in turns:
+        message = turn.message
+        what, do = _objection(before, message, open_calls)
+        if what:
+            raise RowError(turn.role_place, what, do, roles_of(turns))
+        if message["role"] == "tool":
+            _answer(turn, open_calls)
+        else:
+            open_calls = [call.get("id") for call in message.get("tool_calls", [])]
+            if message["role"] == "assistant" and not open_calls and CALL_IN_TEXT in message["content"]:
+                open_calls = [None] * message["content"].count(CALL_IN_TEXT)
+        before = message
+    if before is None or before["role"] != "assistant":
+        do = "add the answer, or remove what follows the last one: it would be read but never learned"
+        raise RowError(turns[-1].role_place, "the last message is not the assistant's", do, roles_of(turns))
+
+
+def _objection(before: Message | None, message: Message, open_calls: Sequence[str | None]) -> tuple[str, str]:
+    """Why `message` may not follow `before`, and what to do; two empty texts if it may."""
+    role = message["role"]
+    if role == "system":
+        return _unless(before is None, "a system message must come first", "move it to the beginning, or merge it")
+    if role == "tool":
+        fits = bool(open_calls) and before is not None and before["role"] in ("assistant", "tool")
+        what = "a tool result without a call before it"
+        return _unless(fits, what, "add the assistant's tool_calls before it, one for each result")
+    earlier: Role | None = None if before is None else before["role"]
+    if role == "user":
+        if earlier == "user":
+            return "two user messages in a row", "join them, or add the answer that is missing between them"
+        what = "a tool was called, and the user speaks before the assistant answers"
+        called = earlier == "tool" or (before is not None and "tool_calls" in before)
+        return _unless(not called, what, "add the tool's result and the assistant's answer")
+    if earlier in (None, "system"):
+        return "the assistant speaks before the user", "begin with a user message (after the system message, if any)"
+    return _unless(
+        earlier != "assistant",
+        "two assistant messages in a row",
+        "join them, or add what stood between them (a user's message, or the result of a tool call)",
+    )
+
+
+def _unless(fine: bool, what: str, do: str) -> tuple[str, str]:
+    return ("", "") if fine else (what, do)
+
+
+def _answer(turn: Turn, open_calls: list[str | None]) -> None:
+    """Take the call that this result answers off the list; without an id it is the first."""
+    name = turn.message.get("tool_call_id")
+    if name is None or not any(open_calls):
+        open_calls.pop(0)
+    elif name in open_calls:
+        open_calls.remove(name)
+    else:
+        do = "give each result the id of one call, each once"
+        raise RowError(f"{turn.place}.tool_call_id", "answers no open call", do, f"{name!r}; open: {open_calls}")

@@ -1,6 +1,6 @@
 """Where each turn begins in a rendered conversation, and the proof that generation's prompt ends there: one rendering.
 
-What generation is given before turn i is the template's output for the turns before it. Rendering every such prefix
+The prompt before turn i is the template's output for the turns before it. Rendering every such prefix
 costs as much again for each answer. It can be avoided where the template, run on the whole conversation, is seen to
 write all of that output before it looks at turn i in any way, and to look then only in order to begin the next round of
 its one main loop: on the prefix it must have done the same up to there, left the loop, and written its fixed ending.
@@ -59,7 +59,7 @@ class Turns:
 
 
 def ending(template: Template, source: str) -> str | None:
-    """What the template always writes behind its main loop to make the model answer; None where that is not fixed.
+    """The text that the template always writes after its main loop to make the model answer; None if it is not fixed.
 
     None, too, where the template may look at its messages in a way that `Turns` does not see.
     """

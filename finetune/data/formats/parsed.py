@@ -1,31 +1,30 @@
-"""What a format found in a row: turns that know their places. `example` checks them and lets the places go."""
+"""The parsed form of a row: turns with their places in the file. `content` checks them and drops the places."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finetune.data.formats.order import check_order
+from finetune.data.formats.messages import OPENAI, Turn, check_order, roles_of
 from finetune.data.formats.tools import check_arguments
-from finetune.data.formats.turns import OPENAI, Turn, roles_of
-from finetune.data.rows import RowError
-from finetune.data.types import Conversation, Document, Example, Judged, Message, Preference
+from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation, Document, Judged, Message, Preference, RowContent
 
 Tools = list[dict[str, Any]] | None
 
 
-class Draft(Protocol):
-    """One kind of example before its checks."""
+class Parsed(Protocol):
+    """One form of row content before its checks."""
 
-    def example(self) -> Example:
-        """The example; `RowError` at the file's own place."""
+    def content(self) -> RowContent:
+        """The content; `RowError` at the file's own place."""
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """The turns by the field of the example that they become."""
+        """The turns by the field of the content that they become."""
 
 
 @dataclass(frozen=True)
-class Talk:
+class ParsedConversation:
     """-> `Conversation`."""
 
     turns: list[Turn]
@@ -33,11 +32,11 @@ class Talk:
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """See `Draft`."""
+        """See `Parsed`."""
         return {"messages": self.turns}
 
-    def example(self) -> Conversation:
-        """See `Draft`."""
+    def content(self) -> Conversation:
+        """See `Parsed`."""
         check_order(self.turns)
         answers = [turn for turn in self.turns if turn.message["role"] == "assistant"]
         if all(turn.message.get("train") is False for turn in answers):
@@ -48,23 +47,23 @@ class Talk:
 
 
 @dataclass(frozen=True)
-class Plain:
+class ParsedText:
     """-> `Document`."""
 
     text: str
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """See `Draft`."""
+        """See `Parsed`."""
         return {}
 
-    def example(self) -> Document:
-        """See `Draft`."""
+    def content(self) -> Document:
+        """See `Parsed`."""
         return Document(self.text)
 
 
 @dataclass(frozen=True)
-class Pair:
+class ParsedPair:
     """-> `Preference`. `places`: the columns of the two answers."""
 
     prompt: list[Turn]
@@ -75,13 +74,13 @@ class Pair:
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """See `Draft`."""
+        """See `Parsed`."""
         return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
-    def example(self) -> Preference:
-        """See `Draft`."""
+    def content(self) -> Preference:
+        """See `Parsed`."""
         if _messages(self.chosen) == _messages(self.rejected):
-            do = "remove the row: it says nothing about what is better"
+            do = "remove the row: it does not say which answer is better"
             raise RowError(self.places[1], f"is the same answer as {self.places[0]}", do)
         for answer, place in zip((self.chosen, self.rejected), self.places, strict=True):
             check_answer(self.prompt, answer, place)
@@ -90,7 +89,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ParsedJudgement:
     """-> `Judged`. `place`: the column of the answer."""
 
     prompt: list[Turn]
@@ -100,11 +99,11 @@ class Verdict:
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
-        """See `Draft`."""
+        """See `Parsed`."""
         return {"prompt": self.prompt, "completion": self.completion}
 
-    def example(self) -> Judged:
-        """See `Draft`."""
+    def content(self) -> Judged:
+        """See `Parsed`."""
         check_answer(self.prompt, self.completion, self.place)
         return Judged(_messages(self.prompt), _messages(self.completion), self.desirable)
 

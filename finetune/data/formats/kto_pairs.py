@@ -5,17 +5,17 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from finetune.data.rows import RowError
+from finetune.data.row_errors import RowError
 from finetune.data.types import Judged, Message, Preference
 
-DO = "train on it with a method for judged answers, or remove the row"
+_DO = "train on it with a method for judged answers, or remove the row"
 
 
 @dataclass
 class Pairing:
     """`pairs`: (preference, index of its desirable row, of its undesirable one); `errors`: (index, why it has no pair).
 
-    Indices are those of the judged answers; each stands in exactly one of the two.
+    Indices are those of the judged answers; each is in exactly one of the two.
     """
 
     pairs: list[tuple[Preference, int, int]] = field(default_factory=list)
@@ -58,7 +58,7 @@ def _pair_prompt(judged: Sequence[Judged], indices: Sequence[int], result: Pairi
     for index in good[paired:] + bad[paired:]:
         missing = "undesirable" if judged[index].desirable else "desirable"
         what = f"its prompt has no {'further ' if paired else ''}{missing} answer, so it makes no pair"
-        result.errors.append((index, RowError("label", what, DO)))
+        result.errors.append((index, RowError("label", what, _DO)))
 
 
 def _key(messages: Sequence[Message]) -> str:
