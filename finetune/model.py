@@ -29,7 +29,6 @@ from finetune.moe.lora import add_adapter
 from finetune.moe.quantizer import MoeNf4Config, refuse_damaged
 from finetune.moe.rehearsal import differences, refuse_quantized, rehearse
 from finetune.moe.router_bias import BIAS_FILE, require_biases, save_biases
-from finetune.moe.stored import is_stored
 from finetune.moe.targets import lora_config, refuse_absent
 from finetune.moe.vocabulary import grow_vocabulary, refuse_outside
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
@@ -73,7 +72,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """The checkpoint's architecture; refused where recipe and checkpoint do not fit it. Reads headers, no weights."""
     reader = CheckpointReader(folder)
     family = config_family(folder, recipe, partial(_refuse_targets, reader))
-    refuse_quantized(reader, recipe.model.load_in_4bit)
+    refuse_quantized(reader)
     rehearse(reader, family.transformers_class(), recipe.model.load_in_4bit, **_options(recipe.model))
     return family
 
@@ -193,7 +192,7 @@ def load_base(folder: Path, settings: ModelSettings, new_tokens: Sequence[int] =
     family = family_of(str(reader.config.get("model_type")), str(folder / "config.json"))
     options = _options(settings)
     rehearse(reader, family.transformers_class(), settings.load_in_4bit, **options)
-    if settings.load_in_4bit and not is_stored(reader.config):
+    if settings.load_in_4bit:
         options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"])
     model, report = family.transformers_class().from_pretrained(
         folder,

@@ -44,17 +44,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Which base, what the choice costs, and 4 bits instead of 16."""
+    """The base to merge into, and what the choice costs."""
     parser.add_argument(
         "--into",
         choices=INTO,
         default=INTO[0],
         help="the base to add to: the 16-bit checkpoint (default), or the values that 4-bit training saw",
-    )
-    parser.add_argument(
-        "--requantize",
-        choices=("nf4",),
-        help="write the merged model in 4 bits, for training on it and evaluating it with this toolkit",
     )
     parser.add_argument(
         "--compare",
@@ -82,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         prove=not args.no_proof,
         prompts=args.prompts,
         resume=args.resume,
-        requantize=args.requantize is not None,
         compare=args.compare,
         compare_rows=args.compare_rows,
     )

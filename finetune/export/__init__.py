@@ -16,7 +16,6 @@ from finetune.merge import merge
 from finetune.merge.card import read_record, vllm_card
 from finetune.merge.job import base_folder
 from finetune.moe.families import family_of
-from finetune.moe.stored import is_stored
 
 __all__ = ["FORMATS", "Exported", "export"]
 
@@ -79,10 +78,6 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     verify_sums(adapter.folder)
     peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
-    if is_stored(reader.config):
-        what = "is stored in NF4, and vLLM serves adapters on the published form of a base"
-        do = "use finetune merge --into dequantized, and serve the merged model"
-        raise WeightsError(Problem(str(reader.folder), what, do))
     found, digest = fingerprint(reader.folder), adapter.digest()
     refuse_unrelated(reader.folder, found, (Weighted(adapter, 1.0, digest),))
     family = family_of(str(reader.config.get("model_type")), str(reader.folder / _MODEL_CONFIG))

@@ -13,7 +13,6 @@ from finetune.inspect.lines import Line, checksum_line, size
 from finetune.inspect.records import told_by
 from finetune.merge.report import names_and_shapes
 from finetune.moe.families import family_of
-from finetune.moe.stored import is_stored
 
 UPCYCLE_FILE = "upcycle.json"
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call the experts
@@ -24,7 +23,7 @@ def checkpoint_lines(folder: Path) -> list[Line]:
     reader = CheckpointReader(folder)
     infos = [reader.info(key) for key in reader.keys]
     found, files = fingerprint(folder), len({info.file for info in infos})
-    numbers = "/".join(sorted({info.dtype for info in infos})) + (", stored in NF4" if is_stored(reader.config) else "")
+    numbers = "/".join(sorted({info.dtype for info in infos}))
     stored = "" if files == 1 else f" in {files} files"
     values, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     return [
@@ -69,17 +68,14 @@ def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
     parts = report["parts"].items()
     changed = (f"{name} {part['tensors']} tensors by {part['relative_delta']:.2%}" for name, part in parts)
     lines.append(("changed", ", ".join(changed)))
-    proof, logits, nf4 = report["proof"], report["proof"]["logits"], report["proof"].get("nf4")
-    before = f" of the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else ""
-    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors{before}"
+    proof, logits = report["proof"], report["proof"]["logits"]
+    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors"
     lines.append(("proven", f"{proven} {names_and_shapes(report)}"))
     lines += _other_lines(report)
     if logits is not None:
         off, effect = f"{logits['merged_error_mean']:.3g}", f"{logits['adapter_effect_mean']:.3g}"
         text = f"off by {off} in the mean where the adapter's effect is {effect}, on {logits['tokens']} tokens"
-        lines.append(("logits before NF4" if nf4 else "logits", text))
-    if nf4:
-        lines += _nf4_lines(nf4)
+        lines.append(("logits", text))
     return lines + [("NOT PROVEN", text) for text in proof["not_proven"]]
 
 
@@ -94,17 +90,6 @@ def _other_lines(report: Mapping[str, Any]) -> list[Line]:
         *([("embedding, head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
         *([("router biases", f"{moved} tensors, as training left them")] if moved else []),
     ]
-
-
-def _nf4_lines(nf4: Mapping[str, Any]) -> list[Line]:
-    parts = (nf4.get("lost") or {}).items()
-    lost = [f"{part} {'no change' if ratio is None else f'{ratio:.3g} x the change'}" for part, ratio in parts]
-    lines = [("written in NF4", f"{nf4['matrices']} matrices" + (f"; rounds off of {', '.join(lost)}" if lost else ""))]
-    if nf4["logit_error_mean"] is not None:
-        usual = nf4["base_error_mean"]
-        beside = "" if usual is None else f"; rounding the base itself to NF4 makes {usual:.3g}"
-        lines.append(("logits in NF4", f"off by {nf4['logit_error_mean']:.3g} in the mean{beside}"))
-    return lines
 
 
 def _trainable(reader: CheckpointReader) -> str:

@@ -53,7 +53,7 @@ def merged_card(report: Facts, records: Sequence[Facts]) -> str:
         *([_warning(missing)] if missing else []),
         f"# {public_name(report['output'])}",
         f"{base} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
-        f"{_stored(report)}.",
+        f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
         "## Proof",
         _table(("", ""), _proof_rows(report)),
         *([_comparison(report["compare"])] if report.get("compare") else []),
@@ -148,15 +148,8 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _stored(report: Facts) -> str:
-    nf4, formats = report["proof"].get("nf4"), "/".join(report["dtypes"])
-    if nf4 is None:
-        return f"{report['nbytes'] / 2**30:.2f} GiB, {formats}"
-    return f"{nf4['nbytes'] / 2**30:.2f} GiB, written in NF4 ({nf4['matrices']} matrices) from a merge in {formats}"
-
-
 def _proof_rows(report: Facts) -> list[tuple[str, str]]:
-    proof, logits, nf4 = report["proof"], report["proof"].get("logits"), report["proof"].get("nf4")
+    proof, logits = report["proof"], report["proof"].get("logits")
     through = report.get("through_nf4")
     rows = [
         ("merged into", f"the {report['into']} base" + (f", {through} tensors of it through NF4" if through else "")),
@@ -164,7 +157,7 @@ def _proof_rows(report: Facts) -> list[tuple[str, str]]:
         ("fingerprint of this model", f"`{report['fingerprint']}`"),
         ("tensors of the adapters", f"{proof['adapter_tensors']}, each used exactly once"),
         (
-            "tensors of the merge before NF4" if nf4 else "tensors on disk",
+            "tensors on disk",
             f"{proof['tensors']}, {names_and_shapes(report)}",
         ),
         *_other_rows(report),
@@ -175,8 +168,7 @@ def _proof_rows(report: Facts) -> list[tuple[str, str]]:
         (f"change of {part}", f"{figures['relative_delta']:.2%} of the base's norm in {figures['tensors']} tensors")
         for part, figures in report["parts"].items()
     ]
-    this = f"the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else "this model"
-    return [*rows, *([] if logits is None else _logit_rows(logits, this)), *([] if nf4 is None else _nf4_rows(nf4))]
+    return [*rows, *([] if logits is None else _logit_rows(logits))]
 
 
 def _other_rows(report: Facts) -> list[tuple[str, str]]:
@@ -191,23 +183,9 @@ def _other_rows(report: Facts) -> list[tuple[str, str]]:
     ]
 
 
-def _nf4_rows(nf4: Facts) -> list[tuple[str, str]]:
-    rows = [("written in NF4", f"{nf4['matrices']} matrices, {nf4['nbytes'] / 2**30:.2f} GiB in all")]
-    if nf4.get("logit_error_mean") is not None:
-        rows.append(
-            ("this model, in NF4, is off from base + adapters by", f"{nf4['logit_error_mean']:.3g} in the mean")
-        )
-    if nf4.get("base_error_mean") is not None:
-        rows.append(("rounding the base itself to NF4 makes", f"{nf4['base_error_mean']:.3g} in the mean"))
-    for part, lost in (nf4.get("lost") or {}).items():
-        rows.append((f"NF4 rounds off of {part}", "no change" if lost is None else f"{lost:.3g} times the change"))
-    return rows
-
-
 def _comparison(compare: Facts) -> str:
     """Losses of the merges that were measured; `compare`: `Comparison` as a dict."""
     merges = {f"merged into the {name} base": each for name, each in compare["into"].items()}
-    merges |= {"this model, in NF4": compare["in_nf4"]} if compare.get("in_nf4") else {}
     rows = [("base + adapters", f"{compare['trained_loss']:.4f}", "0")]
     rows += [(name, f"{each['loss']:.4f}", f"{each['kl']:.3g}") for name, each in merges.items()]
     data = public_name(compare["data"], compare["data"])
@@ -216,12 +194,12 @@ def _comparison(compare: Facts) -> str:
     return f"### Compared on {on}\n\n{table}\n\nAdvice: {compare['advice']}"
 
 
-def _logit_rows(logits: Facts, this: str) -> list[tuple[str, str]]:
+def _logit_rows(logits: Facts) -> list[tuple[str, str]]:
     rows = [
         ("tokens compared", f"{logits['tokens']}, logits in fp32"),
         ("effect of the adapters on them", f"{logits['adapter_effect_mean']:.3g} in the mean"),
         (
-            f"{this} is off from base + adapters by",
+            "this model is off from base + adapters by",
             f"{logits['merged_error_mean']:.3g} in the mean, {logits['merged_error_max']:.3g} at most",
         ),
     ]

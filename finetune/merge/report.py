@@ -12,7 +12,6 @@ NOT_PROVEN = (
     "that no other tensor changed, and that each change survived rounding",
     "that the merged model gives the logits of base + adapter",
 )
-NF4_NOT_PROVEN = "that the NF4 copy is what rounding the merged model makes"
 
 
 @dataclass(frozen=True)
@@ -25,32 +24,19 @@ class PartFigures:
 
 
 @dataclass(frozen=True)
-class Nf4Figures:
-    """What writing the merged model in NF4 cost; None for what was not looked at."""
-
-    matrices: int
-    nbytes: int
-    lost: Mapping[str, float | None] | None = None  # by part: norm of what rounding took over norm of the delta
-    logit_error_mean: float | None = None  # written checkpoint against base + adapter
-    base_error_mean: float | None = None  # base in NF4 against base in 16 bits, where there is such a base
-
-
-@dataclass(frozen=True)
 class Proof:
     """What was proven; None for what `--no-proof` left out."""
 
     adapter_tensors: int  # each used exactly once
-    tensors: int  # of the merge before NF4, if any, with the names and shapes that `names_and_shapes` tells
+    tensors: int  # with the names and shapes that `names_and_shapes` describes
     changed: int | None = None  # all that are targeted, and no others
     moved_biases: int | None = None  # correction biases of routers, which training had moved
     logits: LogitFigures | None = None
-    nf4: Nf4Figures | None = None  # None for a model that is written in 16 bits or more
 
     @property
     def not_proven(self) -> tuple[str, ...]:
         """What nobody has looked at, as phrases."""
-        unread = self.nf4 is not None and self.nf4.logit_error_mean is None
-        return (*(NOT_PROVEN if self.logits is None else ()), *((NF4_NOT_PROVEN,) if unread else ()))
+        return NOT_PROVEN if self.logits is None else ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,6 @@ class Comparison:
     tokens: int  # supervised ones
     trained_loss: float
     into: Mapping[str, Candidate]
-    in_nf4: Candidate | None  # the merge that is written, in NF4; None where it is written in 16 bits
     unmeasured: str | None  # why there is one merge only
     shift: Mapping[str, float]  # by part: norm of (16-bit base - what its NF4 stands for) over norm of the delta
     advice: str
@@ -122,7 +107,7 @@ class MergeReport:
             *_adapter_lines(self.adapters),
             ("adapter tensors", f"{proof.adapter_tensors}, each used exactly once"),
             (
-                "tensors before NF4" if proof.nf4 else "tensors on disk",
+                "tensors on disk",
                 f"{proof.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), "
                 f"{names_and_shapes(asdict(self))}",
             ),
@@ -135,8 +120,7 @@ class MergeReport:
             *_whole_lines(self.whole_tensors, self.untied),
             *_added_lines(self.added_tokens, proof.logits),
             *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
-            *_logit_lines(proof.logits, before_nf4=proof.nf4 is not None),
-            *_nf4_lines(proof.nf4),
+            *_logit_lines(proof.logits),
             *_compare_lines(self.compare),
             *(("NOT PROVEN", text) for text in proof.not_proven),
             ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
@@ -202,11 +186,11 @@ def _added_lines(count: int, logits: LogitFigures | None) -> list[tuple[str, str
     return [("  added tokens", f"{count}, with the rows that training left; {off}")]
 
 
-def _logit_lines(logits: LogitFigures | None, before_nf4: bool) -> list[tuple[str, str]]:
+def _logit_lines(logits: LogitFigures | None) -> list[tuple[str, str]]:
     if logits is None:
         return []
     return [
-        ("logits before NF4" if before_nf4 else "logits", f"{logits.tokens} tokens, fp32"),
+        ("logits", f"{logits.tokens} tokens, fp32"),
         ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
         ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
         *_routing_lines(logits),
@@ -217,7 +201,6 @@ def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
     if compare is None:
         return []
     merges = {f"  into {name}": each for name, each in compare.into.items()}
-    merges |= {} if compare.in_nf4 is None else {"  in NF4": compare.in_nf4}
     lines = [
         ("compared on", f"{compare.data}: {compare.tokens} supervised tokens of {compare.rows} rows"),
         ("  base + adapter", f"loss {compare.trained_loss:.4f}"),
@@ -228,19 +211,6 @@ def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
         *((f"  {part}", f"NF4 moved the base by {ratio:.3g} x the delta") for part, ratio in compare.shift.items()),
     ]
     return [*lines, ("  advice", compare.advice)]
-
-
-def _nf4_lines(nf4: Nf4Figures | None) -> list[tuple[str, str]]:
-    if nf4 is None:
-        return []
-    lines = [("written in NF4", f"{nf4.matrices} matrices, {nf4.nbytes / 2**30:.2f} GiB in all")]
-    for part, lost in (nf4.lost or {}).items():
-        lines.append((f"  {part}", "no change" if lost is None else f"NF4 rounds off {lost:.3g} x the delta"))
-    if nf4.logit_error_mean is not None:
-        usual = nf4.base_error_mean
-        beside = "" if usual is None else f"; rounding the base to NF4 makes {usual:.3g}"
-        lines.append(("  logits are off by", f"{nf4.logit_error_mean:.3g} mean{beside}"))
-    return lines
 
 
 def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:

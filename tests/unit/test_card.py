@@ -6,16 +6,9 @@ from typing import Any
 import pytest
 
 from finetune.merge.card import adapter_name, merged_card
-from finetune.merge.report import NF4_NOT_PROVEN, Nf4Figures, Proof, names_and_shapes
+from finetune.merge.report import names_and_shapes
 
 LOGITS = {"tokens": 9, "adapter_effect_mean": 0.5, "merged_error_mean": 0.0114, "merged_error_max": 0.04}
-NF4 = {
-    "matrices": 24,
-    "nbytes": 2**30,
-    "lost": {"attention": 1.25, "experts": None},
-    "logit_error_mean": 0.61,
-    "base_error_mean": 0.55,
-}
 PROOF = {"adapter_tensors": 8, "tensors": 41, "changed": 4, "moved_biases": 0, "logits": LOGITS, "not_proven": []}
 REPORT: dict[str, Any] = {
     "adapters": [{"name_or_path": "runs/sft/adapter", "sha256": "a" * 64, "weight": 1.0}],
@@ -49,28 +42,6 @@ def test_a_merge_in_16_bits() -> None:
     assert "| this model is off from base + adapters by | 0.0114 in the mean, 0.04 at most |" in text
     assert "NF4" not in text
     assert "Compared on" not in text
-
-
-def test_a_merge_in_nf4_has_the_figures_of_nf4() -> None:
-    text = card(proof={**PROOF, "nf4": NF4})
-    assert "1.00 GiB, written in NF4 (24 matrices) from a merge in BF16." in text
-    assert "| tensors of the merge before NF4 | 41, with the names and shapes of the base |" in text
-    assert "tensors on disk" not in text
-    assert "| this model is off" not in text
-    assert (
-        "| the merge in BF16, before NF4, is off from base + adapters by | 0.0114 in the mean, 0.04 at most |" in text
-    )
-    assert "| this model, in NF4, is off from base + adapters by | 0.61 in the mean |" in text
-    assert "| rounding the base itself to NF4 makes | 0.55 in the mean |" in text
-    assert "| NF4 rounds off of attention | 1.25 times the change |" in text
-    assert "| NF4 rounds off of experts | no change |" in text
-
-
-def test_an_nf4_copy_that_nobody_read_is_not_proven() -> None:
-    unread, read = Nf4Figures(24, 1), Nf4Figures(24, 1, {}, logit_error_mean=0.6)
-    assert NF4_NOT_PROVEN in Proof(8, 41, nf4=unread).not_proven
-    assert NF4_NOT_PROVEN not in Proof(8, 41, nf4=read).not_proven
-    assert NF4_NOT_PROVEN not in Proof(8, 41).not_proven
 
 
 def test_the_dequantized_base_is_named() -> None:
@@ -108,14 +79,12 @@ def test_what_was_compared_is_shown() -> None:
         "tokens": 99,
         "trained_loss": 2.125,
         "into": into,
-        "in_nf4": {"loss": 2.75, "kl": 0.03},
         "advice": "merge --into dequantized",
     }
     text = card(compare=compare)
     assert "### Compared on rows.jsonl, 8 rows, 99 supervised tokens" in text
     assert "| base + adapters | 2.1250 | 0 |" in text
     assert "| merged into the dequantized base | 2.2500 | 0.01 |" in text
-    assert "| this model, in NF4 | 2.7500 | 0.03 |" in text
     assert "Advice: merge --into dequantized" in text
     assert "/srv" not in text
 

@@ -15,10 +15,9 @@ from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.dequantized import DequantizedReader
-from finetune.merge.matrices import quantize
+from finetune.merge.matrices import Matrix, quantize
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack
-from finetune.moe.nf4_reader import Matrix
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.four_bits import adapter_in_4_bits, loaded_in_4_bits, seen_weights
