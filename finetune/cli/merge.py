@@ -39,7 +39,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
-    parser.add_argument("--resume", action="store_true", help="go on from what a killed merge into OUTPUT left")
     parser.set_defaults(run=run)
 
 
@@ -76,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
         layouts=args.layout,
         prove=not args.no_proof,
         prompts=args.prompts,
-        resume=args.resume,
         compare=args.compare,
         compare_rows=args.compare_rows,
     )

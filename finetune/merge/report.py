@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.merge.ledger import Ledger
+from finetune.merge.ledger import TensorLog
 from finetune.merge.proof import LogitFigures, rounding
 
 NOT_PROVEN = (
@@ -129,15 +129,15 @@ class MergeReport:
         return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
-def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
+def part_figures(log: TensorLog) -> dict[str, PartFigures]:
     """The figures of each part that has a change."""
     found = {}
-    for part, outcomes in ledger.parts().items():
-        base, delta = sum(each.base for each in outcomes), sum(each.delta for each in outcomes)
+    for part, results in log.parts().items():
+        base, delta = sum(each.base for each in results), sum(each.delta for each in results)
         found[part] = PartFigures(
-            tensors=len(outcomes),
+            tensors=len(results),
             relative_delta=math.sqrt(delta / base) if base else 0.0,
-            relative_rounding=rounding(outcomes),
+            relative_rounding=rounding(results),
         )
     return found
 

@@ -1,15 +1,14 @@
-"""`--prompts`, `--no-proof`, what the command prints of its progress, and what a journal is worth after a restart."""
+"""Options of the merge: `--prompts`, `--no-proof`, unusable values, and the progress that the command prints."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import finetune.merge.journal
 from finetune.cli.main import main
 from finetune.errors import WeightsError
 from finetune.merge import merge
-from finetune.merge.journal import Journal
 from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
@@ -61,17 +60,17 @@ def test_without_a_proof_the_command_says_what_nobody_has_looked_at(
     assert "NOT PROVEN" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_after_a_restart_of_the_machine_only_what_the_disk_has_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    boot, folder = tmp_path / "boot", tmp_path / "folder"
-    folder.mkdir()
-    boot.write_text("first")
-    monkeypatch.setattr(finetune.merge.journal, "BOOT_ID", boot)
-    journal = Journal(folder, {"a": 1}, resume=False)
-    journal.add({"one": None})
-    journal.on_disk()
-    journal.add({"two": None})
-    assert Journal(folder, {"a": 1}, resume=True).done.keys() == {"one", "two"}
-    boot.write_text("second")
-    assert Journal(folder, {"a": 1}, resume=True).done.keys() == {"one"}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [float("nan")]}, "--weights: an adapter cannot be added so many times; got nan; give numbers"),
+        ({"weights": [float("inf")]}, "--weights: an adapter cannot be added so many times; got inf"),
+        ({"weights": [0.0]}, "--weights: an adapter cannot be added so many times; got 0"),
+        ({"compare_rows": 0}, "--compare-rows: nothing could be measured; got 0; give a number of rows"),
+        ({"prompts": Path("x"), "prove": False}, "--prompts: nothing is run on them without the proof; leave out"),
+    ],
+)
+def test_unusable_options_are_refused(adapter: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        merge(adapter, tmp_path / "out", show_progress=False, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == []
