@@ -207,8 +207,8 @@ def _save(
     rows: "MethodRows",
 ) -> None:
     """The adapter, in stock PEFT's format, whole or not at all; what PEFT cannot say stands in `finetune.json`."""
+    from finetune.cards import adapter_card, read_record
     from finetune.checkpoint import new_folder, write_sums
-    from finetune.merge.card import adapter_card, read_record
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 

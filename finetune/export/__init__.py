@@ -5,12 +5,12 @@ from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, RECORD_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.cards import read_record, vllm_card
 from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, temporary_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
 from finetune.merge import merge
-from finetune.merge.card import read_record, vllm_card
 from finetune.merge.job import base_folder
 from finetune.moe.families import family_of
 

@@ -11,7 +11,7 @@ from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, size
 from finetune.inspect.records import told_by
-from finetune.merge.report import names_and_shapes
+from finetune.merge.report import report_lines
 from finetune.moe.families import family_of
 
 UPCYCLE_FILE = "upcycle.json"
@@ -61,35 +61,7 @@ def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
     if report.get("fingerprint") != found:
         of = f"of weights {str(report['fingerprint'])[:12]}" if "fingerprint" in report else "by an earlier version"
         return [("made by", f"a merge; but {REPORT_FILE} is {of}, and says nothing that can be held against these")]
-    base = f"{report['base']} ({report['base_fingerprint'][:12]})"
-    lines = [("made by", f"finetune merge into the {report['into']} base {base}")]
-    for each in report["adapters"]:
-        lines.append(("adapter", f"{each['weight']:g} x {each['name_or_path']}, SHA-256 {each['sha256'][:12]}"))
-    parts = report["parts"].items()
-    changed = (f"{name} {part['tensors']} tensors by {part['relative_delta']:.2%}" for name, part in parts)
-    lines.append(("changed", ", ".join(changed)))
-    proof, logits = report["proof"], report["proof"]["logits"]
-    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors"
-    lines.append(("proven", f"{proven} {names_and_shapes(report)}"))
-    lines += _other_lines(report)
-    if logits is not None:
-        off, effect = f"{logits['merged_error_mean']:.3g}", f"{logits['adapter_effect_mean']:.3g}"
-        text = f"off by {off} in the mean where the adapter's effect is {effect}, on {logits['tokens']} tokens"
-        lines.append(("logits", text))
-    return lines + [("NOT PROVEN", text) for text in proof["not_proven"]]
-
-
-def _other_lines(report: Mapping[str, Any]) -> list[Line]:
-    """What an adapter brought beside factors."""
-    added, moved = report.get("added_tokens"), report["proof"].get("moved_biases")
-    whole = report.get("whole_tensors") or ()
-    more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-    return [
-        *([("added tokens", f"{added}, with the rows that training left")] if added else []),
-        *([("whole tensors", f"{', '.join(whole[:3])}{more}, as the adapter brings them")] if whole else []),
-        *([("embedding, head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
-        *([("router biases", f"{moved} tensors, as training left them")] if moved else []),
-    ]
+    return [("made by", f"finetune merge into the {report['into']} base {report['base']}"), *report_lines(report)]
 
 
 def _trainable(reader: CheckpointReader) -> str:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
 from finetune.adapters.orders import LAYOUTS
+from finetune.cards import read_record
 from finetune.checkpoint import (
     CheckpointReader,
     fingerprint,
@@ -25,7 +26,6 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
-from finetune.merge.card import merged_card, read_record
 from finetune.merge.compare import compare as measure
 from finetune.merge.compare import layers_to_run
 from finetune.merge.compare_rows import COMPARE_ROWS, Rows
@@ -35,7 +35,7 @@ from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.ledger import TensorLog
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.report import Comparison, MergeReport, Proof, part_figures
+from finetune.merge.report import Comparison, MergeReport, Proof, part_figures, report_card
 from finetune.merge.routing import Routing
 from finetune.merge.stream import stream_merged
 
@@ -103,7 +103,7 @@ def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) 
     config = as_json(job.config)
     write_json(folder / REPORT_FILE, report.as_dict())
     records = [read_record(each.adapter.folder) for each in job.adapters]
-    write_text(folder / "README.md", merged_card(report.as_dict(), records))
+    write_text(folder / "README.md", report_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)
     # Last of all: without it no reader takes the folder for a model.

@@ -94,9 +94,9 @@ def test_a_merge_with_added_tokens_is_not_said_to_have_the_shapes_of_the_base(tm
     base = base_of(tmp_path / "base", "untied", "float32")
     adapter = saved(recipe_for(base, tmp_path / "turns.jinja"), tmp_path / "adapter", fingerprint(base))
     report = merge(adapter, tmp_path / "out", show_progress=False)
-    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have the rows that 2 added tokens need"
-    assert told["proven"].endswith(but)
-    assert told["added tokens"] == "2, with the rows that training left"
+    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have rows for 2 added tokens"
+    assert told["tensors on disk"].endswith(but)
+    assert told["added tokens"].startswith("2, with the rows that training left; their logits are off by ")
     assert but in report.table()
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any]
         (
             "merge-report.json",
             lambda base: {"fingerprint": fingerprint(base)},
-            "a merge writes; got nothing called 'base'",
+            "a merge writes; got nothing called 'into'",
         ),
         ("upcycle.json", lambda base: {}, "an upcycling writes; got nothing called 'num_experts'"),
     ],

@@ -117,7 +117,7 @@ def test_merged_is_the_4bit_base_plus_the_adapter(model_type: str, tmp_path: Pat
     assert report.logits.merged_error_max < 1e-4
     assert (report.into, original.into) == ("dequantized", "original")
     assert (report.through_nf4, original.through_nf4) == (len(reader_of(folder).quantized), 0)
-    assert f"dequantized base: {report.through_nf4} tensors through NF4" in report.table()
+    assert f"dequantized base, {report.through_nf4} tensors through NF4" in report.table()
     assert tensors(tmp_path / "out").keys() == tensors(folder).keys()
 
 

@@ -186,7 +186,7 @@ def test_moved_correction_biases_replace_the_bases(model_type: str, on_disk: str
     assert len(moved) == 2
     assert all(torch.equal(merged[key], value) for key, value in moved.items())
     assert report.proof.changed == report.targeted
-    assert re.search("correction biases +2 tensors, as training left them", report.table())
+    assert re.search("router biases +2 tensors, as training left them", report.table())
     whole = load(base, adapter)
     state = {clean_name(name): value for name, value in whole.state_dict().items()}
     for key, name in keys.items():
