@@ -5,6 +5,7 @@ from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTO = ("original", "dequantized")
+FIXED_PROMPTS = 4
 LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 
 
@@ -36,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "and 0.18, Unsloth until September 2026, or that with those wrote it",
     )
     parser.add_argument(
-        "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
+        "--prompts", type=Path, help=f"text file for the proof, one prompt a line (default: {FIXED_PROMPTS} fixed ones)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
     parser.set_defaults(run=run)

@@ -63,7 +63,7 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
                 sums.kl += divergence(expected, merged)
     into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
     shift = _shift(opened, merges, job.sources.changes)
-    return Comparison(data, len(rows), tokens, base.loss / tokens, into, why, shift, advice(into, why))
+    return Comparison(data, len(rows), tokens, base.loss / tokens, into, shift, advice(into, why))
 
 
 def _batches(rows: Rows) -> Iterator[Rows]:

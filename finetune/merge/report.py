@@ -58,7 +58,6 @@ class Comparison:
     tokens: int  # supervised ones
     trained_loss: float
     into: Mapping[str, Candidate]
-    unmeasured: str | None  # why there is one merge only
     shift: Mapping[str, float]  # by part: norm of (16-bit base - what its NF4 stands for) over norm of the delta
     advice: str
 

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+import finetune.cli.merge
 from finetune.cli.main import main
 from finetune.errors import WeightsError
-from finetune.merge import merge
+from finetune.merge import DTYPES, INTO, merge
+from finetune.merge.proof import PROMPTS
 from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
@@ -25,6 +27,15 @@ def test_the_users_prompts_take_the_place_of_the_fixed_ones(adapter: Path, tmp_p
     own = merge(adapter, tmp_path / "own", prompts=tmp_path / "prompts.txt", show_progress=False)
     assert 0 < own.logits.tokens < fixed.logits.tokens
     assert own.logits.adapter_effect_mean != fixed.logits.adapter_effect_mean
+
+
+def test_the_help_says_how_many_prompts_are_fixed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command names the constants of the merge without importing torch."""
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert f"(default: {len(PROMPTS)} fixed ones)" in " ".join(capsys.readouterr().out.split())
+    assert tuple(DTYPES) == finetune.cli.merge.DTYPES
+    assert INTO == finetune.cli.merge.INTO
 
 
 def test_prompts_that_cannot_be_read(adapter: Path, tmp_path: Path) -> None:
