@@ -20,10 +20,8 @@ from finetune.data.row_errors import Problems, RowError
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.balance import load_share, token_sums
-from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, MoeLayout, family_of
 from finetune.moe.router import capture, find_routers
-from finetune.moe.stored import is_stored
 
 SPARE_TOKENS = 8  # generated beyond the longest reference answer, to notice answers that do not stop
 
@@ -88,7 +86,7 @@ def evaluate(
         raise DataError(calls)
     tokenizer = load_tokenizer(str(model_path), None, None)
     tokenizer.padding_side = "left"
-    model = _load_model(model_path, family, config, dtype)
+    model = _load_model(model_path, family, dtype)
     references = [conversation.messages[-1]["content"] for _, _, conversation in rows]
     longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
     prompts = _prompts(tokenizer, rows, str(data), system)
@@ -101,13 +99,11 @@ def evaluate(
     return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
 
 
-def _load_model(folder: Path, family: Family, config: dict[str, Any], dtype: str) -> Any:
-    """In `dtype`; a checkpoint that is stored in NF4 stays in 4 bits, and its experts run from there."""
-    experts = {"experts_implementation": EXPERTS_IMPLEMENTATION} if is_stored(config) else {}
+def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return (
         family.transformers_class()
-        .from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, device_map={"": device}, **experts)
+        .from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, device_map={"": device})
         .eval()
     )
 

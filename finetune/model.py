@@ -13,7 +13,6 @@ import finetune
 from finetune.adapters.initial import InitialAdapter
 from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, FactorLayout, InitialRecord
 from finetune.base import Base, loading_options
-from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft.adapter import keep_chosen
@@ -23,7 +22,6 @@ from finetune.moe.lora import add_adapter
 from finetune.moe.quantizer import MoeNf4Config, check_weights
 from finetune.moe.rehearsal import differences
 from finetune.moe.router_bias import BIAS_FILE, save_biases
-from finetune.moe.stored import is_stored
 from finetune.moe.vocabulary import grow_vocabulary
 from finetune.recipe import ModelSettings, Recipe
 
@@ -36,7 +34,7 @@ def load_base(base: Base, settings: ModelSettings) -> Any:
     Embedding and head get rows for the new tokens. Raises WeightsError for weights that are missing or not finite.
     """
     options = loading_options(settings)
-    if settings.load_in_4bit and not is_stored(read_json(base.folder / "config.json")):
+    if settings.load_in_4bit:
         options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"])
     model, report = base.family.transformers_class().from_pretrained(
         base.folder,

@@ -177,8 +177,8 @@ def _write_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_li
 
 def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") -> None:
     """Write the adapter in PEFT's format, with its card and `finetune.json`, and draw the curves."""
+    from finetune.cards import adapter_card
     from finetune.checkpoint import new_folder, write_sums
-    from finetune.merge.card import adapter_card
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 

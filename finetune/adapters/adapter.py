@@ -140,11 +140,6 @@ class Adapter:
         """SHA-256 of its weights."""
         return adapter_digest(self.folder)
 
-    def settings_digest(self) -> str:
-        """SHA-256 of everything that says how its weights are to be taken."""
-        files = (self.folder / CONFIG_FILE, self.folder / RECORD_FILE)
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
-
     def trains_whole(self, name: str) -> bool:
         """Whether the settings name the module of a whole tensor as one that was trained so."""
         path = name.removesuffix(".weight")

@@ -3,12 +3,11 @@
 from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.fingerprint import fingerprint
 from finetune.checkpoint.folder import (
-    UnfinishedError,
-    locked,
     new_folder,
     refuse_existing,
     require_free_disk,
     sync_files,
+    temporary_folder,
 )
 from finetune.checkpoint.reader import CheckpointReader, TensorInfo, read_json
 from finetune.checkpoint.writer import CheckpointWriter, TensorSpec
@@ -19,15 +18,14 @@ __all__ = [
     "CheckpointWriter",
     "TensorInfo",
     "TensorSpec",
-    "UnfinishedError",
     "fingerprint",
     "listed_bytes",
-    "locked",
     "new_folder",
     "read_json",
     "refuse_existing",
     "require_free_disk",
     "sync_files",
+    "temporary_folder",
     "verify_sums",
     "write_sums",
 ]

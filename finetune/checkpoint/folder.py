@@ -10,39 +10,52 @@ from pathlib import Path
 from finetune.errors import Problem, WeightsError
 
 
-class UnfinishedError(WeightsError):
-    """A refusal to go on with what lies unfinished there, which stays as it was found."""
-
-
 @contextmanager
-def new_folder(target: Path, resumable: bool = False, resume: bool = False) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
 
-    `target` must be absent or an empty folder. What a killed process left behind is removed first: a lock that dies
-    with its process tells a dead writer from a live one. A caller that can go on from it says so by `resumable` (an
-    interrupt by the keyboard then leaves the same as a kill), and by `resume` that it will. Raises WeightsError.
+    `target` must be absent or an empty folder. Raises WeightsError.
     """
     target = Path(target).absolute()
     refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(target) as temporary:
+        yield temporary
+        _sync(temporary)
+        refuse_existing(target)
+        os.rename(temporary, target)  # replaces an empty folder
+        _sync(target.parent)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` (`.NAME.partial`) for one process at a time, removed at the end if still there.
+
+    A lock file beside it (`.NAME.lock`) marks it: its lock dies with the process, the file stays after a kill. So a
+    folder with the file and without a living holder is what a killed process left, and is removed first. Anything else
+    in its place, and a folder that another process is writing, is a WeightsError.
+    """
     temporary = target.parent / f".{target.name}.partial"
     if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
-        do = "remove it yourself, or name another folder"
-        raise WeightsError(Problem(str(temporary), "stands where the unfinished output would, and is no folder", do))
-    with locked(target):
-        if temporary.exists() and not resume:
-            shutil.rmtree(temporary)
-        temporary.mkdir(exist_ok=resume)
+        do = "remove it yourself, or name another output"
+        raise WeightsError(Problem(str(temporary), "a file or link blocks the temporary output folder", do))
+    with _locked(target) as was_marked:
+        if temporary.exists():
+            _remove_left_by_kill(temporary, was_marked)
+        temporary.mkdir()
         try:
             yield temporary
-            _sync(temporary)
-            refuse_existing(target)
-            os.rename(temporary, target)  # replaces an empty folder
-        except BaseException as error:
-            if not (resumable and isinstance(error, KeyboardInterrupt | UnfinishedError)):
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_left_by_kill(temporary: Path, was_marked: bool) -> None:
+    names = sorted(path.name for path in temporary.iterdir())
+    if names and not was_marked:
+        what = "a folder that no killed run has left (it has no lock file) blocks the temporary output folder"
+        do = "remove it yourself, or name another output"
+        raise WeightsError(Problem(str(temporary), what, do, got=", ".join(names[:3])))
+    shutil.rmtree(temporary)
 
 
 def refuse_existing(target: Path) -> None:
@@ -57,10 +70,11 @@ def refuse_existing(target: Path) -> None:
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
-    """Hold the right to write `target`. The lock file goes away with the last holder, also after a kill."""
+def _locked(target: Path) -> Iterator[bool]:
+    """Hold the lock on writing `target`. Yields whether the lock file was there before, left by a killed process."""
     path = target.parent / f".{target.name}.lock"
     while True:
+        was_there = path.exists()
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +87,7 @@ def locked(target: Path) -> Iterator[None]:
             break
         os.close(descriptor)
     try:
-        yield
+        yield was_there
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
@@ -94,16 +108,12 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def require_free_disk(folder: Path, nbytes: int, unfinished: Path | None = None) -> None:
-    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free.
-
-    What lies in the folder `unfinished` is taken for free: it is written over or removed.
-    """
+def require_free_disk(folder: Path, nbytes: int) -> None:
+    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free."""
     existing = Path(folder).absolute()
     while not existing.exists():
         existing = existing.parent
-    held = unfinished.rglob("*") if unfinished is not None and unfinished.is_dir() else ()
-    free = shutil.disk_usage(existing).free + sum(file.lstat().st_blocks * 512 for file in held)
+    free = shutil.disk_usage(existing).free
     if free < nbytes:
         do = "free space or write to another disk"
         got = f"{free / 2**30:.2f} GiB free"

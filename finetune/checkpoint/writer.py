@@ -12,7 +12,6 @@ from types import TracebackType
 import torch
 
 from finetune.checkpoint.dtypes import DISK_DTYPES, TORCH_DTYPES
-from finetune.checkpoint.folder import UnfinishedError
 from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
@@ -57,14 +56,10 @@ class CheckpointWriter:
         specs: Sequence[TensorSpec],
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
         metadata: Mapping[str, str] | None = None,
-        resume: bool = False,
         wait: bool = True,
     ) -> None:
-        """`resume`: the files are those of an earlier writer with the same arguments, and keep what is in them.
-
-        `wait`: at the end, until the disk has everything; else whoever asked for less has to see to it.
-        """
-        self.folder, self._resume, self._wait = Path(folder), resume, wait
+        """`wait`: `close` returns when everything is on the disk (fsync); without it the caller sees to that."""
+        self.folder, self._wait = Path(folder), wait
         self.folder.mkdir(parents=True, exist_ok=True)
         if len({spec.key for spec in specs}) != len(specs):
             raise WeightsError(Problem(str(folder), "a tensor is announced twice", "give every key once"))
@@ -92,9 +87,7 @@ class CheckpointWriter:
         for spec in shard:
             self._slots[spec.key].offset += 8 + len(text)
         begin = len(text).to_bytes(8, "little") + text
-        if self._resume:
-            _require_begun(file, begin, len(begin) + offset)
-        descriptor = os.open(file, os.O_WRONLY | (0 if self._resume else os.O_CREAT | os.O_EXCL), 0o644)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._descriptors.append(descriptor)
         self._locks.append(Lock())
         _write_at(descriptor, 0, memoryview(begin))
@@ -146,15 +139,6 @@ class CheckpointWriter:
             _write_at(self._descriptors[slot.shard], offset, raw_B.numpy().data)
         slot.written += raw_B.numel()
 
-    def mark_written(self, key: str) -> None:
-        """Take a tensor for whole that an earlier writer has put into the file."""
-        self._slots[key].written = self._slots[key].spec.nbytes
-
-    def sync(self) -> None:
-        """Wait until the disk has everything that was written so far."""
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-
     def close(self) -> None:
         """Check that everything arrived, flush to disk, write the index."""
         missing = [slot.spec.key for slot in self._slots.values() if slot.written != slot.spec.nbytes]
@@ -164,8 +148,8 @@ class CheckpointWriter:
             raise WeightsError(
                 Problem(str(self.folder), f"{len(missing)} tensors were not written", "write them all", got)
             )
-        if self._wait:
-            self.sync()
+        for descriptor in self._descriptors if self._wait else ():
+            os.fsync(descriptor)
         self.abort()
         if len(self.files) > 1:
             self._write_index()
@@ -212,16 +196,6 @@ def _shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def _require_begun(file: Path, begin: bytes, nbytes: int) -> None:
-    """Raise UnfinishedError unless an earlier writer has begun the file, just so."""
-    if file.is_file() and not file.is_symlink() and file.stat().st_size == nbytes:
-        with file.open("rb") as stream:
-            if stream.read(len(begin)) == begin:
-                return
-    what = "is not what the journal of the unfinished folder says"
-    raise UnfinishedError(Problem(str(file), what, "leave out --resume to begin anew"))
 
 
 def _reserve(file: Path, descriptor: int, nbytes: int) -> None:

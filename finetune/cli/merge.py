@@ -5,6 +5,7 @@ from pathlib import Path
 
 DTYPES = ("bfloat16", "float16", "float32")
 INTO = ("original", "dequantized")
+FIXED_PROMPTS = 4
 LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 
 
@@ -36,25 +37,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "and 0.18, Unsloth until September 2026, or that with those wrote it",
     )
     parser.add_argument(
-        "--prompts", type=Path, help="text file for the proof, one prompt a line (default: three fixed)"
+        "--prompts", type=Path, help=f"text file for the proof, one prompt a line (default: {FIXED_PROMPTS} fixed ones)"
     )
     parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
-    parser.add_argument("--resume", action="store_true", help="go on from what a killed merge into OUTPUT left")
     parser.set_defaults(run=run)
 
 
 def _add_base_options(parser: argparse.ArgumentParser) -> None:
-    """Which base, what the choice costs, and 4 bits instead of 16."""
+    """The base to merge into, and what the choice costs."""
     parser.add_argument(
         "--into",
         choices=INTO,
         default=INTO[0],
         help="the base to add to: the 16-bit checkpoint (default), or the values that 4-bit training saw",
-    )
-    parser.add_argument(
-        "--requantize",
-        choices=("nf4",),
-        help="write the merged model in 4 bits, for training on it and evaluating it with this toolkit",
     )
     parser.add_argument(
         "--compare",
@@ -81,8 +76,6 @@ def run(args: argparse.Namespace) -> int:
         layouts=args.layout,
         prove=not args.no_proof,
         prompts=args.prompts,
-        resume=args.resume,
-        requantize=args.requantize is not None,
         compare=args.compare,
         compare_rows=args.compare_rows,
     )

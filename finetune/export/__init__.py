@@ -1,23 +1,19 @@
 """An adapter, or a merged model, in the form that another program reads."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, refuse_unrelated
 from finetune.adapters.record import RECORD_FILE
-from finetune.checkpoint import CheckpointReader, fingerprint, locked, new_folder, verify_sums, write_sums
+from finetune.cards import vllm_card
+from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, temporary_folder, verify_sums, write_sums
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
 from finetune.merge import merge
-from finetune.merge.card import vllm_card
 from finetune.merge.job import base_folder
 from finetune.moe.families import family_of
-from finetune.moe.stored import is_stored
 
 __all__ = ["FORMATS", "Exported", "export"]
 
@@ -80,10 +76,6 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     verify_sums(adapter.folder)
     peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
-    if is_stored(reader.config):
-        what = "is stored in NF4, and vLLM serves adapters on the published form of a base"
-        do = "use finetune merge --into dequantized, and serve the merged model"
-        raise WeightsError(Problem(str(reader.folder), what, do))
     found, digest = fingerprint(reader.folder), adapter.digest()
     refuse_unrelated(reader.folder, found, (Weighted(adapter, 1.0, digest),))
     family = family_of(str(reader.config.get("model_type")), str(reader.folder / _MODEL_CONFIG))
@@ -112,7 +104,7 @@ def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, out
     gguf.require_converter()
     gguf.refuse_existing(output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with _workspace(output) as work:
+    with temporary_folder(output.absolute()) as work:
         if (source / CONFIG_FILE).is_file():
             model = work / "merged"
             merge(source, model, base=base, layouts=None if layout is None else [layout])
@@ -136,18 +128,3 @@ def _whole_model(source: Path, base: Path | None, layout: str | None) -> Path:
         raise WeightsError(Problem(str(source), f"holds neither {_MODEL_CONFIG} nor {CONFIG_FILE}", do))
     verify_sums(source)
     return source
-
-
-@contextmanager
-def _workspace(output: Path) -> Iterator[Path]:
-    """A folder on the disk of `output`, removed at the end; what a killed export left there is removed first."""
-    folder = output.absolute().parent / f".{output.name}.partial"
-    with locked(output.absolute()):
-        if folder.is_symlink():
-            raise WeightsError(Problem(str(folder), "stands where the unfinished output would", "remove it yourself"))
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

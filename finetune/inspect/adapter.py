@@ -10,8 +10,7 @@ from finetune.errors import WeightsError
 from finetune.inspect.exported import exported_lines
 from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
 from finetune.inspect.records import told_by
-from finetune.merge.job import Request, base_folder, prepare
-from finetune.moe.stored import is_stored
+from finetune.merge.job import Request, prepare
 from finetune.run import RunFolder
 
 STATE_FILE = "trainer_state.json"
@@ -103,15 +102,11 @@ def _extras(adapter: Adapter) -> list[Line]:
 def _fits(adapter: Adapter) -> str:
     """Whether everything that a merge needs is here and fits, by the headers."""
     try:
-        folder = base_folder(adapter, None)
-        # Such a base has no 16-bit weights: there is one merge only.
-        stored = is_stored(read_json(folder / "config.json"))
-        job = prepare(Request((adapter.folder,), (1.0,), into="dequantized" if stored else "original"))
+        job = prepare(Request((adapter.folder,), (1.0,)))
     except WeightsError as error:
         problems = [str(problem) for problem in error.problems]
         more = len(problems) - _SHOWN_PROBLEMS
         shown = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
         return "cannot be proven as things are: " + "; ".join(shown)
-    into = ", stored in NF4, so that it takes --into dequantized" if stored else ""
     changes = f"{len(job.sources.changes)} of its {len(job.specs)} tensors would change"
-    return f"everything fits: the base is in {job.base.folder}{into}; {changes}; weights are not read here"
+    return f"everything fits: the base is in {job.base.folder}; {changes}; weights are not read here"

@@ -11,9 +11,8 @@ from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, size
 from finetune.inspect.records import told_by
-from finetune.merge.report import names_and_shapes
+from finetune.merge.report import report_lines
 from finetune.moe.families import family_of
-from finetune.moe.stored import is_stored
 
 UPCYCLE_FILE = "upcycle.json"
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call the experts
@@ -24,7 +23,7 @@ def checkpoint_lines(folder: Path) -> list[Line]:
     reader = CheckpointReader(folder)
     infos = [reader.info(key) for key in reader.keys]
     found, files = fingerprint(folder), len({info.file for info in infos})
-    numbers = "/".join(sorted({info.dtype for info in infos})) + (", stored in NF4" if is_stored(reader.config) else "")
+    numbers = "/".join(sorted({info.dtype for info in infos}))
     stored = "" if files == 1 else f" in {files} files"
     values, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     return [
@@ -62,49 +61,7 @@ def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
     if report.get("fingerprint") != found:
         of = f"of weights {str(report['fingerprint'])[:12]}" if "fingerprint" in report else "by an earlier version"
         return [("made by", f"a merge; but {REPORT_FILE} is {of}, and says nothing that can be held against these")]
-    base = f"{report['base']} ({report['base_fingerprint'][:12]})"
-    lines = [("made by", f"finetune merge into the {report['into']} base {base}")]
-    for each in report["adapters"]:
-        lines.append(("adapter", f"{each['weight']:g} x {each['name_or_path']}, SHA-256 {each['sha256'][:12]}"))
-    parts = report["parts"].items()
-    changed = (f"{name} {part['tensors']} tensors by {part['relative_delta']:.2%}" for name, part in parts)
-    lines.append(("changed", ", ".join(changed)))
-    proof, logits, nf4 = report["proof"], report["proof"]["logits"], report["proof"].get("nf4")
-    before = f" of the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else ""
-    proven = f"{proof['adapter_tensors']} adapter tensors each used once, {proof['tensors']} tensors{before}"
-    lines.append(("proven", f"{proven} {names_and_shapes(report)}"))
-    lines += _other_lines(report)
-    if logits is not None:
-        off, effect = f"{logits['merged_error_mean']:.3g}", f"{logits['adapter_effect_mean']:.3g}"
-        text = f"off by {off} in the mean where the adapter's effect is {effect}, on {logits['tokens']} tokens"
-        lines.append(("logits before NF4" if nf4 else "logits", text))
-    if nf4:
-        lines += _nf4_lines(nf4)
-    return lines + [("NOT PROVEN", text) for text in proof["not_proven"]]
-
-
-def _other_lines(report: Mapping[str, Any]) -> list[Line]:
-    """What an adapter brought beside factors."""
-    added, moved = report.get("added_tokens"), report["proof"].get("moved_biases")
-    whole = report.get("whole_tensors") or ()
-    more = f" and {len(whole) - 3} more" if len(whole) > 3 else ""
-    return [
-        *([("added tokens", f"{added}, with the rows that training left")] if added else []),
-        *([("whole tensors", f"{', '.join(whole[:3])}{more}, as the adapter brings them")] if whole else []),
-        *([("embedding, head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
-        *([("router biases", f"{moved} tensors, as training left them")] if moved else []),
-    ]
-
-
-def _nf4_lines(nf4: Mapping[str, Any]) -> list[Line]:
-    parts = (nf4.get("lost") or {}).items()
-    lost = [f"{part} {'no change' if ratio is None else f'{ratio:.3g} x the change'}" for part, ratio in parts]
-    lines = [("written in NF4", f"{nf4['matrices']} matrices" + (f"; rounds off of {', '.join(lost)}" if lost else ""))]
-    if nf4["logit_error_mean"] is not None:
-        usual = nf4["base_error_mean"]
-        beside = "" if usual is None else f"; rounding the base itself to NF4 makes {usual:.3g}"
-        lines.append(("logits in NF4", f"off by {nf4['logit_error_mean']:.3g} in the mean{beside}"))
-    return lines
+    return [("made by", f"finetune merge into the {report['into']} base {report['base']}"), *report_lines(report)]
 
 
 def _trainable(reader: CheckpointReader) -> str:

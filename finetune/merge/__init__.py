@@ -3,11 +3,9 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from finetune.adapters.lineage import REPORT_FILE
@@ -27,22 +25,18 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base import INTO, reference_model
-from finetune.merge.card import merged_card
 from finetune.merge.compare import compare as measure
 from finetune.merge.compare import layers_to_run
 from finetune.merge.compare_rows import COMPARE_ROWS, Rows
 from finetune.merge.compare_rows import compare_rows as read_rows
+from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
-from finetune.merge.journal import Journal
-from finetune.merge.ledger import Ledger
+from finetune.merge.ledger import TensorLog
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.report import Comparison, MergeReport, Nf4Figures, Proof, part_figures
-from finetune.merge.requantize import nf4_bytes, sixteen_bits, write_nf4
+from finetune.merge.report import Comparison, MergeReport, Proof, part_figures, report_card
 from finetune.merge.routing import Routing
 from finetune.merge.stream import stream_merged
-from finetune.moe.nf4_reader import Nf4Reader
-from finetune.moe.stored import quantization_config
 
 __all__ = ["DTYPES", "INTO", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 
@@ -58,8 +52,6 @@ def merge(
     layouts: Sequence[str] | None = None,
     prove: bool = True,
     prompts: Path | None = None,
-    resume: bool = False,
-    requantize: bool = False,
     compare: Path | None = None,
     compare_rows: int = COMPARE_ROWS,
     show_progress: bool = True,
@@ -70,7 +62,6 @@ def merge(
     still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
     `layouts`: of LAYOUTS, one for each adapter, the order of its experts' factors where its files do not say. `prove`
     False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed ones.
-    `resume`: go on from what a killed merge into `output` left. `requantize`: write it in NF4 instead of 16 bits.
     `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured. Raises
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
@@ -81,22 +72,19 @@ def merge(
     request = Request(given, each, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
-    _require_disk(job, Path(output), requantize, show_progress)
-    with new_folder(output, resumable=True, resume=resume) as folder:
+    with new_folder(output) as folder:
+        _require_disk(job, Path(output), show_progress)
         started = time.monotonic()
-        merged = sixteen_bits(folder) if requantize else folder
-        journal, ledger = _stream(job, merged, resume, show_progress)
+        with _bar("merge", "B", job.nbytes, show_progress) as bar:
+            log = stream_merged(job.sources, folder, job.specs, bar.update)
         streamed = time.monotonic()
         sync_files(folder)
         copy_files(job.files, folder)
         end_generation_at(folder, job.eos)
-        proven, reference = _prove(job, ledger, merged, prove, show_progress)
-        if requantize:
-            proven = replace(proven, nf4=_to_nf4(job, ledger, merged, folder, reference, show_progress))
-        compared = _compare(job, str(compare), rows, requantize, show_progress) if rows else None
-        report = _report(job, ledger, proven, compared, folder, Path(output), started, streamed)
-        config = {**job.config, "quantization_config": quantization_config()} if requantize else job.config
-        _complete(folder, job, report, as_json(config), journal, show_progress)
+        proven = _prove(job, log, folder, prove, show_progress)
+        compared = _compare(job, str(compare), rows, show_progress) if rows else None
+        report = _report(job, log, proven, compared, folder, Path(output), started, streamed)
+        _complete(folder, job, report, show_progress)
     return report
 
 
@@ -109,47 +97,28 @@ def _refuse_meaningless(prompts: Path | None, prove: bool, compare_rows: int) ->
         raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
 
 
-def _complete(folder: Path, job: Job, report: MergeReport, config: str, journal: Journal, show_progress: bool) -> None:
+def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) -> None:
     """Write what makes the folder a model."""
+    config = as_json(job.config)
     write_json(folder / REPORT_FILE, report.as_dict())
     records = [each.adapter.record.as_dict() for each in job.adapters]
-    write_text(folder / "README.md", merged_card(report.as_dict(), records))
+    write_text(folder / "README.md", report_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)
-    journal.remove()
     # Last of all: without it no reader takes the folder for a model.
     write_text(folder / "config.json", config)
 
 
-def _stream(job: Job, folder: Path, resume: bool, show_progress: bool) -> tuple[Journal, Ledger]:
-    journal = Journal(folder, job.identity(), resume)
-    with _bar("merge", "B", job.nbytes, show_progress) as bar:
-        return journal, stream_merged(job.sources, folder, job.specs, journal, bar.update)
+def _compare(job: Job, data: str, rows: Rows, show_progress: bool) -> Comparison:
+    with _bar("measure", "layer", layers_to_run(job), show_progress) as bar:
+        return measure(job, data, rows, bar.update)
 
 
-def _to_nf4(
-    job: Job,
-    ledger: Ledger,
-    merged: Path,
-    folder: Path,
-    reference: dict[str, torch.Tensor] | None,
-    show_progress: bool,
-) -> Nf4Figures:
-    with _bar("to NF4", "B", 2 * job.nbytes, show_progress) as bar:
-        return write_nf4(job, ledger, merged, folder, reference, bar.update)
-
-
-def _compare(job: Job, data: str, rows: Rows, in_nf4: bool, show_progress: bool) -> Comparison:
-    with _bar("measure", "layer", layers_to_run(job, in_nf4), show_progress) as bar:
-        return measure(job, data, rows, in_nf4, bar.update)
-
-
-def _require_disk(job: Job, output: Path, requantize: bool, show_progress: bool) -> None:
+def _require_disk(job: Job, output: Path, show_progress: bool) -> None:
     """Say what goes where, and refuse where there is no room for it."""
-    nbytes = job.nbytes + (nf4_bytes(job) if requantize else 0)
-    require_free_disk(output, nbytes, output.parent / f".{output.name}.partial")
+    require_free_disk(output, job.nbytes)
     if show_progress:
-        print(_announcement(job, output, nbytes), flush=True)
+        print(_announcement(job, output), flush=True)
 
 
 def _verify(base: Path, show_progress: bool) -> None:
@@ -157,27 +126,22 @@ def _verify(base: Path, show_progress: bool) -> None:
         verify_sums(base, bar.update)
 
 
-def _announcement(job: Job, output: Path, nbytes: int) -> str:
+def _announcement(job: Job, output: Path) -> str:
     changes = f"{len(job.sources.changes)} of {len(job.specs)} tensors change"
-    return f"merge: {changes}; {nbytes / 2**30:.2f} GiB go to {output}"
+    return f"merge: {changes}; {job.nbytes / 2**30:.2f} GiB go to {output}"
 
 
-def _prove(
-    job: Job, ledger: Ledger, folder: Path, whole: bool, show_progress: bool
-) -> tuple[Proof, dict[str, torch.Tensor] | None]:
-    """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers.
-
-    Also returns the logits of base and base + adapter.
-    """
+def _prove(job: Job, log: TensorLog, folder: Path, whole: bool, show_progress: bool) -> Proof:
+    """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers."""
     merged, sources = CheckpointReader(folder), job.sources
-    used = proof.prove_usage(ledger, [each.adapter for each in job.adapters], sources.changes)
+    used = proof.prove_usage(log, [each.adapter for each in job.adapters], sources.changes)
     tensors = proof.prove_keys(merged, job.specs)
     if not whole:
-        return Proof(used, tensors), None
+        return Proof(used, tensors)
     moved = proof.prove_copies(job.base, merged, sources.fixed)
     proof.prove_rows(job.base, merged, sources.token_rows)
     with _bar("compare", "B", sum(job.base.info(key).nbytes for key in job.base.keys), show_progress) as bar:
-        changed = proof.prove_changes(job.base, merged, ledger.targeted | moved, sources.token_rows, bar.update)
+        changed = proof.prove_changes(job.base, merged, log.targeted | moved, sources.token_rows, bar.update)
     routing = None if job.family.moe is None else Routing(job.family.moe.experts_module)
     base_model = reference_model(job.opened, job.before, job.base_config, job.adapters, routing, sources.token_rows)
     merged_model = LayerwiseModel(merged, job.config, routing=routing)
@@ -185,13 +149,13 @@ def _prove(
         reference = base_model.logits(job.prompts, bar.update)
         figures = proof.measure_logits(reference, merged_model, job.prompts, job.added_tokens, bar.update)
     float32 = all(merged.info(key).dtype == "F32" for key in merged.keys)
-    proof.judge_logits(figures, float32=float32, rounding=proof.rounding(ledger.outcomes.values()))
-    return Proof(used, tensors, changed + len(sources.token_rows), len(moved), figures), reference
+    proof.judge_logits(figures, float32=float32, rounding=proof.rounding(log.results.values()))
+    return Proof(used, tensors, changed + len(sources.token_rows), len(moved), figures)
 
 
 def _report(
     job: Job,
-    ledger: Ledger,
+    log: TensorLog,
     proven: Proof,
     compared: Comparison | None,
     folder: Path,
@@ -212,7 +176,7 @@ def _report(
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,
         into=job.into,
-        through_nf4=len(job.opened.quantized) if isinstance(job.opened, Nf4Reader) else 0,
+        through_nf4=len(job.opened.quantized) if isinstance(job.opened, DequantizedReader) else 0,
         output=str(output),
         fingerprint=fingerprint(folder),
         dtypes=tuple(sorted({spec.dtype for spec in job.specs})),
@@ -221,7 +185,7 @@ def _report(
         added_tokens=len(job.added_tokens),
         whole_tensors=job.whole_tensors,
         untied=job.untied,
-        parts=part_figures(ledger),
+        parts=part_figures(log),
         proof=proven,
         compare=compared,
         stream_seconds=round(streamed - started, 3),

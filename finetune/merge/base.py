@@ -16,9 +16,7 @@ from finetune.merge.logits import LayerwiseModel
 from finetune.merge.reference import QuantizedModel
 from finetune.merge.routing import Routing
 from finetune.moe.families import Family
-from finetune.moe.nf4_reader import Nf4Reader
 from finetune.moe.rehearsal import rehearse
-from finetune.moe.stored import StoredReader, is_stored
 
 INTO = ("original", "dequantized")
 _INTO_ORIGINAL = "merge --into original (the default)"
@@ -31,16 +29,11 @@ def open_base(
 
     Raises WeightsError for a checkpoint that would not load, and where training saw another base than is asked for.
     """
-    stored = is_stored(plain.config)
-    if stored and into == "original":
-        do = "merge --into dequantized, which adds to what the NF4 stands for"
-        raise WeightsError(Problem(str(plain.folder), "the base is stored in NF4 and has no 16-bit weights", do))
-    rehearse(plain, family.transformers_class(), load_in_4bit=stored)
+    rehearse(plain, family.transformers_class(), load_in_4bit=False)
     if into == "original":
         _refuse_dequantized_chain(adapters, fingerprint)
         return plain
-    dtype = trained_dtype(adapters, fingerprint)
-    return StoredReader(plain.folder, dtype) if stored else DequantizedReader(plain.folder, family, dtype)
+    return DequantizedReader(plain.folder, family, trained_dtype(adapters, fingerprint))
 
 
 def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
@@ -69,11 +62,9 @@ def reference_model(
 
     `over` gives a reader of the base the shapes that the adapters need.
     """
-    if not isinstance(opened, Nf4Reader):
+    if not isinstance(opened, DequantizedReader):
         return LayerwiseModel(over(opened), config, adapters, routing, token_rows)
-    on_disk = over(CheckpointReader(opened.folder))
-    shown = over(opened) if isinstance(opened, StoredReader) else on_disk
-    return QuantizedModel(opened.dtype, on_disk, shown, config, adapters, routing, token_rows)
+    return QuantizedModel(opened.dtype, over(CheckpointReader(opened.folder)), config, adapters, routing, token_rows)
 
 
 def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype:

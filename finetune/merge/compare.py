@@ -22,13 +22,10 @@ from finetune.merge.compare_rows import IGNORED, Rows
 from finetune.merge.dequantized import DequantizedReader
 from finetune.merge.job import Job
 from finetune.merge.logits import LayerwiseModel
-from finetune.merge.reference import QuantizedModel
 from finetune.merge.report import Candidate, Comparison
 from finetune.merge.sources import Sources
 from finetune.merge.view import MergedReader
-from finetune.moe.stored import StoredReader, is_stored
 
-IN_NF4 = "in NF4"
 BATCH_TOKENS = 2048  # that are run through a layer together
 
 
@@ -40,20 +37,13 @@ class _Sums:
     kl: float = 0.0
 
 
-def compare(
-    job: Job, data: str, rows: Rows, in_nf4: bool = False, advance: Callable[[int], object] = lambda _: None
-) -> Comparison:
-    """Loss and KL of the merges into both bases against base + adapter as trained; `advance` is told of each layer.
-
-    `in_nf4`: also those of the merge that the job writes, as 4-bit loading makes it.
-    """
+def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = lambda _: None) -> Comparison:
+    """Loss and KL of the merges into both bases against base + adapter as trained; `advance` is told of each layer."""
     bases, why = _bases(job)
     merges = {name: _merge_into(job, base) for name, base in bases.items()}
     opened = bases.get("dequantized", job.opened)
     trained = reference_model(opened, job.before, job.base_config, job.adapters, None, job.sources.token_rows)
     models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
-    if in_nf4:
-        models[IN_NF4] = QuantizedModel(torch.float32, merges[job.into], merges[job.into], job.config)
     batches = list(_batches(rows))
     ids = [pad_sequence([each for each, _ in batch], batch_first=True) for batch in batches]
     reference = trained.hidden(ids, advance)
@@ -71,10 +61,9 @@ def compare(
                 merged = _log_probabilities(heads[name], states[name][number][row], places)
                 sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
                 sums.kl += divergence(expected, merged)
-    measured = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
-    into, shift = {name: measured[name] for name in merges}, _shift(opened, merges, job.sources.changes)
-    said = advice(into, why)
-    return Comparison(data, len(rows), tokens, base.loss / tokens, into, measured.get(IN_NF4), why, shift, said)
+    into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
+    shift = _shift(opened, merges, job.sources.changes)
+    return Comparison(data, len(rows), tokens, base.loss / tokens, into, shift, advice(into, why))
 
 
 def _batches(rows: Rows) -> Iterator[Rows]:
@@ -100,16 +89,14 @@ def divergence(trained: torch.Tensor, merged: torch.Tensor) -> float:
     return float(kl_div(merged, trained, reduction="sum", log_target=True))
 
 
-def layers_to_run(job: Job, in_nf4: bool = False) -> int:
+def layers_to_run(job: Job) -> int:
     """How often `compare` advances."""
-    return (1 + len(_bases(job)[0]) + in_nf4) * int(LayerwiseModel(job.base, job.base_config).num_layers)
+    return (1 + len(_bases(job)[0])) * int(LayerwiseModel(job.base, job.base_config).num_layers)
 
 
 def _bases(job: Job) -> tuple[dict[str, CheckpointReader], str | None]:
     """The bases that can be merged into, by name, and why there is but one."""
     plain = CheckpointReader(job.base.folder)
-    if is_stored(plain.config):
-        return {"dequantized": job.opened}, "the base is stored in NF4, and there is no 16-bit one"
     try:
         dtype = trained_dtype(job.adapters, job.fingerprint)
     except WeightsError as error:
@@ -118,8 +105,7 @@ def _bases(job: Job) -> tuple[dict[str, CheckpointReader], str | None]:
 
 
 def _merge_into(job: Job, base: CheckpointReader) -> MergedReader:
-    sources = job.sources
-    beside = None if isinstance(base, StoredReader) else job.over(CheckpointReader(base.folder))
+    sources, beside = job.sources, job.over(CheckpointReader(base.folder))
     return MergedReader(Sources(job.over(base), sources.changes, sources.fixed, sources.token_rows), job.specs, beside)
 
 

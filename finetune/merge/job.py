@@ -21,7 +21,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.base import open_base
 from finetune.merge.files import merged_config, side_files
-from finetune.merge.sources import Sources, shard_bytes
+from finetune.merge.sources import Sources
 from finetune.moe.families import Family, family_of
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -93,17 +93,6 @@ class Job:
     def added_tokens(self) -> list[int]:
         """The tokens of which an adapter holds rows."""
         return sorted({token for each in self.sources.token_rows.values() for token in each.tokens})
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the output."""
-        return {
-            "base": self.fingerprint,
-            "into": self.into,
-            "adapters": [[each.digest, each.weight, each.adapter.asked_layout] for each in self.adapters],
-            "settings": [each.adapter.settings_digest() for each in self.adapters],
-            "tensors": [[spec.key, spec.dtype, list(spec.shape)] for spec in self.specs],
-            "shards": shard_bytes(self.base, self.specs),
-        }
 
 
 def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) -> Job:

@@ -1,12 +1,10 @@
-"""What the stream did with each tensor that has a change; the proof and the figures are read from here."""
+"""The log of a merge: what was done to each tensor with a change. Proof and figures are computed from it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TensorResult:
     """What was done to one tensor with a change: sums of squares in fp64, and which rows of which factors went in."""
 
     key: str
@@ -18,34 +16,29 @@ class Outcome:
     changed: bool  # the change is not zero throughout
     used: tuple[tuple[int, str, int, int, int], ...]  # adapter, path, expert, first row, row past the last
 
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Outcome":
-        """One that went through JSON, where tuples become lists."""
-        return cls(**{**entry, "used": tuple(tuple(each) for each in entry["used"])})
-
 
 @dataclass
-class Ledger:
-    """What the stream did, tensor by tensor; the proof is read from here."""
+class TensorLog:
+    """The results of all tensors with a change, by key."""
 
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    results: dict[str, TensorResult] = field(default_factory=dict)
 
     @property
     def targeted(self) -> set[str]:
         """Tensors whose change is not zero."""
-        return {key for key, outcome in self.outcomes.items() if outcome.changed}
+        return {key for key, result in self.results.items() if result.changed}
 
     def used(self) -> dict[tuple[int, str, int], list[tuple[int, int]]]:
         """By adapter, path and expert, the rows of its change that went to disk: (row, past it)."""
-        found: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
-        for outcome in self.outcomes.values():
-            for owner, path, expert, row, past in outcome.used:
-                found.setdefault((owner, path, expert), []).append((row, past))
-        return found
+        rows: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+        for result in self.results.values():
+            for owner, path, expert, row, past in result.used:
+                rows.setdefault((owner, path, expert), []).append((row, past))
+        return rows
 
-    def parts(self) -> dict[str, list[Outcome]]:
-        """The outcomes by part of the model."""
-        found: dict[str, list[Outcome]] = {}
-        for outcome in self.outcomes.values():
-            found.setdefault(outcome.part, []).append(outcome)
-        return dict(sorted(found.items()))
+    def parts(self) -> dict[str, list[TensorResult]]:
+        """The results by part of the model."""
+        parts: dict[str, list[TensorResult]] = {}
+        for result in self.results.values():
+            parts.setdefault(result.part, []).append(result)
+        return dict(sorted(parts.items()))

@@ -141,20 +141,15 @@ class LayerwiseModel:
 
     def load(self, index: int) -> Any:
         """The model with one layer in fp32."""
-        model, info = self.build(index, self.layer_tensors(index, self.reader), dtype=torch.float32)
+        model, info = self.build(index, self.layer_tensors(index), dtype=torch.float32)
         if info["missing_keys"]:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         return model.eval()
 
-    def build(
-        self, index: int, tensors: dict[str, torch.Tensor], quantized: Any = None, **options: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """What transformers makes of `tensors`, with all layers but one emptied, and what it says of the loading.
-
-        `quantized`: what `config.json` says of tensors that are stored in 4 bits.
-        """
-        settings = self.settings if quantized is None else {**self.settings, "quantization_config": quantized}
+    def build(self, index: int, tensors: dict[str, torch.Tensor], **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model that transformers loads from `tensors`, all layers but one emptied, and its loading info."""
+        settings = self.settings
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = transformers.AutoConfig.for_model(**settings)
@@ -181,9 +176,9 @@ class LayerwiseModel:
                 model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         return model.eval()
 
-    def layer_tensors(self, index: int, reader: CheckpointReader) -> dict[str, torch.Tensor]:
-        """What `reader` holds of one layer, and of what is outside of all layers."""
-        tensors = {}
+    def layer_tensors(self, index: int) -> dict[str, torch.Tensor]:
+        """The tensors of one layer and those outside all layers."""
+        reader, tensors = self.reader, {}
         for key in reader.keys:
             if key in (EMBEDDING, HEAD) and not self._needs_vocabulary(index):
                 tensors[key] = torch.zeros(1, reader.info(key).shape[1])

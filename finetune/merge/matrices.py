@@ -1,6 +1,11 @@
-"""The matrices that 4-bit loading quantises one by one, and where on disk their rows lie."""
+"""The matrices that 4-bit loading quantises one by one, and where their rows are on disk.
+
+A block of NF4, and the offset of all block maxima, belong to a matrix as the loaded model holds it: Mixtral's `w1` over
+`w3` of one expert is one matrix, an expert of a stack in one tensor is another.
+"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -9,10 +14,33 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
 from finetune.moe.nf4 import CHUNK, Nf4Stack, quantize_pieces
-from finetune.moe.nf4_reader import Extent, Matrix
 from finetune.moe.quantized import quantized_weights
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """`rows` rows of one tensor on disk (all axes but the last as one), from `first` on."""
+
+    key: str
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix: of a linear layer, or one expert's of a stack. Its rows are those of its parts, in this order."""
+
+    weight: str  # the parameter of the loaded model
+    expert: int  # 0 of a linear layer
+    parts: tuple[Extent, ...]
+    columns: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts."""
+        return sum(part.rows for part in self.parts)
 
 
 def nf4_matrices(base: CheckpointReader, family: Family) -> list[Matrix]:

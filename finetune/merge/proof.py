@@ -18,7 +18,7 @@ from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.ledger import Ledger, Outcome
+from finetune.merge.ledger import TensorLog, TensorResult
 from finetune.merge.logits import LayerwiseModel
 from finetune.merge.stream import blocks
 
@@ -57,10 +57,10 @@ class LogitFigures:
     added_error_mean: float | None = None
 
 
-def prove_usage(ledger: Ledger, adapters: Sequence[Adapter], changes: Mapping[str, Change]) -> int:
+def prove_usage(log: TensorLog, adapters: Sequence[Adapter], changes: Mapping[str, Change]) -> int:
     """Every row of every expert of every factor pair went into one row on disk; returns the adapters' tensors."""
     by_path = {(delta.owner, delta.path): delta for change in changes.values() for delta in change.deltas}
-    used, problems = ledger.used(), []
+    used, problems = log.used(), []
     for owner, adapter in enumerate(adapters):
         for path, pair in adapter.pairs.items():
             delta = by_path.get((owner, path))
@@ -76,11 +76,11 @@ def prove_usage(ledger: Ledger, adapters: Sequence[Adapter], changes: Mapping[st
     )
 
 
-def rounding(outcomes: Iterable[Outcome]) -> float | None:
+def rounding(results: Iterable[TensorResult]) -> float | None:
     """Norm of what rounding lost over the norm of the delta; None without any delta."""
-    found = list(outcomes)
-    delta = sum(outcome.rounded_delta for outcome in found)
-    return math.sqrt(sum(outcome.rounding for outcome in found) / delta) if delta else None
+    sums = [(result.rounding, result.rounded_delta) for result in results]
+    delta = sum(part for _, part in sums)
+    return math.sqrt(sum(lost for lost, _ in sums) / delta) if delta else None
 
 
 def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:

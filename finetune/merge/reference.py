@@ -15,16 +15,11 @@ from finetune.moe.quantizer import MoeNf4Config
 
 
 class QuantizedModel(LayerwiseModel):
-    """A `LayerwiseModel` whose layers are loaded in 4 bits as for training in `dtype`.
+    """A `LayerwiseModel` whose layers are loaded in 4 bits as for training in `dtype`."""
 
-    `on_disk` is what the 4-bit loader is given; `shown` the same checkpoint in 16 bits, which is another reader only
-    where it is stored in NF4.
-    """
-
-    def __init__(self, dtype: torch.dtype, on_disk: CheckpointReader, shown: CheckpointReader, *args: Any) -> None:
-        super().__init__(shown, *args)
-        self.dtype, self._on_disk = dtype, on_disk
-        self._stored = on_disk.config["quantization_config"] if on_disk is not shown else None
+    def __init__(self, dtype: torch.dtype, reader: CheckpointReader, *args: Any) -> None:
+        super().__init__(reader, *args)
+        self.dtype = dtype
 
     def load(self, index: int) -> Any:
         """The layer in fp32, its linear layers and stacks with what their NF4 stands for, in the training's type."""
@@ -40,7 +35,6 @@ class QuantizedModel(LayerwiseModel):
         return model
 
     def _in_4_bits(self, index: int) -> Any:
-        tensors, options = self.layer_tensors(index, self._on_disk), {"dtype": self.dtype, "device_map": {"": "cpu"}}
-        if self._stored is not None:
-            return self.build(index, tensors, self._stored, **options)[0]
-        return self.build(index, tensors, quantization_config=MoeNf4Config(compute_dtype=self.dtype), **options)[0]
+        quantization = MoeNf4Config(compute_dtype=self.dtype)
+        options = {"dtype": self.dtype, "device_map": {"": "cpu"}, "quantization_config": quantization}
+        return self.build(index, self.layer_tensors(index), **options)[0]

@@ -1,18 +1,19 @@
 """The figures of a merge: what `merge-report.json` holds and what the command prints."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.merge.ledger import Ledger
+from finetune.cards import merged_card
+from finetune.merge.ledger import TensorLog
 from finetune.merge.proof import LogitFigures, rounding
+from finetune.merge.report_rows import Row, adapter_rows, as_lines, comparison_rows, not_proven_rows, report_rows
 
 NOT_PROVEN = (
     "that no other tensor changed, and that each change survived rounding",
     "that the merged model gives the logits of base + adapter",
 )
-NF4_NOT_PROVEN = "that the NF4 copy is what rounding the merged model makes"
 
 
 @dataclass(frozen=True)
@@ -25,32 +26,19 @@ class PartFigures:
 
 
 @dataclass(frozen=True)
-class Nf4Figures:
-    """What writing the merged model in NF4 cost; None for what was not looked at."""
-
-    matrices: int
-    nbytes: int
-    lost: Mapping[str, float | None] | None = None  # by part: norm of what rounding took over norm of the delta
-    logit_error_mean: float | None = None  # written checkpoint against base + adapter
-    base_error_mean: float | None = None  # base in NF4 against base in 16 bits, where there is such a base
-
-
-@dataclass(frozen=True)
 class Proof:
     """What was proven; None for what `--no-proof` left out."""
 
     adapter_tensors: int  # each used exactly once
-    tensors: int  # of the merge before NF4, if any, with the names and shapes that `names_and_shapes` tells
+    tensors: int  # with the names and shapes that `names_and_shapes` describes
     changed: int | None = None  # all that are targeted, and no others
     moved_biases: int | None = None  # correction biases of routers, which training had moved
     logits: LogitFigures | None = None
-    nf4: Nf4Figures | None = None  # None for a model that is written in 16 bits or more
 
     @property
     def not_proven(self) -> tuple[str, ...]:
-        """What nobody has looked at, as phrases."""
-        unread = self.nf4 is not None and self.nf4.logit_error_mean is None
-        return (*(NOT_PROVEN if self.logits is None else ()), *((NF4_NOT_PROVEN,) if unread else ()))
+        """What was left out by `--no-proof`, as phrases."""
+        return NOT_PROVEN if self.logits is None else ()
 
 
 @dataclass(frozen=True)
@@ -70,8 +58,6 @@ class Comparison:
     tokens: int  # supervised ones
     trained_loss: float
     into: Mapping[str, Candidate]
-    in_nf4: Candidate | None  # the merge that is written, in NF4; None where it is written in 16 bits
-    unmeasured: str | None  # why there is one merge only
     shift: Mapping[str, float]  # by part: norm of (16-bit base - what its NF4 stands for) over norm of the delta
     advice: str
 
@@ -101,150 +87,46 @@ class MergeReport:
 
     @property
     def logits(self) -> LogitFigures:
-        """The logits' distances; ValueError where nobody has looked at them."""
+        """The logits' distances; ValueError where the merge was not proven."""
         if self.proof.logits is None:
             raise ValueError("the merge was not proven")
         return self.proof.logits
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = asdict(self)
-        return {**found, "proof": {**found["proof"], "not_proven": list(self.proof.not_proven)}}
+        report = asdict(self)
+        return {**report, "proof": {**report["proof"], "not_proven": list(self.proof.not_proven)}}
 
     def table(self) -> str:
-        """A small table to print: one line a proof, one line a part."""
-        proof = self.proof
-        unrecorded = [each for each in self.adapters if not each["base_recorded"]]
-        base = "not recorded by the adapter" if unrecorded else "matches what the adapter records"
-        rows = [
-            ("base fingerprint", f"{self.base_fingerprint[:12]}, {base}"),
-            *_into_lines(self.into, self.through_nf4),
-            *_adapter_lines(self.adapters),
-            ("adapter tensors", f"{proof.adapter_tensors}, each used exactly once"),
-            (
-                "tensors before NF4" if proof.nf4 else "tensors on disk",
-                f"{proof.tensors} ({self.nbytes / 2**30:.2f} GiB {'/'.join(self.dtypes)}), "
-                f"{names_and_shapes(asdict(self))}",
-            ),
-            *(
-                []
-                if proof.changed is None
-                else [("tensors changed", f"{proof.changed} of {self.targeted} targeted, no others")]
-            ),
-            *_bias_lines(proof.moved_biases),
-            *_whole_lines(self.whole_tensors, self.untied),
-            *_added_lines(self.added_tokens, proof.logits),
-            *((f"  {name}", _part_line(part)) for name, part in self.parts.items()),
-            *_logit_lines(proof.logits, before_nf4=proof.nf4 is not None),
-            *_nf4_lines(proof.nf4),
-            *_compare_lines(self.compare),
-            *(("NOT PROVEN", text) for text in proof.not_proven),
-            ("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"),
-        ]
-        width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        """The rows to print, in two columns."""
+        report = self.as_dict()
+        lines = report_lines(report)
+        lines.append(("seconds", f"{self.stream_seconds:.1f} to merge, {self.proof_seconds:.1f} to prove"))
+        width = max(len(label) for label, _ in lines)
+        return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def part_figures(ledger: Ledger) -> dict[str, PartFigures]:
+def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Everything that a report says, as lines of label and text; `report` is `MergeReport.as_dict()`."""
+    compare = report.get("compare")
+    data = [] if compare is None else [Row("compared on", compare["data"])]
+    rows = [*adapter_rows(report), *report_rows(report), *data, *comparison_rows(compare), *not_proven_rows(report)]
+    return as_lines(rows)
+
+
+def report_card(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
+    """The merged model's card; `report` is `MergeReport.as_dict()`, `records` are `finetune.json` of its adapters."""
+    return merged_card(report, records, report_rows(report), comparison_rows(report.get("compare")))
+
+
+def part_figures(log: TensorLog) -> dict[str, PartFigures]:
     """The figures of each part that has a change."""
-    found = {}
-    for part, outcomes in ledger.parts().items():
-        base, delta = sum(each.base for each in outcomes), sum(each.delta for each in outcomes)
-        found[part] = PartFigures(
-            tensors=len(outcomes),
+    figures = {}
+    for part, results in log.parts().items():
+        base, delta = sum(result.base for result in results), sum(result.delta for result in results)
+        figures[part] = PartFigures(
+            tensors=len(results),
             relative_delta=math.sqrt(delta / base) if base else 0.0,
-            relative_rounding=rounding(outcomes),
+            relative_rounding=rounding(results),
         )
-    return found
-
-
-def names_and_shapes(report: Mapping[str, Any]) -> str:
-    """How the names and shapes of a merge's tensors compare with the base's; `report`: `MergeReport.as_dict()`."""
-    count, whole = report.get("added_tokens"), report.get("whole_tensors")
-    other = [
-        *(["embedding and head, one matrix in the base, are two"] if report.get("untied") else []),
-        *([f"embedding and head have the rows that {count} added tokens need"] if count else []),
-        *([f"{len(whole)} are as the adapter brings them"] if whole else []),
-    ]
-    return "with the names and shapes of the base" + (f", but: {'; '.join(other)}" if other else "")
-
-
-def _into_lines(into: str, through_nf4: int) -> list[tuple[str, str]]:
-    return [("merged into", f"{into} base: {through_nf4} tensors through NF4")] if through_nf4 else []
-
-
-def _adapter_lines(adapters: tuple[Mapping[str, Any], ...]) -> list[tuple[str, str]]:
-    if len(adapters) == 1 and adapters[0]["weight"] == 1:
-        return []
-    return [("adapter", f"{each['weight']:g} x {each['name_or_path']} ({each['sha256'][:12]})") for each in adapters]
-
-
-def _part_line(part: PartFigures) -> str:
-    line = f"{part.tensors} tensors, delta {part.relative_delta:.2%} of the base's norm"
-    return line if part.relative_rounding is None else f"{line}, {part.relative_rounding:.2%} of it rounded off"
-
-
-def _bias_lines(count: int | None) -> list[tuple[str, str]]:
-    return [("  correction biases", f"{count} tensors, as training left them")] if count else []
-
-
-def _whole_lines(whole: tuple[str, ...], untied: bool) -> list[tuple[str, str]]:
-    found = [("  whole tensors", f"{len(whole)} are the adapter's: {', '.join(whole[:3])}")] if whole else []
-    return [*found, ("  embedding, head", "two matrices: the base's one cannot hold both")] if untied else found
-
-
-def _added_lines(count: int, logits: LogitFigures | None) -> list[tuple[str, str]]:
-    if not count:
-        return []
-    off = (
-        f"their logits are off by {logits.added_error_mean:.3g} of {logits.added_mean:.3g}" if logits else "not proven"
-    )
-    return [("  added tokens", f"{count}, with the rows that training left; {off}")]
-
-
-def _logit_lines(logits: LogitFigures | None, before_nf4: bool) -> list[tuple[str, str]]:
-    if logits is None:
-        return []
-    return [
-        ("logits before NF4" if before_nf4 else "logits", f"{logits.tokens} tokens, fp32"),
-        ("  adapter's effect", f"{logits.adapter_effect_mean:.3g} mean difference, base to base + adapter"),
-        ("  merged is off by", f"{logits.merged_error_mean:.3g} mean, {logits.merged_error_max:.3g} max"),
-        *_routing_lines(logits),
-    ]
-
-
-def _compare_lines(compare: Comparison | None) -> list[tuple[str, str]]:
-    if compare is None:
-        return []
-    merges = {f"  into {name}": each for name, each in compare.into.items()}
-    merges |= {} if compare.in_nf4 is None else {"  in NF4": compare.in_nf4}
-    lines = [
-        ("compared on", f"{compare.data}: {compare.tokens} supervised tokens of {compare.rows} rows"),
-        ("  base + adapter", f"loss {compare.trained_loss:.4f}"),
-        *(
-            (name, f"loss {each.loss:.4f}, KL {each.kl:.3g} per token from what was trained")
-            for name, each in merges.items()
-        ),
-        *((f"  {part}", f"NF4 moved the base by {ratio:.3g} x the delta") for part, ratio in compare.shift.items()),
-    ]
-    return [*lines, ("  advice", compare.advice)]
-
-
-def _nf4_lines(nf4: Nf4Figures | None) -> list[tuple[str, str]]:
-    if nf4 is None:
-        return []
-    lines = [("written in NF4", f"{nf4.matrices} matrices, {nf4.nbytes / 2**30:.2f} GiB in all")]
-    for part, lost in (nf4.lost or {}).items():
-        lines.append((f"  {part}", "no change" if lost is None else f"NF4 rounds off {lost:.3g} x the delta"))
-    if nf4.logit_error_mean is not None:
-        usual = nf4.base_error_mean
-        beside = "" if usual is None else f"; rounding the base to NF4 makes {usual:.3g}"
-        lines.append(("  logits are off by", f"{nf4.logit_error_mean:.3g} mean{beside}"))
-    return lines
-
-
-def _routing_lines(logits: LogitFigures) -> list[tuple[str, str]]:
-    if logits.rerouted_error_mean is None or logits.other_experts is None:
-        return []
-    choices = f"{logits.other_experts:.2%} of the choices of experts differ"
-    return [("  under equal routing", f"{logits.rerouted_error_mean:.3g} mean; {choices}")]
+    return figures

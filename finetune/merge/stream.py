@@ -1,13 +1,12 @@
 """Stream a base checkpoint into a merged one: several tensors at a time, each a block of rows at a time.
 
-Nothing larger than a few blocks a thread is in memory. What is done with a tensor is recorded where it is done; the
-record goes into the journal of the unfinished folder once its bytes are on disk, so that a killed merge can go on.
+Nothing larger than a few blocks a thread is in memory. What is done with a tensor is recorded where it is done.
 """
 
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,7 @@ from finetune.checkpoint import CheckpointWriter, TensorInfo, TensorSpec
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.journal import Journal
-from finetune.merge.ledger import Ledger, Outcome
+from finetune.merge.ledger import TensorLog, TensorResult
 from finetune.merge.sources import Sources, shard_bytes
 
 # Elements of a block: 4 MiB in fp32. In smaller ones the threads wait for the interpreter's lock between operations.
@@ -35,48 +33,27 @@ MAX_SQUARE = 1e37
 ROUNDING_SAMPLE = 16
 # Share of the bound on a change's square under which sums of products say nothing of it.
 EXACT_BELOW = 1e-12
-# What may be lost by a kill, and what if the machine stops: after so many bytes the journal is written, and the disk
-# waited for.
-BYTES_BETWEEN_ENTRIES = 2**27
-BYTES_BETWEEN_WAITS = 2**33
 
 
 def stream_merged(
     sources: Sources,
     folder: Path,
     specs: Sequence[TensorSpec],
-    journal: Journal | None = None,
     advance: Callable[[int], object] = lambda _: None,
     threads: int | None = None,
-) -> Ledger:
+) -> TensorLog:
     """Write base + changes to `folder` as `specs` says; arithmetic in fp32, rounded once.
 
-    Tensors that the `journal` has are left as they are on disk. `advance` is told the bytes as they pass, from several
-    threads. `threads`: tensors at a time, by default the processors. Raises WeightsError for a result that is not
-    finite.
+    `advance` is called with the bytes as they are written, from several threads. `threads`: tensors at a time, by
+    default the number of processors. Raises WeightsError for a result that is not finite.
     """
-    ledger, factors = Ledger(), FactorReader()
-    done = {} if journal is None else journal.done
-    resume = journal is not None and journal.resumed
-    with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), resume=resume, wait=False) as writer:
-        work = _Work(sources, writer, factors, advance)
-        for spec in specs:
-            if spec.key in done:
-                writer.mark_written(spec.key)
-                advance(spec.nbytes)
-        _note(ledger, [None if entry is None else Outcome.from_json(entry) for entry in done.values()])
-        waiting = 0
-        for finished in _batches(work, [spec for spec in specs if spec.key not in done], threads or _threads()):
-            _note(ledger, [outcome for _, outcome in finished])
-            if journal is None:
-                continue
-            journal.add({spec.key: None if outcome is None else vars(outcome) for spec, outcome in finished})
-            waiting += sum(spec.nbytes for spec, _ in finished)
-            if waiting >= BYTES_BETWEEN_WAITS:
-                waiting = 0
-                writer.sync()
-                journal.on_disk()
-    return ledger
+    log = TensorLog()
+    with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), wait=False) as writer:
+        work = _Work(sources, writer, FactorReader(), advance)
+        for result in _results(work, specs, threads or _threads()):
+            if result is not None:
+                log.results[result.key] = result
+    return log
 
 
 def _threads() -> int:
@@ -84,29 +61,19 @@ def _threads() -> int:
     return min(mine, MAX_THREADS)
 
 
-def _note(ledger: Ledger, outcomes: Sequence[Outcome | None]) -> None:
-    ledger.outcomes.update({outcome.key: outcome for outcome in outcomes if outcome is not None})
-
-
-Finished = tuple[TensorSpec, Outcome | None]
-
-
-def _batches(work: "_Work", specs: Sequence[TensorSpec], threads: int) -> Iterator[list[Finished]]:
-    """Merge the tensors in their order, `threads` at a time; yields those that are whole after every so many bytes."""
+def _results(work: "_Work", specs: Sequence[TensorSpec], threads: int) -> Iterator[TensorResult | None]:
+    """Merge the tensors in their order, `threads` at a time."""
     with _one_thread_each(), ThreadPoolExecutor(threads) as pool:
-        waiting: dict[Future[Outcome | None], TensorSpec] = {}
-        finished: list[Finished] = []
+        running: set[Future[TensorResult | None]] = set()
         try:
-            for spec in [*specs, None]:
-                if spec is not None:
-                    waiting[pool.submit(work.merge, spec)] = spec
-                # Few are handed out ahead: the first failure should be the last tensor that is begun.
-                while waiting and (spec is None or len(waiting) > threads):
-                    for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                        finished.append((waiting.pop(future), future.result()))
-                if sum(each.nbytes for each, _ in finished) >= BYTES_BETWEEN_ENTRIES or (spec is None and finished):
-                    yield finished
-                    finished = []
+            for spec in specs:
+                running.add(pool.submit(work.merge, spec))
+                # Few are submitted ahead, so that after a failure no further tensors are begun.
+                if len(running) > threads:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            for future in as_completed(running):
+                yield future.result()
         finally:
             work.stopped = True
 
@@ -132,7 +99,7 @@ class _Work:
     advance: Callable[[int], object]
     stopped: bool = False
 
-    def merge(self, spec: TensorSpec) -> Outcome | None:
+    def merge(self, spec: TensorSpec) -> TensorResult | None:
         """Write one tensor; what was done to it, or None for one that was only copied."""
         sources, out = self.sources, TORCH_DTYPES[spec.dtype]
         change = sources.changes.get(spec.key)
@@ -153,7 +120,7 @@ class _Work:
             beyond = sources.token_rows[spec.key].beyond(out)
             _require_finite(beyond, spec.key)
             self.writer.write_rows(spec.key, sources.token_rows[spec.key].base_rows, beyond)
-        return None if change is None else sums.outcome()
+        return None if change is None else sums.result()
 
     def _base_rows(self, key: str, info: TensorInfo, start: int, stop: int) -> torch.Tensor:
         if key in self.sources.fixed:
@@ -245,10 +212,10 @@ class _Sums:
         else:
             ranges.append((row, past))
 
-    def outcome(self) -> Outcome:
+    def result(self) -> TensorResult:
         """What was done, of a tensor that is whole."""
         assert self.change is not None
-        return Outcome(
+        return TensorResult(
             key=self.change.key,
             part=self.change.part,
             base=self.base,

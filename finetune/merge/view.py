@@ -18,7 +18,7 @@ class MergedReader(CheckpointReader):
     differs by from the one `beside` it, and of the change.
     """
 
-    def __init__(self, sources: Sources, specs: list[TensorSpec], beside: CheckpointReader | None = None) -> None:
+    def __init__(self, sources: Sources, specs: list[TensorSpec], beside: CheckpointReader) -> None:
         self.folder, self.sources = sources.base.folder, sources
         self._specs = {spec.key: spec for spec in specs}
         self._beside = beside
@@ -61,8 +61,7 @@ class MergedReader(CheckpointReader):
             past = first + change.step
             left_nR, right_RI = change.factors(first, self._factors)
             rows = base.read_rows(key, first, past).float()
-            if self._beside is not None:
-                shift += _square(rows - self._beside.read_rows(key, first, past))
+            shift += _square(rows - self._beside.read_rows(key, first, past))
             added = left_nR @ right_RI
             delta += _square(added)
             torch.add(rows, added, out=merged[first:past])

@@ -7,12 +7,11 @@ a stack that is written as one tensor an expert, no more than one expert is ever
 E experts, O output features, I input features.
 """
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Linear4bit
 from transformers import BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import register_quantization_config, register_quantizer
@@ -24,17 +23,6 @@ from finetune.moe.families import FAMILIES, QUANTIZED_PARTS
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
-# What a checkpoint that was quantised before holds of a weight, below its name: of a linear layer what bitsandbytes has
-# beside it, by its names; of a stack the four tensors of `Nf4Stack`.
-LINEAR_PARTS = (
-    "",
-    ".absmax",
-    ".nested_absmax",
-    ".quant_map",
-    ".nested_quant_map",
-    ".quant_state.bitsandbytes__nf4",
-)
-STACK_PARTS = (".packed", ".absmax", ".nested_absmax", ".offset")
 
 
 class _UnreadConverter(WeightConverter):  # type: ignore[misc]
@@ -100,44 +88,6 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
             if not is_finite
         ]
         return loaded
-
-
-class _Stored(ConversionOps):  # type: ignore[misc]
-    """Loader operation: weights that were quantised before become what `_Quantize` would have made of them."""
-
-    def __init__(self, hf_quantizer: "MoeNf4Quantizer") -> None:
-        self.hf_quantizer = hf_quantizer  # by this name transformers knows to leave the tensors' types alone
-
-    def __deepcopy__(self, _: dict[int, Any]) -> "_Stored":
-        """The loader copies a rule for each weight; what is damaged is told to one quantiser."""
-        return self
-
-    def convert(
-        self,
-        input_dict: dict[str, list[torch.Tensor]],
-        *,
-        target_patterns: list[str],
-        model: torch.nn.Module,
-        full_layer_name: str,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        name, (target,) = full_layer_name, target_patterns
-        parts = {pattern.removeprefix(target): values[0] for pattern, values in input_dict.items()}
-        module, _ = get_module_from_name(model, name)
-        if is_expert_stack(model, name):
-            floats = [parts[".nested_absmax"], parts[".offset"]]
-            inner, shape = tuple(parts[part] for part in STACK_PARTS), model.get_parameter(name).shape
-            stack = Nf4Stack(inner, shape, self.hf_quantizer.dtype)
-            loaded: Any = torch.nn.Parameter(stack, requires_grad=False)
-        else:
-            packed = parts.pop("")
-            floats = [parts[".nested_absmax"]]
-            loaded = Params4bit.from_prequantized(packed, parts, device=packed.device, module=module)
-            loaded.quant_state.dtype = self.hf_quantizer.dtype
-            floats.append(loaded.quant_state.offset)
-        if not all(bool(values.isfinite().all()) for values in floats):
-            self.hf_quantizer.damaged.append(name)
-        return {target: loaded}
 
 
 def _watch(experts: Any, extremes: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -214,14 +164,10 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.damaged: list[str] = []  # weights that hold NaN or infinity: an exception in the loader would be lost
-        self.dtype: torch.dtype = self.quantization_config.bnb_4bit_compute_dtype
-
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The type that a model which was quantised before is loaded in is the one that it computes in."""
         if self.pre_quantized:
-            self.dtype = self.quantization_config.bnb_4bit_compute_dtype = dtype
-        return dtype
+            what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
+            raise WeightsError(Problem("config.json: quantization_config", what, do, got=QUANT_METHOD))
+        self.damaged: list[str] = []  # weights that hold NaN or infinity: an exception in the loader would be lost
 
     @staticmethod
     def get_modules_to_not_convert(model: torch.nn.Module, *args: Any, **kwargs: Any) -> list[str]:
@@ -240,24 +186,9 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _Quantize(super().get_quantize_ops(), self.damaged)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: torch.nn.Module) -> list[Any]:
-        """Have the rules that stack experts run expert by expert; of a stored model, rules for what is stored."""
-        if self.pre_quantized:
-            return [*self._stored_rules(model), *weight_conversions]
+        """Have the rules that stack experts run expert by expert."""
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return [_by_expert(rule) if _stacks_experts(rule) else rule for rule in updated]
-
-    def _stored_rules(self, model: torch.nn.Module) -> list[WeightConverter]:
-        """How the stored parts of each kind of weight (`self_attn.q_proj.weight`, in whatever layer) become one."""
-        kinds: dict[str, tuple[str, ...]] = {}
-        for name, _ in model.named_parameters():
-            kind = re.sub(r"^.*\blayers\.\d+\.", "", name)
-            if is_expert_stack(model, name):
-                kinds[kind] = STACK_PARTS
-            elif isinstance(get_module_from_name(model, name)[0], Linear4bit) and name.endswith(".weight"):
-                kinds[kind] = LINEAR_PARTS
-        # The longest first: `shared_mlp.up_proj` ends in `mlp.up_proj`.
-        ordered = sorted(kinds, key=len, reverse=True)
-        return [WeightConverter([kind + part for part in kinds[kind]], kind, [_Stored(self)]) for kind in ordered]
 
     def _process_model_after_weight_loading(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         """Keep linear layers in their training layout on CPUs with AVX512-BF16, and to their own values.

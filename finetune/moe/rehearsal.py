@@ -22,7 +22,6 @@ from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.dtypes import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.moe.quantizer import is_expert_stack
-from finetune.moe.stored import StoredReader, is_stored, quantization_config
 
 _DEQUANTIZED = (
     "write a bfloat16 copy: from_pretrained(..., quantization_config={}(dequantize=True)), then save_pretrained"
@@ -35,15 +34,11 @@ _NARROW = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 def rehearse(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **options: Any) -> None:
     """Load the headers as `model_class.from_pretrained` with `options` would load the weights.
 
-    A checkpoint that was quantised to NF4 before is rehearsed as the 16-bit one that it stands for. Raises WeightsError
-    with every tensor that is missing, of another shape, left over, or stored in 8 bits or fewer otherwise, and with
-    every expert stack that 4-bit loading would leave in 16 bits.
+    Raises WeightsError with every tensor that is missing, of another shape, left over, or stored in 8 bits or fewer,
+    and with every expert stack that 4-bit loading would leave in 16 bits.
     """
-    check_quantization(reader, load_in_4bit)
+    check_quantization(reader)
     config = AutoConfig.from_pretrained(reader.folder)
-    if is_stored(reader.config):
-        reader = StoredReader(reader.folder)
-        del config.quantization_config
     with torch.device("meta"):
         empty = getattr(model_class, "from_config", model_class)(config)
     problems = _expert_problems(reader, empty)
@@ -55,21 +50,10 @@ def rehearse(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **o
         raise WeightsError(problems)
 
 
-def check_quantization(reader: CheckpointReader, load_in_4bit: bool) -> None:
-    """Refuse a checkpoint that is stored in 8 bits or fewer, with the way to 16 bits where transformers has one.
-
-    One that this toolkit has quantised to NF4 is good for `load_in_4bit`.
-    """
+def check_quantization(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint that is stored in 8 bits or fewer, with the way to 16 bits where transformers has one."""
     where = str(reader.folder / "config.json")
     found = reader.config.get("quantization_config")
-    if is_stored(reader.config):
-        if found != quantization_config():
-            do = "write it again with finetune merge --requantize nf4"
-            raise WeightsError(Problem(where, "the checkpoint's NF4 is of another version", do, got=str(found)))
-        if not load_in_4bit:
-            do = f"write model.load_in_4bit: true, or {_GIVE_16_BITS}"
-            raise WeightsError(Problem(where, "the checkpoint is stored in NF4 and has no 16-bit weights", do))
-        return
     if found is not None:
         method = str(found.get("quant_method")) if isinstance(found, dict) else None
         do = _REMEDIES.get(str(method), _GIVE_16_BITS)

@@ -1,67 +1,52 @@
-"""A merge that is killed, meets a full disk or another merge: nothing that looks whole and is not; and it can go on."""
+"""A merge that is killed, meets a full disk or another merge leaves nothing that looks like a model."""
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from finetune.checkpoint import SUMS_FILE, CheckpointWriter, verify_sums
+from finetune.checkpoint import SUMS_FILE, verify_sums
 from finetune.errors import WeightsError
 from finetune.merge import merge
-from finetune.merge.journal import JOURNAL_FILE, Journal
 from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
-KILLS = 20
+RANDOM_KILLS = 4
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """100 MB in 16 bits, so that a kill can arrive while the weights are being written."""
-    folder = tmp_path_factory.mktemp("base")
-    return save_tiny_mixtral(folder, "bfloat16", hidden_size=512, intermediate_size=4096)
-
-
-@pytest.fixture(scope="module")
-def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On a base of 26 MB in 16 bits, so that a kill can arrive while the weights are being written."""
+    base = save_tiny_mixtral(tmp_path_factory.mktemp("base"), "bfloat16", hidden_size=256, intermediate_size=2048)
     return save_adapter(base, tmp_path_factory.mktemp("adapter"), b_std=0.3)
 
 
-@pytest.fixture(scope="module")
-def whole(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted merge writes."""
-    folder = tmp_path_factory.mktemp("whole") / "merged"
-    merge(adapter, folder, show_progress=False)
-    return folder
-
-
 class Merges:
-    """Merges that start at once (`merge_server.py`), each of which may be killed."""
+    """Merges that start at once (`merge_server.py`), one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
         words = [sys.executable, "-m", "tests.end_to_end.merge_server"]
         self.server = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(self, *words: object, kill_after: float | None = None) -> int:
-        """The exit code; minus the signal of one that was killed."""
+    def start(self, *words: object) -> int:
+        """The number of the process that merges."""
         assert self.server.stdin is not None
         self.server.stdin.write(json.dumps([str(self.log), "merge", *map(str, words)]) + "\n")
         self.server.stdin.flush()
-        child = self._line()
-        if kill_after is not None:
-            threading.Timer(kill_after, _kill, [child]).start()
+        return self._line()
+
+    def wait(self) -> int:
+        """The exit code of the running merge; minus the signal of one that was killed."""
         return self._line()
 
     def _line(self) -> int:
@@ -69,12 +54,7 @@ class Merges:
         return int(self.server.stdout.readline())
 
 
-def _kill(process: int) -> None:
-    with suppress(ProcessLookupError):  # it was faster
-        os.kill(process, signal.SIGKILL)
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def merges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merges]:
     merges = Merges(tmp_path_factory.mktemp("log"))
     yield merges
@@ -82,115 +62,85 @@ def merges(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Merges]:
     merges.server.wait()
 
 
+@pytest.fixture(scope="module")
+def whole(adapter: Path, merges: Merges, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """What an uninterrupted merge writes, and its seconds."""
+    output, started = tmp_path_factory.mktemp("whole") / "merged", time.monotonic()
+    merges.start(adapter, "--output", output)
+    assert merges.wait() == 0, merges.log.read_text()
+    return output, time.monotonic() - started
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, but for the report, in which times stand, and the list that has its sum."""
-    names = {file.name: file.read_bytes() for file in folder.iterdir()}
-    return {name: value for name, value in names.items() if name not in ("merge-report.json", SUMS_FILE)}
+    """Every file, except the report, which holds times, and the list with its checksum."""
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {name: value for name, value in files.items() if name not in ("merge-report.json", SUMS_FILE)}
 
 
-def timed(merges: Merges, adapter: Path, output: Path) -> float:
-    """Seconds of a merge that nobody kills."""
-    started = time.monotonic()
-    assert merges.run(adapter, "--output", output) == 0, merges.log.read_text()
-    return time.monotonic() - started
+def made_since(path: Path, started: float) -> bool:
+    """Whether `path` exists and was made after `started`: not left by an earlier kill."""
+    try:
+        return path.stat().st_ctime > started
+    except FileNotFoundError:
+        return False
+
+
+def kill_when(moment: Callable[[], bool], merges: Merges, *words: object) -> bool:
+    """Start a merge and SIGKILL it as soon as `moment` is true; False where it ended before."""
+    process = merges.start(*words)
+    while not moment():
+        time.sleep(0.001)
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    code = merges.wait()
+    assert code in (0, -signal.SIGKILL), merges.log.read_text()
+    return code != 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("resume", [(), ("--resume",)], ids=["begun anew", "resumed"])
-def test_kills_at_random_moments_leave_nothing_that_looks_whole(
-    adapter: Path, whole: Path, merges: Merges, tmp_path: Path, resume: tuple[str, ...]
+def test_kills_leave_nothing_that_looks_whole_and_the_next_start_cleans_up(
+    adapter: Path, whole: tuple[Path, float], merges: Merges, tmp_path: Path
 ) -> None:
     output, partial = tmp_path / "merged", tmp_path / ".merged.partial"
-    words = (adapter, "--output", output, *resume)
-    lasted = min(timed(merges, adapter, tmp_path / name) for name in ("first", "second"))
-    moments = random.Random(0)
-    killed = 0
-    for _ in range(KILLS // 2):
-        code = merges.run(*words, kill_after=moments.uniform(0, lasted))
-        if code == 0:  # it was faster than the kill
-            assert contents(output) == contents(whole)
-            subprocess.run(["rm", "-r", str(output)], check=True)
-            continue
-        assert code == -signal.SIGKILL
-        killed += 1
+    words = (adapter, "--output", output)
+    # The folder was made; the weights have begun; the weights are whole and the proof is running.
+    moments: list[Path | float] = [partial, partial / "model.safetensors", partial / "tokenizer.json"]
+    moments += [random.Random(0).uniform(0, 0.8) * whole[1] for _ in range(RANDOM_KILLS)]
+    for moment in moments:
+        started, clock = time.time(), time.monotonic()
+        if isinstance(moment, Path):
+            assert kill_when(lambda: made_since(moment, started), merges, *words)  # noqa: B023
+            assert partial.is_dir()
+        elif not kill_when(lambda: time.monotonic() - clock > moment, merges, *words):  # noqa: B023
+            shutil.rmtree(output)
         assert not output.exists()
         assert not (partial / "config.json").exists() or (partial / SUMS_FILE).exists()
-    assert killed >= KILLS // 4
-    assert merges.run(*words) == 0, merges.log.read_text()
-    assert contents(output) == contents(whole)
+    partial.mkdir(exist_ok=True)
+    (partial / "left by a kill").write_text("half")
+    (tmp_path / ".merged.lock").touch()
+    merges.start(*words)
+    assert merges.wait() == 0, merges.log.read_text()
+    assert contents(output) == contents(whole[0])
     assert verify_sums(output)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["first", "merged", "second"]
+    assert list(tmp_path.iterdir()) == [output]
 
 
-def test_what_was_written_before_a_kill_is_not_written_again(
-    adapter: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_merge_into_the_same_folder_is_refused(adapter: Path, merges: Merges, tmp_path: Path) -> None:
     output, partial = tmp_path / "merged", tmp_path / ".merged.partial"
-    monkeypatch.setattr("finetune.merge.stream.BYTES_BETWEEN_ENTRIES", 2**24)
-
-    add, calls = Journal.add, iter(range(100))
-
-    def interrupted(self: Journal, entries: Any) -> None:
-        add(self, entries)
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "add", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            merge(adapter, output, show_progress=False)
-    assert not output.exists()
-    done = [key for line in (partial / JOURNAL_FILE).read_text().splitlines()[1:] for key in json.loads(line)]
-    assert len(done) > 5
-    written: list[str] = []
-    write_rows = CheckpointWriter.write_rows
-
-    def noted(self: CheckpointWriter, key: str, start: int, rows: torch.Tensor) -> None:
-        written.append(key)
-        write_rows(self, key, start, rows)
-
-    monkeypatch.setattr(CheckpointWriter, "write_rows", noted)
-    merge(adapter, output, resume=True, show_progress=False)
-    assert written
-    assert not set(written) & set(done)
-    assert contents(output) == contents(whole)
-
-
-def test_an_unfinished_merge_of_something_else_is_not_gone_on_with(
-    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "merged"
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("finetune.merge.copy_files", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            merge(adapter, output, show_progress=False)
-    with pytest.raises(WeightsError, match="the unfinished merge there is another one; got another adapters; give the"):
-        merge(adapter, output, weights=[0.5], resume=True, show_progress=False)
-    with pytest.raises(
-        WeightsError, match="got another shards, tensors; give the same adapters, base and options, or leave out"
-    ):
-        merge(adapter, output, dtype="float32", resume=True, show_progress=False)
-    merge(adapter, output, dtype="float32", show_progress=False)
+    first = merges.start(adapter, "--output", output)
+    while not partial.exists():
+        time.sleep(0.001)
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(WeightsError, match="merged: another process is writing this folder; wait for it, or name ano"):
+        merge(adapter, output, show_progress=False)
+    os.kill(first, signal.SIGCONT)
+    assert merges.wait() == 0, merges.log.read_text()
     assert verify_sums(output)
-
-
-def test_a_second_merge_into_the_same_folder_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "finetune.cli.main", "merge", str(adapter), "--output", str(tmp_path / "merged")]
-    pair = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate() for process in pair]
-    codes = [process.returncode for process in pair]
-    refusal = told[codes.index(1)][1] if sorted(codes) == [0, 1] else told
-    assert "another process is writing this folder" in refusal or "output folder is not empty" in refusal
-    assert verify_sums(tmp_path / "merged")
-    assert [file.name for file in tmp_path.iterdir()] == ["merged"]
+    assert list(tmp_path.iterdir()) == [output]
 
 
 FILLED_MEANWHILE = """
-mount -t tmpfs -o size=110m tmpfs "$1" || exit 77
+mount -t tmpfs -o size="$5" tmpfs "$1" || exit 77
 "$2" -m finetune.cli.main merge "$3" --output "$1/merged" > "$4" 2>&1 &
 while [ ! -s "$1/.merged.partial/model.safetensors" ]; do sleep 0.01; kill -0 $! || break; done
 dd if=/dev/zero of="$1/filler" bs=64k 2> /dev/null
@@ -199,16 +149,18 @@ echo "$?" $(ls -A "$1")
 """
 
 
-def test_another_disk_that_fills_up_meanwhile(adapter: Path, tmp_path: Path) -> None:
+def test_another_disk_that_fills_up_meanwhile(adapter: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
     """A disk of its own in memory: 10 MB more than the weights take, which something else then writes full."""
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
-    words = ["unshare", "-Urm", "sh", "-c", FILLED_MEANWHILE, "sh", str(disk), sys.executable, str(adapter), str(log)]
+    size = (whole[0] / "model.safetensors").stat().st_size + 10 * 2**20
+    words = [str(disk), sys.executable, str(adapter), str(log), str(size)]
+    words = ["unshare", "-Urm", "sh", "-c", FILLED_MEANWHILE, "sh", *words]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip(f"no disk of one's own here: {done.stderr.strip()}")
     assert done.stdout.split() == ["1", "filler"], log.read_text()
     # In the files beside the weights or, where the other was faster, in reserving their space.
     full = "the disk is full; free space, or write to another disk"
-    assert full in log.read_text() or "0.10 GiB cannot be reserved; got No space left on device" in log.read_text()
+    assert full in log.read_text() or "GiB cannot be reserved; got No space left on device" in log.read_text()
     assert "Traceback" not in log.read_text()

@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 import finetune
 from finetune.adapters.record import read_record
+from finetune.cards import public_name
 from finetune.data.sources import open_files
 from finetune.export import export
 from finetune.merge import merge
-from finetune.merge.card import merged_card, public_name
+from finetune.merge.report import report_card
 from finetune.recipe import load_recipe
 from finetune.run import read_metrics
 from finetune.train import train
@@ -93,7 +94,7 @@ def test_the_card_of_a_merged_model_holds_recipe_data_metrics_proof_and_versions
     run: Path, report: dict[str, Any]
 ) -> None:
     record = read_record(run / "adapter").as_dict()
-    text = merged_card(report, [record])
+    text = report_card(report, [record])
     data, body = read_card(text)
     assert data["base_model"] == "tiny-moe"
     assert data["library_name"] == "transformers"
@@ -120,7 +121,7 @@ def test_the_card_of_a_merged_model_holds_recipe_data_metrics_proof_and_versions
 def test_a_model_that_was_not_proven_says_so_before_anything_else(run: Path, report: dict[str, Any]) -> None:
     missing = ["that the merged model gives the logits of base + adapter"]
     unproven = {**report, "proof": {**report["proof"], "changed": None, "logits": None, "not_proven": missing}}
-    data, body = read_card(merged_card(unproven, [read_record(run / "adapter").as_dict()]))
+    data, body = read_card(report_card(unproven, [read_record(run / "adapter").as_dict()]))
     assert "not-proven" in data["tags"]
     assert body.lstrip().startswith("> **NOT PROVEN.**")
     assert missing[0] in body.partition("# tiny-merged")[0]
@@ -128,14 +129,14 @@ def test_a_model_that_was_not_proven_says_so_before_anything_else(run: Path, rep
 
 
 def test_an_adapter_without_a_record_has_a_card_that_says_it(report: dict[str, Any]) -> None:
-    body = read_card(merged_card(report, [{}]))[1]
+    body = read_card(report_card(report, [{}]))[1]
     assert "How it was trained is not recorded." in body
 
 
 def test_an_older_record_without_data_and_metrics_has_a_card(run: Path, report: dict[str, Any]) -> None:
     record = read_record(run / "adapter").as_dict()
     older = {key: value for key, value in record.items() if key not in ("data", "metrics", "template_sha256")}
-    body = read_card(merged_card(report, [older]))[1]
+    body = read_card(report_card(report, [older]))[1]
     assert "### Recipe" in body
     assert "### Data" not in body
 
@@ -143,7 +144,7 @@ def test_an_older_record_without_data_and_metrics_has_a_card(run: Path, report: 
 def test_several_adapters_each_have_their_part_and_their_weight(run: Path, report: dict[str, Any]) -> None:
     first = report["adapters"][0]
     several = {**report, "adapters": [first, {**first, "weight": 0.5, "sha256": "f" * 64}]}
-    body = read_card(merged_card(several, [read_record(run / "adapter").as_dict(), {}]))[1]
+    body = read_card(report_card(several, [read_record(run / "adapter").as_dict(), {}]))[1]
     assert "## Adapter 1" in body
     assert "0.5" in body.partition("## Adapter 2")[2]
 

@@ -5,20 +5,14 @@ from typing import Any
 
 import pytest
 
-from finetune.merge.card import adapter_name, merged_card
-from finetune.merge.report import NF4_NOT_PROVEN, Nf4Figures, Proof, names_and_shapes
+from finetune.cards import adapter_name
+from finetune.merge.report import report_card, report_lines
+from finetune.merge.report_rows import names_and_shapes
 
 LOGITS = {"tokens": 9, "adapter_effect_mean": 0.5, "merged_error_mean": 0.0114, "merged_error_max": 0.04}
-NF4 = {
-    "matrices": 24,
-    "nbytes": 2**30,
-    "lost": {"attention": 1.25, "experts": None},
-    "logit_error_mean": 0.61,
-    "base_error_mean": 0.55,
-}
 PROOF = {"adapter_tensors": 8, "tensors": 41, "changed": 4, "moved_biases": 0, "logits": LOGITS, "not_proven": []}
 REPORT: dict[str, Any] = {
-    "adapters": [{"name_or_path": "runs/sft/adapter", "sha256": "a" * 64, "weight": 1.0}],
+    "adapters": [{"name_or_path": "runs/sft/adapter", "sha256": "a" * 64, "weight": 1.0, "base_recorded": True}],
     "base": "/models/tiny",
     "base_fingerprint": "b" * 64,
     "into": "original",
@@ -38,44 +32,35 @@ REPORT: dict[str, Any] = {
 
 
 def card(**changes: Any) -> str:
-    return merged_card({**REPORT, **changes}, [{}])
+    return report_card({**REPORT, **changes}, [{}])
 
 
 def test_a_merge_in_16_bits() -> None:
     text = card()
     assert "3.00 GiB, BF16." in text
-    assert "| merged into | the original base |" in text
-    assert "| tensors on disk | 41, with the names and shapes of the base |" in text
-    assert "| this model is off from base + adapters by | 0.0114 in the mean, 0.04 at most |" in text
+    assert "| merged into | original base |  |" in text
+    assert "| tensors on disk | 41 | 3.00 GiB BF16, with the names and shapes of the base |" in text
+    assert "| error of the merge | 0.0114 | mean difference from base + adapter, 0.04 max |" in text
     assert "NF4" not in text
     assert "Compared on" not in text
 
 
-def test_a_merge_in_nf4_has_the_figures_of_nf4() -> None:
-    text = card(proof={**PROOF, "nf4": NF4})
-    assert "1.00 GiB, written in NF4 (24 matrices) from a merge in BF16." in text
-    assert "| tensors of the merge before NF4 | 41, with the names and shapes of the base |" in text
-    assert "tensors on disk" not in text
-    assert "| this model is off" not in text
-    assert (
-        "| the merge in BF16, before NF4, is off from base + adapters by | 0.0114 in the mean, 0.04 at most |" in text
-    )
-    assert "| this model, in NF4, is off from base + adapters by | 0.61 in the mean |" in text
-    assert "| rounding the base itself to NF4 makes | 0.55 in the mean |" in text
-    assert "| NF4 rounds off of attention | 1.25 times the change |" in text
-    assert "| NF4 rounds off of experts | no change |" in text
-
-
-def test_an_nf4_copy_that_nobody_read_is_not_proven() -> None:
-    unread, read = Nf4Figures(24, 1), Nf4Figures(24, 1, {}, logit_error_mean=0.6)
-    assert NF4_NOT_PROVEN in Proof(8, 41, nf4=unread).not_proven
-    assert NF4_NOT_PROVEN not in Proof(8, 41, nf4=read).not_proven
-    assert NF4_NOT_PROVEN not in Proof(8, 41).not_proven
+def test_terminal_and_inspect_show_the_rows_of_the_card() -> None:
+    report = {**REPORT, "into": "dequantized", "through_nf4": 24, "added_tokens": 2, "untied": True}
+    text, lines = report_card(report, [{}]), dict(report_lines(report))
+    assert lines["base fingerprint"] == f"{'b' * 12}, matches the adapter's record"
+    assert lines["adapter"] == f"1 x runs/sft/adapter, SHA-256 {'a' * 12}"
+    shown = lines.keys() - {"base fingerprint", "adapter"}
+    assert len(shown) == 9
+    for label in shown:
+        value, _, remark = lines[label].partition(", ")
+        assert f"| {label} | {value} | {remark} |" in text
+    assert "runs/sft/adapter" not in text
 
 
 def test_the_dequantized_base_is_named() -> None:
     text = card(into="dequantized", through_nf4=24)
-    assert "| merged into | the dequantized base, 24 tensors of it through NF4 |" in text
+    assert "| merged into | dequantized base | 24 tensors through NF4 |" in text
 
 
 @pytest.mark.parametrize(
@@ -83,21 +68,21 @@ def test_the_dequantized_base_is_named() -> None:
     [
         ({}, ""),
         ({"untied": True}, ", but: embedding and head, one matrix in the base, are two"),
-        ({"added_tokens": 2}, ", but: embedding and head have the rows that 2 added tokens need"),
-        ({"whole_tensors": ["a", "b"]}, ", but: 2 are as the adapter brings them"),
+        ({"added_tokens": 2}, ", but: embedding and head have rows for 2 added tokens"),
+        ({"whole_tensors": ["a", "b"]}, ", but: 2 are the adapter's"),
     ],
 )
 def test_names_and_shapes_are_the_bases_only_where_they_are(changes: dict[str, Any], said: str) -> None:
     assert names_and_shapes({**REPORT, **changes}) == f"with the names and shapes of the base{said}"
-    assert f"| tensors on disk | 41, with the names and shapes of the base{said} |" in card(**changes)
+    assert f"| tensors on disk | 41 | 3.00 GiB BF16, with the names and shapes of the base{said} |" in card(**changes)
 
 
 def test_what_an_adapter_brings_beside_factors_has_its_rows() -> None:
     text = card(untied=True, added_tokens=2, whole_tensors=["lm_head.weight"], proof={**PROOF, "moved_biases": 3})
-    assert "| added tokens | 2, with the rows that training left |" in text
-    assert "| whole tensors of the adapters | lm_head.weight |" in text
-    assert "| embedding and head | two matrices: the base's one cannot hold both |" in text
-    assert "| correction biases of routers | 3 tensors, as training left them |" in text
+    assert "| added tokens | 2 | with the rows that training left |" in text
+    assert "| whole tensors | 1 | lm_head.weight |" in text
+    assert "| embedding, head | two matrices | the base's one cannot hold both |" in text
+    assert "| router biases | 3 tensors | as training left them |" in text
 
 
 def test_what_was_compared_is_shown() -> None:
@@ -108,15 +93,15 @@ def test_what_was_compared_is_shown() -> None:
         "tokens": 99,
         "trained_loss": 2.125,
         "into": into,
-        "in_nf4": {"loss": 2.75, "kl": 0.03},
+        "shift": {"experts": 10.5},
         "advice": "merge --into dequantized",
     }
     text = card(compare=compare)
-    assert "### Compared on rows.jsonl, 8 rows, 99 supervised tokens" in text
-    assert "| base + adapters | 2.1250 | 0 |" in text
-    assert "| merged into the dequantized base | 2.2500 | 0.01 |" in text
-    assert "| this model, in NF4 | 2.7500 | 0.03 |" in text
-    assert "Advice: merge --into dequantized" in text
+    assert "### Compared on rows.jsonl\n" in text
+    assert "| base + adapter | loss 2.1250 | on 99 supervised tokens of 8 rows |" in text
+    assert "| into dequantized base | loss 2.2500 | KL 0.01 per token from the adapter |" in text
+    assert "| NF4 rounding error, experts | 10.5 | x the norm of the delta |" in text
+    assert "| advice | merge --into dequantized |" in text
     assert "/srv" not in text
 
 

@@ -224,6 +224,29 @@ def test_what_a_dead_process_left_is_cleaned_and_a_live_one_is_respected(tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
+def test_a_folder_that_no_killed_run_left_is_not_removed(tmp_path: Path) -> None:
+    blocking = tmp_path / ".target.partial"
+    blocking.mkdir()
+    (blocking / "thesis.txt").write_text("years")
+    message = "no killed run has left .* blocks the temporary output folder; got thesis.txt; remove it yourself"
+    for _ in range(2):  # the refusal does not mark it either
+        with pytest.raises(WeightsError, match=message), new_folder(tmp_path / "target"):
+            pass
+    assert (blocking / "thesis.txt").read_text() == "years"
+    assert list(tmp_path.iterdir()) == [blocking]
+
+
+def test_a_link_in_place_of_the_temporary_folder_is_refused(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    (tmp_path / ".target.partial").symlink_to(precious)
+    message = "a file or link blocks the temporary output folder; remove it yourself, or name another output"
+    with pytest.raises(WeightsError, match=message), new_folder(tmp_path / "target"):
+        pass
+    assert (precious / "thesis.txt").read_text() == "years"
+
+
 def test_too_little_disk_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     require_free_disk(tmp_path / "not" / "yet", 1)
     with pytest.raises(WeightsError, match=r"too little disk: 1048576.00 GiB are needed; got .* GiB free"):

@@ -121,3 +121,11 @@ def test_a_path_that_the_system_refuses_is_one_line_and_comes_before_the_work(
     with pytest.raises(SystemExit):
         main([*words, "x.json", "--batch-size", "0"])
     assert "must be an integer of at least 1; got 0" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_the_nf4_of_4_bit_loading_is_refused(tmp_path: Path, held_out: Path) -> None:
+    folder = save_tiny_mixtral(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "moe_nf4"}}))
+    with pytest.raises(WeightsError, match=r"the checkpoint is already quantised; got moe_nf4; give the 16-bit check"):
+        evaluate(folder, held_out, "prompt_completion")

@@ -14,7 +14,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import WeightsError
 from finetune.export import export, gguf
 from finetune.merge import merge
-from finetune.merge.card import merged_card
+from finetune.merge.report import report_card
 from tests.support import save_tiny_mixtral, save_tiny_sentencepiece
 from tests.unit.merge_adapters import save_adapter, tensors
 
@@ -61,7 +61,7 @@ def test_by_default_it_is_the_models_own(base: Path) -> None:
 def test_a_merged_folder_with_its_card_is_taken(adapter: Path, tmp_path: Path) -> None:
     # The converter reads the card's front matter.
     report = merge(adapter, tmp_path / "merged", show_progress=False)
-    (tmp_path / "merged" / "README.md").write_text(merged_card(report.as_dict(), [read_record(adapter).as_dict()]))
+    (tmp_path / "merged" / "README.md").write_text(report_card(report.as_dict(), [read_record(adapter).as_dict()]))
     export(tmp_path / "merged", tmp_path / "model.gguf", "gguf")
     fields = GGUFReader(tmp_path / "model.gguf").fields
     assert "moe-finetune" in fields["general.tags"].contents()

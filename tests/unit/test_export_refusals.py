@@ -1,7 +1,5 @@
 """What an export does not take, and what it does not ask for."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +41,3 @@ def test_factors_that_are_not_finite(adapter: Path, form: str) -> None:
 @pytest.mark.parametrize("options", [{"base": Path("elsewhere")}, {"layout": "peft"}])
 def test_a_copy_needs_no_base_and_no_layout(adapter: Path, options: dict[str, Any]) -> None:
     refused(adapter, "peft", "a copy of the adapter needs none; leave it out", **options)
-
-
-def test_a_base_in_nf4_has_no_published_form(adapter: Path, base: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(base, tmp_path / "base")
-    config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "moe_nf4", "format": 1}
-    (copy / "config.json").write_text(json.dumps(config))
-    message = (
-        "is stored in NF4, and vLLM serves adapters on the published form .*; use finetune merge --into dequantized"
-    )
-    refused(adapter, "vllm", message, base=copy)

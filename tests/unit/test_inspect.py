@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 
-from finetune.checkpoint import fingerprint, write_sums
-from finetune.cli.main import main
+from finetune.checkpoint import fingerprint
 from finetune.errors import Problem, WeightsError
 from finetune.export import export
 from finetune.inspect import inspect
 from finetune.merge import merge
 from tests.support import save_tiny_llama, save_tiny_mixtral
 from tests.unit.added_tokens import base_of, recipe_for, saved
-from tests.unit.four_bits import adapter_in_4_bits
 from tests.unit.merge_adapters import EVERYTHING, save_adapter
 
 SCREEN = 40  # lines
@@ -92,82 +90,13 @@ def test_a_dense_checkpoint_has_no_experts(tmp_path: Path) -> None:
     assert said(save_tiny_llama(tmp_path / "base"))["what"] == "checkpoint of a llama: 2 layers of 64, vocabulary 512"
 
 
-@pytest.mark.parametrize("prove", [True, False], ids=["proven", "not proven"])
-def test_a_merged_checkpoint(base: Path, adapter: Path, tmp_path: Path, prove: bool) -> None:
-    report = merge(adapter, tmp_path / "out", prove=prove, show_progress=False)
-    told = said(tmp_path / "out")
-    assert told["made by"] == f"finetune merge into the original base {base} ({fingerprint(base)[:12]})"
-    assert told["adapter"] == f"1 x {adapter}, SHA-256 {report.adapters[0]['sha256'][:12]}"
-    assert told["checksums"] == "every file is as it was written"
-    assert "experts 24 tensors by " in told["changed"]
-    used = f"{report.proof.adapter_tensors} adapter tensors each used once, 41 tensors"
-    assert told["proven"] == f"{used} with the names and shapes of the base"
-    assert ("logits" in told) == prove
-    assert ("NOT PROVEN" in told) != prove
-
-
-def test_a_report_of_other_weights_is_not_repeated(base: Path, adapter: Path, tmp_path: Path) -> None:
-    merge(adapter, tmp_path / "out", show_progress=False)
-    shutil.copyfile(base / "model.safetensors", tmp_path / "out" / "model.safetensors")
-    write_sums(tmp_path / "out")
-    assert said(tmp_path / "out")["made by"].startswith("a merge; but merge-report.json is of weights ")
-
-
-def test_a_damaged_folder_is_refused(adapter: Path, tmp_path: Path) -> None:
-    merge(adapter, tmp_path / "out", show_progress=False)
-    (tmp_path / "out" / "config.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"config.json: differs from its sum in SHA256SUMS"):
-        inspect(tmp_path / "out")
-
-
-def test_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "notes.txt").write_text("x")
-    assert main(["inspect", str(tmp_path)]) == 1
-    line = "is neither an adapter nor a checkpoint in safetensors nor a run; got notes.txt; give a run's output_dir"
-    assert line in capsys.readouterr().err
-    assert main(["inspect", str(tmp_path / "away")]) == 1
-    assert "away: is not a folder; give a run's output_dir" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("prove", [True, False], ids=["proven", "not proven"])
-def test_a_merge_in_nf4_tells_of_what_lies_there(base: Path, tmp_path: Path, prove: bool) -> None:
-    adapter = adapter_in_4_bits(base, tmp_path / "adapter")
-    report = merge(adapter, tmp_path / "out", requantize=True, prove=prove, show_progress=False)
-    nf4, told = report.proof.nf4, said(tmp_path / "out")
-    assert nf4 is not None
-    lost = nf4.lost or {}
-    assert bool(lost) == prove
-    assert "41 tensors of the merge in BF16, before NF4, with the names and shapes of the base" in told["proven"]
-    assert told["written in NF4"].startswith("24 matrices")
-    assert "logits" not in told
-    if prove:
-        assert told["logits in NF4"] == (
-            f"off by {nf4.logit_error_mean:.3g} in the mean; "
-            f"rounding the base itself to NF4 makes {nf4.base_error_mean:.3g}"
-        )
-        assert f"{report.logits.merged_error_mean:.3g}" in told["logits before NF4"]
-        assert all(f"{part} {ratio:.3g} x the change" in told["written in NF4"] for part, ratio in lost.items())
-    else:
-        assert "that the NF4 copy is what rounding the merged model makes" in inspect(tmp_path / "out")
-
-
-def test_an_adapter_on_a_base_in_nf4_can_go_into_the_dequantized_one_only(base: Path, tmp_path: Path) -> None:
-    first = adapter_in_4_bits(base, tmp_path / "first")
-    merge(first, four := tmp_path / "four", requantize=True, prove=False, show_progress=False)
-    adapter = shutil.copytree(first, tmp_path / "adapter")
-    edit(adapter / "finetune.json", base={"name_or_path": str(four), "fingerprint": fingerprint(four)})
-    assert said(adapter)["merge"].startswith(
-        f"everything fits: the base is in {four}, stored in NF4, so that it takes --into dequantized; "
-    )
-
-
 def test_a_merge_with_added_tokens_is_not_said_to_have_the_shapes_of_the_base(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "untied", "float32")
     adapter = saved(recipe_for(base, tmp_path / "turns.jinja"), tmp_path / "adapter", fingerprint(base))
     report = merge(adapter, tmp_path / "out", show_progress=False)
-    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have the rows that 2 added tokens need"
-    assert told["proven"].endswith(but)
-    assert told["added tokens"] == "2, with the rows that training left"
+    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have rows for 2 added tokens"
+    assert told["tensors on disk"].endswith(but)
+    assert told["added tokens"].startswith("2, with the rows that training left; their logits are off by ")
     assert but in report.table()
 
 
@@ -247,7 +176,7 @@ def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any]
         (
             "merge-report.json",
             lambda base: {"fingerprint": fingerprint(base)},
-            "a merge writes; got nothing called 'base'",
+            "a merge writes; got nothing called 'into'",
         ),
         ("upcycle.json", lambda base: {}, "an upcycling writes; got nothing called 'num_experts'"),
     ],

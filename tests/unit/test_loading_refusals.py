@@ -112,6 +112,7 @@ def test_a_tensor_too_many_and_one_too_few(tmp_path: Path) -> None:
     ("method", "remedy"),
     [
         ("bitsandbytes", "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading"),
+        ("moe_nf4", "give the 16-bit checkpoint; model.load_in_4bit quantises it while loading"),
         (
             "mxfp4",
             "write a bfloat16 copy: from_pretrained(..., quantization_config=Mxfp4Config(dequantize=True)), then "

@@ -178,11 +178,11 @@ def test_the_comparison_refuses_a_tensor_changed_without_a_delta(
 ) -> None:
 
     def with_damage(*args: Any) -> Any:
-        ledger = stream_merged(*args)
+        log = stream_merged(*args)
         with (args[1] / "model.safetensors").open("r+b") as file:
             file.seek(-1, 2)
             file.write(b"\x11")
-        return ledger
+        return log
 
     monkeypatch.setattr(finetune.merge, "stream_merged", with_damage)
     refused(adapter, tmp_path / "out", "tensor changed without a delta; got 1 such")

@@ -117,17 +117,6 @@ def test_the_ratio_is_what_nf4_moved_over_what_the_adapter_does(
         assert report.compare.shift[part] == pytest.approx((shift / delta) ** 0.5, rel=0.01)
 
 
-def test_what_is_written_in_nf4_is_measured_as_it_loads(base: Path, adapter: Path, data: Path, tmp_path: Path) -> None:
-    report = merge(adapter, tmp_path / "out", requantize=True, compare=data, show_progress=False)
-    trained = PeftModel.from_pretrained(loaded_in_4_bits(base), adapter).eval()
-    _, loss, kl = by_hand(trained, loaded_in_4_bits(tmp_path / "out"), compare_rows(data, 128, adapter, base))
-    assert report.compare is not None
-    assert report.compare.in_nf4 is not None
-    assert report.compare.in_nf4.loss == pytest.approx(loss, rel=1e-5)
-    assert report.compare.in_nf4.kl == pytest.approx(kl, rel=1e-4)
-    assert "  in NF4 " in report.table()
-
-
 def test_one_merge_only_of_an_adapter_that_was_trained_in_16_bits(base: Path, data: Path, tmp_path: Path) -> None:
     adapter = adapter_in_4_bits(base, tmp_path / "adapter", dtype=None)
     report = merge(adapter, tmp_path / "out", compare=data, show_progress=False)

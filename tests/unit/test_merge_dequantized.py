@@ -15,10 +15,9 @@ from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.dequantized import DequantizedReader
-from finetune.merge.matrices import quantize
+from finetune.merge.matrices import Matrix, quantize
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack
-from finetune.moe.nf4_reader import Matrix
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.four_bits import adapter_in_4_bits, loaded_in_4_bits, seen_weights
@@ -118,7 +117,7 @@ def test_merged_is_the_4bit_base_plus_the_adapter(model_type: str, tmp_path: Pat
     assert report.logits.merged_error_max < 1e-4
     assert (report.into, original.into) == ("dequantized", "original")
     assert (report.through_nf4, original.through_nf4) == (len(reader_of(folder).quantized), 0)
-    assert f"dequantized base: {report.through_nf4} tensors through NF4" in report.table()
+    assert f"dequantized base, {report.through_nf4} tensors through NF4" in report.table()
     assert tensors(tmp_path / "out").keys() == tensors(folder).keys()
 
 

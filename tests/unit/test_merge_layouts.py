@@ -146,11 +146,11 @@ def test_the_logits_refuse_a_confused_order_of_experts(fused: Path, monkeypatch:
 
 def test_the_count_refuses_an_expert_left_out(fused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(*args: Any) -> Any:
-        ledger = stream_merged(*args)
-        key = next(key for key, outcome in ledger.outcomes.items() if outcome.part == "experts")
-        used = tuple(use for use in ledger.outcomes[key].used if use[2] != 2)
-        ledger.outcomes[key] = replace(ledger.outcomes[key], used=used)
-        return ledger
+        log = stream_merged(*args)
+        key = next(key for key, result in log.results.items() if result.part == "experts")
+        used = tuple(use for use in log.results[key].used if use[2] != 2)
+        log.results[key] = replace(log.results[key], used=used)
+        return log
 
     monkeypatch.setattr(finetune.merge, "stream_merged", forgetful)
     refused(fused, r"experts(.base_layer)?: adapter tensor was not used exactly once; got expert 2 of 4")
@@ -186,7 +186,7 @@ def test_moved_correction_biases_replace_the_bases(model_type: str, on_disk: str
     assert len(moved) == 2
     assert all(torch.equal(merged[key], value) for key, value in moved.items())
     assert report.proof.changed == report.targeted
-    assert re.search("correction biases +2 tensors, as training left them", report.table())
+    assert re.search("router biases +2 tensors, as training left them", report.table())
     whole = load(base, adapter)
     state = {clean_name(name): value for name, value in whole.state_dict().items()}
     for key, name in keys.items():

@@ -40,9 +40,9 @@ before = resident("VmRSS")
 reader = CheckpointReader(Path(base))
 family = family_of(reader.config["model_type"], "test")
 sources = Sources(reader, together([plan(reader, read_adapter(Path(adapter)), family)]))
-ledger = stream_merged(sources, Path(output), sources.specs(dtype or None), threads=2)
+log = stream_merged(sources, Path(output), sources.specs(dtype or None), threads=2)
 growth = resident("VmHWM") - before
-print(json.dumps({"growth": growth, "targeted": len(ledger.targeted)}))
+print(json.dumps({"growth": growth, "targeted": len(log.targeted)}))
 """
 
 

@@ -1,15 +1,16 @@
-"""`--prompts`, `--no-proof`, what the command prints of its progress, and what a journal is worth after a restart."""
+"""Options of the merge: `--prompts`, `--no-proof`, unusable values, and the progress that the command prints."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import finetune.merge.journal
+import finetune.cli.merge
 from finetune.cli.main import main
 from finetune.errors import WeightsError
-from finetune.merge import merge
-from finetune.merge.journal import Journal
+from finetune.merge import DTYPES, INTO, merge
+from finetune.merge.proof import PROMPTS
 from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
@@ -26,6 +27,15 @@ def test_the_users_prompts_take_the_place_of_the_fixed_ones(adapter: Path, tmp_p
     own = merge(adapter, tmp_path / "own", prompts=tmp_path / "prompts.txt", show_progress=False)
     assert 0 < own.logits.tokens < fixed.logits.tokens
     assert own.logits.adapter_effect_mean != fixed.logits.adapter_effect_mean
+
+
+def test_the_help_says_how_many_prompts_are_fixed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command names the constants of the merge without importing torch."""
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    assert f"(default: {len(PROMPTS)} fixed ones)" in " ".join(capsys.readouterr().out.split())
+    assert tuple(DTYPES) == finetune.cli.merge.DTYPES
+    assert INTO == finetune.cli.merge.INTO
 
 
 def test_prompts_that_cannot_be_read(adapter: Path, tmp_path: Path) -> None:
@@ -61,17 +71,17 @@ def test_without_a_proof_the_command_says_what_nobody_has_looked_at(
     assert "NOT PROVEN" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_after_a_restart_of_the_machine_only_what_the_disk_has_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    boot, folder = tmp_path / "boot", tmp_path / "folder"
-    folder.mkdir()
-    boot.write_text("first")
-    monkeypatch.setattr(finetune.merge.journal, "BOOT_ID", boot)
-    journal = Journal(folder, {"a": 1}, resume=False)
-    journal.add({"one": None})
-    journal.on_disk()
-    journal.add({"two": None})
-    assert Journal(folder, {"a": 1}, resume=True).done.keys() == {"one", "two"}
-    boot.write_text("second")
-    assert Journal(folder, {"a": 1}, resume=True).done.keys() == {"one"}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [float("nan")]}, "--weights: an adapter cannot be added so many times; got nan; give numbers"),
+        ({"weights": [float("inf")]}, "--weights: an adapter cannot be added so many times; got inf"),
+        ({"weights": [0.0]}, "--weights: an adapter cannot be added so many times; got 0"),
+        ({"compare_rows": 0}, "--compare-rows: nothing could be measured; got 0; give a number of rows"),
+        ({"prompts": Path("x"), "prove": False}, "--prompts: nothing is run on them without the proof; leave out"),
+    ],
+)
+def test_unusable_options_are_refused(adapter: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        merge(adapter, tmp_path / "out", show_progress=False, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == []

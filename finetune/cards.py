@@ -1,16 +1,17 @@
 """Model cards: `README.md` of merged folders, adapters and exports; from plain facts, without this machine's paths."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import finetune
-from finetune.merge.report import names_and_shapes
 
 Facts = Mapping[str, Any]
+Row = tuple[str, str, str]  # label, value, remark
+_HASH = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Folders that every run has.
 _IN_A_RUN = re.compile(r"adapter|checkpoint-\d+")
@@ -35,8 +36,11 @@ def adapter_name(folder: str) -> str:
     return f"{run}/{path.name}" if _IN_A_RUN.fullmatch(path.name) and run not in ("", "..") else public_name(folder)
 
 
-def merged_card(report: Facts, records: Sequence[Facts]) -> str:
-    """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order."""
+def merged_card(report: Facts, records: Sequence[Facts], rows: Iterable[Row], compared: Iterable[Row] = ()) -> str:
+    """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order.
+
+    `rows`: what the merge reports, without paths; `compared`: the losses, where `--compare` measured them.
+    """
     base = _base_name(report, records)
     missing = report["proof"]["not_proven"]
     tags = ["moe-finetune", "lora", "merged", *_methods(records), *(["not-proven"] if missing else [])]
@@ -45,19 +49,19 @@ def merged_card(report: Facts, records: Sequence[Facts]) -> str:
         *([_warning(missing)] if missing else []),
         f"# {public_name(report['output'])}",
         f"{base} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
-        f"{_stored(report)}.",
+        f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
         "## Proof",
-        _table(("", ""), _proof_rows(report)),
-        *([_comparison(report["compare"])] if report.get("compare") else []),
+        _row_table([("fingerprint of this model", report["fingerprint"], ""), *rows]),
+        *([_comparison(report["compare"], compared)] if report.get("compare") else []),
     ]
     for number, (adapter, record) in enumerate(zip(report["adapters"], records, strict=True), start=1):
         title = "## Adapter" if len(records) == 1 else f"## Adapter {number}"
-        rows = [
+        facts = [
             ("name", adapter_name(adapter["name_or_path"])),
             ("SHA-256 of its weights", f"`{adapter['sha256']}`"),
             *([] if adapter["weight"] == 1 else [("weight", f"{adapter['weight']:g}")]),
         ]
-        sections += [title, _table(("", ""), rows), *_training(record)]
+        sections += [title, _table(("", ""), facts), *_training(record)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -127,7 +131,7 @@ def _front_matter(base: str, library: str, tags: Sequence[str], relation: str = 
 
 
 def _warning(missing: Sequence[str]) -> str:
-    lines = ["> **NOT PROVEN.** This model was merged with `--no-proof`. Nobody has looked at:"]
+    lines = ["> **NOT PROVEN.** This model was merged with `--no-proof`. Not verified:"]
     return "\n".join([*lines, *(f"> - {phrase}" for phrase in missing)])
 
 
@@ -140,86 +144,15 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|")
 
 
-def _stored(report: Facts) -> str:
-    nf4, formats = report["proof"].get("nf4"), "/".join(report["dtypes"])
-    if nf4 is None:
-        return f"{report['nbytes'] / 2**30:.2f} GiB, {formats}"
-    return f"{nf4['nbytes'] / 2**30:.2f} GiB, written in NF4 ({nf4['matrices']} matrices) from a merge in {formats}"
+def _row_table(rows: Iterable[Row]) -> str:
+    return _table(
+        ("", "", ""), [(label, f"`{value}`" if _HASH.fullmatch(value) else value, x) for label, value, x in rows]
+    )
 
 
-def _proof_rows(report: Facts) -> list[tuple[str, str]]:
-    proof, logits, nf4 = report["proof"], report["proof"].get("logits"), report["proof"].get("nf4")
-    through = report.get("through_nf4")
-    rows = [
-        ("merged into", f"the {report['into']} base" + (f", {through} tensors of it through NF4" if through else "")),
-        ("fingerprint of the base", f"`{report['base_fingerprint']}`"),
-        ("fingerprint of this model", f"`{report['fingerprint']}`"),
-        ("tensors of the adapters", f"{proof['adapter_tensors']}, each used exactly once"),
-        (
-            "tensors of the merge before NF4" if nf4 else "tensors on disk",
-            f"{proof['tensors']}, {names_and_shapes(report)}",
-        ),
-        *_other_rows(report),
-    ]
-    if proof.get("changed") is not None:
-        rows.append(("tensors changed", f"{proof['changed']} of {report['targeted']} targeted, no others"))
-    rows += [
-        (f"change of {part}", f"{figures['relative_delta']:.2%} of the base's norm in {figures['tensors']} tensors")
-        for part, figures in report["parts"].items()
-    ]
-    this = f"the merge in {'/'.join(report['dtypes'])}, before NF4," if nf4 else "this model"
-    return [*rows, *([] if logits is None else _logit_rows(logits, this)), *([] if nf4 is None else _nf4_rows(nf4))]
-
-
-def _other_rows(report: Facts) -> list[tuple[str, str]]:
-    """What an adapter brings beside factors."""
-    added, moved = report.get("added_tokens"), report["proof"].get("moved_biases")
-    whole: Sequence[str] = report.get("whole_tensors") or ()
-    return [
-        *([("added tokens", f"{added}, with the rows that training left")] if added else []),
-        *([("whole tensors of the adapters", ", ".join(whole))] if whole else []),
-        *([("embedding and head", "two matrices: the base's one cannot hold both")] if report.get("untied") else []),
-        *([("correction biases of routers", f"{moved} tensors, as training left them")] if moved else []),
-    ]
-
-
-def _nf4_rows(nf4: Facts) -> list[tuple[str, str]]:
-    rows = [("written in NF4", f"{nf4['matrices']} matrices, {nf4['nbytes'] / 2**30:.2f} GiB in all")]
-    if nf4.get("logit_error_mean") is not None:
-        rows.append(
-            ("this model, in NF4, is off from base + adapters by", f"{nf4['logit_error_mean']:.3g} in the mean")
-        )
-    if nf4.get("base_error_mean") is not None:
-        rows.append(("rounding the base itself to NF4 makes", f"{nf4['base_error_mean']:.3g} in the mean"))
-    for part, lost in (nf4.get("lost") or {}).items():
-        rows.append((f"NF4 rounds off of {part}", "no change" if lost is None else f"{lost:.3g} times the change"))
-    return rows
-
-
-def _comparison(compare: Facts) -> str:
+def _comparison(compare: Facts, rows: Iterable[Row]) -> str:
     """Losses of the merges that were measured; `compare`: `Comparison` as a dict."""
-    merges = {f"merged into the {name} base": each for name, each in compare["into"].items()}
-    merges |= {"this model, in NF4": compare["in_nf4"]} if compare.get("in_nf4") else {}
-    rows = [("base + adapters", f"{compare['trained_loss']:.4f}", "0")]
-    rows += [(name, f"{each['loss']:.4f}", f"{each['kl']:.3g}") for name, each in merges.items()]
-    data = public_name(compare["data"], compare["data"])
-    on = f"{data}, {compare['rows']} rows, {compare['tokens']} supervised tokens"
-    table = _table(("", "loss", "KL per token from base + adapters"), rows)
-    return f"### Compared on {on}\n\n{table}\n\nAdvice: {compare['advice']}"
-
-
-def _logit_rows(logits: Facts, this: str) -> list[tuple[str, str]]:
-    rows = [
-        ("tokens compared", f"{logits['tokens']}, logits in fp32"),
-        ("effect of the adapters on them", f"{logits['adapter_effect_mean']:.3g} in the mean"),
-        (
-            f"{this} is off from base + adapters by",
-            f"{logits['merged_error_mean']:.3g} in the mean, {logits['merged_error_max']:.3g} at most",
-        ),
-    ]
-    if logits.get("other_experts") is not None:
-        rows.append(("choices of experts that differ", f"{logits['other_experts']:.2%}"))
-    return rows
+    return f"### Compared on {public_name(compare['data'], compare['data'])}\n\n{_row_table(rows)}"
 
 
 def _training(record: Facts) -> list[str]:
