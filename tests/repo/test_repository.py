@@ -1,4 +1,4 @@
-"""The house rules that a machine can keep: sizes, floors, what may not stand in a tracked file, honest pins."""
+"""Rules of the repository: sizes of files and functions, contents of tracked files, dependencies and their pins."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LISTED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 TRACKED = [path for name in LISTED.split("\0") if name and (path := ROOT / name).is_file()]
 SOURCES = [path for path in TRACKED if path.suffix == ".py" and path.is_relative_to(ROOT / "finetune")]
-MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 50
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 50
 WITH_CUDA = {"triton"}  # comes with torch where there is CUDA; nothing imports it elsewhere
 
 # In pieces, so that this file does not forbid itself.
@@ -45,6 +45,12 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     lengths = {node.name: code_lines(text, node.lineno, node.end_lineno or 0) for node in functions}
     assert {key: length for key, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def test_the_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 120] == []
 
 
 @pytest.mark.parametrize("pattern", [MACHINE_PATH, UNFINISHED], ids=["paths of one machine", "unfinished work"])
@@ -77,7 +83,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"usage: finetune {command}" in capsys.readouterr().out
 
 
-def test_every_dependency_is_pinned_inside_its_range_and_nothing_else_stands_there() -> None:
+def test_every_dependency_is_pinned_inside_its_range() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     lines = (ROOT / "constraints.txt").read_text().splitlines()
