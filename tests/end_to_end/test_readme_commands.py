@@ -1,4 +1,4 @@
-"""Every command of the README but make's is run as it is written, one after the other, on a tiny model."""
+"""Every command of the README and of docs/ except make's is run as written, in order, on a tiny model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every command that the README shows is run somewhere, and this table says where."""
+"""Every command in the README and in docs/ exists, and every make command is run somewhere."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ import yaml
 
 from finetune.cli.main import build_parser
 from finetune.recipe import load_recipe
-from tests.readme import COMMANDS, ROOT, shell_commands
+from tests.readme import COMMANDS, PAGES, ROOT, shell_commands
 
 # make's commands -> the file that runs it, and words of that file which do. All others are run by
 # tests/end_to_end/test_readme_commands.py, as they are written.
@@ -61,9 +61,10 @@ def test_a_shown_command_is_spelt_right(command: str) -> None:
 
 
 def test_the_shown_sections_of_a_recipe_are_valid(tmp_path: Path) -> None:
-    """Laid over those of a shipped recipe."""
-    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
+    """Merged into those of a shipped recipe."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES[1:])
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) >= 3
     for number, block in enumerate(blocks):
         whole = yaml.safe_load((ROOT / "recipes/mixtral-8x7b/sft-qlora.yaml").read_text(encoding="utf-8"))
         for section, values in yaml.safe_load(block).items():
@@ -71,3 +72,10 @@ def test_the_shown_sections_of_a_recipe_are_valid(tmp_path: Path) -> None:
         whole["training"]["learning_rate"] = 2e-4  # text to PyYAML
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(whole).replace("0.0002", "2e-4"), encoding="utf-8")
         load_recipe(tmp_path / f"{number}.yaml")
+
+
+def test_the_recipe_of_the_readme_is_complete(tmp_path: Path) -> None:
+    block = re.search(r"^```yaml\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.M | re.S)
+    assert block
+    (tmp_path / "recipe.yaml").write_text(block.group(1), encoding="utf-8")
+    load_recipe(tmp_path / "recipe.yaml")
