@@ -26,7 +26,7 @@ from benchmarks.prompt_sharing import sharing_gain
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
 from finetune.files import write_json
-from finetune.methods.pair_scores import score_pairs
+from finetune.methods.pairs import score_pairs
 from finetune.methods.reference import Reference
 from finetune.moe.checkpointing import enable_checkpointing
 

@@ -16,8 +16,8 @@ from transformers import PrinterCallback
 
 from finetune.adapters.initial import read_initial_adapter
 from finetune.base import read_base
-from finetune.methods import dpo_run, sft_run
-from finetune.methods.setup import TrainerSetup
+from finetune.methods import dpo, sft
+from finetune.methods.common import TrainerSetup
 from finetune.model import adapt, load_base, save_adapter
 from finetune.moe.audit import storage_of
 from finetune.recipe import Recipe
@@ -195,7 +195,7 @@ def training_arm(recipe: Recipe, logs: bool = False) -> TrainingArm:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
     base = read_base(recipe)
-    method: Any = dpo_run if recipe.method.kind == "dpo" else sft_run
+    method: Any = dpo if recipe.method.kind == "dpo" else sft
     rows = method.prepare_rows(recipe, base)
     initial = None if recipe.model.adapter is None else read_initial_adapter(Path(recipe.model.adapter))
     model = adapt(load_base(base, recipe.model), base, recipe, initial_adapter=initial)

@@ -20,10 +20,9 @@ from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
-from finetune.moe.rehearsal import rehearse
+from finetune.moe.lora import check_targets, check_vocabulary, lora_config
+from finetune.moe.preflight import rehearse
 from finetune.moe.router_bias import require_biases
-from finetune.moe.targets import check_targets, lora_config
-from finetune.moe.vocabulary import check_vocabulary
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]

@@ -15,14 +15,12 @@ from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, Facto
 from finetune.base import Base, loading_options
 from finetune.errors import WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
-from finetune.moe.esft.adapter import keep_chosen
-from finetune.moe.esft.choice import ExpertChoice
+from finetune.moe.esft import ExpertChoice, keep_chosen
 from finetune.moe.families import Family
-from finetune.moe.lora import add_adapter
-from finetune.moe.quantizer import MoeNf4Config, check_weights
-from finetune.moe.rehearsal import differences
+from finetune.moe.lora import add_adapter, grow_vocabulary
+from finetune.moe.nf4_loading import MoeNf4Config, check_weights
+from finetune.moe.preflight import differences
 from finetune.moe.router_bias import BIAS_FILE, save_biases
-from finetune.moe.vocabulary import grow_vocabulary
 from finetune.recipe import ModelSettings, Recipe
 
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")

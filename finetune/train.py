@@ -11,18 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.environment import hush, wait_passively
 from finetune.errors import FinetuneError, Problem, RunError, as_expected
 from finetune.files import write_json, write_text
-from finetune.quiet import hush
 from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.threads import wait_passively
 
 if TYPE_CHECKING:
     from finetune.adapters.initial import InitialAdapter
     from finetune.base import Base
-    from finetune.methods.rows import MethodRows
-    from finetune.methods.setup import TrainerSetup
-    from finetune.moe.esft.choice import ExpertChoice
+    from finetune.methods.common import MethodRows, TrainerSetup
+    from finetune.moe.esft import ExpertChoice
     from finetune.run import RunFolder
 
 
@@ -35,8 +33,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     from finetune.base import read_base
     from finetune.methods import method_of
-    from finetune.methods.common import accumulation_steps
-    from finetune.methods.setup import TrainerSetup
+    from finetune.methods.common import TrainerSetup, accumulation_steps
     from finetune.run import prepare_dashboards
 
     # Without `cpu` several processes on a machine without an accelerator would each believe to be the only one.
@@ -134,8 +131,7 @@ def _load(
     from accelerate import PartialState
 
     from finetune.model import adapt, load_base
-    from finetune.moe.esft.choice import read_choice
-    from finetune.moe.esft.measure import choose_experts
+    from finetune.moe.esft import choose_experts, read_choice
 
     auto = recipe.lora.experts == "auto"
     choice = None if initial_adapter is None else initial_adapter.choice

@@ -19,8 +19,7 @@ from benchmarks.packaged_gguf import packaged_gguf
 from finetune.data.render import LossOn, Renderer, System, read_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import WeightsError
-from finetune.upcycle.gguf_file import read_metadata
-from finetune.upcycle.gguf_tokenizer import write_tokenizer
+from finetune.upcycle.gguf_source import read_metadata, write_tokenizer
 
 FILES = Path(mistral_common.__file__).parent / "data"
 NAMES = {

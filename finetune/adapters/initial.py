@@ -11,10 +11,10 @@ from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest
 from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, read_record
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
-from finetune.moe.esft.choice import ExpertChoice
+from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
+from finetune.moe.lora import ADAPTER
 from finetune.moe.router_bias import BIAS_FILE, load_biases
-from finetune.moe.targets import ADAPTER
 from finetune.recipe import LoraSettings, Recipe
 
 TEMPLATE_FILE = "chat_template.jinja"

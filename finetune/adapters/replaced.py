@@ -18,8 +18,7 @@ from finetune.adapters.layout import base_layout
 from finetune.adapters.lineage import Weighted
 from finetune.adapters.targets import old_name
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import read_tensor
+from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
 

@@ -3,9 +3,8 @@
 `gather` makes a `Report` of a recipe; `terminal` and `page` write it.
 """
 
+from finetune.check.check_report import Report
 from finetune.check.gather import gather
-from finetune.check.page import write_page
-from finetune.check.report import Report
-from finetune.check.terminal import Style, lines
+from finetune.check.output import Style, lines, write_page
 
 __all__ = ["Report", "Style", "gather", "lines", "write_page"]

@@ -1,6 +1,10 @@
-"""Check a recipe and its rows, and collect the results in a `Report`."""
+"""Check a recipe and its rows, and collect the results in a `Report`.
 
-from collections.abc import Callable, Iterator
+The rows of a source without a tokenizer: what they say, and what is wrong with them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,17 +14,78 @@ from transformers import AutoConfig
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.adapters.record import BaseRecord
 from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
-from finetune.check.report import Batches, Report, batches_of, pair_batches_of, split_of
+from finetune.check.check_report import Batches, Report, batches_of, pair_batches_of, split_of
+from finetune.check.duplicates import find_duplicates, words_of
 from finetune.check.samples import draw
-from finetune.check.texts import read_without_tokenizer, texts
-from finetune.check.twins import find_duplicates
 from finetune.checkpoint import fingerprint
+from finetune.data.formats import reader, recognise
+from finetune.data.row_errors import Problems, Row, RowError
+from finetune.data.sources import open_source
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
-from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS
+from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.tokens.packing import count_sequences
-from finetune.errors import FinetuneError
-from finetune.methods.pair_layout import pair_layout
-from finetune.recipe import Recipe
+from finetune.errors import DataError, FinetuneError, Problem
+from finetune.methods.pairs import pair_layout
+from finetune.recipe import DataSource, Recipe
+
+
+def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
+    """What each sound row says, with its `file:line`."""
+    read = reader(row_format, source.columns)
+    for row in _rows(source):
+        if not isinstance(row.value, RowError):
+            try:
+                yield f"{row.path}:{row.number}", words_of(read(row.value))
+            except RowError:
+                continue  # one of the bad rows that the recipe says to drop; it is named among them
+
+
+def read_without_tokenizer(sources: Sequence[DataSource], example_type: ExampleType, max_problems: int) -> None:
+    """Read every row; `DataError` with all of those that the format refuses, or that are no example of this type."""
+    problems: list[Problem] = []
+    for source in sources:
+        try:
+            problems += _refused(source, example_type, max_problems)
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+
+
+def _refused(source: DataSource, example_type: ExampleType, max_problems: int) -> list[Problem]:
+    refused = Problems(max_problems)
+    try:
+        read = reader(_format(source), source.columns)
+    except RowError as error:
+        # Where no format is known, what is no row at all is still found.
+        for row in _rows(source):
+            if isinstance(row.value, RowError):
+                refused.add(row.path, row.number, row.value)
+        return [*refused.report(), error.problem(str(source.path or source.id), 0)]
+    for example in example_type.examples(_rows(source), read):
+        _check_content(example, example_type)
+        if (problem := example.problem) is not None:
+            refused.add(problem.row.path, problem.row.number, problem.error)
+    return refused.report()
+
+
+def _check_content(example: Example, example_type: ExampleType) -> None:
+    if example.content is not None:
+        try:
+            example_type.conversations(example.content)
+        except RowError as error:
+            example.fail(error)
+
+
+def _format(source: DataSource) -> str:
+    if source.format != "auto":
+        return source.format
+    return recognise((row.value for row in _rows(source)), source.columns).format
+
+
+def _rows(source: DataSource) -> Iterator[Row]:
+    return islice(iter(open_source(source)), source.max_rows)
+
 
 MAX_PROBLEMS = 1000
 """At most this many bad rows of a data set are listed; the rest is counted."""

@@ -1,8 +1,7 @@
 """Safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
-from finetune.checkpoint.checksums import SUMS_FILE, listed_bytes, verify_sums, write_sums
-from finetune.checkpoint.fingerprint import fingerprint
-from finetune.checkpoint.folder import (
+from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, verify_sums, write_sums
+from finetune.checkpoint.output_folder import (
     new_folder,
     refuse_existing,
     require_free_disk,

@@ -11,8 +11,7 @@ from types import TracebackType
 
 import torch
 
-from finetune.checkpoint.dtypes import DISK_DTYPES, TORCH_DTYPES
-from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from finetune.checkpoint.reader import DISK_DTYPES, INDEX_FILE, SINGLE_FILE, TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 

@@ -11,7 +11,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(_: argparse.Namespace) -> int:
     """Print the table of architectures."""
-    from finetune.moe.listing import families_table
+    from finetune.moe.families import families_table
 
     print(families_table())
     return 0

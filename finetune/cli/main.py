@@ -8,9 +8,8 @@ from io import TextIOWrapper
 
 import finetune
 from finetune.cli import check, evaluate, export, families, inspect, merge, schema, train, upcycle
+from finetune.environment import hush, wait_passively
 from finetune.errors import FinetuneError, as_expected
-from finetune.quiet import hush
-from finetune.threads import wait_passively
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """What shells report for the two signals."""

@@ -18,8 +18,7 @@ from finetune.adapters.deltas import Delta, plan
 from finetune.adapters.factors import FactorReader
 from finetune.adapters.layout import LAYER, Stack, base_layout
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import SINGLE_FILE
+from finetune.checkpoint.reader import SINGLE_FILE, TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.export.served import MERGE, RANKS, Served, served
 from finetune.files import write_json

@@ -16,7 +16,7 @@ from finetune.merge.logits import LayerwiseModel
 from finetune.merge.reference import QuantizedModel
 from finetune.merge.routing import Routing
 from finetune.moe.families import Family
-from finetune.moe.rehearsal import rehearse
+from finetune.moe.preflight import rehearse
 
 INTO = ("original", "dequantized")
 _INTO_ORIGINAL = "merge --into original (the default)"

@@ -14,7 +14,7 @@ from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
 from finetune.moe.nf4 import CHUNK, Nf4Stack, quantize_pieces
-from finetune.moe.quantized import quantized_weights
+from finetune.moe.nf4_loading import quantized_weights
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 

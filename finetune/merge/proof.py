@@ -15,8 +15,7 @@ from finetune.adapters.adapter import Adapter
 from finetune.adapters.deltas import Change
 from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import read_tensor
+from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.ledger import TensorLog, TensorResult
 from finetune.merge.logits import LayerwiseModel

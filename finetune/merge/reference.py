@@ -11,7 +11,7 @@ import torch
 from finetune.checkpoint import CheckpointReader
 from finetune.merge.logits import LayerwiseModel
 from finetune.moe.nf4 import Nf4Stack, linear_weight
-from finetune.moe.quantizer import MoeNf4Config
+from finetune.moe.nf4_loading import MoeNf4Config
 
 
 class QuantizedModel(LayerwiseModel):

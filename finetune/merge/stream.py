@@ -17,8 +17,7 @@ import torch
 from finetune.adapters.deltas import Change
 from finetune.adapters.factors import FactorReader
 from finetune.checkpoint import CheckpointWriter, TensorInfo, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import read_tensor
+from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.merge.ledger import TensorLog, TensorResult
 from finetune.merge.sources import Sources, shard_bytes

@@ -6,8 +6,7 @@ import torch
 
 from finetune.adapters.factors import FactorReader
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
-from finetune.checkpoint.reader import read_tensor
+from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.merge.sources import Sources
 
 

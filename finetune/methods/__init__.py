@@ -9,6 +9,6 @@ from types import ModuleType
 
 def method_of(kind: str) -> ModuleType:
     """The module of a method, with `prepare_rows` and `make_trainer`."""
-    from finetune.methods import dpo_run, sft_run
+    from finetune.methods import dpo, sft
 
-    return {"sft": sft_run, "dpo": dpo_run}[kind]
+    return {"sft": sft, "dpo": dpo}[kind]

@@ -1,14 +1,26 @@
-"""TRL's arguments that every method takes from a recipe."""
+"""TRL's arguments that every method takes from a recipe.
 
-from collections.abc import Mapping
+The arguments of every trainer.
+
+The prepared data of a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from finetune.adapters.initial import InitialAdapter
+from finetune.base import Base
+from finetune.data import DataStats
 from finetune.errors import Problem, RecipeError, RunError
+from finetune.methods.router_term import RouterTerm
 from finetune.recipe import Recipe
+from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
 
 
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
@@ -81,3 +93,58 @@ def check_world_size(config: Any, num_processes: int) -> None:
                 "launch with `accelerate launch` and a file of accelerate_configs/",
             )
         )
+
+
+@dataclass(frozen=True)
+class MethodRows:
+    """`train` and `eval` (None: no evaluation) as the trainer takes them, `collator` makes its batches.
+
+    `conversations` with `conversation_collator`: the same rows one conversation each, for measurements before
+    there is an adapter. `remarks`: lines for the user. `stats` by split.
+    """
+
+    train: Any
+    eval: Any
+    collator: Any
+    stats: dict[str, DataStats]
+    conversations: Any
+    conversation_collator: Any
+    remarks: Sequence[str] = field(default=())
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """What the audit and the adapter's record say about the rows of each split."""
+        return {split: stats.as_dict() for split, stats in self.stats.items()}
+
+
+@dataclass(frozen=True)
+class TrainerSetup:
+    """`initial_adapter`: the adapter that training starts from, if it is not a fresh one."""
+
+    recipe: Recipe
+    run: RunFolder
+    base: Base
+    model: Any
+    rows: MethodRows
+    initial_adapter: InitialAdapter | None
+    dashboards: Dashboards
+
+    @cached_property
+    def router_term(self) -> RouterTerm | None:
+        """The router term of a mixture of experts, None for a dense model or without the section `router`."""
+        if self.base.family.moe is None or self.recipe.router is None:
+            return None
+        return RouterTerm(self.model, self.base.family, self.recipe.router)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that all trainers take."""
+        router_load = RouterLoadCallback(self.run.router_load)
+        return {
+            "model": self.model,
+            "router_term": self.router_term,
+            "processing_class": self.base.tokenizer,
+            "data_collator": self.rows.collator,
+            "train_dataset": self.rows.train,
+            "eval_dataset": self.rows.eval,
+            "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
+            "router_observers": [callback.show_router for callback in (router_load, *self.dashboards.callbacks)],
+        }

@@ -1,243 +1,202 @@
-"""The DPO trainer: losses on pairs of answers, the router term, and one quantised base for policy and reference.
+"""DPO from a recipe: its pairs, their layout, its reference and its trainer.
 
-B pairs, W tokens of the longest answer; in `2B` the chosen answers come before the rejected ones.
+Check before the first step that the policy equals its reference: every reward must be 0.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
-from trl import DPOConfig, DPOTrainer
-from trl.trainer.utils import FusedCausalLMOutput
+from accelerate import PartialState
+from datasets import Dataset
+from tqdm import tqdm
 
-from finetune.methods.common import check_world_size, common_arguments
-from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
-from finetune.methods.pair_scores import score_pairs
-from finetune.methods.reference import Reference
-from finetune.methods.routing_overlap import RoutingOverlap
-from finetune.methods.steps import StepExactTrainer
-from finetune.moe.router import RouterRecord, capture
+from finetune.base import Base
+from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
+from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.errors import Problem, RunError
+from finetune.methods.common import MethodRows, TrainerSetup
+from finetune.methods.dpo_trainer import MoeDpoTrainer, dpo_config
+from finetune.methods.pairs import pair_layout, score_pairs
+from finetune.methods.reference import Reference, ReferenceStore, compute_missing, digest_of
 from finetune.recipe import DpoSettings, Recipe
 
-
-def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> DPOConfig:
-    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
-    method = recipe.method
-    assert isinstance(method, DpoSettings)
-    own = {
-        "beta": method.beta,
-        "loss_type": list(method.loss_type),
-        "loss_weights": method.loss_weights,
-        "label_smoothing": method.label_smoothing,
-        "ld_alpha": method.ld_alpha,
-        "f_divergence_type": method.f_divergence_type,
-        "f_alpha_divergence_coef": method.f_alpha_divergence_coef,
-        "use_weighting": method.use_weighting,
-        "discopop_tau": method.discopop_tau,
-        "disable_dropout": False,  # the recipe's own; the reference has none
-        "precompute_ref_log_probs": False,  # finetune.methods.reference_store keeps ours
-    }
-    config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    check_world_size(config, num_processes)
-    return config
+TOLERANCE = {torch.float32: 1e-4}
+LOW_PRECISION = 1e-2
 
 
-class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
-    """TRL's DPOTrainer on pairs tokenised by `finetune.data`, in the layouts of `PairCollator`.
+def check_start(trainer: MoeDpoTrainer, rows: Sequence[Sequence[int]]) -> None:
+    """Raise RunError if the reward margin of a pair in these training rows is not 0; the message names the cause.
 
-    One forward gives the log-probabilities of both answers (`score_pairs`), `dpo_losses` the loss of each pair. A
-    micro-batch adds its share of the mean over the pairs of the step, and of the mean over tokens for the loss `sft`.
+    The tolerance is 1e-4, and 1e-2 where the model computes in 16 bits.
     """
-
-    # The micro-batch's loss is normalised by the step's pairs; nothing is left for transformers to divide by.
-    loss_is_scaled_for_ga = True
-    accelerator: Any
-    sums = (
-        *("loss", "pairs", "chosen_rewards", "rejected_rewards", "correct", "chosen_logps", "rejected_logps"),
-        *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    inputs = trainer.batch_of("train", rows)
+    training = model.training
+    model.eval()
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        policy_2B = trainer.answer_logps(score_pairs(model, inputs, trainer.attention), inputs)
+        live_2B = trainer.reference_logps(inputs)
+    model.train(training)
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    used_2B = live_2B if trainer.live else torch.cat([inputs[name] for name in names])
+    tolerance = TOLERANCE.get(model.dtype, LOW_PRECISION)
+    margin_B = _margin(trainer.method.beta * (policy_2B - used_2B))
+    worst = int(margin_B.abs().argmax())
+    if margin_B.abs()[worst] <= tolerance:
+        return
+    if _margin(trainer.method.beta * (policy_2B - live_2B)).abs()[worst] > tolerance:
+        differs = "the adapter: the one that is trained does not start as the reference's"
+    else:
+        differs = "the base: its log-probabilities are not those that were kept, of the same rows and adapter"
+        if tolerance == LOW_PRECISION:
+            differs += " (in 16 bits it is enough that they were computed in other micro-batches)"
+    raise RunError(
+        Problem(
+            inputs["rows"][worst],
+            f"before the first step this pair's reward margin is not 0 within {tolerance:g}; what differs is {differs}",
+            "remove the folder reference/ of the run so that it is computed again; if that does not help, report it",
+            got=f"{margin_B[worst].item():.3g}",
+        )
     )
 
-    def __init__(
-        self, *args: Any, method: DpoSettings, reference: Reference, attention: str, packed: bool, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, ref_model=reference, **kwargs)
-        self.method, self.reference, self.attention, self.packed = method, reference, attention, packed
-        self.live = method.reference == "live"
-        self._sft_weight = loss_weights(method).get("sft", 0.0)
-        self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
-        self._step_pairs = self._step_chosen = torch.ones(())
 
-    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        """Nothing to do: the rows are pairs of token ids already."""
-        return dataset
-
-    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """2 for a token of a prompt that both answers share."""
-        weight: torch.Tensor = inputs["weight"].reshape(-1)
-        return weight
-
-    def begin_step(self, samples: list[Any], device: torch.device) -> None:
-        """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
-        super().begin_step(samples, device)
-        chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
-        tokens = torch.stack([mask.sum() for mask in chosen]).sum().to(device)
-        counts = torch.stack([tokens, tokens.new_tensor(sum(map(len, chosen)))])
-        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().unbind()
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The micro-batch's share of the step's loss, plus its share of the router term."""
-        compared = self._compares_routing()
-        routed = self._add_reference(inputs, compared)
-        if not self.model.training:
-            return self._evaluation_loss(model, inputs)
-        term = self.router_term
-        with nullcontext() if term is None else term.capture() as record:
-            scores = score_pairs(model, inputs, self.attention)
-        if compared and self.overlap is not None and record is not None:
-            self.overlap.compare_answers(record, inputs)
-            self._compare_with_reference(record, routed, inputs)
-        pairs = len(inputs["ref_chosen_logps"])
-        loss = self._pair_losses(scores, inputs).sum() / self._step_pairs
-        if self._sft_weight:
-            loss = loss - self._sft_weight * scores.log_probs[:pairs].sum() / self._step_chosen
-        self._count(scores, inputs, loss)
-        return self.with_router_term(loss * self.accelerator.num_processes, record, inputs)
-
-    def batch_of(self, split: str, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """A micro-batch of some pairs of a split, on the device; pairs of one row are packed together."""
-        features = [{"pairs": list(pairs), "split": split} for pairs in rows]
-        batch: dict[str, Any] = self._prepare_inputs(self.data_collator(features))
-        return batch
-
-    def reference_logps(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Log-probabilities of the answers under the reference, `[2B]`."""
-        with self.reference.active() as model:
-            return self.answer_logps(score_pairs(model, inputs, self.attention), inputs)
-
-    def answer_logps(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Log-probabilities of the answers, `[2B]`, from those of their tokens."""
-        return answer_logps(scores.log_probs, inputs["completion_mask"], self.method.ld_alpha)
-
-    def _add_reference(self, inputs: dict[str, Any], compared: bool) -> RouterRecord | None:
-        """Add the log-probabilities of a live reference to the batch; returns its routing if it is compared."""
-        if not self.live:
-            return None
-        with capture(self.overlap.routers) if compared and self.overlap is not None else nullcontext() as record:
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
-        return record
-
-    def _compares_routing(self) -> bool:
-        """Whether routing is compared: in the first micro-batch of a step that is logged."""
-        return self.overlap is not None and self.model.training and self.will_log and not self._step_losses
-
-    def _compare_with_reference(
-        self, record: RouterRecord, reference: RouterRecord | None, inputs: Mapping[str, Any]
-    ) -> None:
-        """Compare the policy's routing with the reference's; if that is not live, on one pair run through both."""
-        assert self.overlap is not None
-        if reference is not None:
-            self.overlap.compare_models(record, reference, self.weights(inputs))
-            return
-        split, index = inputs["pairs"][0]
-        probe = self.batch_of(split, [[index]])
-        model = self.accelerator.unwrap_model(self.model)
-        model.eval()
-        with torch.no_grad(), capture(self.overlap.routers) as record:
-            score_pairs(model, probe, self.attention)
-        model.train()
-        with self.reference.active(), capture(self.overlap.routers) as reference:
-            score_pairs(model, probe, self.attention)
-        self.overlap.compare_models(record, reference, self.weights(probe))
-
-    def _pair_losses(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """The loss of each pair, `[B]`, without the part that is a mean over tokens."""
-        mask_BW = inputs["completion_mask"]
-        chosen_B, rejected_B = self.answer_logps(scores, inputs).chunk(2)
-        chosen_tokens_B, rejected_tokens_B = mask_BW.sum(1).chunk(2)
-        ref_chosen_B, ref_rejected_B = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        logps = PairLogps(chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, chosen_tokens_B, rejected_tokens_B)
-        losses_B = dpo_losses(logps, self.method)
-        if self.method.use_weighting:
-            losses_B = losses_B * pair_weights(scores.log_probs, scores.log_sum_sq_probs, mask_BW)
-        return losses_B
-
-    def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Without the router term and without pairs repeated to fill up the last batches of several processes."""
-        scores = score_pairs(model, inputs, self.attention)
-        pairs = len(inputs["ref_chosen_logps"])
-        counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
-        if counted:
-            scores, inputs = _first_pairs(scores, inputs, counted)
-            loss = self._pair_losses(scores, inputs).sum()
-            self._count(scores, inputs, loss)
-        return scores.log_probs.new_zeros(()) if not counted else loss / counted
-
-    def _count(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
-        mask_BW = inputs["completion_mask"]
-        logps_B = self.answer_logps(scores, inputs).detach()
-        chosen_B, rejected_B = logps_B.chunk(2)
-        chosen_rewards = self.method.beta * (chosen_B - inputs["ref_chosen_logps"])
-        rejected_rewards = self.method.beta * (rejected_B - inputs["ref_rejected_logps"])
-        chosen_mask = mask_BW.chunk(2)[0]
-        logits = (scores.mean_logits * mask_BW).chunk(2)
-        self.count(
-            loss=loss,
-            pairs=loss.new_tensor(len(chosen_B)),
-            chosen_rewards=chosen_rewards.sum(),
-            rejected_rewards=rejected_rewards.sum(),
-            correct=(chosen_rewards > rejected_rewards).sum(),
-            chosen_logps=chosen_B.sum(),
-            rejected_logps=rejected_B.sum(),
-            chosen_tokens=chosen_mask.sum(),
-            chosen_nll=-scores.log_probs.chunk(2)[0].sum(),
-            top1=(scores.is_top1.chunk(2)[0] * chosen_mask).sum(),
-            tokens=mask_BW.sum(),
-            entropy=(scores.entropy * mask_BW).sum(),
-            chosen_logits=logits[0].sum(),
-            rejected_logits=logits[1].sum(),
-        )
-
-    def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
-        """The mean loss of the steps without the router term, the figures of the pairs and the routing overlap."""
-        overlap = {} if self.overlap is None else self.overlap.figures(self.sum_over_ranks)
-        return {"dpo_loss": sums["loss"] / steps, **_pair_figures(sums), **overlap, "num_tokens": self.num_tokens}
-
-    def evaluation_figures(self, sums: dict[str, float]) -> dict[str, float]:
-        """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""
-        sft = self._sft_weight * sums["chosen_nll"] / max(sums["chosen_tokens"], 1.0)
-        return {"loss": sums["loss"] / max(sums["pairs"], 1.0) + sft, **_pair_figures(sums)}
+def _margin(rewards_2B: torch.Tensor) -> torch.Tensor:
+    chosen_B, rejected_B = rewards_2B.chunk(2)
+    return chosen_B - rejected_B
 
 
-def _first_pairs(
-    scores: FusedCausalLMOutput, inputs: Mapping[str, Any], count: int
-) -> tuple[FusedCausalLMOutput, dict[str, Any]]:
-    """The scores and the parts of the batch that the loss reads, for the first `count` pairs."""
-    pairs = len(inputs["ref_chosen_logps"])
+@dataclass(frozen=True)
+class PairRows(MethodRows):
+    """Also the pairs of each split."""
 
-    def first(answers_BW: torch.Tensor) -> torch.Tensor:
-        return torch.cat([answers_BW[:count], answers_BW[pairs : pairs + count]])
-
-    fields = {name: first(value) for name, value in scores.items() if value is not None and value.dim() == 2}
-    reference = {name: inputs[name][:count] for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    return FusedCausalLMOutput(**fields), {**reference, "completion_mask": first(inputs["completion_mask"])}
+    tables: dict[str, PairTable] | None = None
 
 
-def _pair_figures(sums: dict[str, float]) -> dict[str, float]:
-    """TRL's names, as exact means over all pairs and their supervised tokens."""
-    pairs, tokens, chosen = (max(sums[name], 1.0) for name in ("pairs", "tokens", "chosen_tokens"))
+def prepare_rows(recipe: Recipe, base: Base) -> PairRows:
+    """Pairs to train on and held-out ones, and the layout in which they are computed."""
+    data, tokenizer = recipe.data, base.tokenizer
+    with PartialState().local_main_process_first():
+        mixtures = {
+            name: prepare_pair_mixture(data.sources(name), tokenizer, data, recipe.seed)
+            for name in ("train", "eval")
+            if data.sources(name)
+        }
+    layout, remark = pair_layout(recipe, base.family, base.config, mixtures["train"])
+    datasets = {name: _dataset(name, mixture, recipe, layout) for name, mixture in mixtures.items()}
+    tables = {name: mixture.table for name, mixture in mixtures.items()}
+    return PairRows(
+        train=datasets["train"],
+        eval=datasets.get("eval"),
+        # GPU kernels take a mask of who sees whom three times as fast where its rows are a multiple of 8.
+        collator=PairCollator(tokenizer, tables, layout, pad_to_multiple_of=8 if _on_gpu() else 1),
+        stats={name: mixture.stats(len(datasets[name])) for name, mixture in mixtures.items()},
+        conversations=_Chosen(tables["train"]),
+        conversation_collator=Collator(tokenizer),
+        remarks=[f"prompts: {remark}"],
+        tables=tables,
+    )
+
+
+def _dataset(name: str, mixture: PairMixture, recipe: Recipe, layout: PairLayout) -> Dataset:
+    dataset = mixture.dataset(recipe.data, share_prompts=layout == "shared")
+    return dataset.add_column("split", [name] * len(dataset))
+
+
+def _on_gpu() -> bool:
+    return bool(PartialState().device.type == "cuda")
+
+
+class _Chosen:
+    """The prompts with their chosen answers, as rows for SFT's collator."""
+
+    def __init__(self, table: PairTable) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pair = self._table[index]
+        labels = np.concatenate([np.full(len(pair.prompt_ids), -100, np.int32), pair.chosen_labels])
+        return {"input_ids": np.concatenate([pair.prompt_ids, pair.chosen_ids]), "labels": labels, "row": pair.row}
+
+
+def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
+    """The trainer; unless the reference is live, its missing log-probabilities are computed here."""
+    recipe, rows, method = setup.recipe, setup.rows, setup.recipe.method
+    assert isinstance(method, DpoSettings)
+    assert isinstance(rows, PairRows)
+    assert rows.tables is not None
+    bias = None if setup.router_term is None else setup.router_term.bias
+    fresh = setup.initial_adapter is None and not recipe.model.added_tokens
+    reference = Reference(setup.model, fresh) if bias is None else Reference(setup.model, fresh, bias.all_as_base)
+    trainer = MoeDpoTrainer(
+        args=dpo_config(recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        method=method,
+        reference=reference,
+        attention=recipe.model.attn_implementation,
+        packed=recipe.data.packing,
+        **setup.arguments(),
+    )
+    if method.reference == "precomputed":
+        store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
+        _precompute(trainer, store, rows)
+    if not recipe.training.resume_from_checkpoint:
+        batches = _batches(trainer, rows.train["pairs"])
+        check_start(trainer, batches[PartialState().process_index % len(batches)])
+    return trainer
+
+
+def _batches(trainer: MoeDpoTrainer, rows: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The batches of rows in which the reference is computed before the first step.
+
+    A packed row is a batch of its own, as in training: rounding depends on what is computed together.
+    """
+    size = 1 if trainer.packed else trainer.args.per_device_train_batch_size
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _made_from(setup: TrainerSetup, method: DpoSettings, tables: dict[str, PairTable]) -> dict[str, str | None]:
+    """Everything that the reference's log-probabilities depend on."""
+    model = setup.recipe.model
     return {
-        "rewards/chosen": sums["chosen_rewards"] / pairs,
-        "rewards/rejected": sums["rejected_rewards"] / pairs,
-        "rewards/margins": (sums["chosen_rewards"] - sums["rejected_rewards"]) / pairs,
-        "rewards/accuracies": sums["correct"] / pairs,
-        "logps/chosen": sums["chosen_logps"] / pairs,
-        "logps/rejected": sums["rejected_logps"] / pairs,
-        "logits/chosen": sums["chosen_logits"] / chosen,
-        "logits/rejected": sums["rejected_logits"] / max(sums["tokens"] - sums["chosen_tokens"], 1.0),
-        "mean_token_accuracy": sums["top1"] / chosen,
-        "entropy": sums["entropy"] / tokens,
+        "base": setup.base.provenance.fingerprint,
+        "adapter": None if setup.initial_adapter is None else setup.initial_adapter.digest(),
+        "quantisation": f"{'nf4' if model.load_in_4bit else None}, {model.dtype}",
+        "template": setup.base.tokenizer.chat_template,
+        **{f"{name} data": digest_of(table) for name, table in tables.items()},
+        "ld_alpha": str(method.ld_alpha),
     }
+
+
+def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -> None:
+    """Compute the missing log-probabilities on all processes, and pass all of them to the collator."""
+    state = PartialState()
+    assert rows.tables is not None
+    store.open(state.is_main_process)
+    state.wait_for_everyone()
+    missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
+    state.wait_for_everyone()  # no process writes before all have read what is missing
+    for split, indices in missing.items():
+        # The batches are those of the whole split, so that a value does not depend on where a killed run stopped.
+        batches = _batches(trainer, (rows.train if split == "train" else rows.eval)["pairs"])
+        batches = [batch for batch in batches if not indices.isdisjoint(chain(*batch))]
+        mine = batches[state.process_index :: state.num_processes]
+        label = f"Reference of {len(indices):,} {split} pairs"
+        shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
+        logps = partial(pair_logps, trainer, split)
+        compute_missing(store, split, rows.tables[split], indices, shown, state.process_index, logps)
+    state.wait_for_everyone()
+    rows.collator.reference = {split: store.read(split, table) for split, table in rows.tables.items()}
+
+
+def pair_logps(trainer: MoeDpoTrainer, split: str, rows: Sequence[Sequence[int]]) -> Any:
+    """The reference's log-probabilities `[B, 2]` of the chosen and the rejected answers of some rows of pairs."""
+    inputs = trainer.batch_of(split, rows)
+    with trainer.compute_loss_context_manager():
+        return trainer.reference_logps(inputs).view(2, -1).T

@@ -1,4 +1,7 @@
-"""SFT: TRL's trainer on our rows, with the router term and exact figures."""
+"""SFT: TRL's trainer on our rows, with the router term and exact figures.
+
+SFT from a recipe: its rows and its trainer.
+"""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -6,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import check_world_size, common_arguments
-from finetune.methods.steps import StepExactTrainer
+from finetune.base import Base
+from finetune.data import Collator, prepare
+from finetune.methods.common import MethodRows, TrainerSetup, check_world_size, common_arguments
+from finetune.methods.trainer import StepExactTrainer
 from finetune.recipe import Recipe
 
 
@@ -88,3 +94,31 @@ def _token_figures(sums: dict[str, float]) -> dict[str, float]:
     """TRL's names, as means over supervised tokens."""
     tokens = max(sums["tokens"], 1.0)
     return {"mean_token_accuracy": sums["top1"] / tokens, "entropy": sums["entropy"] / tokens}
+
+
+def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
+    """Training and held-out rows. One process of a machine prepares them, the others read its cache."""
+    data, tokenizer = recipe.data, base.tokenizer
+    with PartialState().local_main_process_first():
+        splits = {
+            name: prepare(data.sources(name), tokenizer, data, recipe.seed)
+            for name in ("train", "eval")
+            if data.sources(name)
+        }
+    collator = Collator(tokenizer)
+    return MethodRows(
+        train=splits["train"].dataset,
+        eval=splits["eval"].dataset if "eval" in splits else None,
+        collator=collator,
+        stats={name: split.stats for name, split in splits.items()},
+        conversations=splits["train"].dataset,
+        conversation_collator=collator,
+    )
+
+
+def make_trainer(setup: TrainerSetup) -> MoeSftTrainer:
+    """The trainer for this recipe."""
+    return MoeSftTrainer(
+        args=sft_config(setup.recipe, setup.run.path, setup.dashboards.trainer_args, PartialState().num_processes),
+        **setup.arguments(),
+    )

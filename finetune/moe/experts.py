@@ -14,10 +14,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune.errors import Problem, WeightsError
 from finetune.moe.checkpointing import kept_values
-from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.engine.function import ExpertsCall, run_experts
 from finetune.moe.engine.gates import gate_of
-from finetune.moe.engine.rows import Chunk, ChunkSize, GroupedChunk, Projection, loop_chunks
+from finetune.moe.engine.routed_rows import Chunk, ChunkSize, ExpertFactors, GroupedChunk, Projection, loop_chunks
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it

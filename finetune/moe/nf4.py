@@ -1,4 +1,4 @@
-"""4-bit NF4 storage of stacked experts. `finetune.moe.quantizer` fills it while the checkpoint's shards stream in.
+"""4-bit NF4 storage of stacked experts. `finetune.moe.nf4_loading` fills it while the checkpoint's shards stream in.
 
 Format: QLoRA (arXiv 2305.14314), bitsandbytes' NF4 with blocks of 64 values and double quantisation of the block
 maxima, expert by expert.

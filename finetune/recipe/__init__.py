@@ -1,19 +1,20 @@
 """YAML -> frozen, validated settings, before torch is imported."""
 
-from finetune.recipe.data_settings import DataSettings, DataSource
-from finetune.recipe.fields import json_schema
 from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.method_settings import DpoSettings, SftSettings
-from finetune.recipe.reference import reference
+from finetune.recipe.lora_targets import FRIENDLY_TARGETS
+from finetune.recipe.schema import json_schema, reference
 from finetune.recipe.settings import (
+    DataSettings,
+    DataSource,
+    DpoSettings,
     LoggingSettings,
     LoraSettings,
     ModelSettings,
     Recipe,
     RouterSettings,
+    SftSettings,
     TrainingSettings,
 )
-from finetune.recipe.targets import FRIENDLY_TARGETS
 
 __all__ = [
     "FRIENDLY_TARGETS",

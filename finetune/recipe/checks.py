@@ -2,16 +2,14 @@
 
 from collections.abc import Iterable
 
-from finetune.recipe.data_checks import check_data
-from finetune.recipe.fields import settings
-from finetune.recipe.foreign import FOREIGN
-from finetune.recipe.method_checks import check_method
+from finetune.recipe.lora_targets import only_in_mixtures, reaches_a_router, wrong_target
+from finetune.recipe.messages import closest
+from finetune.recipe.other_tools import FOREIGN
+from finetune.recipe.schema import settings
+from finetune.recipe.section_checks import check_data, check_method, key_path, read, real
 from finetune.recipe.source import Source, show
-from finetune.recipe.targets import only_in_mixtures, reaches_a_router, wrong_target
 from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
-from finetune.recipe.typed import key_path, read, real
-from finetune.recipe.unknown import closest
-from finetune.recipe.yaml12 import Path
+from finetune.recipe.yaml import Path
 
 
 def check_all(source: Source) -> None:

@@ -8,11 +8,11 @@ import yaml
 from pydantic import ValidationError
 
 from finetune.recipe.checks import check_all
-from finetune.recipe.fields import settings
-from finetune.recipe.invalid import report_invalid
+from finetune.recipe.messages import report_invalid
+from finetune.recipe.schema import settings
 from finetune.recipe.settings import Recipe
 from finetune.recipe.source import Source, read_source
-from finetune.recipe.yaml12 import resolve
+from finetune.recipe.yaml import resolve
 
 
 def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:

@@ -2,15 +2,238 @@
 
 Strict: no value is converted, except an integer to a float. Settings that decide the result have no default. Checks
 over several fields are in `checks.py`.
+
+The settings of the data: where rows come from, which tokens are supervised, how long a row may be.
+
+The settings of each training method, selected by `kind`. Names are TRL's own.
+
+What all sections of a recipe share.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic.config import JsonDict
 
-from finetune.recipe.data_settings import DataSettings
-from finetune.recipe.method_settings import DpoSettings, SftSettings
-from finetune.recipe.section import Section, Text
+from finetune.recipe.row_formats import FormatName
+
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Strict, frozen, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+LossOn = Literal["assistant", "last_assistant", "completion", "all"]
+
+_A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
+_A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
+
+
+class DataSource(Section):
+    """One data set: local files, or a data set on the hub."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [_A_FILE, _A_HUB_SET]})
+
+    path: Text | None = Field(
+        default=None,
+        description="A file, a glob, or a folder of `datasets.save_to_disk`; relative to the working directory. "
+        "JSONL, JSON, CSV, Parquet and Arrow, recognised by the file extension, also followed by .gz or .zst. Exactly "
+        "one of this and id.",
+    )
+    id: Text | None = Field(
+        default=None, description="Name of a hub data set, owner/name. Exactly one of this and path."
+    )
+    config: Text | None = Field(default=None, description="With id: the configuration (subset); null: the only one.")
+    split: Text = Field(default="train", description="With id: the split.")
+    revision: Text | None = Field(default=None, description="With id: commit, tag or branch; null: the main branch.")
+    streaming: bool = Field(
+        default=False,
+        description="With id: read rows as they are downloaded and keep no copy of the files; token rows are cached.",
+    )
+    format: FormatName = Field(
+        description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
+        "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
+        "method.kind: dpo: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, and kto, whose rated answers are "
+        "paired where a prompt has a good and a bad one."
+    )
+    columns: dict[str, Text] = Field(
+        default_factory=dict,
+        description="Renamed columns, as {field of the format: column of the file}, for example "
+        "{instruction: question, output: answer}.",
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Sampling weight of this data set, relative to the other weights of the list. Either all data sets "
+        "of a list have one, or none: then each row is used once per epoch.",
+    )
+    max_rows: int | None = Field(default=None, ge=1, description="Use only the first max_rows rows; null: all.")
+
+
+ONE, MANY = "<one>", "<list>"
+
+
+def _one_or_many(value: Any) -> str:
+    # With a plain union pydantic would report the errors of both branches, most of them irrelevant.
+    return MANY if isinstance(value, list) else ONE
+
+
+Sources = Annotated[
+    Annotated[DataSource, Tag(ONE)] | Annotated[list[DataSource], Field(min_length=1), Tag(MANY)],
+    Discriminator(_one_or_many),
+]
+
+
+class DataSettings(Section):
+    """Training and evaluation rows, and how they are tokenised."""
+
+    train: Sources = Field(description="Training data: one data set, or a list of them.")
+    eval: Sources | None = Field(
+        default=None, description="Evaluation data: one held-out data set, or a list of them; null: no evaluation."
+    )
+    on_bad_row: Literal["error", "drop"] = Field(
+        default="error",
+        description="What to do with a row that cannot be used. error: stop before training and list all bad rows; "
+        "drop: leave them out, list and count them. A broken file is always an error, and so is a row longer than "
+        "max_length with overlong: error.",
+    )
+    max_bad_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="With on_bad_row: drop, the largest allowed share of bad rows in a data set; more is an error.",
+    )
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = Field(
+        default="first_exhausted",
+        description="With weights, when an epoch ends. first_exhausted: when the first data set is used up, so that no "
+        "row is repeated; all_exhausted: when every data set is used up, so that the smaller ones repeat.",
+    )
+    loss_on: LossOn = Field(
+        default="assistant",
+        description="Which tokens are in the loss. assistant: every answer of the assistant and its end token; "
+        "last_assistant: the last answer of a row; completion: every answer after the last user message; all: every "
+        "token, required for format text. Messages with `train: false` or `weight: 0` are never supervised. With "
+        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
+    )
+    system: Literal["error", "merge_into_first_user"] = Field(
+        default="error",
+        description="What to do with a system message that the chat template rejects. merge_into_first_user: put it "
+        "before the first user message, separated by an empty line.",
+    )
+    max_length: int = Field(
+        ge=2,
+        description="Maximum length of a row in tokens; for a pair of answers, of the prompt with either answer.",
+    )
+    overlong: Literal["error", "truncate", "drop", "split"] = Field(
+        default="error",
+        description="What to do with a row longer than max_length tokens. truncate: cut off its end; split: make it "
+        "several rows; drop: leave it out. All are counted. No row is left without supervised tokens. For pairs, "
+        "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
+    )
+    chat_template: Text | None = Field(
+        default=None,
+        description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
+        "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
+    )
+    packing: bool = Field(
+        default=False,
+        description="Pack several rows into one sequence of at most max_length tokens; rows do not attend to each "
+        "other. Pairs of answers are packed into twice that length, in which any pair fits.",
+    )
+
+    def sources(self, which: Literal["train", "eval"]) -> tuple[DataSource, ...]:
+        """The data sets to train or to evaluate on, in the recipe's order; empty if `eval` is null."""
+        given = self.train if which == "train" else self.eval
+        if given is None:
+            return ()
+        return tuple(given) if isinstance(given, list) else (given,)
+
+
+PairLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
+
+
+class SftSettings(Section):
+    """Supervised fine-tuning: cross entropy on the assistant's tokens."""
+
+    kind: Literal["sft"] = Field(description="The training method.")
+
+
+class DpoSettings(Section):
+    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers to one prompt."""
+
+    kind: Literal["dpo"] = Field(description="The training method.")
+    beta: float = Field(
+        gt=0,
+        description="Strength of the KL penalty to the reference; for the loss ipo its regularisation (tau). The "
+        "paper and most recipes use 0.1.",
+    )
+    loss_type: list[PairLoss] = Field(
+        default=["sigmoid"],
+        min_length=1,
+        description="TRL's losses by its names; several are summed with `loss_weights`. sft: the mean cross entropy of "
+        "the chosen answers (the RPO term); sigmoid_norm and ipo: log-probabilities per token. aot and aot_unpaired "
+        "sort the pairs of a micro-batch, so only they depend on how a step is split into micro-batches.",
+    )
+    loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="One weight per entry of `loss_type`; null: 1 each."
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="For robust the assumed share of pairs with swapped labels (below 0.5), for exo_pair its epsilon "
+        "(above 0; the paper uses 1e-3), for aot and aot_unpaired as in cDPO.",
+    )
+    ld_alpha: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Weight of the tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411); null: 1.",
+    )
+    f_divergence_type: Divergence = Field(
+        default="reverse_kl", description="Divergence from the reference (f-DPO, arXiv 2309.16240)."
+    )
+    f_alpha_divergence_coef: float = Field(
+        default=0.5, gt=0, description="Alpha of f_divergence_type: alpha_divergence."
+    )
+    use_weighting: bool = Field(
+        default=False, description="Weigh each pair by the model's own probability of it (WPO, arXiv 2406.11827)."
+    )
+    discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
+    reference: Literal["precomputed", "live"] = Field(
+        default="precomputed",
+        description="When the reference's log-probabilities are computed. precomputed: once, before the first step, "
+        "and kept in the run folder, where an interrupted pass continues; live: in every step, which takes nearly 1.5 "
+        "times as long. The reference is the model before training: the base, with `model.adapter` if given.",
+    )
+    prompt_sharing: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: compute the prompt of a pair once for both answers (arXiv 2410.20305) if the architecture's "
+        "attention supports it and the prompts are long enough to gain from it; the run prints its choice. The "
+        "gradients are the same.",
+    )
+
 
 Scalar = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]

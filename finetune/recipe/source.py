@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
 from finetune.errors import Problem, RecipeError
-from finetune.recipe.yaml12 import MAX_BYTES, Path, Reading, Value, read_yaml
+from finetune.recipe.yaml import MAX_BYTES, Path, Reading, Value, read_yaml
 
 COMMAND_LINE = "command line"
 MAX_SHOWN_CHARS = 80

@@ -1,13 +1,10 @@
 """The run folder: a run's outputs, written as it goes, each file atomically."""
 
-from finetune.run.curve import draw_loss_curve
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
-from finetune.run.facts import final_metrics, training_facts
-from finetune.run.folder import RunFolder, keep_aside
-from finetune.run.metrics import MetricsCallback, read_metrics
+from finetune.run.metrics import MetricsCallback, draw_loss_curve, final_metrics, read_metrics, training_facts
 from finetune.run.provenance import collect_provenance
-from finetune.run.resuming import check_same_recipe, check_same_rows
 from finetune.run.router_load import RouterLoadCallback, draw_router_load
+from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows, keep_aside
 
 __all__ = [
     "Dashboards",

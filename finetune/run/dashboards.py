@@ -15,8 +15,8 @@ from transformers.integrations import TrackioCallback, WandbCallback
 
 from finetune.errors import Problem, RunError
 from finetune.recipe import LoggingSettings
-from finetune.run.folder import RunFolder
 from finetune.run.router_load import CAPTION, load_picture
+from finetune.run.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

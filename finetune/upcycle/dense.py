@@ -1,4 +1,7 @@
-"""The interface of a dense source, and the tensors of a Llama or Mistral model."""
+"""The interface of a dense source, and the tensors of a Llama or Mistral model.
+
+The generation config of an upcycled checkpoint.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from finetune.errors import Problem, WeightsError
+from finetune.files import write_json
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -100,3 +104,11 @@ def check_tensors(source: DenseSource) -> None:
 def _listing(where: str, what: str, do: str, names: list[str]) -> Problem:
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return Problem(where, what, do, got=", ".join(names[:4]) + more)
+
+
+def write_generation_config(folder: Path, settings: dict[str, Any], eos: int | list[int] | None = None) -> None:
+    """Write the special tokens that `generate` needs; `eos` replaces the config's if chats end with another token."""
+    fields = {name: settings[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if eos is not None:
+        fields["eos_token_id"] = eos
+    write_json(folder / "generation_config.json", {name: value for name, value in fields.items() if value is not None})

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from finetune.checkpoint import CheckpointReader
-from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
-from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor
-from finetune.upcycle.files import write_generation_config
+from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor, write_generation_config
 
 FLOATS = ("F32", "F16", "BF16")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.checkpoint import CheckpointWriter, TensorSpec
-from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.families import FAMILIES, MoeLayout

@@ -8,9 +8,9 @@ import torch
 
 from finetune.adapters.initial import read_initial_adapter
 from finetune.base import read_base
-from finetune.methods.dpo import MoeDpoTrainer
-from finetune.methods.dpo_run import make_trainer, prepare_rows
-from finetune.methods.setup import TrainerSetup
+from finetune.methods.common import TrainerSetup
+from finetune.methods.dpo import make_trainer, prepare_rows
+from finetune.methods.dpo_trainer import MoeDpoTrainer
 from finetune.model import adapt, load_base
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder

@@ -7,8 +7,8 @@ import torch
 
 from finetune.base import read_base
 from finetune.errors import RunError
-from finetune.methods.dpo import MoeDpoTrainer
-from finetune.methods.start_check import check_start
+from finetune.methods.dpo import check_start
+from finetune.methods.dpo_trainer import MoeDpoTrainer
 from finetune.model import adapt, load_base, save_adapter
 from tests.equivalence.dpo_runs import dpo_recipe, dpo_run, dpo_trainer, write_pairs
 from tests.equivalence.sft_runs import assert_same_steps

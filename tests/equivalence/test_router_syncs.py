@@ -132,9 +132,9 @@ def reads_of(trainer: Any) -> dict[str, int]:
 def of_a_run(lines: int) -> dict[str, int]:
     """What every run of `STEPS` steps reads: once a step, and a few values for each logged line."""
     return {
-        "finetune/methods/steps.py:_clip_grad_norm": STEPS,  # is every loss and the gradient finite
-        "finetune/methods/steps.py:_over_ranks": lines,
-        "finetune/methods/steps.py:num_tokens": lines,
+        "finetune/methods/trainer.py:_clip_grad_norm": STEPS,  # is every loss and the gradient finite
+        "finetune/methods/trainer.py:_over_ranks": lines,
+        "finetune/methods/trainer.py:num_tokens": lines,
         "finetune/methods/router_term.py:figures": lines,
         "transformers/trainer.py:_maybe_log_save_evaluate": 2 * lines,  # the loss and the gradient norm of the line
         "transformers/trainer.py:_finalize_training": 1,
@@ -175,4 +175,4 @@ def test_dpo_reads_the_device_for_a_logged_line_and_the_finite_check(
     trainer, _ = dpo_trainer(settings)
     assert trainer.data_collator.layout == layout
     lines = STEPS // logging_steps
-    assert reads_of(trainer) == of_a_run(lines) | {"finetune/methods/routing_overlap.py:figures": lines}
+    assert reads_of(trainer) == of_a_run(lines) | {"finetune/methods/pairs.py:figures": lines}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
-from finetune.methods.pair_scores import shared_prompt_mask
+from finetune.methods.pairs import shared_prompt_mask
 from tests.unit.pairs import LAYOUTS, TOKENIZER, token_pair
 
 Documents = list[tuple[list[int], list[int], int]]

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import silu
 
 from finetune.moe import experts as engine
-from finetune.moe.engine.factors import ExpertFactors
-from finetune.moe.engine.rows import ChunkSize
+from finetune.moe.engine.routed_rows import ChunkSize, ExpertFactors
 from finetune.moe.experts import experts_forward
 from finetune.moe.nf4 import Nf4Stack
 

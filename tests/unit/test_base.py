@@ -11,7 +11,7 @@ import pytest
 from finetune.base import read_base
 from finetune.checkpoint import fingerprint
 from finetune.moe.families import family_of
-from finetune.moe.rehearsal import rehearse
+from finetune.moe.preflight import rehearse
 from finetune.recipe import Recipe
 from finetune.train import train
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs

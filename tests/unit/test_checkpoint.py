@@ -18,7 +18,7 @@ from finetune.checkpoint import (
     new_folder,
     require_free_disk,
 )
-from finetune.checkpoint.dtypes import DISK_DTYPES
+from finetune.checkpoint.reader import DISK_DTYPES
 from finetune.errors import WeightsError
 
 TENSORS = {

@@ -16,7 +16,7 @@ from finetune.model import adapt, load_base
 from finetune.moe.audit import audit_model, audit_table, differences
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
-from finetune.moe.vocabulary import grow_vocabulary
+from finetune.moe.lora import grow_vocabulary
 from finetune.recipe import Recipe
 from tests.bases import base_at, load_folder, with_lora
 from tests.families import CONFIGS, save_tiny

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.check.figures import MAX_BINS, Bin, histogram, padding_share
+from finetune.check.check_report import MAX_BINS, Bin, histogram, padding_share
 
 
 @given(st.dictionaries(st.integers(1, 5000), st.integers(1, 50), min_size=1), st.integers(2, 6000))

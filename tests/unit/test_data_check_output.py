@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.check.page import page, write_page
-from finetune.check.report import Report, batches_of, split_of
+from finetune.check.check_report import Report, batches_of, split_of
+from finetune.check.duplicates import Duplicates, Pair
+from finetune.check.output import Style, lines, page, write_page
 from finetune.check.samples import Piece, Sample
-from finetune.check.terminal import Style, lines
-from finetune.check.twins import Duplicates, Pair
 from finetune.data.tokens.stats import DataStats, RowStats, SetStats
 from finetune.errors import Problem
 from finetune.recipe import Recipe, load_recipe

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.check.twins import LISTED, Pair, find_duplicates, words_of
+from finetune.check.duplicates import LISTED, Pair, find_duplicates, words_of
 from finetune.data.formats import reader
 from finetune.data.types import Conversation, Document, Judged, Message, Preference
 

@@ -8,8 +8,8 @@ import pytest
 
 from finetune.cli.main import build_parser
 from finetune.data.formats import FORMATS
-from finetune.recipe.fields import settings
 from finetune.recipe.row_formats import CONVERSATION_FORMATS
+from finetune.recipe.schema import settings
 from tests.row_formats import EXAMPLES
 
 PACKAGE = Path(__file__).parents[2] / "finetune" / "data" / "formats"

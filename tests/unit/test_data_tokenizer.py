@@ -8,7 +8,7 @@ import pytest
 from finetune.data.render import SHIPPED, read_template
 from finetune.data.tokenizer import load_tokenizer
 from finetune.errors import DataError, WeightsError
-from finetune.recipe.data_checks import SHIPPED_TEMPLATES
+from finetune.recipe.section_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
 
 

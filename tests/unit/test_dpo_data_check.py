@@ -10,7 +10,7 @@ import yaml
 
 from finetune.base import recipe_tokenizer
 from finetune.check import Report, Style, gather, lines
-from finetune.check.page import page
+from finetune.check.output import page
 from finetune.recipe import Recipe, load_recipe
 from tests.pairs import prepare_pairs
 from tests.real_tokenizers import mistral_tokenizer

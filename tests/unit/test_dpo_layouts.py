@@ -12,11 +12,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
-from finetune.methods.pair_scores import score_pairs, shared_prompt_mask
+from finetune.methods.pairs import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
-from finetune.moe.vocabulary import grow_vocabulary
+from finetune.moe.lora import grow_vocabulary
 from finetune.recipe import RouterSettings
 from tests.bases import with_lora
 from tests.support import save_tiny_mixtral

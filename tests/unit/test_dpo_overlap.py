@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.methods.pair_scores import score_pairs
+from finetune.methods.pairs import score_pairs
 from finetune.moe.families import FAMILIES
-from finetune.moe.overlap import answer_overlap, policy_overlap
-from finetune.moe.router import RouterRecord, capture, find_routers
+from finetune.moe.router import RouterRecord, answer_overlap, capture, find_routers, policy_overlap
 from tests.support import save_tiny_mixtral
 from tests.unit.pairs import LAYOUTS, PAIRS, pair_batch, scoring_model
 

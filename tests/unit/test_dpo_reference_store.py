@@ -8,7 +8,7 @@ import pytest
 
 from finetune.data import TokenPair
 from finetune.errors import RunError
-from finetune.methods.reference_store import ReferenceStore, checksum, digest_of
+from finetune.methods.reference import ReferenceStore, checksum, digest_of
 
 MADE_FROM = {"base": "b", "adapter": None, "quantisation": "nf4, float32", "template": "t", "train data": "d"}
 

@@ -10,9 +10,8 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from finetune.data.tokens.collators import PairLayout
-from finetune.methods.pair_scores import score_pairs
+from finetune.methods.pairs import prompt_sharing_refusal, score_pairs
 from finetune.moe.families import FAMILIES, Family
-from finetune.moe.prompt_sharing import prompt_sharing_refusal
 from tests.families import CONFIGS, save_tiny, tiny_config
 from tests.support import save_tiny_llama, save_tiny_mistral
 from tests.unit.pairs import (

@@ -11,8 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from finetune.base import checkpoint_family
 from finetune.errors import FinetuneError, WeightsError
-from finetune.moe.families import FAMILIES, REFUSED, family_of
-from finetune.moe.listing import families_table
+from finetune.moe.families import FAMILIES, REFUSED, families_table, family_of
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.test_model import recipe_for

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from finetune.environment import wait_passively
 from finetune.errors import RecipeError, RunError, WeightsError
 from finetune.methods.common import accumulation_steps
 from finetune.methods.sft import sft_config
 from finetune.moe.router import find_routers
-from finetune.threads import wait_passively
 from finetune.train import _check_single_gpu
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import trained_model

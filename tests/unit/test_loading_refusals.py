@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, Llama4TextConfig
 
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import FinetuneError, WeightsError
-from finetune.moe.rehearsal import rehearse, unreached_experts
+from finetune.moe.preflight import rehearse, unreached_experts
 from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import base_model

@@ -11,7 +11,7 @@ import trl.trainer.utils
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.methods.loss_head import TILE, fit_head_to_cpu
+from finetune.methods.trainer import TILE, fit_head_to_cpu
 from tests.families import save_tiny
 from tests.unit.pairs import FIELDS
 

@@ -14,7 +14,7 @@ from finetune.adapters.vocabulary import TokenRows
 from finetune.checkpoint import fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import MergeReport, merge, proof
-from finetune.moe.vocabulary import grow_vocabulary
+from finetune.moe.lora import grow_vocabulary
 from tests.support import tiny_tokenizer
 from tests.unit.added_tokens import BASES, IDS, KNOWN, MARKS, NEW, TURNS, base_of, recipe_for, saved
 from tests.unit.merge_adapters import load, tensors

@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from finetune.data import Collator
 from finetune.errors import RunError, WeightsError
-from finetune.moe.esft.choice import ExpertChoice, LayerChoice, read_choice, smallest_set
-from finetune.moe.esft.measure import batch_rows, choose_experts, draw_rows, measure_experts
+from finetune.moe.esft import (
+    ExpertChoice,
+    LayerChoice,
+    batch_rows,
+    choose_experts,
+    draw_rows,
+    measure_experts,
+    read_choice,
+    smallest_set,
+)
 from finetune.moe.families import FAMILIES, MoeLayout
 from finetune.recipe import Recipe
 from tests.families import CONFIGS, tiny_model

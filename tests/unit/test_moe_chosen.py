@@ -16,7 +16,7 @@ from finetune.errors import RecipeError, WeightsError
 from finetune.merge import merge
 from finetune.moe import experts as engine
 from finetune.moe.audit import audit_model, differences
-from finetune.moe.esft.adapter import keep_chosen
+from finetune.moe.esft import keep_chosen
 from finetune.moe.families import FAMILIES
 from finetune.recipe import load_recipe
 from tests.families import save_tiny

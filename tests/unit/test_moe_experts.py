@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from benchmarks.memory import transient_bytes
-from finetune.moe.engine.factors import ExpertFactors
+from finetune.moe.engine.routed_rows import ExpertFactors
 from finetune.moe.experts import experts_forward
 from finetune.moe.nf4 import Nf4Stack
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.errors import WeightsError
 from finetune.moe import nf4
 from finetune.moe.nf4 import Nf4Stack, linear_weight
-from finetune.moe.quantizer import MoeNf4Config
+from finetune.moe.nf4_loading import MoeNf4Config
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, base_model, dense_twin, logits, trained_model
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from finetune.quiet import hush
+from finetune.environment import hush
 
 
 def test_known_noise_is_hushed_and_everything_else_is_shown(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import dump_recipe
-from finetune.recipe.targets import FRIENDLY_TARGETS
+from finetune.recipe.lora_targets import FRIENDLY_TARGETS
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
 TARGETS = "[attention, experts]"

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from finetune.recipe import dump_recipe, json_schema, load_recipe
-from finetune.recipe.foreign import FOREIGN_IN_SOURCE
-from finetune.recipe.names import hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
-from finetune.recipe.row_formats import PAIR_FORMATS
+from finetune.recipe.other_tools import FOREIGN_IN_SOURCE
+from finetune.recipe.row_formats import PAIR_FORMATS, hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
 ONE = "{path: rows.jsonl, format: messages}"

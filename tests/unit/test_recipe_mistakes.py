@@ -6,8 +6,8 @@ import pytest
 
 from finetune.errors import RecipeError
 from finetune.recipe import load_recipe
-from finetune.recipe.foreign import FOREIGN
-from finetune.recipe.yaml12 import MAX_BYTES
+from finetune.recipe.other_tools import FOREIGN
+from finetune.recipe.yaml import MAX_BYTES
 from tests.unit.recipe_writing import SOUND, Desk, changed
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from finetune.errors import Problem, RecipeError
 from finetune.recipe import LoraSettings, Recipe, dump_recipe, load_recipe
-from finetune.recipe.fields import settings
+from finetune.recipe.schema import settings
 from tests.unit.recipe_writing import SOUND, Desk
 
 ROOT = Path(__file__).resolve().parents[2]

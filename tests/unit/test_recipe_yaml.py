@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.recipe.yaml12 import MAX_BYTES, read_yaml
+from finetune.recipe.yaml import MAX_BYTES, read_yaml
 
 
 @pytest.mark.parametrize(

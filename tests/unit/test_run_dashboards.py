@@ -19,8 +19,8 @@ from transformers import Trainer, TrainingArguments
 from finetune.errors import RunError
 from finetune.recipe import LoggingSettings
 from finetune.run.dashboards import prepare_dashboards, resolve_report_to
-from finetune.run.folder import RunFolder
 from finetune.run.metrics import MetricsCallback, read_metrics
+from finetune.run.run_folder import RunFolder
 
 KEY = "k" * 40
 BIN = Path(sys.executable).parent

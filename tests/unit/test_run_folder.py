@@ -9,9 +9,8 @@ import pytest
 
 from finetune.errors import RunError
 from finetune.recipe import dump_recipe
-from finetune.run.folder import RunFolder
 from finetune.run.provenance import _toolkit_commit, collect_provenance
-from finetune.run.resuming import check_same_recipe, check_same_rows
+from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows
 from tests.unit.recipe_writing import SOUND, Desk
 
 

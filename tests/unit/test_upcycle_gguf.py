@@ -149,7 +149,7 @@ def test_quantised_tensors_are_read_as_gguf_dequantises_them(tmp_path: Path, kin
 
 
 def test_a_tensor_larger_than_the_reading_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.upcycle.gguf_file.ROWS_ELEMENTS", 64 * 7)  # seven rows at a time
+    monkeypatch.setattr("finetune.upcycle.gguf_source.ROWS_ELEMENTS", 64 * 7)  # seven rows at a time
     model = tiny_llama()
     upcycle(write_gguf(tmp_path / "tiny.gguf", model), tmp_path / "moe", WIDE)
     assert (logits(model) - logits(loaded(tmp_path / "moe"))).abs().max() < 1e-4

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from finetune.data.row_errors import FileError
 from finetune.errors import DataError, Problem
-from finetune.recipe.names import looks_like_hub_id
+from finetune.recipe.row_formats import looks_like_hub_id
 
 BUFFER = 1 << 20
 MAX_ROW_BYTES = 1 << 28

@@ -19,9 +19,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from finetune.moe.checkpointing import kept_values
-from finetune.moe.engine.factors import ExpertFactors
 from finetune.moe.engine.gates import Gate, sum_dtype
-from finetune.moe.engine.rows import Chunk, Projection, Weights
+from finetune.moe.engine.routed_rows import Chunk, ExpertFactors, Projection, Weights
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,24 @@
 a stack that is written as one tensor an expert, no more than one expert is ever in memory in 16 bits.
 
 E experts, O output features, I input features.
+
+Weights that 4-bit loading stores in NF4, by name and shape, as the quantiser determines them without weights.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
-from finetune.moe.families import FAMILIES, QUANTIZED_PARTS
+from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 
 QUANT_METHOD = "moe_nf4"
@@ -224,3 +227,24 @@ def _by_expert(rule: WeightConverter) -> _UnreadConverter:
     )
     unread.scope_prefix, unread.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
     return unread
+
+
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """Shapes by name: of linear layers [O, I] (`...q_proj.weight`) and of expert stacks [E, O, I]."""
+
+    linear: dict[str, tuple[int, ...]]
+    stacks: dict[str, tuple[int, ...]]
+
+
+def quantized_weights(config: dict[str, Any]) -> QuantizedWeights:
+    """The NF4 weights of a model with this `config.json`, from an empty model as before loading."""
+    model_config = AutoConfig.for_model(**config)
+    model_class: Any = family_of(model_config.model_type, "config.json: model_type").transformers_class()
+    with torch.device("meta"):
+        model = getattr(model_class, "from_config", model_class)(model_config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    MoeNf4Quantizer(MoeNf4Config(), pre_quantized=False).preprocess_model(model, device_map=None)
+    linear = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    stacks = [name for name in shapes if is_expert_stack(model, name)]
+    return QuantizedWeights({name: shapes[name] for name in linear}, {name: shapes[name] for name in stacks})

@@ -19,9 +19,9 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import logging as transformers_logging
 
 from finetune.checkpoint import CheckpointReader
-from finetune.checkpoint.dtypes import TORCH_DTYPES
+from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
-from finetune.moe.quantizer import is_expert_stack
+from finetune.moe.nf4_loading import is_expert_stack
 
 _DEQUANTIZED = (
     "write a bfloat16 copy: from_pretrained(..., quantization_config={}(dequantize=True)), then save_pretrained"

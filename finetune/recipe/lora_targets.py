@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from finetune.recipe.unknown import closest
+from finetune.recipe.messages import closest
 
 FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp", "shared_experts")
 
