@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
-from finetune.adapters.record import refuse_training_state, refuse_unreadable
+from finetune.adapters.record import check_not_training_state, check_readable
 from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError
@@ -106,7 +106,7 @@ class Adapter:
     def trains_whole(self, name: str) -> bool:
         """Whether the settings name the module of a whole tensor as one that was trained so."""
         path = name.removesuffix(".weight")
-        return any(f".{path}".endswith(f".{each}") for each in self.settings.get("modules_to_save") or [])
+        return any(f".{path}".endswith(f".{module}") for module in self.settings.get("modules_to_save") or [])
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -141,10 +141,10 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     folder = Path(folder)
     _require_files(folder)
     verify_sums(folder)
-    refuse_training_state(folder)
+    check_not_training_state(folder)
     settings = read_json(folder / CONFIG_FILE)
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).is_file() else {}
-    refuse_unreadable(settings, folder / CONFIG_FILE, record, folder / RECORD_FILE)
+    check_readable(settings, folder / CONFIG_FILE, record, folder / RECORD_FILE)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     recorded = (record.get("layout") or {}).get("expert_lora")
     if recorded not in (None, EXPERT_LAYOUT):
@@ -153,7 +153,7 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
             Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=str(recorded))
         )
     if (named := record.get("router_bias")) and not (folder / str(named)).is_file():
-        what = "is missing, and the record names it: the correction biases of the routers that training moved"
+        what = "is missing, but the record names it (router biases changed in training)"
         raise WeightsError(Problem(str(folder / str(named)), what, "copy the whole adapter folder of the run"))
     base = record.get("base") or {}
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
@@ -195,7 +195,8 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
         problems.append(Problem(f"{where}: peft_type", "adapter is not LoRA", do, got=str(settings.get("peft_type"))))
     if settings.get("init_lora_weights", True) not in NEUTRAL_INITS:
         got = str(settings["init_lora_weights"])
-        problems.append(Problem(f"{where}: init_lora_weights", "this start changes the base weights", do, got=got))
+        what = "this initialisation changes the base weights"
+        problems.append(Problem(f"{where}: init_lora_weights", what, do, got=got))
     for name, value in settings.items():
         if name not in NEUTRAL_SETTINGS and value not in (None, False, "none", [], {}):
             problems.append(Problem(f"{where}: {name}", "setting is not supported by the merge", do, json.dumps(value)))

@@ -31,7 +31,7 @@ _BASE: _Kinds = {"name_or_path": (str,), "fingerprint": (str,), "made_from": (di
 _DO = "fetch or copy the adapter's folder again, or save the adapter again"
 
 
-def refuse_unreadable(settings: Mapping[str, Any], settings_file: Path, record: Mapping[str, Any], file: Path) -> None:
+def check_readable(settings: Mapping[str, Any], settings_file: Path, record: Mapping[str, Any], file: Path) -> None:
     """Raise WeightsError for every value of another kind than what writes these two files writes."""
     problems = _wrong(settings, _SETTINGS, str(settings_file)) + _wrong(record, _RECORD, str(file))
     for name in ("rank_pattern", "alpha_pattern"):
@@ -54,13 +54,13 @@ def refuse_unreadable(settings: Mapping[str, Any], settings_file: Path, record: 
         raise WeightsError(problems)
 
 
-def refuse_training_state(folder: Path) -> None:
+def check_not_training_state(folder: Path) -> None:
     """Raise WeightsError for a trainer's checkpoint with moved router biases: they are not among the factors there."""
     if all((folder / name).is_file() for name in _STATE_FILES):
         state = json.loads((folder / _STATE_FILES[1]).read_text(encoding="utf-8"))
         if isinstance(state, dict) and state.get("bias"):
-            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
-            what = "is a state of training, and its moved router biases are not among the factors"
+            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run finish"
+            what = "is a training checkpoint, whose router biases are not part of the adapter"
             raise WeightsError(Problem(str(folder), what, do))
 
 
@@ -74,4 +74,4 @@ def _wrong(values: Mapping[str, Any], kinds: _Kinds, where: str) -> list[Problem
 
 
 def _problem(where: str, got: Any) -> Problem:
-    return Problem(where, "is not what belongs there", _DO, got=json.dumps(got, default=str)[:80])
+    return Problem(where, "has the wrong type or value", _DO, got=json.dumps(got, default=str)[:80])

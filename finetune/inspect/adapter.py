@@ -78,7 +78,7 @@ def _record_lines(adapter: Adapter, record: dict[str, Any]) -> list[Line]:
     template = record.get("template_sha256")
     return [
         ("base in training", f"{quantized}, computed in {record['dtype']}"),
-        *([("went on from", f"{earlier['name_or_path']}, SHA-256 {earlier['sha256'][:12]}")] if earlier else []),
+        *([("continued from", f"{earlier['name_or_path']}, SHA-256 {earlier['sha256'][:12]}")] if earlier else []),
         *recipe_lines(record["recipe"]),
         *([("experts", f"chosen by score, {len(chosen)} entries in {RECORD_FILE}")] if chosen else []),
         *[(f"last {split}", figures(metrics)) for split, metrics in (record.get("metrics") or {}).items()],
@@ -110,6 +110,6 @@ def _fits(adapter: Adapter) -> str:
         problems = [str(problem) for problem in error.problems]
         more = len(problems) - _SHOWN_PROBLEMS
         shown = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        return "cannot be proven as things are: " + "; ".join(shown)
+        return "cannot be merged: " + "; ".join(shown)
     changes = f"{len(job.sources.changes)} of its {len(job.specs)} tensors would change"
-    return f"everything fits: the base is in {job.base.folder}; {changes}; weights are not read here"
+    return f"can be merged: the base is in {job.base.folder}; {changes}; weights were not read"

@@ -67,10 +67,10 @@ def merge(
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
     refuse_existing(Path(output).absolute())
-    _refuse_meaningless(prompts, prove, compare_rows)
+    _check_options(prompts, prove, compare_rows)
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    each = tuple(weights or [1.0] * len(given))
-    request = Request(given, each, base, dtype, prompts, tuple(layouts or ()), into)
+    factors = tuple(weights or [1.0] * len(given))
+    request = Request(given, factors, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     with new_folder(output) as folder:
@@ -89,20 +89,20 @@ def merge(
     return report
 
 
-def _refuse_meaningless(prompts: Path | None, prove: bool, compare_rows: int) -> None:
+def _check_options(prompts: Path | None, prove: bool, compare_rows: int) -> None:
     """Raise WeightsError for options that would do nothing."""
     if prompts is not None and not prove:
-        raise WeightsError(Problem("--prompts", "nothing is run on them without the proof", "leave out one of the two"))
+        raise WeightsError(Problem("--prompts", "has no effect with --no-proof", "leave out one of the two"))
     if compare_rows < 1:
         do = "give a number of rows, 1 or more"
-        raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
+        raise WeightsError(Problem("--compare-rows", "must be at least 1", do, str(compare_rows)))
 
 
 def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) -> None:
     """Write what makes the folder a model."""
     config = as_json(job.config)
     write_json(folder / REPORT_FILE, report.as_dict())
-    records = [read_record(each.adapter.folder) for each in job.adapters]
+    records = [read_record(weighted.adapter.folder) for weighted in job.adapters]
     write_text(folder / "README.md", report_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)
@@ -135,7 +135,7 @@ def _announcement(job: Job, output: Path) -> str:
 def _prove(job: Job, log: TensorLog, folder: Path, whole: bool, show_progress: bool) -> Proof:
     """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers."""
     merged, sources = CheckpointReader(folder), job.sources
-    used = proof.prove_usage(log, [each.adapter for each in job.adapters], sources.changes)
+    used = proof.prove_usage(log, [weighted.adapter for weighted in job.adapters], sources.changes)
     tensors = proof.prove_keys(merged, job.specs)
     if not whole:
         return Proof(used, tensors)
@@ -167,12 +167,12 @@ def _report(
     return MergeReport(
         adapters=tuple(
             {
-                "name_or_path": str(each.adapter.folder),
-                "sha256": each.digest,
-                "weight": each.weight,
-                "base_recorded": each.adapter.base_fingerprint is not None,
+                "name_or_path": str(weighted.adapter.folder),
+                "sha256": weighted.digest,
+                "weight": weighted.weight,
+                "base_recorded": weighted.adapter.base_fingerprint is not None,
             }
-            for each in job.adapters
+            for weighted in job.adapters
         ),
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,

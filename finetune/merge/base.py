@@ -32,19 +32,19 @@ def open_base(
     """
     rehearse(plain, family.transformers_class(), load_in_4bit=False)
     if into == "original":
-        _refuse_dequantized_chain(adapters, fingerprint)
+        _check_dequantized_chain(adapters, fingerprint)
         return plain
     return DequantizedReader(plain.folder, family, trained_dtype(adapters, fingerprint))
 
 
-def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
+def _check_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
     """An adapter that was trained on a merge into the dequantised base does not go onto the 16-bit one."""
-    what = "was trained on a merge into the dequantised base, and this one is into the 16-bit base"
+    what = "was trained on a merge into the dequantised base; this merge is into the 16-bit base"
     problems = [
-        Problem(str(each.adapter.folder), what, "merge it into that merged checkpoint, with --base")
-        for each in adapters
-        if each.adapter.base_fingerprint not in (None, fingerprint)
-        and (each.adapter.base_made_from or {}).get("into") == "dequantized"
+        Problem(str(weighted.adapter.folder), what, "merge it into that merged checkpoint, with --base")
+        for weighted in adapters
+        if weighted.adapter.base_fingerprint not in (None, fingerprint)
+        and (weighted.adapter.base_made_from or {}).get("into") == "dequantized"
     ]
     if problems:
         raise WeightsError(problems)
@@ -72,38 +72,38 @@ def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype
 
     Raises WeightsError for an adapter that saw its base otherwise, or saw another base.
     """
-    records = [_record(each) for each in adapters]
+    records = [_record(weighted) for weighted in adapters]
     problems = [
         problem
-        for each, record in zip(adapters, records, strict=True)
-        if (problem := _not_seen(each, record, fingerprint))
+        for weighted, record in zip(adapters, records, strict=True)
+        if (problem := _not_seen(weighted, record, fingerprint))
     ]
     if problems:
         raise WeightsError(problems)
     found = sorted({str(record["dtype"]) for record in records})
     if len(found) > 1:
-        what = "the adapters were trained in different number formats, and saw different bases in 4 bits"
+        what = "the adapters were trained with different compute dtypes, so their 4-bit bases differ"
         raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(found)))
     dtype: torch.dtype = getattr(torch, found[0])
     return dtype
 
 
-def _record(each: Weighted) -> dict[str, Any]:
-    file = each.adapter.folder / RECORD_FILE
+def _record(weighted: Weighted) -> dict[str, Any]:
+    file = weighted.adapter.folder / RECORD_FILE
     return read_json(file) if file.is_file() else {}
 
 
-def _not_seen(each: Weighted, record: dict[str, Any], fingerprint: str) -> Problem | None:
+def _not_seen(weighted: Weighted, record: dict[str, Any], fingerprint: str) -> Problem | None:
     """Why the dequantised base is not what an adapter was trained on, if it is not."""
-    where = str(Path(each.adapter.folder) / RECORD_FILE)
+    where = str(Path(weighted.adapter.folder) / RECORD_FILE)
     if "quantization" not in record:
-        return Problem(where, "does not say how the base was stored in training", _INTO_ORIGINAL)
+        return Problem(where, "does not record whether the base was quantised in training", _INTO_ORIGINAL)
     if record["quantization"] != "nf4":
-        what = "the adapter was trained on the 16-bit base, and never saw a dequantised one"
+        what = "the adapter was trained on the 16-bit base, not on a 4-bit one"
         return Problem(where, what, _INTO_ORIGINAL, got=str(record["quantization"]))
     if record.get("dtype") not in ("float32", "bfloat16", "float16"):
-        return Problem(where, "does not say in which number format was computed", _INTO_ORIGINAL, record.get("dtype"))
-    if each.adapter.base_fingerprint not in (None, fingerprint):
+        return Problem(where, "does not record the compute dtype", _INTO_ORIGINAL, record.get("dtype"))
+    if weighted.adapter.base_fingerprint not in (None, fingerprint):
         what = "the adapter was trained on a merged checkpoint in 4 bits, not on this base in 4 bits"
         return Problem(where, what, "merge one after the other")
     return None
