@@ -49,11 +49,11 @@ def build_arms(work: Workplace) -> Arms:
     arms = {name: training_arm(work.recipe(method)) for name, method in METHODS.items()}
     for name, method in METHODS.items():
         arms[name + FROM_ADAPTER] = training_arm(work.recipe(method, from_adapter=True))
-    refuse_other_tokens(arms)
+    check_same_tokens(arms)
     return arms
 
 
-def refuse_other_tokens(arms: Mapping[str, TrainingArm]) -> None:
+def check_same_tokens(arms: Mapping[str, TrainingArm]) -> None:
     """The race is fair where every arm's micro-batch has the same rows, and the same tokens are supervised."""
     batches = {name: arm.batch() for name, arm in arms.items()}
     rows = {name: sorted(batch["input_ids"].tolist()) for name, batch in batches.items()}

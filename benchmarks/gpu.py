@@ -20,7 +20,7 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
-def refuse_unfit(dry_run: bool) -> None:
+def check_machine(dry_run: bool) -> None:
     """Say in one line what is missing, before anything else is imported."""
     if missing := missing_packages():
         sys.exit(
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=440, help="time for all measurements (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
-    refuse_unfit(args.dry_run)
+    check_machine(args.dry_run)
     from benchmarks.gpu_sections import run_all
     from benchmarks.plan import DRY, H200
 

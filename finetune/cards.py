@@ -178,13 +178,13 @@ def _training(record: Facts) -> list[str]:
 def _data_rows(data: Facts) -> list[tuple[str, ...]]:
     return [
         (
-            f"{split}: {public_name(each['name'])}",
-            f"{each['rows']:,}",
-            f"{each['tokens']:,}",
-            f"`{each.get('content') or each['digest']}`",
+            f"{split}: {public_name(dataset['name'])}",
+            f"{dataset['rows']:,}",
+            f"{dataset['tokens']:,}",
+            f"`{dataset.get('content') or dataset['digest']}`",
         )
         for split, sets in data.items()
-        for each in sets
+        for dataset in sets
     ]
 
 
@@ -199,9 +199,9 @@ def _metric_rows(metrics: Facts) -> list[tuple[str, ...]]:
 def _without_places(value: Any, key: str = "") -> Any:
     """A recipe without the folders of this machine: of whatever names a place only the last part is kept."""
     if isinstance(value, Mapping):
-        return {name: _without_places(each, name) for name, each in value.items()}
+        return {name: _without_places(item, name) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_places(each, key) for each in value]
+        return [_without_places(item, key) for item in value]
     if isinstance(value, str) and (key in _PLACES or value.startswith(("/", "~"))):
         return public_name(value)
     return value

@@ -143,7 +143,7 @@ class Adapter:
     def trains_whole(self, name: str) -> bool:
         """Whether the settings name the module of a whole tensor as one that was trained so."""
         path = name.removesuffix(".weight")
-        return any(f".{path}".endswith(f".{each}") for each in self.settings.get("modules_to_save") or [])
+        return any(f".{path}".endswith(f".{module}") for module in self.settings.get("modules_to_save") or [])
 
     def rank(self, name: str) -> int:
         """`r` of the module or parameter called `name`, by PEFT's own matching of `rank_pattern`."""
@@ -260,7 +260,8 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
         problems.append(Problem(f"{where}: peft_type", "adapter is not LoRA", do, got=str(settings.get("peft_type"))))
     if settings.get("init_lora_weights", True) not in NEUTRAL_INITS:
         got = str(settings["init_lora_weights"])
-        problems.append(Problem(f"{where}: init_lora_weights", "this start changes the base weights", do, got=got))
+        what = "this initialisation changes the base weights"
+        problems.append(Problem(f"{where}: init_lora_weights", what, do, got=got))
     for name, value in settings.items():
         if name not in NEUTRAL_SETTINGS and value not in (None, False, "none", [], {}):
             problems.append(Problem(f"{where}: {name}", "setting is not supported by the merge", do, json.dumps(value)))

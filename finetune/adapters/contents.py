@@ -80,7 +80,7 @@ def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
             problems.append(Problem(f"{file}: {key}", f"{what} a floating-point matrix", "save it again", got))
     problems += _partners(file, factors) + _not_again(file, whole, spare)
     if not factors and not problems:
-        problems.append(Problem(str(file), "holds no tensors of LoRA", "save the adapter again"))
+        problems.append(Problem(str(file), "holds no LoRA tensors", "save the adapter again"))
     problems += [
         Problem(str(file), f"has no tensors of {name}, which its settings name", "save the adapter again")
         for name in modules_to_save
@@ -88,7 +88,7 @@ def read_contents(file: Path, modules_to_save: Collection[str]) -> Contents:
     ]
     if problems:
         raise WeightsError(problems)
-    return Contents({path: _pair(each) for path, each in factors.items()}, rows, whole, tuple(spare))
+    return Contents({path: _pair(pair) for path, pair in factors.items()}, rows, whole, tuple(spare))
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -98,8 +98,8 @@ class Change:
 def together(plans: Iterable[Mapping[str, Sequence[Delta]]]) -> dict[str, Change]:
     """The plans of several adapters as one."""
     found: dict[str, list[Delta]] = {}
-    for each in plans:
-        for key, deltas in each.items():
+    for changes in plans:
+        for key, deltas in changes.items():
             found.setdefault(key, []).extend(deltas)
     return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in found.items()}
 

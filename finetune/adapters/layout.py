@@ -105,4 +105,4 @@ def _modules(moe: MoeLayout, stack: ExpertStack, prefix: str, experts: int) -> t
     if not moe.per_expert:
         return ()
     name = prefix + moe.disk_expert.removesuffix(".weight")
-    return tuple(tuple(name.format(expert=e, name=each) for each in stack.disk_names) for e in range(experts))
+    return tuple(tuple(name.format(expert=e, name=matrix) for matrix in stack.disk_names) for e in range(experts))

@@ -37,31 +37,31 @@ def made_from(base: Path, found: str) -> dict[str, Any] | None:
     report = read_json(base / REPORT_FILE)
     if report.get("fingerprint") != found:
         return None
-    adapters = [{"sha256": each["sha256"], "weight": each["weight"]} for each in report["adapters"]]
+    adapters = [{"sha256": adapter["sha256"], "weight": adapter["weight"]} for adapter in report["adapters"]]
     return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
 
 
-def refuse_unrelated(base: Path, found: str, adapters: Sequence[Weighted]) -> None:
+def check_related(base: Path, found: str, adapters: Sequence[Weighted]) -> None:
     """Raise WeightsError unless each adapter was trained on this base, or on what the ones before it make of it.
 
-    `found`: the base's fingerprint. An adapter that records nothing is taken at the user's word.
+    `found`: the base's fingerprint. An adapter that records no base is accepted.
     """
     problems = []
-    given = {each.digest: each.adapter.folder for each in adapters}
-    for number, each in enumerate(adapters):
-        if each.adapter.initial_digest in given:
-            what = "went on from another of the adapters, whose change it holds already"
-            got = str(given[str(each.adapter.initial_digest)])
-            problems.append(Problem(str(each.adapter.folder), what, "name only the later one", got))
-        recorded = each.adapter.base_fingerprint
+    given = {weighted.digest: weighted.adapter.folder for weighted in adapters}
+    for number, weighted in enumerate(adapters):
+        if weighted.adapter.initial_digest in given:
+            what = "continues another of the adapters and already contains its change"
+            got = str(given[str(weighted.adapter.initial_digest)])
+            problems.append(Problem(str(weighted.adapter.folder), what, "name only the later one", got))
+        recorded = weighted.adapter.base_fingerprint
         if recorded in (None, found):
             continue
         before = adapters[:number]
-        if each.adapter.base_made_from is None:
+        if weighted.adapter.base_made_from is None:
             do = "give the base that the adapter was trained on with --base"
             got = f"{found[:12]} where the adapter records {str(recorded)[:12]}"
             problems.append(Problem(str(base), "base fingerprint differs", do, got))
-        elif problem := _chain_problem(each.adapter, each.adapter.base_made_from, found, before):
+        elif problem := _chain_problem(weighted.adapter, weighted.adapter.base_made_from, found, before):
             problems.append(problem)
     if problems:
         raise WeightsError(problems)
@@ -75,9 +75,9 @@ def _chain_problem(adapter: Adapter, source: MergeSources, found: str, before: S
         what = "was trained on a checkpoint that was merged from another base"
         got = f"{found[:12]} where the record says {source.base_fingerprint[:12]}"
         return Problem(where, what, "give that base with --base, or the merged checkpoint itself", got)
-    if trained_on != [(each.digest, each.weight) for each in before]:
+    if trained_on != [(weighted.digest, weighted.weight) for weighted in before]:
         names = ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in trained_on)
-        given = ", ".join(f"{each.digest[:12]} x {each.weight:g}" for each in before) or "none"
+        given = ", ".join(f"{weighted.digest[:12]} x {weighted.weight:g}" for weighted in before) or "none"
         what = f"was trained on a checkpoint with these adapters merged in: {names}"
         return Problem(where, what, "name just these before it, in this order and with these weights", given)
     return None

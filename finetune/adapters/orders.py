@@ -22,9 +22,9 @@ from finetune.moe.families import Family
 # What `--layout` can name: the order, and who writes it.
 LAYOUTS = {
     "peft": (StackOrder(), "PEFT since 0.19, Unsloth since September 2026"),
-    "peft-0.18": (StackOrder(swapped=True), "PEFT 0.17 and 0.18, which took inputs for outputs"),
-    "expert-major": (StackOrder(expert_major=True), "Unsloth before: lora_B by expert, then rank"),
-    "expert-major-0.18": (StackOrder(swapped=True, expert_major=True), "the same with PEFT 0.17 or 0.18"),
+    "peft-0.18": (StackOrder(swapped=True), "PEFT 0.17 and 0.18, which swapped inputs and outputs"),
+    "expert-major": (StackOrder(expert_major=True), "Unsloth before September 2026: lora_B by expert, then rank"),
+    "expert-major-0.18": (StackOrder(swapped=True, expert_major=True), "the same, saved with PEFT 0.17 or 0.18"),
 }
 # PEFT swapped inputs and outputs before this version, and has named itself in the settings since 0.18.
 UNSWAPPED_SINCE = (0, 19)
@@ -58,9 +58,9 @@ def _nested(stacks: Sequence[Target], base: CheckpointReader, adapter: Adapter) 
     for group in by_module.values():
         turned = [replace(one, path=other.path) for one, other in zip(group, reversed(group), strict=True)]
         fitting = [
-            each
-            for each in (group, turned)
-            if any(all(_fits(stack, base, adapter, swapped) for stack in each) for swapped in (False, True))
+            candidate
+            for candidate in (group, turned)
+            if any(all(_fits(stack, base, adapter, swapped) for stack in candidate) for swapped in (False, True))
         ]
         found += fitting[0] if fitting else group
     return found
@@ -111,7 +111,7 @@ def _asked(adapter: Adapter, fitting: Mapping[str, StackOrder], transposed: bool
         order = replace(order, swapped=False)
     if order in fitting.values():
         return order
-    what, do = "the file is of another layout than --layout says", f"leave --layout out, or give {_choices(fitting)}"
+    what, do = "--layout contradicts the file", f"leave --layout out, or give {_choices(fitting)}"
     if adapter.layout_recorded:
         what, do = f"the layout is recorded in {RECORD_FILE}, and it is peft", "leave --layout out"
     raise WeightsError(Problem(str(adapter.folder), what, do, got=str(adapter.asked_layout)))
@@ -119,7 +119,7 @@ def _asked(adapter: Adapter, fitting: Mapping[str, StackOrder], transposed: bool
 
 def _unknown(adapter: Adapter, fitting: Mapping[str, StackOrder]) -> Problem:
     got = "the mark of Unsloth" if adapter.by_unsloth else "neither a record nor a version of PEFT"
-    what = "nothing says in which order the factors of its experts lie, and read in another they are wrong"
+    what = "the order of the experts' factors is not declared, and a wrong one gives wrong weights"
     where = str(adapter.folder / CONFIG_FILE)
     return Problem(where, what, f"say which tool trained it, with --layout: {_choices(fitting)}", got)
 

@@ -104,26 +104,26 @@ def with_replaced(base: CheckpointReader, adapters: Sequence[Weighted], family: 
     whole: dict[str, TensorInfo] = {}
     trained: set[str] = set()
     problems: list[Problem] = []
-    for each in adapters:
-        found = _fitting(base, each.adapter, family, tied, problems)
-        if found and each.weight != 1:
+    for weighted in adapters:
+        found = _fitting(base, weighted.adapter, family, tied, problems)
+        if found and weighted.weight != 1:
             what, do = "brings whole tensors, which cannot be weighted", "give it weight 1"
-            problems.append(Problem(str(each.adapter.folder), what, do, f"{each.weight:g}"))
+            problems.append(Problem(str(weighted.adapter.folder), what, do, f"{weighted.weight:g}"))
         if twice := sorted(found.keys() & whole.keys()):
             what, do = "more than one adapter brings this tensor whole", "merge one after the other"
-            problems.append(Problem(str(each.adapter.folder), what, do, twice[0]))
+            problems.append(Problem(str(weighted.adapter.folder), what, do, twice[0]))
         whole |= found
-        trained |= {key for key in found if each.adapter.trains_whole(key)}
+        trained |= {key for key in found if weighted.adapter.trains_whole(key)}
     if problems:
         raise WeightsError(problems)
-    factors = any(VOCABULARY & each.adapter.pairs.keys() for each in adapters)
+    factors = any(VOCABULARY & weighted.adapter.pairs.keys() for weighted in adapters)
     untied = tied and (factors or _become_two(whole, trained))
     if tied:
         whole = _of_tied(whole, trained, untied, base.holds(HEAD))
     if not whole and not untied:
         return base
     found_base = ReplacedBase(base, whole, trained, untied)
-    _refuse_odd_vocabulary(found_base, adapters)
+    _check_vocabulary(found_base, adapters)
     return found_base
 
 
@@ -138,7 +138,7 @@ def _fitting(
         where = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{name}"
         key = HEAD if name == HEAD else keys.get(name)
         if key is None or not (base.holds(key) or (key == HEAD and tied)):
-            problems.append(Problem(where, "is of a tensor that the base does not have", _OTHER_BASE))
+            problems.append(Problem(where, "is for a tensor that the base does not have", _OTHER_BASE))
             continue
         shape = base.info(key if base.holds(key) else EMBEDDING).shape
         if info.shape != shape and (key not in (EMBEDDING, HEAD) or info.shape[1] != shape[1]):
@@ -182,7 +182,7 @@ def _of_tied(
     return whole
 
 
-def _refuse_odd_vocabulary(base: ReplacedBase, adapters: Sequence[Weighted]) -> None:
+def _check_vocabulary(base: ReplacedBase, adapters: Sequence[Weighted]) -> None:
     """Embedding and head must have equally many rows, and rows of single tokens a matrix of their own."""
     problems = []
     rows = {key: base.info(key).shape[0] for key in (EMBEDDING, HEAD) if base.holds(key)}
@@ -190,9 +190,9 @@ def _refuse_odd_vocabulary(base: ReplacedBase, adapters: Sequence[Weighted]) -> 
         got = ", ".join(f"{key} {count}" for key, count in rows.items())
         what, do = "embedding and head would differ in their rows", "save the adapter again"
         problems.append(Problem(str(adapters[0].adapter.folder), what, do, got))
-    for each in adapters:
-        if each.adapter.rows and (base.untied or {EMBEDDING, HEAD} & base.whole.keys()):
-            where = f"{each.adapter.folder / CONFIG_FILE}: trainable_token_indices"
+    for weighted in adapters:
+        if weighted.adapter.rows and (base.untied or {EMBEDDING, HEAD} & base.whole.keys()):
+            where = f"{weighted.adapter.folder / CONFIG_FILE}: trainable_token_indices"
             what = "rows of single tokens beside an embedding or head that is trained otherwise"
             problems.append(Problem(where, what, "merge one after the other"))
     if problems:

@@ -66,8 +66,8 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
             problems.append(problem)
         else:
             # A tied checkpoint may have written its one matrix twice.
-            for each in (key, HEAD) if tied and base.holds(HEAD) else (key,):
-                found[each] = TokenRows(each, info, tokens, base.info(each).shape[0])
+            for name in (key, HEAD) if tied and base.holds(HEAD) else (key,):
+                found[name] = TokenRows(name, info, tokens, base.info(name).shape[0])
     problems += _length_problems(base, adapter, found) if not problems else []
     problems += [
         Problem(str(adapter.folder), "has both factors and rows of one matrix", "save the adapter again", got=key)
@@ -92,7 +92,7 @@ def _misfit(base: CheckpointReader, adapter: Adapter, path: str, tokens: tuple[i
 
 def _unnamed(adapter: Adapter, path: str) -> Problem:
     where = f"{adapter.folder / CONFIG_FILE}: trainable_token_indices"
-    return Problem(where, "does not say of which tokens the rows are", "save the adapter again", got=path)
+    return Problem(where, "does not say which tokens the rows belong to", "save the adapter again", got=path)
 
 
 def _without_rows(adapter: Adapter, name: str) -> Problem:
@@ -124,7 +124,7 @@ def vocab_size(base: CheckpointReader, rows: Mapping[str, TokenRows]) -> int:
     return rows[EMBEDDING].shape[0] if EMBEDDING in rows else int(base.config["vocab_size"])
 
 
-def refuse_other_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adapter) -> None:
+def check_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adapter) -> None:
     """Raise WeightsError for a tokenizer with ids outside the merged model, or with other ids than were trained."""
     problems = []
     highest = max(tokenizer.get_vocab().values())

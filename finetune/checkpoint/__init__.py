@@ -2,8 +2,8 @@
 
 from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.output_folder import (
+    check_output_free,
     new_folder,
-    refuse_existing,
     require_free_disk,
     sync_files,
     temporary_folder,
@@ -17,11 +17,11 @@ __all__ = [
     "CheckpointWriter",
     "TensorInfo",
     "TensorSpec",
+    "check_output_free",
     "fingerprint",
     "listed_bytes",
     "new_folder",
     "read_json",
-    "refuse_existing",
     "require_free_disk",
     "sync_files",
     "temporary_folder",

@@ -17,12 +17,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     `target` must be absent or an empty folder. Raises WeightsError.
     """
     target = Path(target).absolute()
-    refuse_existing(target)
+    check_output_free(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(target) as temporary:
         yield temporary
         _sync(temporary)
-        refuse_existing(target)
+        check_output_free(target)
         os.rename(temporary, target)  # replaces an empty folder
         _sync(target.parent)
 
@@ -58,7 +58,7 @@ def _remove_left_by_kill(temporary: Path, was_marked: bool) -> None:
     shutil.rmtree(temporary)
 
 
-def refuse_existing(target: Path) -> None:
+def check_output_free(target: Path) -> None:
     """Raise WeightsError unless `target` is absent or an empty folder."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise WeightsError(Problem(str(target), "output exists and is not a folder", "name a new folder"))

@@ -14,18 +14,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "export",
         help="write an adapter for PEFT or vLLM, or a model as GGUF",
-        description="peft: the adapter as it was saved, whole. vllm: a LoRA folder with the factors of each expert, "
-        "as vLLM's fused-MoE LoRA reads them. gguf: one file for llama.cpp, from a merged folder; an adapter is merged "
-        "and proven first.",
+        description="peft: a complete copy of the adapter. vllm: a LoRA folder with per-expert factors for vLLM's "
+        "fused-MoE LoRA. gguf: one file for llama.cpp, from a merged folder; an adapter is merged and verified first.",
     )
     parser.add_argument("path", type=Path, help="adapter folder; for gguf also the folder of a merged model")
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, required=True, help="new folder; for gguf a new file")
-    parser.add_argument("--base", type=Path, help="where the adapter's base lies now, if not where it was trained from")
+    parser.add_argument("--base", type=Path, help="base checkpoint folder, if it has moved since training")
     parser.add_argument(
-        "--layout", choices=LAYOUTS, help="the order of the experts' factors, where the adapter's files do not say"
+        "--layout",
+        choices=LAYOUTS,
+        help="order of the experts' LoRA factors, if the adapter's files do not declare it",
     )
-    parser.add_argument("--outtype", choices=OUTTYPES, help="number format of a GGUF file (default: the model's own)")
+    parser.add_argument(
+        "--outtype", choices=OUTTYPES, help="number format of the GGUF file (default: that of the model)"
+    )
     parser.set_defaults(run=run)
 
 

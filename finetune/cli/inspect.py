@@ -1,4 +1,4 @@
-"""`finetune inspect`: what a folder is, on one screen."""
+"""`finetune inspect`: a summary of an adapter, checkpoint or run folder."""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
     parser = subparsers.add_parser(
-        "inspect", help="say what an adapter, a checkpoint or a run is, how it was made, and whether it can be merged"
+        "inspect", help="show what an adapter, checkpoint or run is, how it was made, and whether it can be merged"
     )
     parser.add_argument("path", type=Path, help="the folder")
     parser.set_defaults(run=run)

@@ -1,4 +1,4 @@
-"""`finetune merge`: adapters + base -> a full checkpoint, proven."""
+"""`finetune merge`: adapters + base -> a full checkpoint, verified."""
 
 import argparse
 from pathlib import Path
@@ -11,35 +11,35 @@ LAYOUTS = ("peft", "peft-0.18", "expert-major", "expert-major-0.18")
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
-    parser = subparsers.add_parser("merge", help="merge an adapter into its base checkpoint, and prove the result")
+    parser = subparsers.add_parser("merge", help="merge adapters into their base checkpoint and verify the result")
     parser.add_argument(
         "adapters",
         type=Path,
         nargs="+",
         metavar="ADAPTER",
-        help="adapter folder, such as runs/my-run/adapter; several are added up in one pass, each trained on the base "
-        "or on the model that the ones before it make",
+        help="adapter folder, such as runs/my-run/adapter; several are summed in one pass, each trained on the base "
+        "or on the base with the previous ones merged in",
     )
     parser.add_argument("--output", type=Path, required=True, help="new folder for the merged checkpoint")
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="W", help="one for each adapter, in their order (default: 1)"
+        "--weights", type=float, nargs="+", metavar="W", help="one weight per adapter, in the same order (default: 1)"
     )
-    parser.add_argument(
-        "--base", type=Path, help="where the base checkpoint lies now, if not where it was trained from"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="number format of the output (default: the base's own)")
+    parser.add_argument("--base", type=Path, help="base checkpoint folder, if it has moved since training")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the output (default: that of the base)")
     _add_base_options(parser)
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
         nargs="+",
-        help="one for each adapter: the order of its experts' factors, where its files do not say; as PEFT, PEFT 0.17 "
-        "and 0.18, Unsloth until September 2026, or that with those wrote it",
+        help="one per adapter: order of the experts' LoRA factors, if the files do not declare it; as saved by "
+        "PEFT, PEFT 0.17/0.18, Unsloth before September 2026, or Unsloth with PEFT 0.17/0.18",
     )
     parser.add_argument(
-        "--prompts", type=Path, help=f"text file for the proof, one prompt a line (default: {FIXED_PROMPTS} fixed ones)"
+        "--prompts",
+        type=Path,
+        help=f"text file of prompts for the proof, one per line (default: {FIXED_PROMPTS} fixed ones)",
     )
-    parser.add_argument("--no-proof", action="store_true", help="do not read the output again to prove it")
+    parser.add_argument("--no-proof", action="store_true", help="skip the checks that read the output back")
     parser.set_defaults(run=run)
 
 
@@ -49,13 +49,13 @@ def _add_base_options(parser: argparse.ArgumentParser) -> None:
         "--into",
         choices=INTO,
         default=INTO[0],
-        help="the base to add to: the 16-bit checkpoint (default), or the values that 4-bit training saw",
+        help="base to add to: the 16-bit checkpoint (default), or the dequantised 4-bit weights used in training",
     )
     parser.add_argument(
         "--compare",
         type=Path,
         metavar="DATA",
-        help="measure on a data file what merging into either base costs, beside base + adapter as it was trained",
+        help="measure loss and KL of merging into either base on a data file, against base + adapter as trained",
     )
     parser.add_argument(
         "--compare-rows", type=int, default=128, metavar="N", help="use the first N rows of DATA (default: 128)"

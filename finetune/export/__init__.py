@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
-from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.lineage import Weighted, check_related
 from finetune.adapters.record import RECORD_FILE
 from finetune.cards import vllm_card
 from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, temporary_folder, verify_sums, write_sums
@@ -47,16 +47,16 @@ def export(
     """
     source, output = Path(source), Path(output)
     if outtype is not None and form != "gguf":
-        raise WeightsError(Problem("--outtype", "only GGUF files have one", "leave it out, or write --format gguf"))
+        raise WeightsError(Problem("--outtype", "applies to GGUF only", "leave it out, or write --format gguf"))
     if form == "gguf":
         return _gguf(source, output, base, layout, outtype)
     if (source / _MODEL_CONFIG).is_file() and not (source / CONFIG_FILE).is_file():
-        what = "is a whole model, and this format is one of adapters"
+        what = "is a full model, and this format is for adapters"
         do = "give the adapter's folder, or serve the model's folder as it is"
         raise WeightsError(Problem(str(source), what, do, got=f"--format {form}"))
     if form == "peft" and (base is not None or layout is not None):
         given, do = "--base" if base is not None else "--layout", "leave it out"
-        raise WeightsError(Problem(given, "a copy of the adapter needs none", do))
+        raise WeightsError(Problem(given, "has no effect on a copy of the adapter", do))
     adapter = read_adapter(source, layout)
     return _peft(adapter, output) if form == "peft" else _vllm(adapter, output, base)
 
@@ -77,7 +77,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
     found, digest = fingerprint(reader.folder), adapter.digest()
-    refuse_unrelated(reader.folder, found, (Weighted(adapter, 1.0, digest),))
+    check_related(reader.folder, found, (Weighted(adapter, 1.0, digest),))
     family = family_of(str(reader.config.get("model_type")), str(reader.folder / _MODEL_CONFIG))
     lora = vllm.prepare(adapter, reader, family)
     record = {
@@ -102,7 +102,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
 
 def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:
     gguf.require_converter()
-    gguf.refuse_existing(output)
+    gguf.check_output(output)
     output.absolute().parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(output.absolute()) as work:
         if (source / CONFIG_FILE).is_file():
@@ -120,9 +120,9 @@ def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, out
 def _whole_model(source: Path, base: Path | None, layout: str | None) -> Path:
     do = "leave it out, or give an adapter's folder"
     if base is not None:
-        raise WeightsError(Problem("--base", "a whole model has no base", do))
+        raise WeightsError(Problem("--base", "a full model has no base", do))
     if layout is not None:
-        raise WeightsError(Problem("--layout", "a whole model has no factors", do, got=layout))
+        raise WeightsError(Problem("--layout", "a full model has no LoRA factors", do, got=layout))
     if not (source / _MODEL_CONFIG).is_file():
         do = "give a merged folder, or an adapter's"
         raise WeightsError(Problem(str(source), f"holds neither {_MODEL_CONFIG} nor {CONFIG_FILE}", do))

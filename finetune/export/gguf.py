@@ -84,11 +84,11 @@ def replace_with(file: Path, output: Path) -> None:
     """Give a finished file its name, which must still be free."""
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
-    refuse_existing(output)
+    check_output(output)
     os.rename(file, output)
 
 
-def refuse_existing(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Raise WeightsError where something of this name is there."""
     if output.exists() or output.is_symlink():
         raise WeightsError(Problem(str(output), "output exists", "name a new file, or remove this one yourself"))

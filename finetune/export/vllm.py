@@ -85,9 +85,9 @@ class LoraFolder:
 def prepare(adapter: Adapter, base: CheckpointReader, family: Family) -> LoraFolder:
     """What the folder will hold, from headers. Raises WeightsError (all problems at once) for what cannot be served."""
     rules = served(family, str(adapter.folder))
-    _refuse_contents(adapter)
+    _check_contents(adapter)
     deltas = plan(base, adapter, family)
-    by_path = {delta.path: delta for each in deltas.values() for delta in each}
+    by_path = {delta.path: delta for of_key in deltas.values() for delta in of_key}
     of_stack = {
         stack.name: {delta.path: delta for key in _keys(stack) for delta in deltas.get(key, [])}
         for stack in base_layout(base, family).stacks
@@ -126,7 +126,7 @@ def _keys(stack: Stack) -> Iterator[str]:
     return (key for keys in stack.keys for key in keys)
 
 
-def _refuse_contents(adapter: Adapter) -> None:
+def _check_contents(adapter: Adapter) -> None:
     """What is no factor at all."""
     where, problems = str(adapter.folder), []
     if adapter.whole:
@@ -147,7 +147,7 @@ def _refuse(adapter: Adapter, by_path: Mapping[str, Delta], rules: Served, famil
         problems.append(Problem(where, f"vLLM serves ranks up to {RANKS[-1]}", MERGE, str(largest)))
     on_disk = family.moe is not None and family.moe.transposed
     if swapped := sorted(path for path, delta in by_path.items() if delta.experts > 1 and delta.transposed != on_disk):
-        what = "the factors of its experts are PEFT 0.18's, which took inputs for outputs"
+        what = "the experts' factors were saved by PEFT 0.17 or 0.18, which swapped inputs and outputs"
         problems.append(Problem(where, what, MERGE, got=swapped[0]))
     reasons: dict[str, str] = {}
     for path, delta in sorted(by_path.items()):
@@ -178,11 +178,11 @@ def _of_stack(
     inputs, outputs = _sizes(stack, base, moe.transposed)
     whole = next((delta for delta in found.values() if delta.experts > 1), None)
     if rules.stacked:
-        number = [each.parameter for each in moe.stacks].index(stack.parameter)
+        number = [known.parameter for known in moe.stacks].index(stack.parameter)
         # As PEFT nests them: the last stack is outermost.
         name = stack.module + ".base_layer" * (len(moe.stacks) - 1 - number)
         return [Pair(name, whole, 0, 0, outputs, inputs, stack.experts)]
-    disk = next(each.disk_names for each in moe.stacks if each.parameter == stack.parameter)
+    disk = next(known.disk_names for known in moe.stacks if known.parameter == stack.parameter)
     names, form = rules.names.get(stack.parameter, disk), rules.expert or moe.disk_expert.removesuffix(".weight")
     rows = outputs // len(names)
     pairs = []

@@ -107,6 +107,6 @@ def _fits(adapter: Adapter) -> str:
         problems = [str(problem) for problem in error.problems]
         more = len(problems) - _SHOWN_PROBLEMS
         shown = problems[:_SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        return "cannot be proven as things are: " + "; ".join(shown)
+        return "cannot be merged: " + "; ".join(shown)
     changes = f"{len(job.sources.changes)} of its {len(job.specs)} tensors would change"
-    return f"everything fits: the base is in {job.base.folder}; {changes}; weights are not read here"
+    return f"can be merged: the base is in {job.base.folder}; {changes}; weights were not read"

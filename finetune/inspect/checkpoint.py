@@ -59,8 +59,8 @@ def _origin(folder: Path, found: str) -> list[Line]:
 
 def _merged(report: Mapping[str, Any], found: str) -> list[Line]:
     if report.get("fingerprint") != found:
-        of = f"of weights {str(report['fingerprint'])[:12]}" if "fingerprint" in report else "by an earlier version"
-        return [("made by", f"a merge; but {REPORT_FILE} is {of}, and says nothing that can be held against these")]
+        of = f"weights {str(report['fingerprint'])[:12]}" if "fingerprint" in report else "unknown weights"
+        return [("made by", f"a merge; but {REPORT_FILE} describes {of}, not these")]
     return [("made by", f"finetune merge into the {report['into']} base {report['base']}"), *report_lines(report)]
 
 

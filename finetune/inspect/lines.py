@@ -28,7 +28,7 @@ def size(nbytes: int) -> str:
 
 def checksum_line(folder: Path) -> Line:
     """The check against the folder's list; WeightsError where a file differs from it."""
-    return "checksums", "every file is as it was written" if verify_sums(folder) else f"no {SUMS_FILE} to check against"
+    return "checksums", "all files match" if verify_sums(folder) else f"no {SUMS_FILE} to check against"
 
 
 def named(base: Mapping[str, Any]) -> str:
@@ -39,7 +39,7 @@ def named(base: Mapping[str, Any]) -> str:
     source = base.get("made_from")
     if source is None:
         return found
-    before = ", ".join(f"{each['sha256'][:12]} x {each['weight']:g}" for each in source["adapters"])
+    before = ", ".join(f"{adapter['sha256'][:12]} x {adapter['weight']:g}" for adapter in source["adapters"])
     return f"{found}: merged from {source['base_fingerprint'][:12]} with {before}"
 
 
@@ -61,5 +61,5 @@ def recipe_lines(recipe: Mapping[str, Any]) -> list[Line]:
         ("method", ", ".join([method["kind"].upper(), *told, f"seed {recipe['seed']}"])),
         ("LoRA", f"{', '.join(lora['targets'])}; r {lora['r']}{expert_r}, lora_alpha {lora['lora_alpha']:g}"),
         *([("router", f"router_aux_loss_coef {router['router_aux_loss_coef']:g}")] if router else []),
-        ("rows", ", ".join(str(each.get("path") or each.get("id")) for each in sources)),
+        ("rows", ", ".join(str(source.get("path") or source.get("id")) for source in sources)),
     ]

@@ -15,6 +15,6 @@ def told_by(file: Path, writer: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"does not hold what {writer} writes"
-        got = f"nothing called {error}" if isinstance(error, KeyError) else str(error)
+        what = f"does not have the fields that {writer} writes"
+        got = f"no field {error}" if isinstance(error, KeyError) else str(error)
         raise WeightsError(Problem(str(file), what, _DO, got)) from error

@@ -28,7 +28,7 @@ def run_lines(folder: Path) -> list[Line]:
     for name, key in (("last train", "loss"), ("last eval", "eval_loss")):
         last = next((line for line in reversed(logged) if key in line), None)
         if last is not None:
-            lines.append((name, figures({each: last[each] for each in _SHOWN if each in last})))
+            lines.append((name, figures({metric: last[metric] for metric in _SHOWN if metric in last})))
     return [*lines, ("merge", _merge(run))]
 
 
@@ -38,9 +38,9 @@ def _provenance(run: RunFolder) -> list[Line]:
         git, versions = told.get("git") or {}, told.get("packages") or {}
         commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
         packages = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
-        started = f"{told.get('started') or 'when is not recorded'}{commit}"
+        started = f"{told.get('started') or 'start time not recorded'}{commit}"
         base = named(told["base"]) if told.get("base") else "not recorded"
-        return [("started", f"{started}; {packages or 'its packages are not recorded'}"), ("base", base)]
+        return [("started", f"{started}; {packages or 'packages not recorded'}"), ("base", base)]
 
 
 def _state(run: RunFolder) -> str:
@@ -48,7 +48,7 @@ def _state(run: RunFolder) -> str:
         return "finished"
     names = (path.name.rpartition("-")[2] for path in run.path.glob("checkpoint-*") if path.is_dir())
     steps = sorted(int(name) for name in names if name.isdecimal())
-    return f"not finished; it can go on from step {steps[-1]}" if steps else "not finished, without a checkpoint"
+    return f"not finished; it can continue from step {steps[-1]}" if steps else "not finished, without a checkpoint"
 
 
 def _parts(run: RunFolder) -> list[Line]:

@@ -12,10 +12,10 @@ from finetune.adapters.lineage import REPORT_FILE
 from finetune.adapters.orders import LAYOUTS
 from finetune.checkpoint import (
     CheckpointReader,
+    check_output_free,
     fingerprint,
     listed_bytes,
     new_folder,
-    refuse_existing,
     require_free_disk,
     sync_files,
     verify_sums,
@@ -65,11 +65,11 @@ def merge(
     `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured. Raises
     WeightsError for anything that does not fit and for a proof that fails; then there is no output.
     """
-    refuse_existing(Path(output).absolute())
-    _refuse_meaningless(prompts, prove, compare_rows)
+    check_output_free(Path(output).absolute())
+    _check_options(prompts, prove, compare_rows)
     given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
-    each = tuple(weights or [1.0] * len(given))
-    request = Request(given, each, base, dtype, prompts, tuple(layouts or ()), into)
+    factors = tuple(weights or [1.0] * len(given))
+    request = Request(given, factors, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
     with new_folder(output) as folder:
@@ -88,13 +88,13 @@ def merge(
     return report
 
 
-def _refuse_meaningless(prompts: Path | None, prove: bool, compare_rows: int) -> None:
+def _check_options(prompts: Path | None, prove: bool, compare_rows: int) -> None:
     """Raise WeightsError for options that would do nothing."""
     if prompts is not None and not prove:
-        raise WeightsError(Problem("--prompts", "nothing is run on them without the proof", "leave out one of the two"))
+        raise WeightsError(Problem("--prompts", "has no effect with --no-proof", "leave out one of the two"))
     if compare_rows < 1:
         do = "give a number of rows, 1 or more"
-        raise WeightsError(Problem("--compare-rows", "nothing could be measured", do, str(compare_rows)))
+        raise WeightsError(Problem("--compare-rows", "must be at least 1", do, str(compare_rows)))
 
 
 def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) -> None:
@@ -134,7 +134,7 @@ def _announcement(job: Job, output: Path) -> str:
 def _prove(job: Job, log: TensorLog, folder: Path, whole: bool, show_progress: bool) -> Proof:
     """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers."""
     merged, sources = CheckpointReader(folder), job.sources
-    used = proof.prove_usage(log, [each.adapter for each in job.adapters], sources.changes)
+    used = proof.prove_usage(log, [weighted.adapter for weighted in job.adapters], sources.changes)
     tensors = proof.prove_keys(merged, job.specs)
     if not whole:
         return Proof(used, tensors)
@@ -166,12 +166,12 @@ def _report(
     return MergeReport(
         adapters=tuple(
             {
-                "name_or_path": str(each.adapter.folder),
-                "sha256": each.digest,
-                "weight": each.weight,
-                "base_recorded": each.adapter.base_fingerprint is not None,
+                "name_or_path": str(weighted.adapter.folder),
+                "sha256": weighted.digest,
+                "weight": weighted.weight,
+                "base_recorded": weighted.adapter.base_fingerprint is not None,
             }
-            for each in job.adapters
+            for weighted in job.adapters
         ),
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,

@@ -22,7 +22,12 @@ VOCABULARY = tuple(f".{key.removesuffix('.weight')}." for key in (EMBEDDING, HEA
 
 
 def with_adapter(
-    model: Any, each: Weighted, tensors: Mapping[str, TensorInfo], index: int, foreign: Sequence[Target], family: Family
+    model: Any,
+    weighted: Weighted,
+    tensors: Mapping[str, TensorInfo],
+    index: int,
+    foreign: Sequence[Target],
+    family: Family,
 ) -> Any:
     """The model, of which decoder layer `index` is whole, under one adapter.
 
@@ -30,12 +35,12 @@ def with_adapter(
     transformers 4 is merged into the model, whose parameters its modules are parts of; any other one is left to PEFT's
     own forward.
     """
-    config = PeftConfig.from_pretrained(str(each.adapter.folder))
+    config = PeftConfig.from_pretrained(str(weighted.adapter.folder))
     config.inference_mode, config.base_model_name_or_path = True, None
-    used = {key: info for key, info in tensors.items() if key not in each.adapter.spare}
-    values = {key: _weighted(key, read_tensor(info), each.weight) for key, info in used.items()}
+    used = {key: info for key, info in tensors.items() if key not in weighted.adapter.spare}
+    values = {key: _weighted(key, read_tensor(info), weighted.weight) for key, info in used.items()}
     _name_what_is_there(config, values)
-    unstacked = is_unstacked(each.adapter, family)
+    unstacked = is_unstacked(weighted.adapter, family)
     if unstacked:
         config.task_type = None  # a plain tree of modules has no `generate`
         adapted = PeftModel(unstacked_modules(model, index, family, config), config, low_cpu_mem_usage=True)
@@ -47,7 +52,7 @@ def with_adapter(
     if unknown or lacking:
         what = "the adapter's tensors and the modules that its settings name differ"
         got = ", ".join(sorted(unknown + lacking)[:3])
-        raise WeightsError(Problem(str(each.adapter.folder), what, "save the adapter again", got))
+        raise WeightsError(Problem(str(weighted.adapter.folder), what, "save the adapter again", got))
     if unstacked:
         adapted.merge_adapter()
         _keep_whole(adapted)

@@ -31,14 +31,14 @@ def open_base(
     """
     rehearse(plain, family.transformers_class(), load_in_4bit=False)
     if into == "original":
-        _refuse_dequantized_chain(adapters, fingerprint)
+        _check_dequantized_chain(adapters, fingerprint)
         return plain
     return DequantizedReader(plain.folder, family, trained_dtype(adapters, fingerprint))
 
 
-def _refuse_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
+def _check_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> None:
     """An adapter that was trained on a merge into the dequantised base does not go onto the 16-bit one."""
-    what = "was trained on a merge into the dequantised base, and this one is into the 16-bit base"
+    what = "was trained on a merge into the dequantised base; this merge is into the 16-bit base"
     problems = [
         Problem(str(each.adapter.folder), what, "merge it into that merged checkpoint, with --base")
         for each in adapters
@@ -77,7 +77,7 @@ def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype
         raise WeightsError(problems)
     found = sorted({str(each.adapter.record.dtype) for each in adapters})
     if len(found) > 1:
-        what = "the adapters were trained in different number formats, and saw different bases in 4 bits"
+        what = "the adapters were trained with different compute dtypes, so their 4-bit bases differ"
         raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(found)))
     dtype: torch.dtype = getattr(torch, found[0])
     return dtype

@@ -45,7 +45,7 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
     trained = reference_model(opened, job.before, job.base_config, job.adapters, None, job.sources.token_rows)
     models = {name: LayerwiseModel(merged, job.config) for name, merged in merges.items()}
     batches = list(_batches(rows))
-    ids = [pad_sequence([each for each, _ in batch], batch_first=True) for batch in batches]
+    ids = [pad_sequence([ids_T for ids_T, _ in batch], batch_first=True) for batch in batches]
     reference = trained.hidden(ids, advance)
     states = {name: model.hidden(ids, advance) for name, model in models.items()}
     head, heads = trained.head(), {name: model.head() for name, model in models.items()}

@@ -71,9 +71,9 @@ def _recorded(adapter: Path) -> dict[str, Any]:
 def _source(data: Path, count: int, recorded: dict[str, Any]) -> DataSource:
     """The file as the recipe describes it if it names it, else as its columns tell."""
     given = [recorded.get("eval"), recorded.get("train")]
-    known = [source for each in given for source in (each if isinstance(each, list) else [each]) if source]
+    known = [source for section in given for source in (section if isinstance(section, list) else [section]) if source]
     same: dict[str, Any] = next(
-        (each for each in known if each.get("path") and Path(each["path"]).resolve() == data.resolve()), {}
+        (source for source in known if source.get("path") and Path(source["path"]).resolve() == data.resolve()), {}
     )
     how = {"format": same.get("format", "auto"), "columns": same.get("columns") or {}}
     return DataSource(path=str(data), max_rows=count, **how)

@@ -11,10 +11,10 @@ import torch
 from finetune.adapters.adapter import Adapter, read_adapter
 from finetune.adapters.biases import fixed_tensors
 from finetune.adapters.deltas import plan, together
-from finetune.adapters.lineage import Weighted, refuse_unrelated
+from finetune.adapters.lineage import Weighted, check_related
 from finetune.adapters.record import RECORD_FILE
 from finetune.adapters.replaced import ReplacedBase, with_replaced
-from finetune.adapters.vocabulary import refuse_other_tokenizer, token_rows, vocab_size
+from finetune.adapters.vocabulary import check_tokenizer, token_rows, vocab_size
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
@@ -92,7 +92,7 @@ class Job:
     @property
     def added_tokens(self) -> list[int]:
         """The tokens of which an adapter holds rows."""
-        return sorted({token for each in self.sources.token_rows.values() for token in each.tokens})
+        return sorted({token for rows in self.sources.token_rows.values() for token in rows.tokens})
 
 
 def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) -> Job:
@@ -105,31 +105,33 @@ def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) 
     check(folder)
     plain = CheckpointReader(folder)
     family = family_of(str(plain.config.get("model_type")), str(folder / "config.json"))
-    found = fingerprint(folder)
-    refuse_unrelated(folder, found, adapters)
-    opened = open_base(plain, family, adapters, request.into, found)
+    base_fingerprint = fingerprint(folder)
+    check_related(folder, base_fingerprint, adapters)
+    opened = open_base(plain, family, adapters, request.into, base_fingerprint)
     reader = with_replaced(opened, adapters, family)
-    changes = together(plan(reader, each.adapter, family, each.weight, n) for n, each in enumerate(adapters))
+    changes = together(
+        plan(reader, weighted.adapter, family, weighted.weight, n) for n, weighted in enumerate(adapters)
+    )
     if request.layouts and not any(delta.experts > 1 for change in changes.values() for delta in change.deltas):
-        what = "no adapter has stacks of experts, whose order it could name"
+        what = "no adapter has LoRA on stacked experts, so there is no order to give"
         raise WeightsError(Problem("--layout", what, "leave it out", got=" ".join(request.layouts)))
-    _refuse_replacing_twice(adapters)
-    replacing = next((each.adapter for each in adapters if each.adapter.rows), adapters[-1].adapter)
+    _check_replaced_once(adapters)
+    replacing = next((weighted.adapter for weighted in adapters if weighted.adapter.rows), adapters[-1].adapter)
     rows = token_rows(reader, replacing, changes)
-    biased = next((each.adapter for each in adapters if each.adapter.has_biases), adapters[-1].adapter)
+    biased = next((weighted.adapter for weighted in adapters if weighted.adapter.has_biases), adapters[-1].adapter)
     sources = Sources(reader, changes, fixed_tensors(reader, biased.folder, family), rows)
-    files = side_files(folder, [each.adapter.folder for each in adapters])
+    files = side_files(folder, [weighted.adapter.folder for weighted in adapters])
     tokenizer = _tokenizer(files[0].parent, vocab_size(reader, rows), replacing)
     eos = None if files[0].parent == folder else tokenizer.eos_token_id
     output_dtype = None if request.dtype is None else DTYPES[request.dtype]
-    tokens = sorted({token for each in rows.values() for token in each.tokens})
+    tokens = sorted({token for added in rows.values() for token in added.tokens})
     specs = sources.specs(output_dtype)
     return Job(
         adapters=adapters,
         opened=opened,
         sources=sources,
         family=family,
-        fingerprint=found,
+        fingerprint=base_fingerprint,
         into=request.into,
         config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
         eos=eos,
@@ -146,22 +148,23 @@ def _weighted(request: Request) -> tuple[Weighted, ...]:
         raise WeightsError(Problem("--weights", "number of weights differs from that of the adapters", do, got))
     if wrong := [weight for weight in request.weights if not math.isfinite(weight) or weight == 0]:
         do = "give numbers other than 0, or leave the adapter out"
-        raise WeightsError(Problem("--weights", "an adapter cannot be added so many times", do, f"{wrong[0]:g}"))
+        raise WeightsError(Problem("--weights", "must be finite and not zero", do, f"{wrong[0]:g}"))
     if request.layouts and len(request.layouts) != len(request.adapters):
         do = "give one layout for each adapter, in their order"
         got = f"{len(request.layouts)} for {len(request.adapters)} adapters"
         raise WeightsError(Problem("--layout", "number of layouts differs from that of the adapters", do, got))
     layouts = request.layouts or (None,) * len(request.adapters)
-    found = [read_adapter(Path(folder), layout) for folder, layout in zip(request.adapters, layouts, strict=True)]
-    digests = [adapter.digest() for adapter in found]
-    twice = sorted(str(each.folder) for each, digest in zip(found, digests, strict=True) if digests.count(digest) > 1)
+    adapters = [read_adapter(Path(folder), layout) for folder, layout in zip(request.adapters, layouts, strict=True)]
+    digests = [adapter.digest() for adapter in adapters]
+    pairs = zip(adapters, digests, strict=True)
+    twice = sorted(str(adapter.folder) for adapter, digest in pairs if digests.count(digest) > 1)
     if twice:
         do = "name it once, with the sum of the weights in --weights"
         raise WeightsError(Problem(twice[0], "the same adapter is given twice", do, ", ".join(twice)))
-    return tuple(map(Weighted, found, request.weights, digests))
+    return tuple(map(Weighted, adapters, request.weights, digests))
 
 
-def _refuse_replacing_twice(adapters: Sequence[Weighted]) -> None:
+def _check_replaced_once(adapters: Sequence[Weighted]) -> None:
     """What replaces values of the base, instead of adding to them, can be neither added up nor weighted."""
     kinds: Mapping[str, Any] = {
         "rows of added tokens": lambda adapter: bool(adapter.rows),
@@ -169,19 +172,19 @@ def _refuse_replacing_twice(adapters: Sequence[Weighted]) -> None:
     }
     problems = []
     for name, holds in kinds.items():
-        holding = [each for each in adapters if holds(each.adapter)]
+        holding = [weighted for weighted in adapters if holds(weighted.adapter)]
         if len(holding) > 1:
-            got = ", ".join(str(each.adapter.folder) for each in holding)
+            got = ", ".join(str(weighted.adapter.folder) for weighted in holding)
             problems.append(Problem("adapters", f"more than one has {name}", "merge one after the other", got))
         problems += [
             Problem(
-                str(each.adapter.folder),
+                str(weighted.adapter.folder),
                 f"has {name}, which cannot be weighted",
                 "give it weight 1",
-                f"{each.weight:g}",
+                f"{weighted.weight:g}",
             )
-            for each in holding
-            if each.weight != 1
+            for weighted in holding
+            if weighted.weight != 1
         ]
     if problems:
         raise WeightsError(problems)
@@ -196,7 +199,7 @@ def _tokenizer(folder: Path, size: int, adapter: Adapter) -> Any:
     except Exception as error:  # whatever the library makes of files that are not what it writes
         got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
         raise WeightsError(Problem(str(folder), "its tokenizer cannot be read", FETCH_AGAIN, got)) from error
-    refuse_other_tokenizer(tokenizer, str(folder), size, adapter)
+    check_tokenizer(tokenizer, str(folder), size, adapter)
     return tokenizer
 
 

@@ -52,8 +52,10 @@ class LayerwiseModel:
         self.settings = {**config, "output_router_logits": False}
         self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
-        self._foreign = [foreign_stacks(reader, each.adapter, self._family) for each in adapters]
-        self._biases = {name: bias for each in adapters for name, bias in bias_tensors(each.adapter.folder).items()}
+        self._foreign = [foreign_stacks(reader, weighted.adapter, self._family) for weighted in adapters]
+        self._biases = {
+            name: bias for weighted in adapters for name, bias in bias_tensors(weighted.adapter.folder).items()
+        }
 
     def logits(
         self, prompts: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -166,12 +168,12 @@ class LayerwiseModel:
     def _adapted(self, model: Any, index: int) -> Any:
         """The model under its adapters: each merged in by PEFT itself, but for the last, which PEFT runs beside it."""
         held = []
-        for each, foreign in zip(self.adapters, self._foreign, strict=True):
-            header = read_header(each.adapter.folder / WEIGHTS_FILE)
+        for weighted, foreign in zip(self.adapters, self._foreign, strict=True):
+            header = read_header(weighted.adapter.folder / WEIGHTS_FILE)
             if factors := {key: info for key, info in header.items() if self._belongs(key, index)}:
-                held.append((each, factors, foreign))
-        for number, (each, factors, foreign) in enumerate(held):
-            model = with_adapter(model, each, factors, index, foreign, self._family)
+                held.append((weighted, factors, foreign))
+        for number, (weighted, factors, foreign) in enumerate(held):
+            model = with_adapter(model, weighted, factors, index, foreign, self._family)
             if number < len(held) - 1:
                 model = model.merge_and_unload() if isinstance(model, PeftModel) else model
         return model.eval()

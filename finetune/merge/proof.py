@@ -119,7 +119,7 @@ def prove_rows(base: CheckpointReader, merged: CheckpointReader, token_rows: Map
         others[tokens] = False
         kept = base.read(key).to(found.dtype)[others[: rows.base_rows]]
         if not torch.equal(found[tokens], wanted.to(found.dtype)) or not torch.equal(found[others], kept):
-            raise WeightsError(Problem(key, "rows of added tokens are not where they belong", "report this bug"))
+            raise WeightsError(Problem(key, "rows of added tokens are in the wrong place", "report this bug"))
 
 
 def prove_changes(
@@ -232,5 +232,5 @@ def _judge_added(figures: LogitFigures, share: float) -> None:
     size, error = figures.added_mean, figures.added_error_mean
     if size is not None and error is not None and error > share * size:
         got = f"mean difference {error:.3g} where they are {size:.3g}"
-        what = "merged model gives the added tokens other logits than base + adapter"
+        what = "logits of the added tokens differ from base + adapter"
         raise WeightsError(Problem("proof: logits", what, "report this bug", got))

@@ -170,7 +170,7 @@ class _Sums:
         merged = exact_nI if self.dtype == torch.float32 else self._place("merged", rows, self.dtype).copy_(exact_nI)
         # Both squares are finite only if all values are, and far from the end of the range; fp16 has one of its own.
         if not math.isfinite(base) or not change < MAX_SQUARE:
-            _refuse_not_finite(self.change.key)
+            _raise_not_finite(self.change.key)
         if self.dtype == torch.float16:
             _require_finite(merged, self.change.key)
         self.base, self.delta = self.base + base, self.delta + change
@@ -222,7 +222,7 @@ class _Sums:
             rounding=self.rounding,
             rounded_delta=self.rounded_delta,
             changed=self.delta > 0,
-            used=tuple((*factors, *each) for factors, ranges in self.used.items() for each in ranges),
+            used=tuple((*factors, *rows) for factors, ranges in self.used.items() for rows in ranges),
         )
 
 
@@ -232,9 +232,9 @@ def _square(x: torch.Tensor) -> float:
 
 def _require_finite(rows: torch.Tensor, key: str) -> None:
     if rows.is_floating_point() and rows.numel() and not bool(torch.stack(torch.aminmax(rows)).isfinite().all()):
-        _refuse_not_finite(key)
+        _raise_not_finite(key)
 
 
-def _refuse_not_finite(key: str) -> NoReturn:
+def _raise_not_finite(key: str) -> NoReturn:
     do = "check the base, the adapter (a run that diverged?) and, with --dtype float16, the range of the weights"
     raise WeightsError(Problem(key, "merged tensor is not finite", do))

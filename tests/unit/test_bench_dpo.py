@@ -86,7 +86,7 @@ def test_arms_on_other_tokens_are_refused(arms: dpo.Arms, work: Workplace) -> No
     other = training_arm(work.recipe(PRECOMPUTED))
     other.features = other.features[:-1]
     with pytest.raises(SystemExit, match="DPO and SFT do not train on the same tokens"):
-        dpo.refuse_other_tokens({SFT_ARM: arms[SFT_ARM], STORED: other})
+        dpo.check_same_tokens({SFT_ARM: arms[SFT_ARM], STORED: other})
 
 
 def test_the_command_runs_and_says_where_it_was_measured(

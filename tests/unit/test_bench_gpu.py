@@ -85,14 +85,14 @@ def test_a_section_that_fails_is_kept_with_its_traceback_and_the_next_one_runs(
 def test_a_python_that_lacks_a_package_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "NEEDED", ("torch", "no_such_package"))
     with pytest.raises(SystemExit, match=r"lacks no_such_package; install them there.*BENCH_PYTHON"):
-        gpu.refuse_unfit(dry_run=True)
+        gpu.check_machine(dry_run=True)
 
 
 def test_without_a_gpu_the_real_run_is_refused_in_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="no CUDA device; --dry-run shows"):
-        gpu.refuse_unfit(dry_run=False)
+        gpu.check_machine(dry_run=False)
 
 
 def test_random_models_are_4_bit_without_a_16_bit_copy_and_decoder_arms_route_alike() -> None:

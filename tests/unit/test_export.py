@@ -252,7 +252,7 @@ def test_factors_that_took_inputs_for_outputs_are_refused(base: Path, adapter: P
     record = json.loads((copy / "finetune.json").read_text())
     del record["layout"]
     (copy / "finetune.json").write_text(json.dumps(record))
-    refused(copy, "which took inputs for outputs; got .*; merge it", tmp_path)
+    refused(copy, "which swapped inputs and outputs; got .*; merge it", tmp_path)
 
 
 def test_a_rank_beyond_vllms_largest_is_refused(base: Path, tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ def test_an_adapter_that_changed_since_it_was_written_is_not_handed_on(base: Pat
 
 @pytest.mark.parametrize("form", ["peft", "vllm"])
 def test_a_folder_that_is_no_adapter_is_refused(base: Path, tmp_path: Path, form: str) -> None:
-    refused(base, "is a whole model, and this format is one of adapters", tmp_path, form)
+    refused(base, "is a full model, and this format is for adapters", tmp_path, form)
     refused(tmp_path, "is not an adapter folder", tmp_path, form)
 
 
@@ -346,7 +346,7 @@ def test_an_output_that_exists_is_left_alone(adapter: Path, tmp_path: Path, form
 
 
 def test_a_number_format_is_for_gguf_only(adapter: Path, tmp_path: Path) -> None:
-    refused(adapter, "only GGUF files have one", tmp_path, outtype="f16")
+    refused(adapter, "applies to GGUF only", tmp_path, outtype="f16")
 
 
 def test_an_unknown_format_is_refused(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

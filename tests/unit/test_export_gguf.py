@@ -113,9 +113,9 @@ def test_what_is_neither_adapter_nor_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_base_beside_a_whole_model_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="a whole model has no base"):
+    with pytest.raises(WeightsError, match="a full model has no base"):
         export(base, tmp_path / "model.gguf", "gguf", base=base)
-    with pytest.raises(WeightsError, match="a whole model has no factors; got peft"):
+    with pytest.raises(WeightsError, match="a full model has no LoRA factors; got peft"):
         export(base, tmp_path / "model.gguf", "gguf", layout="peft")
 
 

@@ -40,4 +40,4 @@ def test_factors_that_are_not_finite(adapter: Path, form: str) -> None:
 
 @pytest.mark.parametrize("options", [{"base": Path("elsewhere")}, {"layout": "peft"}])
 def test_a_copy_needs_no_base_and_no_layout(adapter: Path, options: dict[str, Any]) -> None:
-    refused(adapter, "peft", "a copy of the adapter needs none; leave it out", **options)
+    refused(adapter, "peft", "has no effect on a copy of the adapter; leave it out", **options)

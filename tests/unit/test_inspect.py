@@ -53,7 +53,7 @@ def test_an_adapter(base: Path, adapter: Path) -> None:
     assert told["checksums"] == "no SHA256SUMS to check against"
     assert told["experts' factors"] == "A expert-major, B rank-major (PEFT's), recorded"
     assert told["merge"] == (
-        f"everything fits: the base is in {base}; 34 of its 41 tensors would change; weights are not read here"
+        f"can be merged: the base is in {base}; 34 of its 41 tensors would change; weights were not read"
     )
 
 
@@ -62,7 +62,7 @@ def test_an_adapter_whose_base_is_not_here(adapter: Path, tmp_path: Path) -> Non
     record = json.loads((copy / "finetune.json").read_text())
     record["base"]["name_or_path"] = "maker/away"
     (copy / "finetune.json").write_text(json.dumps(record))
-    assert said(copy)["merge"].startswith("cannot be proven as things are: ")
+    assert said(copy)["merge"].startswith("cannot be merged: ")
     assert "the recorded base is not on this machine; got maker/away" in said(copy)["merge"]
 
 
@@ -176,9 +176,9 @@ def test_a_damaged_record(adapter: Path, tmp_path: Path, changes: dict[str, Any]
         (
             "merge-report.json",
             lambda base: {"fingerprint": fingerprint(base)},
-            "a merge writes; got nothing called 'into'",
+            "a merge writes; got no field 'into'",
         ),
-        ("upcycle.json", lambda base: {}, "an upcycling writes; got nothing called 'num_experts'"),
+        ("upcycle.json", lambda base: {}, "an upcycling writes; got no field 'num_experts'"),
     ],
 )
 def test_a_damaged_file_beside_a_checkpoint(
@@ -186,7 +186,7 @@ def test_a_damaged_file_beside_a_checkpoint(
 ) -> None:
     copy = shutil.copytree(base, tmp_path / "base")
     (copy / name).write_text(json.dumps(content(copy)))
-    with pytest.raises(WeightsError, match=f"{name}: does not hold what {writer}"):
+    with pytest.raises(WeightsError, match=f"{name}: does not have the fields that {writer}"):
         inspect(copy)
 
 
@@ -195,17 +195,17 @@ def test_a_run_of_which_little_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-best").mkdir()
     told = said(tmp_path)
     assert told["what"] == "run, not finished, without a checkpoint"
-    assert told["started"] == "when is not recorded; its packages are not recorded"
+    assert told["started"] == "start time not recorded; packages not recorded"
     (tmp_path / "checkpoint-3").mkdir()
-    assert said(tmp_path)["what"] == "run, not finished; it can go on from step 3"
+    assert said(tmp_path)["what"] == "run, not finished; it can continue from step 3"
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("audit.json", "{", "audit.json: cannot be read as JSON"),
-        ("audit.json", "{}", "audit.json: does not hold what a run writes; got nothing called 'parts'"),
-        ("provenance.json", '{"git": "abc"}', "provenance.json: does not hold what a run writes"),
+        ("audit.json", "{}", "audit.json: does not have the fields that a run writes; got no field 'parts'"),
+        ("provenance.json", '{"git": "abc"}', "provenance.json: does not have the fields that a run writes"),
     ],
 )
 def test_a_damaged_file_of_a_run(tmp_path: Path, name: str, text: str, message: str) -> None:

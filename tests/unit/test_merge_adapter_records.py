@@ -37,7 +37,7 @@ def test_an_adapter_is_not_added_to_one_that_went_on_from_it(adapter: Path, base
     later = save_adapter(base, tmp_path / "later", b_std=0.04)
     report = merge(adapter, tmp_path / "first", show_progress=False)
     edit(later / "finetune.json", adapter={"name_or_path": "x", "sha256": report.adapters[0]["sha256"]})
-    message = "went on from another of the adapters, whose change it holds already; got .*; name only the later one"
+    message = "continues another of the adapters and already contains its change; got .*; name only the later one"
     with pytest.raises(WeightsError, match=message):
         merge([adapter, later], tmp_path / "out", show_progress=False)
 
@@ -71,7 +71,7 @@ def test_what_an_adapter_says_of_itself_in_other_kinds_of_values(
 ) -> None:
     edit(adapter / file, **values)
     where = next(iter(values))
-    with pytest.raises(WeightsError, match=rf"{file}: {where}.*is not what belongs there; got .*; fetch or copy"):
+    with pytest.raises(WeightsError, match=rf"{file}: {where}.*has the wrong type or value; got .*; fetch or copy"):
         merge(adapter, tmp_path / "out", base=base, show_progress=False)
 
 

@@ -184,8 +184,8 @@ def test_a_tokenizer_with_more_tokens_than_rows(base_and_adapter: tuple[Path, Pa
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (None, "trainable_token_indices: does not say of which tokens the rows are; got model.embed_tokens"),
-        ({"model.embed_tokens": NEW}, "does not say of which tokens the rows are; got lm_head"),
+        (None, "trainable_token_indices: does not say which tokens the rows belong to; got model.embed_tokens"),
+        ({"model.embed_tokens": NEW}, "does not say which tokens the rows belong to; got lm_head"),
         ({"model.embed_tokens": [NEW[0]] * 2, "lm_head": NEW}, "must name each token once, by its number; got [2"),
         ({"model.embed_tokens": NEW[:1], "lm_head": NEW}, "got [2, 64] for 1 tokens and rows of 64"),
         (
@@ -245,7 +245,7 @@ def test_rows_of_a_matrix_that_the_base_does_not_have(kind: str, module: str, tm
 def test_rows_that_were_not_put_in_place_are_seen(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = made(tmp_path, kind)
     monkeypatch.setattr(TokenRows, "put", lambda self, rows, start: torch.zeros_like(rows) if start >= KNOWN else rows)
-    message = "rows of added tokens are not where they belong; report this bug"
+    message = "rows of added tokens are in the wrong place; report this bug"
     assert message in refusal(adapter)
 
 
@@ -261,7 +261,7 @@ def test_the_logits_see_rows_in_the_wrong_order(
         return put(TokenRows(self.key, self.info, tokens, self.base_rows), rows, start)
 
     monkeypatch.setattr(TokenRows, "put", swapped)
-    assert "rows of added tokens are not where they belong" in refusal(adapter)
+    assert "rows of added tokens are in the wrong place" in refusal(adapter)
     monkeypatch.setattr(proof, "prove_rows", lambda *_: None)
     assert "merged model " in refusal(adapter)
 
@@ -272,7 +272,7 @@ def test_a_config_that_keeps_the_old_size_is_seen(
     _, adapter = base_and_adapter
     monkeypatch.setattr("finetune.merge.job.vocab_size", lambda *_: KNOWN)
     assert f"a token is outside the model's vocabulary; got id {NEW[1]} for {KNOWN} entries" in refusal(adapter)
-    monkeypatch.setattr("finetune.merge.job.refuse_other_tokenizer", lambda *_: None)
+    monkeypatch.setattr("finetune.merge.job.check_tokenizer", lambda *_: None)
     with pytest.raises(RuntimeError, match="mismatched_sizes"):
         merged(adapter)
     assert not (adapter.parent / "merged").exists()

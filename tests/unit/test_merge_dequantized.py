@@ -144,9 +144,9 @@ def forget(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (forget, "finetune.json: does not say how the base was stored in training; merge --into original"),
+        (forget, "finetune.json: does not record whether the base was quantised in training; merge --into original"),
         (lambda record: record.update(quantization=None), "trained on the 16-bit base, and never saw a dequantised"),
-        (lambda record: record.update(dtype="int8"), "does not say in which number format was computed; got int8"),
+        (lambda record: record.update(dtype="int8"), "does not record the compute dtype; got int8"),
     ],
 )
 def test_an_adapter_that_never_saw_a_dequantised_base(

@@ -74,11 +74,11 @@ def test_without_a_proof_the_command_says_what_nobody_has_looked_at(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": [float("nan")]}, "--weights: an adapter cannot be added so many times; got nan; give numbers"),
-        ({"weights": [float("inf")]}, "--weights: an adapter cannot be added so many times; got inf"),
-        ({"weights": [0.0]}, "--weights: an adapter cannot be added so many times; got 0"),
-        ({"compare_rows": 0}, "--compare-rows: nothing could be measured; got 0; give a number of rows"),
-        ({"prompts": Path("x"), "prove": False}, "--prompts: nothing is run on them without the proof; leave out"),
+        ({"weights": [float("nan")]}, "--weights: must be finite and not zero; got nan; give numbers"),
+        ({"weights": [float("inf")]}, "--weights: must be finite and not zero; got inf"),
+        ({"weights": [0.0]}, "--weights: must be finite and not zero; got 0"),
+        ({"compare_rows": 0}, "--compare-rows: must be at least 1; got 0; give a number of rows"),
+        ({"prompts": Path("x"), "prove": False}, "--prompts: has no effect with --no-proof; leave out"),
     ],
 )
 def test_unusable_options_are_refused(adapter: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -118,13 +118,13 @@ def test_the_settings_declare_the_order(
         (
             "peft",
             {"peft_version": None},
-            r"adapter_config.json: nothing says .* got neither a record nor a version of PEFT; say which tool "
-            r"trained it, with --layout: peft \(PEFT since 0.19, Unsloth .*\), expert-major \(Unsloth before: ",
+            r"adapter_config.json: the order of the .* got neither a record nor a version of PEFT; say which tool "
+            r"trained it, with --layout: peft \(PEFT since 0.19, Unsloth .*\), expert-major \(Unsloth before September 2026: ",
         ),
         (
             "peft-0.18",
             {"peft_version": None},
-            r"--layout: peft-0.18 \(PEFT 0.17 and 0.18, .*\), expert-major-0.18 \(the same with PEFT 0.17 or 0.18\)$",
+            r"--layout: peft-0.18 \(PEFT 0.17 and 0.18, .*\), expert-major-0.18 \(the same, saved with PEFT 0.17 or",
         ),
         ("expert-major", {"auto_mapping": UNSLOTH}, r"got the mark of Unsloth; .*: peft \(.*\), expert-major \("),
         (

@@ -133,7 +133,7 @@ def test_factors_that_do_not_fit(adapter: Path, change: Callable[[Tensors], Tens
             "has no tensors of lm_head, which its settings name; save the",
         ),
         ({"modules_to_save": "lm_head"}, 'modules_to_save: must be a list of names of modules; got "lm_head"'),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights: this start changes the base weights; got pissa"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: this initialisation changes the base weights; got pissa"),
         ({"r": None}, "r: missing or not a number; got None"),
         ({"r": 8}, "shape or rank does not fit"),
     ],
