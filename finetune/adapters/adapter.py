@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.contents import EMBEDDING, FactorPair, read_contents
 from finetune.adapters.record import EXPERT_LAYOUT, RECORD_FILE, AdapterRecord, MergeSources, read_record, wrong_type
+from finetune.adapters.tensors import EMBEDDING, FactorPair, read_contents
 from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError

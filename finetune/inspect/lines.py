@@ -1,11 +1,16 @@
-"""How `finetune inspect` writes: a name, and what there is to say of it; long texts over several lines."""
+"""How `finetune inspect` writes: a name, and what there is to say of it; long texts over several lines.
+
+Files that tell of a folder, read with suspicion: what they do not hold is a line of the error, no traceback.
+"""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import SUMS_FILE, verify_sums
+from finetune.errors import Problem, WeightsError
 
 Line = tuple[str, str]
 WIDTH = 110
@@ -63,3 +68,17 @@ def recipe_lines(recipe: Mapping[str, Any]) -> list[Line]:
         *([("router", f"router_aux_loss_coef {router['router_aux_loss_coef']:g}")] if router else []),
         ("rows", ", ".join(str(source.get("path") or source.get("id")) for source in sources)),
     ]
+
+
+_DO = "copy the file again, or remove it"
+
+
+@contextmanager
+def told_by(file: Path, writer: str) -> Iterator[None]:
+    """Raise WeightsError where what is read of `file` in here lacks something, or is of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"does not have the fields that {writer} writes"
+        got = f"no field {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(Problem(str(file), what, _DO, got)) from error

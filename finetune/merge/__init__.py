@@ -8,8 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from finetune.adapters.factor_layouts import LAYOUTS
 from finetune.adapters.lineage import REPORT_FILE
-from finetune.adapters.orders import LAYOUTS
 from finetune.checkpoint import (
     CheckpointReader,
     check_output_free,
@@ -24,19 +24,16 @@ from finetune.checkpoint import (
 from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
-from finetune.merge.base import INTO, reference_model
+from finetune.merge.base_weights import INTO, DequantizedReader, reference_model
+from finetune.merge.compare import COMPARE_ROWS, Rows, layers_to_run
 from finetune.merge.compare import compare as measure
-from finetune.merge.compare import layers_to_run
-from finetune.merge.compare_rows import COMPARE_ROWS, Rows
-from finetune.merge.compare_rows import compare_rows as read_rows
-from finetune.merge.dequantized import DequantizedReader
-from finetune.merge.files import copy_files, end_generation_at
+from finetune.merge.compare import compare_rows as read_rows
+from finetune.merge.copied_files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
-from finetune.merge.ledger import TensorLog
-from finetune.merge.logits import LayerwiseModel
+from finetune.merge.layerwise import LayerwiseModel
 from finetune.merge.report import Comparison, MergeReport, Proof, part_figures, report_card
-from finetune.merge.routing import Routing
-from finetune.merge.stream import stream_merged
+from finetune.merge.routing_replay import Routing
+from finetune.merge.stream import TensorLog, stream_merged
 
 __all__ = ["DTYPES", "INTO", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 

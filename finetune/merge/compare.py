@@ -4,27 +4,164 @@ An adapter that was trained on a base in 4 bits has seen other weights than the 
 the 16-bit base (`original`) brings back what rounding took, which is usually better and is not what was trained; adding
 it to those that training saw (`dequantized`) is what was trained. Both merges are run on the same rows, in the memory
 of one layer and without writing either of them.
+
+The rows that `--compare` measures on: read and rendered as the adapter's training read and rendered its own.
+
+A merged checkpoint that nobody has written: each tensor is made when it is read.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import kl_div, log_softmax, nll_loss
 from torch.nn.utils.rnn import pad_sequence
 
-from finetune.adapters.deltas import Change
-from finetune.checkpoint import CheckpointReader
-from finetune.errors import WeightsError
-from finetune.merge.base import reference_model, trained_dtype
-from finetune.merge.compare_rows import IGNORED, Rows
-from finetune.merge.dequantized import DequantizedReader
+from finetune.adapters.deltas import Change, FactorReader
+from finetune.adapters.record import read_record
+from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
+from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
+from finetune.data import load_tokenizer, prepare, prepare_pair_mixture
+from finetune.errors import DataError, WeightsError
+from finetune.merge.base_weights import DequantizedReader, reference_model, trained_dtype
 from finetune.merge.job import Job
-from finetune.merge.logits import LayerwiseModel
+from finetune.merge.layerwise import LayerwiseModel
 from finetune.merge.report import Candidate, Comparison
-from finetune.merge.sources import Sources
-from finetune.merge.view import MergedReader
+from finetune.merge.stream import Sources
+from finetune.recipe import DataSettings, DataSource
+
+COMPARE_ROWS = 128  # rows that are measured where the user does not say
+IGNORED = -100  # label of a token without a loss
+Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
+# Of an adapter that does not say how long its rows were: longer ones are cut.
+MAX_LENGTH = 2048
+
+
+def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> Rows:
+    """Ids and labels [T] of the first `count` rows of a data file, by the settings that the adapter records.
+
+    Of pairs of answers the chosen ones are taken.
+
+    `tokenizer`: the folder with the merged model's. Raises DataError for a file that cannot be read, and for rows
+    with nothing to learn in them.
+    """
+    recorded = _recorded(adapter)
+    own = tokenizer == adapter  # then it carries the template that was trained with
+    loaded = load_tokenizer(str(tokenizer), None, None if own else recorded.get("chat_template"))
+    source = _source(data, count, recorded)
+    settings = DataSettings.model_validate(
+        {
+            "max_length": MAX_LENGTH,
+            "overlong": "truncate",
+            **{name: recorded[name] for name in ("loss_on", "system", "max_length", "overlong") if name in recorded},
+            "train": source,
+            "chat_template": None if own else recorded.get("chat_template"),
+        }
+    )
+    try:
+        rows = prepare([source], loaded, settings, seed=0).dataset
+    except DataError as error:
+        return _chosen(source, loaded, settings, error)
+    return [(torch.tensor(row["input_ids"]), torch.tensor(row["labels"])) for row in rows]
+
+
+def _chosen(source: DataSource, tokenizer: Any, settings: DataSettings, error: DataError) -> Rows:
+    """Of a file of pairs the answers that were chosen; `error` of any other."""
+    of_pairs = settings.model_copy(update={"loss_on": "assistant", "overlong": "truncate"})
+    try:
+        [found] = prepare_pair_mixture([source], tokenizer, of_pairs, seed=0).sets
+    except DataError:
+        raise error from None
+    return [
+        (
+            torch.tensor(row["prompt_ids"] + row["chosen_ids"]),
+            torch.tensor([IGNORED] * len(row["prompt_ids"]) + row["chosen_labels"]),
+        )
+        for row in found.dataset()
+    ]
+
+
+def _recorded(adapter: Path) -> dict[str, Any]:
+    """The data section of the recipe that the adapter was trained with; empty where there is no record of it."""
+    found: dict[str, Any] = (read_record(adapter).recipe or {}).get("data") or {}
+    return found
+
+
+def _source(data: Path, count: int, recorded: dict[str, Any]) -> DataSource:
+    """The file as the recipe describes it if it names it, else as its columns tell."""
+    given = [recorded.get("eval"), recorded.get("train")]
+    known = [source for section in given for source in (section if isinstance(section, list) else [section]) if source]
+    same: dict[str, Any] = next(
+        (source for source in known if source.get("path") and Path(source["path"]).resolve() == data.resolve()), {}
+    )
+    how = {"format": same.get("format", "auto"), "columns": same.get("columns") or {}}
+    return DataSource(path=str(data), max_rows=count, **how)
+
+
+class MergedReader(CheckpointReader):
+    """What a merge of `sources` as `specs` would write.
+
+    `shift` and `delta` hold, for tensors with a change that were read, the squares of two norms: of what the base
+    differs by from the one `beside` it, and of the change.
+    """
+
+    def __init__(self, sources: Sources, specs: list[TensorSpec], beside: CheckpointReader) -> None:
+        self.folder, self.sources = sources.base.folder, sources
+        self._specs = {spec.key: spec for spec in specs}
+        self._beside = beside
+        self._factors = FactorReader()
+        self.keys = list(self._specs)
+        self.shift: dict[str, float] = {}
+        self.delta: dict[str, float] = {}
+
+    def holds(self, key: str) -> bool:
+        """Whether it has a tensor of this name."""
+        return key in self._specs
+
+    def info(self, key: str) -> TensorInfo:
+        """As the tensor would be written; it lies nowhere."""
+        spec = self._specs[key]
+        return replace(self.sources.base.info(key), dtype=spec.dtype, shape=spec.shape, nbytes=spec.nbytes)
+
+    def read(self, key: str) -> torch.Tensor:
+        """The whole tensor, added in fp32 and rounded once."""
+        spec, sources = self._specs[key], self.sources
+        dtype = TORCH_DTYPES[spec.dtype]
+        if key in sources.fixed:
+            return read_tensor(sources.fixed[key]).to(dtype)
+        change = sources.changes.get(key)
+        merged = sources.base.read(key) if change is None else self._changed(key)
+        merged = merged.to(dtype)
+        return sources.token_rows[key].onto(merged) if key in sources.token_rows else merged
+
+    def read_rows(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` (of all axes but the last, as one)."""
+        whole = self.read(key)
+        return whole.reshape(-1, whole.shape[-1])[start:stop]
+
+    def _changed(self, key: str) -> torch.Tensor:
+        base, change = self.sources.base, self.sources.changes[key]
+        info = base.info(key).as_rows()
+        merged = torch.empty(info.shape, dtype=torch.float32)
+        shift = delta = 0.0
+        for first in range(0, info.shape[0], change.step):
+            past = first + change.step
+            left_nR, right_RI = change.factors(first, self._factors)
+            rows = base.read_rows(key, first, past).float()
+            shift += _square(rows - self._beside.read_rows(key, first, past))
+            added = left_nR @ right_RI
+            delta += _square(added)
+            torch.add(rows, added, out=merged[first:past])
+        self.shift[key], self.delta[key] = shift, delta
+        return merged.reshape(base.info(key).shape)
+
+
+def _square(values: torch.Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
 
 BATCH_TOKENS = 2048  # that are run through a layer together
 

@@ -9,19 +9,24 @@ from typing import Any
 import torch
 
 from finetune.adapters.adapter import Adapter, read_adapter
-from finetune.adapters.biases import fixed_tensors
 from finetune.adapters.deltas import plan, together
 from finetune.adapters.lineage import Weighted, check_related
 from finetune.adapters.record import RECORD_FILE
-from finetune.adapters.replaced import ReplacedBase, with_replaced
-from finetune.adapters.vocabulary import check_tokenizer, token_rows, vocab_size
+from finetune.adapters.whole_tensors import (
+    ReplacedBase,
+    check_tokenizer,
+    fixed_tensors,
+    token_rows,
+    vocab_size,
+    with_replaced,
+)
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
 from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
-from finetune.merge.base import open_base
-from finetune.merge.files import merged_config, side_files
-from finetune.merge.sources import Sources
+from finetune.merge.base_weights import open_base
+from finetune.merge.copied_files import merged_config, side_files
+from finetune.merge.stream import Sources
 from finetune.moe.families import Family, family_of
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -13,13 +13,12 @@ import torch
 
 from finetune.adapters.adapter import Adapter
 from finetune.adapters.deltas import Change
-from finetune.adapters.vocabulary import TokenRows
+from finetune.adapters.whole_tensors import TokenRows
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.ledger import TensorLog, TensorResult
-from finetune.merge.logits import LayerwiseModel
-from finetune.merge.stream import blocks
+from finetune.merge.layerwise import LayerwiseModel
+from finetune.merge.stream import TensorLog, TensorResult, blocks
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",

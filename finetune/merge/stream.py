@@ -1,26 +1,101 @@
 """Stream a base checkpoint into a merged one: several tensors at a time, each a block of rows at a time.
 
 Nothing larger than a few blocks a thread is in memory. What is done with a tensor is recorded where it is done.
+
+The log of a merge: what was done to each tensor with a change. Proof and figures are computed from it.
+
+What a merged checkpoint is made from, and what it will hold.
 """
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from finetune.adapters.deltas import Change
-from finetune.adapters.factors import FactorReader
-from finetune.checkpoint import CheckpointWriter, TensorInfo, TensorSpec
+from finetune.adapters.deltas import Change, FactorReader
+from finetune.adapters.tensors import FLOATS
+from finetune.adapters.whole_tensors import TokenRows
+from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.ledger import TensorLog, TensorResult
-from finetune.merge.sources import Sources, shard_bytes
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """What was done to one tensor with a change: sums of squares in fp64, and which rows of which factors went in."""
+
+    key: str
+    part: str
+    base: float
+    delta: float
+    rounding: float  # of what rounding to the output dtype lost, in one of every ROUNDING_SAMPLE blocks
+    rounded_delta: float  # of the change in the same blocks
+    changed: bool  # the change is not zero throughout
+    used: tuple[tuple[int, str, int, int, int], ...]  # adapter, path, expert, first row, row past the last
+
+
+@dataclass
+class TensorLog:
+    """The results of all tensors with a change, by key."""
+
+    results: dict[str, TensorResult] = field(default_factory=dict)
+
+    @property
+    def targeted(self) -> set[str]:
+        """Tensors whose change is not zero."""
+        return {key for key, result in self.results.items() if result.changed}
+
+    def used(self) -> dict[tuple[int, str, int], list[tuple[int, int]]]:
+        """By adapter, path and expert, the rows of its change that went to disk: (row, past it)."""
+        rows: dict[tuple[int, str, int], list[tuple[int, int]]] = {}
+        for result in self.results.values():
+            for owner, path, expert, row, past in result.used:
+                rows.setdefault((owner, path, expert), []).append((row, past))
+        return rows
+
+    def parts(self) -> dict[str, list[TensorResult]]:
+        """The results by part of the model."""
+        parts: dict[str, list[TensorResult]] = {}
+        for result in self.results.values():
+            parts.setdefault(result.part, []).append(result)
+        return dict(sorted(parts.items()))
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the merged checkpoint is made from.
+
+    Tensors in `fixed` are copied from there; `token_rows` come in place of the base's or behind them.
+    """
+
+    base: CheckpointReader
+    changes: Mapping[str, Change]
+    fixed: Mapping[str, TensorInfo] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+
+    def specs(self, dtype: str | None) -> list[TensorSpec]:
+        """The base's tensors, floating-point ones in `dtype` ("BF16") if given; those in `fixed` as they are there."""
+        infos = [self.base.info(key) for key in self.base.keys]
+        specs = [TensorSpec(i.key, dtype if dtype and i.dtype in FLOATS else i.dtype, i.shape) for i in infos]
+        specs = [replace(spec, dtype=self.fixed[spec.key].dtype) if spec.key in self.fixed else spec for spec in specs]
+        rows = self.token_rows
+        return [replace(spec, shape=rows[spec.key].shape) if spec.key in rows else spec for spec in specs]
+
+
+def shard_bytes(base: CheckpointReader, specs: Sequence[TensorSpec]) -> int:
+    """The largest shard of the output when it is cut as the base is: one file stays one, several stay as many or so."""
+    sizes: dict[Path, int] = {}
+    for spec in specs:
+        file = base.info(spec.key).file
+        sizes[file] = sizes.get(file, 0) + spec.nbytes
+    return max(sizes.values())
+
 
 # Elements of a block: 4 MiB in fp32. In smaller ones the threads wait for the interpreter's lock between operations.
 BLOCK_ELEMENTS = 2**20

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.export import export
 from finetune.merge import merge
-from finetune.merge.files import merged_config
+from finetune.merge.copied_files import merged_config
 from tests.support import save_tiny_mixtral, save_tiny_sentencepiece
 from tests.unit.merge_adapters import save_adapter
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.export import export
-from finetune.export.served import SERVED
+from finetune.export.vllm import SERVED
 from finetune.moe.families import FAMILIES
 from tests.families import save_tiny
 from tests.unit.merge_adapters import load, save_adapter

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.cards import adapter_name
-from finetune.merge.report import report_card, report_lines
-from finetune.merge.report_rows import names_and_shapes
+from finetune.merge.report import names_and_shapes, report_card, report_lines
 
 LOGITS = {"tokens": 9, "adapter_effect_mean": 0.5, "merged_error_mean": 0.0114, "merged_error_max": 0.04}
 PROOF = {"adapter_tensors": 8, "tensors": 41, "changed": 4, "moved_biases": 0, "logits": LOGITS, "not_proven": []}

@@ -15,7 +15,7 @@ from finetune.checkpoint.reader import read_header
 from finetune.cli.main import main
 from finetune.errors import WeightsError
 from finetune.export import export
-from finetune.export.served import RANKS, SERVED
+from finetune.export.vllm import RANKS, SERVED
 from finetune.moe.families import FAMILIES
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mistral, save_tiny_mixtral

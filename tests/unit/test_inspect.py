@@ -104,7 +104,7 @@ def test_more_problems_than_fit_on_a_screen_are_counted(adapter: Path, monkeypat
     def refuse(_: object) -> None:
         raise WeightsError([Problem(f"tensor {number}", "does not fit", "train again") for number in range(60)])
 
-    monkeypatch.setattr("finetune.inspect.adapter.prepare", refuse)
+    monkeypatch.setattr("finetune.inspect.adapter_lines.prepare", refuse)
     assert said(adapter)["merge"].endswith("tensor 2: does not fit; train again; and 57 more")
 
 

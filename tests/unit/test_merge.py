@@ -10,7 +10,6 @@ import torch
 
 import finetune.adapters.adapter
 import finetune.adapters.deltas
-import finetune.adapters.factors
 import finetune.merge.job
 from finetune.adapters.deltas import Delta
 from finetune.errors import WeightsError
@@ -153,7 +152,7 @@ def test_the_logits_refuse_a_confused_order_of_experts(
     def expert_major(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
         return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)
 
-    monkeypatch.setattr(finetune.adapters.factors, "by_expert", expert_major)
+    monkeypatch.setattr(finetune.adapters.deltas, "by_expert", expert_major)
     refused(adapter, tmp_path / "out", r"merged model differs from base \+ adapter")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from finetune.adapters.vocabulary import TokenRows
+from finetune.adapters.whole_tensors import TokenRows
 from finetune.checkpoint import fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import MergeReport, merge, proof

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
 from finetune.errors import WeightsError
 from finetune.merge import merge
-from finetune.merge.files import merged_config
+from finetune.merge.copied_files import merged_config
 from tests.support import save_tiny_mistral
 from tests.unit.merge_adapters import save_adapter
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import finetune.adapters.factors
+import finetune.adapters.deltas
 import finetune.merge
 import finetune.merge.job
 from finetune.errors import WeightsError
@@ -140,7 +140,7 @@ def test_the_logits_refuse_a_confused_order_of_experts(fused: Path, monkeypatch:
     def expert_major(B_nR: torch.Tensor, experts: int) -> torch.Tensor:
         return B_nR.reshape(B_nR.shape[0], experts, -1).transpose(0, 1)
 
-    monkeypatch.setattr(finetune.adapters.factors, "by_expert", expert_major)
+    monkeypatch.setattr(finetune.adapters.deltas, "by_expert", expert_major)
     refused(fused, r"merged model differs from base \+ adapter")
 
 

@@ -24,7 +24,7 @@ import torch
 from finetune.checkpoint import CheckpointReader
 from finetune.adapters.adapter import read_adapter
 from finetune.adapters.deltas import plan, together
-from finetune.merge.sources import Sources
+from finetune.merge.stream import Sources
 from finetune.merge.stream import stream_merged
 from finetune.moe.families import family_of
 import peft.tuners.tuners_utils

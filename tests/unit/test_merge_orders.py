@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import finetune.adapters.factors
+import finetune.adapters.deltas
 import finetune.cli.merge
 from finetune.errors import WeightsError
 from finetune.merge import LAYOUTS, merge
@@ -119,7 +119,8 @@ def test_the_settings_declare_the_order(
             "peft",
             {"peft_version": None},
             r"adapter_config.json: the order of the .* got neither a record nor a version of PEFT; say which tool "
-            r"trained it, with --layout: peft \(PEFT since 0.19, Unsloth .*\), expert-major \(Unsloth before September 2026: ",
+            r"trained it, with --layout: peft \(PEFT since 0.19, Unsloth .*\), expert-major \(Unsloth "
+            r"before September 2026: ",
         ),
         (
             "peft-0.18",
@@ -259,7 +260,7 @@ def test_the_proof_sees_an_order_that_is_read_otherwise(
     layout: str, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = rewritten(adapter, tmp_path / "foreign", layout, peft_version=None)
-    by_expert, contiguous = finetune.adapters.factors.by_expert, finetune.adapters.factors.contiguous_ranks
-    monkeypatch.setattr(finetune.adapters.factors, "by_expert", contiguous)
-    monkeypatch.setattr(finetune.adapters.factors, "contiguous_ranks", by_expert)
+    by_expert, contiguous = finetune.adapters.deltas.by_expert, finetune.adapters.deltas.contiguous_ranks
+    monkeypatch.setattr(finetune.adapters.deltas, "by_expert", contiguous)
+    monkeypatch.setattr(finetune.adapters.deltas, "contiguous_ranks", by_expert)
     refused(foreign, base, r"merged model differs from base \+ adapter", layout)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune.merge.routing import Routing
+from finetune.merge.routing_replay import Routing
 from finetune.moe.families import FAMILIES
 from tests.families import tiny_model
 

@@ -9,8 +9,7 @@ from finetune.adapters.lineage import REPORT_FILE
 from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
-from finetune.inspect.lines import Line, checksum_line, size
-from finetune.inspect.records import told_by
+from finetune.inspect.lines import Line, checksum_line, size, told_by
 from finetune.merge.report import report_lines
 from finetune.moe.families import family_of
 

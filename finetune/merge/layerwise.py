@@ -5,6 +5,11 @@ what they are given. Its own forward then makes masks and positions for that one
 wherever it stands, and the layer gets the hidden states that the one before left. So a Mixtral 8x7B needs the memory of
 one of its layers in fp32, no architecture needs code of its own here, and no line of the merge takes part in what it is
 compared with.
+
+What a merge is held against where the base is one in 4 bits: the weights that 4-bit loading makes.
+
+They come from the loader that training uses, through transformers and bitsandbytes; the merge's own reading of the base
+takes no part. The arithmetic is fp32 all the same, as it is for the merged model.
 """
 
 import warnings
@@ -18,17 +23,17 @@ from peft import PeftModel
 from torch import nn
 
 from finetune.adapters.adapter import WEIGHTS_FILE
-from finetune.adapters.biases import bias_tensors, moved_biases
-from finetune.adapters.contents import EMBEDDING, HEAD, ROWS
 from finetune.adapters.lineage import Weighted
-from finetune.adapters.vocabulary import TokenRows
+from finetune.adapters.tensors import EMBEDDING, HEAD, ROWS
+from finetune.adapters.whole_tensors import TokenRows, bias_tensors, moved_biases
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
-from finetune.merge.applied import with_adapter
-from finetune.merge.rearranged import foreign_stacks
-from finetune.merge.routing import Routing
+from finetune.merge.routing_replay import Routing
+from finetune.merge.stock_peft import foreign_stacks, with_adapter
 from finetune.moe.families import family_of
+from finetune.moe.nf4 import Nf4Stack, linear_weight
+from finetune.moe.nf4_loading import MoeNf4Config
 
 
 class LayerwiseModel:
@@ -267,3 +272,29 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
+
+
+class QuantizedModel(LayerwiseModel):
+    """A `LayerwiseModel` whose layers are loaded in 4 bits as for training in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, reader: CheckpointReader, *args: Any) -> None:
+        super().__init__(reader, *args)
+        self.dtype = dtype
+
+    def load(self, index: int) -> Any:
+        """The layer in fp32, its linear layers and stacks with what their NF4 stands for, in the training's type."""
+        model = super().load(index)
+        if index == self.num_layers:  # the head alone, which stays in 16 bits
+            return model
+        dense = dict(model.named_parameters())
+        for name, parameter in self._in_4_bits(index).named_parameters():
+            if isinstance(parameter.data, Nf4Stack):
+                dense[name].data.copy_(parameter.data.dequantize())
+            elif hasattr(parameter, "quant_state"):
+                dense[name].data.copy_(linear_weight(parameter))
+        return model
+
+    def _in_4_bits(self, index: int) -> Any:
+        quantization = MoeNf4Config(compute_dtype=self.dtype)
+        options = {"dtype": self.dtype, "device_map": {"": "cpu"}, "quantization_config": quantization}
+        return self.build(index, self.layer_tensors(index), **options)[0]

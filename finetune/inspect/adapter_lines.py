@@ -1,4 +1,7 @@
-"""An adapter folder: whose, for which base, trained how, and whether a merge with it can be proven."""
+"""An adapter folder: whose, for which base, trained how, and whether a merge with it can be proven.
+
+A folder that `finetune export` wrote for another program: which adapter it was made from, for which base.
+"""
 
 import math
 from pathlib import Path
@@ -7,11 +10,29 @@ from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Ad
 from finetune.adapters.record import RECORD_FILE, AdapterRecord
 from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
-from finetune.inspect.exported import exported_lines
-from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size
-from finetune.inspect.records import told_by
+from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size, told_by
 from finetune.merge.job import Request, prepare
 from finetune.run import RunFolder
+
+_PROGRAMS = {"vllm": "vLLM"}
+
+
+def exported_lines(folder: Path, tensors: Line) -> list[Line]:
+    """What `finetune inspect` says of an export; `tensors`: the line about its weights."""
+    file = folder / EXPORT_FILE
+    told = read_json(file)
+    with told_by(file, "an export"):
+        program = _PROGRAMS.get(told["format"], told["format"])
+        adapter, rank = told["adapter"], told["max_lora_rank"]
+        return [
+            ("what", f"LoRA adapter, exported for {program}: r {told['r']}, needs --max-lora-rank {rank}"),
+            tensors,
+            checksum_line(folder),
+            ("made from", f"{adapter['name_or_path']}, SHA-256 {adapter['sha256'][:12]}"),
+            ("base", named(told["base"])),
+            ("merge", "merge the adapter that it was made from"),
+        ]
+
 
 STATE_FILE = "trainer_state.json"
 _SHOWN_PROBLEMS = 3

@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.reader import read_json
-from finetune.inspect.lines import Line, figures, named, recipe_lines
-from finetune.inspect.records import told_by
+from finetune.inspect.lines import Line, figures, named, recipe_lines, told_by
 from finetune.recipe import load_recipe
 from finetune.run import RunFolder
 from finetune.run.metrics import read_metrics

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from finetune.adapters.adapter import CONFIG_FILE, Adapter
-from finetune.adapters.layout import base_layout
 from finetune.adapters.record import RECORD_FILE
-from finetune.adapters.targets import StackOrder, Target, targets_of
+from finetune.adapters.targets import StackOrder, Target, base_layout, targets_of
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family

@@ -3,24 +3,32 @@
 PEFT saves modules that were trained whole (`modules_to_save`), and embedding and head as they were where they have
 factors or more rows than the base. A base with one matrix for embedding and head (`tie_word_embeddings`) computes under
 an adapter of one of them what only two matrices can hold; PEFT's own merge then changes both. V rows, H hidden.
+
+Rows of embedding and head that an adapter holds whole: those of added tokens, which the merged checkpoint takes.
+
+n rows in the adapter, V rows of a matrix, H hidden.
+
+Correction biases of routers that training has moved: they lie beside the adapter and replace the base's.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from finetune.adapters.contents import EMBEDDING, HEAD, PREFIX
-from finetune.adapters.layout import base_layout
 from finetune.adapters.lineage import Weighted
-from finetune.adapters.targets import old_name
+from finetune.adapters.targets import base_layout, old_name
+from finetune.adapters.tensors import EMBEDDING, HEAD, PREFIX
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
-from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
+from finetune.checkpoint.reader import TORCH_DTYPES, read_header, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
+from finetune.moe.router_bias import BIAS_FILE, find_biases
 
 ROWS_AT_A_TIME = 4096
 VOCABULARY = {EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")}
@@ -197,3 +205,179 @@ def _check_vocabulary(base: ReplacedBase, adapters: Sequence[Weighted]) -> None:
             problems.append(Problem(where, what, "merge one after the other"))
     if problems:
         raise WeightsError(problems)
+
+
+_OTHER_BASE_ROWS = "merge into the base it was trained on"
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """The rows `tokens` of one matrix on disk (`key`, of `base_rows` rows in the base) that the adapter replaces."""
+
+    key: str
+    info: TensorInfo  # [n, H] in the adapter
+    tokens: tuple[int, ...]
+    base_rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[V, H] of the merged matrix: longer than the base's where a token has no row there."""
+        return max(self.base_rows, max(self.tokens) + 1), self.info.shape[1]
+
+    def put(self, rows: torch.Tensor, start: int) -> torch.Tensor:
+        """A copy of rows `start` and on of the merged matrix, with those of the adapter in their places."""
+        rows, values_nH = rows.clone(), read_tensor(self.info)
+        for token, value in zip(self.tokens, values_nH, strict=True):
+            if start <= token < start + len(rows):
+                rows[token - start] = value.to(rows.dtype)
+        return rows
+
+    def beyond(self, dtype: torch.dtype) -> torch.Tensor:
+        """The rows that the base does not have."""
+        return self.put(torch.empty(self.shape[0] - self.base_rows, self.shape[1], dtype=dtype), self.base_rows)
+
+    def onto(self, matrix: torch.Tensor) -> torch.Tensor:
+        """The merged matrix, from the base's."""
+        return torch.cat([self.put(matrix, 0), self.beyond(matrix.dtype)])
+
+
+def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str]) -> dict[str, TokenRows]:
+    """What the adapter replaces, by key on disk; empty for an adapter without added tokens.
+
+    `changed`: tensors that its factors change. Raises WeightsError unless the rows fit the base and each other.
+    """
+    tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
+    found: dict[str, TokenRows] = {}
+    problems = [_without_rows(adapter, name) for name in adapter.tokens if not adapter.path_of(name)]
+    for path, info in adapter.rows.items():
+        key, tokens = f"{path}.weight", adapter.tokens_of(path)
+        if not tokens:
+            problems.append(_unnamed(adapter, path))
+        elif problem := _misfit(base, adapter, path, tokens, tied):
+            problems.append(problem)
+        else:
+            # A tied checkpoint may have written its one matrix twice.
+            for name in (key, HEAD) if tied and base.holds(HEAD) else (key,):
+                found[name] = TokenRows(name, info, tokens, base.info(name).shape[0])
+    problems += _length_problems(base, adapter, found) if not problems else []
+    problems += [
+        Problem(str(adapter.folder), "has both factors and rows of one matrix", "save the adapter again", got=key)
+        for key in sorted(set(found) & set(changed))
+    ]
+    if problems:
+        raise WeightsError(problems)
+    return found
+
+
+def _misfit(base: CheckpointReader, adapter: Adapter, path: str, tokens: tuple[int, ...], tied: bool) -> Problem | None:
+    """What is wrong with the rows of one matrix, if anything."""
+    where, info, key = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{path}", adapter.rows[path], f"{path}.weight"
+    if key not in ((EMBEDDING,) if tied else (EMBEDDING, HEAD)) or not base.holds(key):
+        return Problem(where, "rows of a matrix that the base does not have", _OTHER_BASE_ROWS)
+    if info.shape != (len(tokens), base.info(key).shape[1]):
+        got = f"{list(info.shape)} for {len(tokens)} tokens and rows of {base.info(key).shape[1]}"
+        what = "the rows do not fit the base, or not the tokens that the settings name"
+        return Problem(where, what, _OTHER_BASE_ROWS, got)
+    return None
+
+
+def _unnamed(adapter: Adapter, path: str) -> Problem:
+    where = f"{adapter.folder / CONFIG_FILE}: trainable_token_indices"
+    return Problem(where, "does not say which tokens the rows belong to", "save the adapter again", got=path)
+
+
+def _without_rows(adapter: Adapter, name: str) -> Problem:
+    where = str(adapter.folder / WEIGHTS_FILE)
+    return Problem(where, "has no rows for a matrix that its settings name", "save the adapter again", got=name)
+
+
+def _length_problems(base: CheckpointReader, adapter: Adapter, found: Mapping[str, TokenRows]) -> list[Problem]:
+    """All matrices of the vocabulary must be as long as the longest, without a row that nobody has written."""
+    where = f"{adapter.folder / CONFIG_FILE}: trainable_token_indices"
+    problems = []
+    for rows in found.values():
+        if gap := sorted(set(range(rows.base_rows, rows.shape[0])) - set(rows.tokens)):
+            what = f"leaves rows of {rows.key} that neither the base nor the adapter has"
+            problems.append(Problem(where, what, _OTHER_BASE_ROWS, got=f"row {gap[0]}"))
+    lengths = {key: found[key].shape[0] if key in found else base.info(key).shape[0] for key in _vocabulary(base)}
+    if found and len(set(lengths.values())) > 1:
+        got = ", ".join(f"{key} {length}" for key, length in lengths.items())
+        problems.append(Problem(where, "embedding and head would differ in their rows", "save the adapter again", got))
+    return problems
+
+
+def _vocabulary(base: CheckpointReader) -> list[str]:
+    return [key for key in (EMBEDDING, HEAD) if base.holds(key)]
+
+
+def vocab_size(base: CheckpointReader, rows: Mapping[str, TokenRows]) -> int:
+    """Rows of the merged embedding."""
+    return rows[EMBEDDING].shape[0] if EMBEDDING in rows else int(base.config["vocab_size"])
+
+
+def check_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adapter) -> None:
+    """Raise WeightsError for a tokenizer with ids outside the merged model, or with other ids than were trained."""
+    problems = []
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= size:
+        do = "the tokenizer and the model do not belong together"
+        got = f"id {highest} for {size} entries"
+        problems.append(Problem(folder, "a token is outside the model's vocabulary", do, got))
+    trained = {token for tokens in adapter.tokens.values() for token in tokens}
+    for token, number in adapter.added_tokens.items():
+        found = tokenizer.get_vocab().get(token)
+        if found != number or number not in trained:
+            what = f"the adapter was trained with {token} as token {number}"
+            do = "copy the whole adapter folder of the run, its tokenizer included"
+            got = "no such token here" if found is None else f"token {found} here, and rows of {sorted(trained)[:5]}"
+            problems.append(Problem(folder, what, do, got))
+    unknown = sorted(trained - set(tokenizer.get_vocab().values()))
+    if unknown:
+        what, do = "the adapter has rows of tokens that this tokenizer lacks", "give the adapter folder its tokenizer"
+        problems.append(Problem(folder, what, do, got=f"token {unknown[0]}"))
+    if problems:
+        raise WeightsError(problems)
+
+
+def bias_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Where the moved biases of an adapter folder lie, by their names in the loaded model; empty where none are."""
+    return read_header(folder / BIAS_FILE) if (folder / BIAS_FILE).is_file() else {}
+
+
+def fixed_tensors(base: CheckpointReader, folder: Path, family: Family) -> dict[str, TensorInfo]:
+    """The correction biases of the merged model by their keys on disk, moved or not; their number format is kept.
+
+    They are added to scores that differ by little: rounded to 16 bits they would choose other experts.
+    Raises WeightsError unless the base has each one that was moved, in the same shape.
+    """
+    name = None if family.moe is None else family.moe.disk_correction_bias
+    found = {key: base.info(key) for key in base.keys if name is not None and key.endswith(f".{name}")}
+    for name, info in bias_tensors(folder).items():
+        key = _disk_name(name, family)
+        if not base.holds(key) or base.info(key).shape != info.shape:
+            what, do = "these correction biases are not this base's", "merge into the base it was trained on"
+            raise WeightsError(Problem(str(folder / BIAS_FILE), what, do, got=f"{name} {list(info.shape)}"))
+        found[key] = info
+    return found
+
+
+def _disk_name(name: str, family: Family) -> str:
+    moe = family.moe
+    if moe is None or moe.correction_bias is None or not name.endswith(f".{moe.correction_bias}"):
+        return name
+    return name.removesuffix(moe.correction_bias) + str(moe.disk_correction_bias)
+
+
+@contextmanager
+def moved_biases(model: torch.nn.Module, biases: dict[str, TensorInfo], family: Family) -> Iterator[None]:
+    """Within it those of the biases that `model` holds have their moved values."""
+    found = {} if family.moe is None or not biases else find_biases(model, family.moe)
+    held = {name: bias for name, bias in found.items() if name in biases}
+    own = {name: bias.data for name, bias in held.items()}
+    for name, bias in held.items():
+        bias.data = read_tensor(biases[name]).view_as(bias)
+    try:
+        yield
+    finally:
+        for name, bias in held.items():
+            bias.data = own[name]
