@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from finetune.errors import Problem, WeightsError
-from finetune.recipe.messages import closest
+from finetune.recipe.error_messages import closest
 
 Part = Literal["attention", "experts", "router", "mlp", "shared_experts", "other"]
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+from finetune.recipe.error_messages import closest
 from finetune.recipe.lora_targets import only_in_mixtures, reaches_a_router, wrong_target
-from finetune.recipe.messages import closest
 from finetune.recipe.other_tools import FOREIGN
 from finetune.recipe.schema import settings
 from finetune.recipe.section_checks import check_data, check_method, key_path, read, real

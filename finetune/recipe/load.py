@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from finetune.recipe.checks import check_all
-from finetune.recipe.messages import report_invalid
+from finetune.recipe.error_messages import report_invalid
 from finetune.recipe.schema import settings
 from finetune.recipe.settings import Recipe
 from finetune.recipe.source import Source, read_source

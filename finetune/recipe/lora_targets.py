@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from finetune.recipe.messages import closest
+from finetune.recipe.error_messages import closest
 
 FRIENDLY_TARGETS = ("attention", "experts", "router", "mlp", "shared_experts")
 
