@@ -11,6 +11,8 @@ from finetune.cli.main import build_parser
 from finetune.recipe import load_recipe
 from tests.readme import COMMANDS, PAGES, ROOT, shell_commands
 
+MAX_README_LINES, MAX_README_COLUMNS = 150, 120
+
 # make's commands -> the file that runs it, and words of that file which do. All others are run by
 # tests/end_to_end/test_readme_commands.py, as they are written.
 RUN_BY = {
@@ -25,6 +27,12 @@ RUN_BY = {
 def test_commands_are_found_in_their_blocks() -> None:
     text = "```sh\n# why\nmake a && make b  # note\nfinetune merge \\\n    x\n```\n```yaml\nmodel: y\n```\n"
     assert shell_commands(text) == ["make a", "make b", "finetune merge x"]
+
+
+def test_the_readme_is_short() -> None:
+    lines = PAGES[0].read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= MAX_README_LINES
+    assert [line for line in lines if len(line) > MAX_README_COLUMNS] == []
 
 
 def test_the_readme_shows_commands() -> None:
