@@ -6,10 +6,10 @@ from pathlib import Path
 from finetune.adapters.adapter import CONFIG_FILE as ADAPTER_FILE
 from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
-from finetune.inspect.adapter_lines import adapter_lines
-from finetune.inspect.checkpoint_lines import checkpoint_lines
+from finetune.inspect.inspect_adapter import adapter_lines
+from finetune.inspect.inspect_checkpoint import checkpoint_lines
+from finetune.inspect.inspect_run import run_lines
 from finetune.inspect.lines import Line, as_text
-from finetune.inspect.run_lines import run_lines
 
 __all__ = ["inspect"]
 

@@ -265,12 +265,12 @@ def _not_seen(each: Weighted, fingerprint: str) -> Problem | None:
     """Why the dequantised base is not what an adapter was trained on, if it is not."""
     where, record = str(Path(each.adapter.folder) / RECORD_FILE), each.adapter.record
     if not record.says_quantization:
-        return Problem(where, "does not say how the base was stored in training", _INTO_ORIGINAL)
+        return Problem(where, "does not record whether the base was quantised in training", _INTO_ORIGINAL)
     if record.quantization != "nf4":
         what = "the adapter was trained on the 16-bit base, and never saw a dequantised one"
         return Problem(where, what, _INTO_ORIGINAL, got=str(record.quantization))
     if record.dtype not in ("float32", "bfloat16", "float16"):
-        return Problem(where, "does not say in which number format was computed", _INTO_ORIGINAL, record.dtype)
+        return Problem(where, "does not record the compute dtype", _INTO_ORIGINAL, record.dtype)
     if each.adapter.base_fingerprint not in (None, fingerprint):
         what = "the adapter was trained on a merged checkpoint in 4 bits, not on this base in 4 bits"
         return Problem(where, what, "merge one after the other")

@@ -52,7 +52,7 @@ def test_the_command_takes_one_flag() -> None:
         ("sft", "common.py", "common_arguments"),
         ("sft", "sft.py", "sft_config"),
         ("dpo", "common.py", "common_arguments"),
-        ("dpo", "dpo.py", "dpo_config"),
+        ("dpo", "dpo_trainer.py", "dpo_config"),
     ],
 )
 def test_what_a_trainer_is_given_cannot_be_given_again_through_trainer_args(

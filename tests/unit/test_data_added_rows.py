@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from finetune.data import load_tokenizer
 from finetune.errors import RecipeError
 from finetune.model import adapt, load_base
+from finetune.moe import lora
 from finetune.moe.audit import audit_model, audit_table, differences
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
@@ -127,8 +128,14 @@ def test_the_audit_counts_the_rows(kind: str, tmp_path: Path) -> None:
 
 def test_the_audit_names_a_head_that_was_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = base_of(tmp_path / "base", "untied")
-    monkeypatch.setattr("finetune.moe.lora.vocabulary_modules", lambda model: ["model.embed_tokens"])
-    model = with_lora(load_folder(base, settings(base), NEW), lora_settings(), NEW)
+    original = lora.vocabulary_modules
+
+    def without_head(model: Any) -> dict[str, Any]:
+        return {name: module for name, module in original(model).items() if name != "lm_head"}
+
+    model = load_folder(base, settings(base), NEW)
+    monkeypatch.setattr(lora, "vocabulary_modules", without_head)
+    model = with_lora(model, lora_settings(), NEW)
     (problem,) = differences(audit_model(model, FAMILIES["mixtral"]), lora_settings(), True, "float32", 2)
     assert str(problem) == "audit: head: the recipe adds 2 tokens, so 2 rows are to be trained; got 0 rows; report this"
 

@@ -263,7 +263,7 @@ def test_the_logits_see_rows_in_the_wrong_order(
     monkeypatch.setattr(TokenRows, "put", swapped)
     assert "rows of added tokens are in the wrong place" in refusal(adapter)
     monkeypatch.setattr(proof, "prove_rows", lambda *_: None)
-    assert "merged model " in refusal(adapter)
+    assert "logits of the added tokens differ from base + adapter" in refusal(adapter)
 
 
 def test_a_config_that_keeps_the_old_size_is_seen(

@@ -162,7 +162,9 @@ def test_an_adapter_that_never_saw_a_dequantised_base(
 
 def test_adapters_that_saw_different_dequantised_bases(base: Path, tmp_path: Path) -> None:
     both = [adapter_in_4_bits(base, tmp_path / dtype, dtype, r=r) for r, dtype in ((4, "float32"), (2, "bfloat16"))]
-    with pytest.raises(WeightsError, match="saw different bases in 4 bits; got bfloat16, float32; merge one after"):
+    with pytest.raises(
+        WeightsError, match="trained with different compute dtypes, so their 4-bit bases differ; got bfloat16, float32"
+    ):
         merge(both, tmp_path / "out", into="dequantized", show_progress=False)
 
 
@@ -175,7 +177,9 @@ def test_an_adapter_on_a_merge_into_it_does_not_go_onto_the_16_bit_base(
     record = json.loads((then / "finetune.json").read_text())
     record["base"]["made_from"] = made_from(merged, fingerprint(merged))
     (then / "finetune.json").write_text(json.dumps(record))
-    with pytest.raises(WeightsError, match="was trained on a merge into the dequantised base, and this one is into"):
+    with pytest.raises(
+        WeightsError, match="was trained on a merge into the dequantised base; this merge is into the 16-bit base"
+    ):
         merge([adapter, then], tmp_path / "out", show_progress=False)
     with pytest.raises(WeightsError, match="trained on a merged checkpoint in 4 bits, not on this base in 4 bits"):
         merge([adapter, then], tmp_path / "out", into="dequantized", show_progress=False)

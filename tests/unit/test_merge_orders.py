@@ -166,21 +166,21 @@ def test_an_order_that_is_not_declared_is_refused(
             "peft",
             "peft-0.18",
             {"peft_version": None},
-            r"than --layout says; got peft-0.18; .* give peft \(",
+            r"--layout contradicts the file; got peft-0.18; leave --layout out, or give peft \(",
         ),
         (
             "peft-0.18",
             "expert-major",
             {"peft_version": None},
-            "than --layout says; got expert-major;",
+            "--layout contradicts the file; got expert-major;",
         ),
         (
             "peft",
             "expert-major",
             {"lora_B_layout": "rank_major"},
-            r"than --layout says; got expert-major; .* give peft \(",
+            r"--layout contradicts the file; got expert-major; leave --layout out, or give peft \(",
         ),
-        ("peft", "peft-0.18", {"peft_version": "0.21.2"}, "than --layout says; got peft-0.18"),
+        ("peft", "peft-0.18", {"peft_version": "0.21.2"}, "--layout contradicts the file; got peft-0.18"),
     ],
 )
 def test_an_order_that_the_file_contradicts_is_refused(
@@ -202,7 +202,7 @@ def test_layouts_and_adapters_must_be_as_many(adapter: Path, tmp_path: Path) -> 
 
 def test_an_order_of_nothing_is_refused(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", r=4, target_modules=["q_proj"])
-    refused(adapter, base, r"--layout: no adapter has stacks of experts, .* got peft; leave it out", "peft")
+    refused(adapter, base, r"--layout: no adapter has LoRA on stacked experts, .* got peft; leave it out", "peft")
 
 
 # Where inputs and outputs of every stack are equally many, the shapes say nothing of their places.

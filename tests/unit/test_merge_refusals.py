@@ -114,7 +114,7 @@ def test_no_record_of_the_base(adapter: Path, base: Path, tmp_path: Path) -> Non
             lambda t: t | {f"{Q_PROJ}.lora_A.weight": torch.zeros(4)},
             r"factor is not a floating-point matrix; got F32\[4\]",
         ),
-        (lambda t: {}, "holds no tensors"),
+        (lambda t: {}, "holds no LoRA tensors"),
     ],
 )
 def test_factors_that_do_not_fit(adapter: Path, change: Callable[[Tensors], Tensors], message: str) -> None:

@@ -227,7 +227,7 @@ GATE, TABLE = "mlp.gate.weight", "model.embed_tokens.lora_embedding"
         (
             "whole routers",
             {f"model.layers.2.{GATE}": (4, 64)},
-            "gate.weight: is of a tensor that the base does not",
+            "gate.weight: is for a tensor that the base does not have",
         ),
         ("whole routers", {"model.norm.weight": (64,)}, "tensor is not a LoRA factor; got base_model.model.model.norm"),
         ("whole head", {"lm_head.modules_to_save.weight": (512, 64)}, "differs from base_model.model.lm_head.weight"),
