@@ -1,1 +1,1 @@
-"""Between base model and merge: what an adapter folder holds, and which tensors of a base on disk it changes how."""
+"""What an adapter folder holds, and which tensors of a base checkpoint it changes."""

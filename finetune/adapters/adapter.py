@@ -1,4 +1,4 @@
-"""Read a PEFT LoRA adapter folder: settings, record, and where each pair of factors lies on disk."""
+"""Read a PEFT LoRA adapter folder: its settings, its record, and the positions of its factors in the file."""
 
 import hashlib
 import json

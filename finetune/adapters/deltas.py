@@ -1,14 +1,12 @@
-"""Which rows of which adapters' factors change which tensor on disk, and the change itself.
+"""The change that adapters make to each tensor on disk, computed in blocks of rows.
 
-E experts, O output and I input features, r LoRA rank, n a block of rows. On disk a stack of experts is E times one or
-more matrices (Mixtral's `gate_up_proj` is `w1` over `w3`; each takes its own rows of `lora_B`), or one tensor
-[E, O, I], or [E, I, O] where the architecture multiplies from the right.
+Factors are read from disk as they are needed. PEFT keeps one pair of factors for all experts of a stack: `lora_A
+[E*r, in]` is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`);
+other tools write `lora_B` expert-major, too. On disk a stack of experts is E times one or more matrices (Mixtral's
+`gate_up_proj` is `w1` over `w3`, and each uses its own rows of `lora_B`), or one tensor [E, O, I], or [E, I, O] where
+the architecture multiplies from the right.
 
-Rows and columns of an adapter's factors, by expert, read from disk as they are needed.
-
-E experts, r LoRA rank, n a block of rows. PEFT keeps one pair of factors for all experts of a stack: `lora_A [E*r, in]`
-is expert-major, `lora_B [out, E*r]` is rank-major (`peft.tuners.lora.layer.ParamWrapper.get_delta_weight`), with
-another tool expert-major as well.
+E experts, O output and I input features, r LoRA rank, n rows of a block.
 """
 
 from collections import OrderedDict
@@ -163,11 +161,11 @@ class Change:
 
 def together(plans: Iterable[Mapping[str, Sequence[Delta]]]) -> dict[str, Change]:
     """The plans of several adapters as one."""
-    found: dict[str, list[Delta]] = {}
+    deltas_by_key: dict[str, list[Delta]] = {}
     for changes in plans:
         for key, deltas in changes.items():
-            found.setdefault(key, []).extend(deltas)
-    return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in found.items()}
+            deltas_by_key.setdefault(key, []).extend(deltas)
+    return {key: Change(key, deltas[0].part, tuple(deltas)) for key, deltas in deltas_by_key.items()}
 
 
 def plan(
@@ -191,11 +189,11 @@ def plan(
             do = "the adapter is incomplete: save it again"
             problems.append(Problem(where, f"has no factors for {target.name}, which its settings name", do))
             continue
-        found = _deltas(base, adapter, target, weight, owner)
-        if isinstance(found, Problem):
-            problems.append(found)
+        of_target = _deltas(base, adapter, target, weight, owner)
+        if isinstance(of_target, Problem):
+            problems.append(of_target)
         else:
-            for delta in found:
+            for delta in of_target:
                 deltas.setdefault(delta.key, []).append(delta)
     if problems:
         raise WeightsError(problems)

@@ -1,10 +1,10 @@
-"""In which order the two factors of a stack of experts hold experts, ranks, inputs and outputs.
+"""The order of experts, ranks, inputs and outputs in the two factors of a stack of experts.
 
-PEFT lays `lora_A` out by expert, then rank, and `lora_B` by rank, then expert. Unsloth trained through kernels of its
-own that read `lora_B` by expert, then rank, until September 2026 (unslothai/unsloth-zoo#1269), and has named the order
-in the settings since about then (#1232); the shapes are the same. PEFT 0.17 and 0.18 took the inputs of a stack for its
-outputs: `lora_A` [E*r, out], `lora_B` [in, E*r]. A wrong reading has the right norm and the wrong values, so nothing is
-guessed here: what neither the file declares nor its shapes say must be asked for.
+PEFT orders `lora_A` by expert, then rank, and `lora_B` by rank, then expert. Unsloth's kernels read `lora_B` by expert,
+then rank, until September 2026 (unslothai/unsloth-zoo#1269); its settings name the order since about then (#1232). The
+shapes are the same. PEFT 0.17 and 0.18 swapped inputs and outputs of a stack: `lora_A` [E*r, out], `lora_B`
+[in, E*r]. A wrong order gives the right norm and wrong values, so it is never guessed: if neither the file's settings
+nor its shapes determine it, the user must give it.
 """
 
 import re
@@ -53,7 +53,7 @@ def _nested(stacks: Sequence[Target], base: CheckpointReader, adapter: Adapter) 
     by_module: dict[str, list[Target]] = {}
     for stack in stacks:
         by_module.setdefault(stack.path.split(".base_layer")[0], []).append(stack)
-    found: list[Target] = []
+    targets: list[Target] = []
     for group in by_module.values():
         turned = [replace(one, path=other.path) for one, other in zip(group, reversed(group), strict=True)]
         fitting = [
@@ -61,8 +61,8 @@ def _nested(stacks: Sequence[Target], base: CheckpointReader, adapter: Adapter) 
             for candidate in (group, turned)
             if any(all(_fits(stack, base, adapter, swapped) for stack in candidate) for swapped in (False, True))
         ]
-        found += fitting[0] if fitting else group
-    return found
+        targets += fitting[0] if fitting else group
+    return targets
 
 
 def _fits(stack: Target, base: CheckpointReader, adapter: Adapter, swapped: bool) -> bool:

@@ -1,8 +1,8 @@
-"""Whether adapters belong on a base, alone, beside each other, or each on what the ones before it made.
+"""Check that adapters belong to a base: trained on it, or on what the adapters before them make of it.
 
-An adapter records the fingerprint of the base that it was trained on. Where that was itself a merged checkpoint, the
-record also says from which base and which adapters it was merged (`base.made_from`), so that a chain of adapters (SFT,
-then DPO on the merged model) is known to be one.
+An adapter records the fingerprint of the base that it was trained on. If that base was a merged checkpoint, the record
+also holds its own base and adapters (`base.made_from`), so that a chain of adapters can be followed (SFT, then DPO on
+the merged model).
 """
 
 from collections.abc import Sequence
@@ -27,24 +27,24 @@ class Weighted:
     digest: str
 
 
-def made_from(base: Path, found: str) -> dict[str, Any] | None:
-    """What a merged checkpoint in `base` was made from; None for any other. `found`: its fingerprint.
+def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What a merged checkpoint in `base` was made from; None for any other. `fingerprint`: of that checkpoint.
 
     A report whose fingerprint is another one is not of these weights, and says nothing.
     """
     if not (base / REPORT_FILE).is_file():
         return None
     report = read_json(base / REPORT_FILE)
-    if report.get("fingerprint") != found:
+    if report.get("fingerprint") != fingerprint:
         return None
     adapters = [{"sha256": adapter["sha256"], "weight": adapter["weight"]} for adapter in report["adapters"]]
     return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
 
 
-def check_related(base: Path, found: str, adapters: Sequence[Weighted]) -> None:
+def check_related(base: Path, fingerprint: str, adapters: Sequence[Weighted]) -> None:
     """Raise WeightsError unless each adapter was trained on this base, or on what the ones before it make of it.
 
-    `found`: the base's fingerprint. An adapter that records no base is accepted.
+    `fingerprint`: of the base. An adapter that records no base is accepted.
     """
     problems = []
     given = {weighted.digest: weighted.adapter.folder for weighted in adapters}
@@ -54,26 +54,28 @@ def check_related(base: Path, found: str, adapters: Sequence[Weighted]) -> None:
             got = str(given[str(weighted.adapter.initial_digest)])
             problems.append(Problem(str(weighted.adapter.folder), what, "name only the later one", got))
         recorded = weighted.adapter.base_fingerprint
-        if recorded in (None, found):
+        if recorded in (None, fingerprint):
             continue
         before = adapters[:number]
         if weighted.adapter.base_made_from is None:
             do = "give the base that the adapter was trained on with --base"
-            got = f"{found[:12]} where the adapter records {str(recorded)[:12]}"
+            got = f"{fingerprint[:12]} where the adapter records {str(recorded)[:12]}"
             problems.append(Problem(str(base), "base fingerprint differs", do, got))
-        elif problem := _chain_problem(weighted.adapter, weighted.adapter.base_made_from, found, before):
+        elif problem := _chain_problem(weighted.adapter, weighted.adapter.base_made_from, fingerprint, before):
             problems.append(problem)
     if problems:
         raise WeightsError(problems)
 
 
-def _chain_problem(adapter: Adapter, source: MergeSources, found: str, before: Sequence[Weighted]) -> Problem | None:
+def _chain_problem(
+    adapter: Adapter, source: MergeSources, fingerprint: str, before: Sequence[Weighted]
+) -> Problem | None:
     """What is wrong with an adapter that was trained on a merged checkpoint, given the ones before it."""
     trained_on = [(merged.sha256, merged.weight) for merged in source.adapters]
     where = str(adapter.folder)
-    if source.base_fingerprint != found:
+    if source.base_fingerprint != fingerprint:
         what = "was trained on a checkpoint that was merged from another base"
-        got = f"{found[:12]} where the record says {source.base_fingerprint[:12]}"
+        got = f"{fingerprint[:12]} where the record says {source.base_fingerprint[:12]}"
         return Problem(where, what, "give that base with --base, or the merged checkpoint itself", got)
     if trained_on != [(weighted.digest, weighted.weight) for weighted in before]:
         names = ", ".join(f"{digest[:12]} x {weight:g}" for digest, weight in trained_on)

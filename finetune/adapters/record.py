@@ -1,4 +1,4 @@
-"""`finetune.json`: what PEFT's own files cannot say about an adapter. One model, one reader, one writer."""
+"""`finetune.json`: facts about an adapter that PEFT's own files cannot hold. One model, one reader, one writer."""
 
 import json
 from collections.abc import Mapping

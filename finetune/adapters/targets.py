@@ -1,9 +1,8 @@
-"""What an adapter's settings name in a base, by PEFT's own matching rules, and the tensors on disk that make it.
+"""Find the tensors of a base checkpoint that an adapter changes: expert stacks, routers and linear layers.
 
-Where a base checkpoint keeps what an adapter can change: its stacks of experts, its routers, its linear layers.
-
-The table of families says how the published checkpoints name things; a checkpoint may as well hold a stack as the
-loaded model does (`save_pretrained(save_original_format=False)`). Which of the two, is read from the keys.
+The adapter's settings are matched by PEFT's own rules. The table of families gives the names of published checkpoints;
+a checkpoint may also hold a stack as one tensor, as the loaded model does
+(`save_pretrained(save_original_format=False)`). The keys decide which of the two it is.
 """
 
 import re
@@ -59,11 +58,14 @@ def base_layout(base: CheckpointReader, family: Family) -> BaseLayout:
         stacks = _stacks(base, moe, [prefix for prefix in prefixes if _is_sparse(base, moe, prefix)])
         router = moe.router_parameter.removesuffix(".weight")
         renamed = {prefix + moe.disk_router: prefix + router for prefix in prefixes}
-    taken = {key for stack in stacks for keys in stack.keys for key in keys}
+    in_stacks = {key for stack in stacks for keys in stack.keys for key in keys}
     modules = {
         key: renamed.get(key, key.removesuffix(".weight"))
         for key in base.keys
-        if key not in taken and key.endswith(".weight") and len(base.info(key).shape) == 2 and _loaded(key, num_layers)
+        if key not in in_stacks
+        and key.endswith(".weight")
+        and len(base.info(key).shape) == 2
+        and _loaded(key, num_layers)
     }
     return BaseLayout(stacks, modules)
 

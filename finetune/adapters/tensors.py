@@ -1,4 +1,4 @@
-"""What the tensors of a PEFT adapter file are: factors, rows of single tokens, or whole tensors of the base."""
+"""Classify the tensors of a PEFT adapter file: LoRA factors, rows of single tokens, or whole tensors of the base."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -121,17 +121,17 @@ def _not_again(file: Path, whole: Mapping[str, TensorInfo], spare: Mapping[str, 
 def _partners(file: Path, factors: Mapping[str, Mapping[str, TensorInfo]]) -> list[Problem]:
     """Factors whose other one is not there."""
     problems = []
-    for path, found in factors.items():
-        embedding = any("embedding" in name for name in found)
+    for path, infos in factors.items():
+        embedding = any("embedding" in name for name in infos)
         wanted = {name for name in FACTORS if ("embedding" in name) == embedding}
-        for missing in sorted(wanted - set(found)):
+        for missing in sorted(wanted - set(infos)):
             do = "the file is incomplete: save the adapter again"
             name = missing.removesuffix(".weight")
-            got = f"only {next(iter(found)).removesuffix('.weight')}"
+            got = f"only {next(iter(infos)).removesuffix('.weight')}"
             problems.append(Problem(str(file), f"{path} has no {name}", do, got))
     return problems
 
 
-def _pair(found: Mapping[str, TensorInfo]) -> FactorPair:
-    by_factor = {FACTORS[name]: info for name, info in found.items()}
-    return FactorPair(by_factor["A"], by_factor["B"], embedding=any("embedding" in name for name in found))
+def _pair(infos: Mapping[str, TensorInfo]) -> FactorPair:
+    by_factor = {FACTORS[name]: info for name, info in infos.items()}
+    return FactorPair(by_factor["A"], by_factor["B"], embedding=any("embedding" in name for name in infos))

@@ -1,14 +1,12 @@
-"""Whole tensors that an adapter brings in place of the base's, and a head of its own for a base that has none.
+"""Tensors and rows that an adapter replaces in the base, instead of adding a low-rank change.
 
-PEFT saves modules that were trained whole (`modules_to_save`), and embedding and head as they were where they have
-factors or more rows than the base. A base with one matrix for embedding and head (`tie_word_embeddings`) computes under
-an adapter of one of them what only two matrices can hold; PEFT's own merge then changes both. V rows, H hidden.
+- Whole modules (`modules_to_save`), and embedding and head where PEFT saves them because they have factors or more rows
+  than the base. A base with tied embeddings needs two matrices where only one of them is changed; PEFT's own merge
+  changes both.
+- Rows of added tokens in embedding and head.
+- Correction biases of routers that training changed; they lie beside the adapter.
 
-Rows of embedding and head that an adapter holds whole: those of added tokens, which the merged checkpoint takes.
-
-n rows in the adapter, V rows of a matrix, H hidden.
-
-Correction biases of routers that training has moved: they lie beside the adapter and replace the base's.
+V rows of a matrix, n rows in the adapter, H hidden.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -113,15 +111,15 @@ def with_replaced(base: CheckpointReader, adapters: Sequence[Weighted], family: 
     trained: set[str] = set()
     problems: list[Problem] = []
     for weighted in adapters:
-        found = _fitting(base, weighted.adapter, family, tied, problems)
-        if found and weighted.weight != 1:
+        replacements = _fitting(base, weighted.adapter, family, tied, problems)
+        if replacements and weighted.weight != 1:
             what, do = "brings whole tensors, which cannot be weighted", "give it weight 1"
             problems.append(Problem(str(weighted.adapter.folder), what, do, f"{weighted.weight:g}"))
-        if twice := sorted(found.keys() & whole.keys()):
+        if twice := sorted(replacements.keys() & whole.keys()):
             what, do = "more than one adapter brings this tensor whole", "merge one after the other"
             problems.append(Problem(str(weighted.adapter.folder), what, do, twice[0]))
-        whole |= found
-        trained |= {key for key in found if weighted.adapter.trains_whole(key)}
+        whole |= replacements
+        trained |= {key for key in replacements if weighted.adapter.trains_whole(key)}
     if problems:
         raise WeightsError(problems)
     factors = any(VOCABULARY & weighted.adapter.pairs.keys() for weighted in adapters)
@@ -141,7 +139,7 @@ def _fitting(
     """The whole tensors of an adapter that are not the base's own, by key on disk."""
     modules = base_layout(base, family).modules.items()
     keys = {f"{name}.weight": key for key, module in modules for name in (module, old_name(module, family))}
-    found = {}
+    infos = {}
     for name, info in adapter.whole.items():
         where = f"{adapter.folder / WEIGHTS_FILE}: {PREFIX}{name}"
         key = HEAD if name == HEAD else keys.get(name)
@@ -154,8 +152,8 @@ def _fitting(
                 Problem(where, "shape does not fit the base", _OTHER_BASE, f"{list(info.shape)} for {list(shape)}")
             )
         elif adapter.trains_whole(name) or not _is_copy(base, key if base.holds(key) else EMBEDDING, info):
-            found[key] = info
-    return found
+            infos[key] = info
+    return infos
 
 
 def _is_copy(base: CheckpointReader, key: str, info: TensorInfo) -> bool:
@@ -247,7 +245,7 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
     `changed`: tensors that its factors change. Raises WeightsError unless the rows fit the base and each other.
     """
     tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
-    found: dict[str, TokenRows] = {}
+    rows_by_matrix: dict[str, TokenRows] = {}
     problems = [_without_rows(adapter, name) for name in adapter.tokens if not adapter.path_of(name)]
     for path, info in adapter.rows.items():
         key, tokens = f"{path}.weight", adapter.tokens_of(path)
@@ -258,15 +256,15 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
         else:
             # A tied checkpoint may have written its one matrix twice.
             for name in (key, HEAD) if tied and base.holds(HEAD) else (key,):
-                found[name] = TokenRows(name, info, tokens, base.info(name).shape[0])
-    problems += _length_problems(base, adapter, found) if not problems else []
+                rows_by_matrix[name] = TokenRows(name, info, tokens, base.info(name).shape[0])
+    problems += _length_problems(base, adapter, rows_by_matrix) if not problems else []
     problems += [
         Problem(str(adapter.folder), "has both factors and rows of one matrix", "save the adapter again", got=key)
-        for key in sorted(set(found) & set(changed))
+        for key in sorted(set(rows_by_matrix) & set(changed))
     ]
     if problems:
         raise WeightsError(problems)
-    return found
+    return rows_by_matrix
 
 
 def _misfit(base: CheckpointReader, adapter: Adapter, path: str, tokens: tuple[int, ...], tied: bool) -> Problem | None:
@@ -291,16 +289,21 @@ def _without_rows(adapter: Adapter, name: str) -> Problem:
     return Problem(where, "has no rows for a matrix that its settings name", "save the adapter again", got=name)
 
 
-def _length_problems(base: CheckpointReader, adapter: Adapter, found: Mapping[str, TokenRows]) -> list[Problem]:
+def _length_problems(
+    base: CheckpointReader, adapter: Adapter, rows_by_matrix: Mapping[str, TokenRows]
+) -> list[Problem]:
     """All matrices of the vocabulary must be as long as the longest, without a row that nobody has written."""
     where = f"{adapter.folder / CONFIG_FILE}: trainable_token_indices"
     problems = []
-    for rows in found.values():
+    for rows in rows_by_matrix.values():
         if gap := sorted(set(range(rows.base_rows, rows.shape[0])) - set(rows.tokens)):
             what = f"leaves rows of {rows.key} that neither the base nor the adapter has"
             problems.append(Problem(where, what, _OTHER_BASE_ROWS, got=f"row {gap[0]}"))
-    lengths = {key: found[key].shape[0] if key in found else base.info(key).shape[0] for key in _vocabulary(base)}
-    if found and len(set(lengths.values())) > 1:
+    lengths = {
+        key: rows_by_matrix[key].shape[0] if key in rows_by_matrix else base.info(key).shape[0]
+        for key in _vocabulary(base)
+    }
+    if rows_by_matrix and len(set(lengths.values())) > 1:
         got = ", ".join(f"{key} {length}" for key, length in lengths.items())
         problems.append(Problem(where, "embedding and head would differ in their rows", "save the adapter again", got))
     return problems
@@ -325,11 +328,11 @@ def check_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adapter) ->
         problems.append(Problem(folder, "a token is outside the model's vocabulary", do, got))
     trained = {token for tokens in adapter.tokens.values() for token in tokens}
     for token, number in adapter.added_tokens.items():
-        found = tokenizer.get_vocab().get(token)
-        if found != number or number not in trained:
+        actual = tokenizer.get_vocab().get(token)
+        if actual != number or number not in trained:
             what = f"the adapter was trained with {token} as token {number}"
             do = "copy the whole adapter folder of the run, its tokenizer included"
-            got = "no such token here" if found is None else f"token {found} here, and rows of {sorted(trained)[:5]}"
+            got = "no such token here" if actual is None else f"token {actual} here, and rows of {sorted(trained)[:5]}"
             problems.append(Problem(folder, what, do, got))
     unknown = sorted(trained - set(tokenizer.get_vocab().values()))
     if unknown:
@@ -351,14 +354,14 @@ def fixed_tensors(base: CheckpointReader, folder: Path, family: Family) -> dict[
     Raises WeightsError unless the base has each one that was moved, in the same shape.
     """
     name = None if family.moe is None else family.moe.disk_correction_bias
-    found = {key: base.info(key) for key in base.keys if name is not None and key.endswith(f".{name}")}
+    tensors = {key: base.info(key) for key in base.keys if name is not None and key.endswith(f".{name}")}
     for name, info in bias_tensors(folder).items():
         key = _disk_name(name, family)
         if not base.holds(key) or base.info(key).shape != info.shape:
             what, do = "these correction biases are not this base's", "merge into the base it was trained on"
             raise WeightsError(Problem(str(folder / BIAS_FILE), what, do, got=f"{name} {list(info.shape)}"))
-        found[key] = info
-    return found
+        tensors[key] = info
+    return tensors
 
 
 def _disk_name(name: str, family: Family) -> str:
@@ -371,8 +374,8 @@ def _disk_name(name: str, family: Family) -> str:
 @contextmanager
 def moved_biases(model: torch.nn.Module, biases: dict[str, TensorInfo], family: Family) -> Iterator[None]:
     """Within it those of the biases that `model` holds have their moved values."""
-    found = {} if family.moe is None or not biases else find_biases(model, family.moe)
-    held = {name: bias for name, bias in found.items() if name in biases}
+    model_biases = {} if family.moe is None or not biases else find_biases(model, family.moe)
+    held = {name: bias for name, bias in model_biases.items() if name in biases}
     own = {name: bias.data for name, bias in held.items()}
     for name, bias in held.items():
         bias.data = read_tensor(biases[name]).view_as(bias)

@@ -1,4 +1,4 @@
-"""An adapter, or a merged model, in the form that another program reads."""
+"""Export an adapter or a merged model to the format of another program."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,13 +76,13 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     verify_sums(adapter.folder)
     peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
-    found, digest = fingerprint(reader.folder), adapter.digest()
-    check_related(reader.folder, found, (Weighted(adapter, 1.0, digest),))
+    base_fingerprint, digest = fingerprint(reader.folder), adapter.digest()
+    check_related(reader.folder, base_fingerprint, (Weighted(adapter, 1.0, digest),))
     family = family_of(str(reader.config.get("model_type")), str(reader.folder / _MODEL_CONFIG))
     lora = vllm.prepare(adapter, reader, family)
     record = {
         "format": "vllm",
-        "base": {"name_or_path": adapter.base_location, "fingerprint": found},
+        "base": {"name_or_path": adapter.base_location, "fingerprint": base_fingerprint},
         "adapter": {"name_or_path": str(adapter.folder), "sha256": digest},
         "r": lora.r,
         "max_lora_rank": lora.max_lora_rank,

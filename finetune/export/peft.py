@@ -1,4 +1,4 @@
-"""An adapter as it was saved: a whole copy, looked at first."""
+"""Export an adapter for PEFT: a verified copy of its folder."""
 
 import shutil
 from pathlib import Path

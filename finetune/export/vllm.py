@@ -1,10 +1,9 @@
-"""An adapter as a LoRA folder for vLLM: factors of each expert, one rank and one scale for all.
+"""Export an adapter for vLLM's LoRA: factors of each expert, with one rank and one scale.
 
-vLLM stacks `experts.N.w1`, `.w2` and `.w3` itself and needs all three of every expert: what was not trained becomes
-zeros, and `w1` and `w3`, which are the halves of one stack, get the same A. Of models whose checkpoints hold whole
-stacks (GPT-OSS) it reads PEFT's own form. E experts, r LoRA rank, R the rank of the folder, O outputs, I inputs.
-
-What vLLM serves of an adapter, by architecture: read from vLLM 0.32, and loaded there where the tests find it.
+vLLM stacks `experts.N.w1`, `.w2` and `.w3` itself and needs all three of every expert: untrained ones become zeros, and
+`w1` and `w3`, the halves of one stack, get the same A. For models whose checkpoints hold whole stacks (GPT-OSS) it
+reads PEFT's own form. The supported architectures and modules were read from vLLM 0.32; the tests load exports in vLLM
+where it is installed. E experts, r LoRA rank, R the rank of the folder, O outputs, I inputs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -237,14 +236,14 @@ def _linear(delta: Delta, family: Family, rules: Served) -> Pair:
 
 
 def _of_stack(
-    stack: Stack, found: Mapping[str, Delta], base: CheckpointReader, family: Family, rules: Served
+    stack: Stack, deltas_by_path: Mapping[str, Delta], base: CheckpointReader, family: Family, rules: Served
 ) -> list[Pair]:
-    """All pairs of one stack of experts; `found`: its deltas by path, one of the whole stack or those of experts."""
+    """All pairs of one stack of experts; `deltas_by_path` holds one delta of the whole stack, or one for each expert."""
     layer, moe = LAYER.match(stack.module), family.moe
     assert layer is not None
     assert moe is not None
     inputs, outputs = _sizes(stack, base, moe.transposed)
-    whole = next((delta for delta in found.values() if delta.experts > 1), None)
+    whole = next((delta for delta in deltas_by_path.values() if delta.experts > 1), None)
     if rules.stacked:
         number = [known.parameter for known in moe.stacks].index(stack.parameter)
         # As PEFT nests them: the last stack is outermost.
@@ -255,10 +254,12 @@ def _of_stack(
     rows = outputs // len(names)
     pairs = []
     for e in range(stack.experts):
-        for n, each in enumerate(names):
-            name = layer[0] + form.format(expert=e, name=each)
+        for n, matrix in enumerate(names):
+            name = layer[0] + form.format(expert=e, name=matrix)
             if whole is None:  # as transformers 4 has them: a module for each expert
-                pairs.append(Pair(name, found.get(stack.modules[e][n]) if found else None, 0, 0, rows, inputs))
+                pairs.append(
+                    Pair(name, deltas_by_path.get(stack.modules[e][n]) if deltas_by_path else None, 0, 0, rows, inputs)
+                )
             else:
                 pairs.append(Pair(name, whole, e, n * rows, (n + 1) * rows, inputs))
     return pairs

@@ -1,4 +1,4 @@
-"""What a folder is, on one screen: an adapter, a checkpoint, or a run; made how, from what, for which base."""
+"""Describe a folder on one screen: an adapter, a checkpoint or a run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

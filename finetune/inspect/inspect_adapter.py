@@ -1,7 +1,4 @@
-"""An adapter folder: whose, for which base, trained how, and whether a merge with it can be proven.
-
-A folder that `finetune export` wrote for another program: which adapter it was made from, for which base.
-"""
+"""Describe an adapter folder: its base, its training, and whether it can be merged and proven. Exports, too."""
 
 import math
 from pathlib import Path
@@ -20,16 +17,16 @@ _PROGRAMS = {"vllm": "vLLM"}
 def exported_lines(folder: Path, tensors: Line) -> list[Line]:
     """What `finetune inspect` says of an export; `tensors`: the line about its weights."""
     file = folder / EXPORT_FILE
-    told = read_json(file)
+    exported = read_json(file)
     with told_by(file, "an export"):
-        program = _PROGRAMS.get(told["format"], told["format"])
-        adapter, rank = told["adapter"], told["max_lora_rank"]
+        program = _PROGRAMS.get(exported["format"], exported["format"])
+        adapter, rank = exported["adapter"], exported["max_lora_rank"]
         return [
-            ("what", f"LoRA adapter, exported for {program}: r {told['r']}, needs --max-lora-rank {rank}"),
+            ("what", f"LoRA adapter, exported for {program}: r {exported['r']}, needs --max-lora-rank {rank}"),
             tensors,
             checksum_line(folder),
             ("made from", f"{adapter['name_or_path']}, SHA-256 {adapter['sha256'][:12]}"),
-            ("base", named(told["base"])),
+            ("base", named(exported["base"])),
             ("merge", "merge the adapter that it was made from"),
         ]
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder: which model, in which numbers, made how, and what was proven of it."""
+"""Describe a checkpoint folder: architecture, data types, origin and proof."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A run folder: what the recipe was, how far it came, and what lies in it."""
+"""Describe a run folder: its recipe, its progress and its files."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,6 @@
-"""How `finetune inspect` writes: a name, and what there is to say of it; long texts over several lines.
+"""The output of `finetune inspect`: labels with values, wrapped; and checked reading of the files that it shows.
 
-Files that tell of a folder, read with suspicion: what they do not hold is a line of the error, no traceback.
+A file that lacks a field gives an error line, not a traceback.
 """
 
 import textwrap

@@ -1,4 +1,4 @@
-"""Base checkpoint + adapters -> full weights, streamed and proven."""
+"""Merge adapters into a base checkpoint, streamed from disk to disk, and prove the result."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +98,7 @@ def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) 
     """Write what makes the folder a model."""
     config = as_json(job.config)
     write_json(folder / REPORT_FILE, report.as_dict())
-    records = [each.adapter.record.as_dict() for each in job.adapters]
+    records = [weighted.adapter.record.as_dict() for weighted in job.adapters]
     write_text(folder / "README.md", report_card(report.as_dict(), records))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)

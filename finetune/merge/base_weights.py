@@ -1,11 +1,8 @@
-"""Which base a merge adds to: the 16-bit checkpoint, or the one that 4-bit training saw.
+"""The base weights of a merge: the 16-bit checkpoint, or the values that 4-bit training used.
 
-The base as 4-bit training saw it: the 16-bit checkpoint with the values that its NF4 copy stands for.
-
-The matrices that 4-bit loading quantises one by one, and where their rows are on disk.
-
-A block of NF4, and the offset of all block maxima, belong to a matrix as the loaded model holds it: Mixtral's `w1` over
-`w3` of one expert is one matrix, an expert of a stack in one tensor is another.
+The second is the 16-bit checkpoint quantised to NF4 and dequantised again, matrix by matrix. A block of NF4 and the
+offset of all block maxima belong to a matrix as the loaded model holds it: Mixtral's `w1` over `w3` of one expert is
+one matrix, and so is each expert of a stack in one tensor.
 """
 
 from collections import OrderedDict, defaultdict
@@ -169,13 +166,13 @@ class DequantizedReader(CheckpointReader):
         """Rows `start:stop` (of all axes but the last, as one)."""
         if key not in self._places:
             return super().read_rows(key, start, stop)
-        found = []
+        blocks = []
         for place in self._places[key]:
             first, past = max(start, place.first), min(stop, place.first + place.rows)
             if first < past:
                 matrix, shift = self._quantized(place.matrix), place.row - place.first
-                found.append(matrix.stack.rows(0, first + shift, past + shift, matrix.maxima_Q))
-        return found[0] if len(found) == 1 else torch.cat(found)
+                blocks.append(matrix.stack.rows(0, first + shift, past + shift, matrix.maxima_Q))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
     def _quantized(self, matrix: Matrix) -> _Quantized:
         """`matrix` in NF4, quantised once for all threads that read from it at the same time."""
@@ -183,17 +180,17 @@ class DequantizedReader(CheckpointReader):
             quantizing = self._quantizing[matrix]
         with quantizing:
             with self._lock:
-                found = self._live.get(matrix)
-            if found is None:
+                quantized = self._live.get(matrix)
+            if quantized is None:
                 stack = self._quantize(matrix)
-                found = _Quantized(stack, stack.maxima(slice(None))[0])
-            self._last.quantized = found
+                quantized = _Quantized(stack, stack.maxima(slice(None))[0])
+            self._last.quantized = quantized
             with self._lock:
-                self._live[matrix] = self._kept[matrix] = found
+                self._live[matrix] = self._kept[matrix] = quantized
                 self._kept.move_to_end(matrix)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
-        return found
+        return quantized
 
 
 INTO = ("original", "dequantized")
@@ -218,11 +215,11 @@ def _check_dequantized_chain(adapters: Sequence[Weighted], fingerprint: str) -> 
     """An adapter that was trained on a merge into the dequantised base does not go onto the 16-bit one."""
     what = "was trained on a merge into the dequantised base; this merge is into the 16-bit base"
     problems = [
-        Problem(str(each.adapter.folder), what, "merge it into that merged checkpoint, with --base")
-        for each in adapters
-        if each.adapter.base_fingerprint not in (None, fingerprint)
-        and each.adapter.base_made_from is not None
-        and each.adapter.base_made_from.into == "dequantized"
+        Problem(str(weighted.adapter.folder), what, "merge it into that merged checkpoint, with --base")
+        for weighted in adapters
+        if weighted.adapter.base_fingerprint not in (None, fingerprint)
+        and weighted.adapter.base_made_from is not None
+        and weighted.adapter.base_made_from.into == "dequantized"
     ]
     if problems:
         raise WeightsError(problems)
@@ -250,20 +247,20 @@ def trained_dtype(adapters: Sequence[Weighted], fingerprint: str) -> torch.dtype
 
     Raises WeightsError for an adapter that saw its base otherwise, or saw another base.
     """
-    problems = [problem for each in adapters if (problem := _not_seen(each, fingerprint))]
+    problems = [problem for weighted in adapters if (problem := _not_seen(weighted, fingerprint))]
     if problems:
         raise WeightsError(problems)
-    found = sorted({str(each.adapter.record.dtype) for each in adapters})
-    if len(found) > 1:
+    dtypes = sorted({str(weighted.adapter.record.dtype) for weighted in adapters})
+    if len(dtypes) > 1:
         what = "the adapters were trained with different compute dtypes, so their 4-bit bases differ"
-        raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(found)))
-    dtype: torch.dtype = getattr(torch, found[0])
+        raise WeightsError(Problem("adapters", what, "merge one after the other", ", ".join(dtypes)))
+    dtype: torch.dtype = getattr(torch, dtypes[0])
     return dtype
 
 
-def _not_seen(each: Weighted, fingerprint: str) -> Problem | None:
+def _not_seen(weighted: Weighted, fingerprint: str) -> Problem | None:
     """Why the dequantised base is not what an adapter was trained on, if it is not."""
-    where, record = str(Path(each.adapter.folder) / RECORD_FILE), each.adapter.record
+    where, record = str(Path(weighted.adapter.folder) / RECORD_FILE), weighted.adapter.record
     if not record.says_quantization:
         return Problem(where, "does not record whether the base was quantised in training", _INTO_ORIGINAL)
     if record.quantization != "nf4":
@@ -271,7 +268,7 @@ def _not_seen(each: Weighted, fingerprint: str) -> Problem | None:
         return Problem(where, what, _INTO_ORIGINAL, got=str(record.quantization))
     if record.dtype not in ("float32", "bfloat16", "float16"):
         return Problem(where, "does not record the compute dtype", _INTO_ORIGINAL, record.dtype)
-    if each.adapter.base_fingerprint not in (None, fingerprint):
+    if weighted.adapter.base_fingerprint not in (None, fingerprint):
         what = "the adapter was trained on a merged checkpoint in 4 bits, not on this base in 4 bits"
         return Problem(where, what, "merge one after the other")
     return None

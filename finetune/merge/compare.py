@@ -1,13 +1,9 @@
-"""`--compare`: which base to merge into, measured on rows instead of guessed.
+"""`--compare`: measure on rows which base to merge into.
 
-An adapter that was trained on a base in 4 bits has seen other weights than the 16-bit base has. Adding it to those of
-the 16-bit base (`original`) brings back what rounding took, which is usually better and is not what was trained; adding
-it to those that training saw (`dequantized`) is what was trained. Both merges are run on the same rows, in the memory
-of one layer and without writing either of them.
-
-The rows that `--compare` measures on: read and rendered as the adapter's training read and rendered its own.
-
-A merged checkpoint that nobody has written: each tensor is made when it is read.
+An adapter trained on a 4-bit base has seen other weights than the 16-bit ones. Adding it to the 16-bit weights
+(`original`) restores what rounding removed, which is usually better but is not the trained model; adding it to the
+dequantised weights (`dequantized`) gives the trained model. Both merges are run on the same rows in the memory of one
+layer, without writing either. The rows are read and rendered with the settings of the adapter's training.
 """
 
 import math
@@ -72,7 +68,7 @@ def _chosen(source: DataSource, tokenizer: Any, settings: DataSettings, error: D
     """Of a file of pairs the answers that were chosen; `error` of any other."""
     of_pairs = settings.model_copy(update={"loss_on": "assistant", "overlong": "truncate"})
     try:
-        [found] = prepare_pair_mixture([source], tokenizer, of_pairs, seed=0).sets
+        [pairs] = prepare_pair_mixture([source], tokenizer, of_pairs, seed=0).sets
     except DataError:
         raise error from None
     return [
@@ -80,14 +76,14 @@ def _chosen(source: DataSource, tokenizer: Any, settings: DataSettings, error: D
             torch.tensor(row["prompt_ids"] + row["chosen_ids"]),
             torch.tensor([IGNORED] * len(row["prompt_ids"]) + row["chosen_labels"]),
         )
-        for row in found.dataset()
+        for row in pairs.dataset()
     ]
 
 
 def _recorded(adapter: Path) -> dict[str, Any]:
     """The data section of the recipe that the adapter was trained with; empty where there is no record of it."""
-    found: dict[str, Any] = (read_record(adapter).recipe or {}).get("data") or {}
-    return found
+    data: dict[str, Any] = (read_record(adapter).recipe or {}).get("data") or {}
+    return data
 
 
 def _source(data: Path, count: int, recorded: dict[str, Any]) -> DataSource:
@@ -186,7 +182,7 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
     reference = trained.hidden(ids, advance)
     states = {name: model.hidden(ids, advance) for name, model in models.items()}
     head, heads = trained.head(), {name: model.head() for name, model in models.items()}
-    base, found, tokens = _Sums(), {name: _Sums() for name in models}, 0
+    base, figures, tokens = _Sums(), {name: _Sums() for name in models}, 0
     for number, batch in enumerate(batches):
         for row, (_, labels) in enumerate(batch):
             places = (labels[1:] != IGNORED).nonzero()[:, 0]
@@ -194,11 +190,11 @@ def compare(job: Job, data: str, rows: Rows, advance: Callable[[int], object] = 
             expected = _log_probabilities(head, reference[number][row], places)
             base.loss += float(nll_loss(expected, wanted, reduction="sum"))
             tokens += len(places)
-            for name, sums in found.items():
+            for name, sums in figures.items():
                 merged = _log_probabilities(heads[name], states[name][number][row], places)
                 sums.loss += float(nll_loss(merged, wanted, reduction="sum"))
                 sums.kl += divergence(expected, merged)
-    into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in found.items()}
+    into = {name: Candidate(sums.loss / tokens, sums.kl / tokens) for name, sums in figures.items()}
     shift = _shift(opened, merges, job.sources.changes)
     return Comparison(data, len(rows), tokens, base.loss / tokens, into, shift, advice(into, why))
 

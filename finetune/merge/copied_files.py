@@ -1,4 +1,4 @@
-"""What stands beside the weights: configuration, tokenizer, chat template, generation settings."""
+"""Copy the files beside the weights: configuration, tokenizer, chat template, generation settings."""
 
 import shutil
 from collections.abc import Mapping, Sequence

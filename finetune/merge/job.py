@@ -1,4 +1,4 @@
-"""Everything about a merge that is known, and refused where it is wrong, before the first byte is written."""
+"""Collect and check everything about a merge before the first byte is written."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,15 +1,12 @@
-"""Logits of a checkpoint on disk, one decoder layer in memory at a time, through transformers' and PEFT's own code.
+"""Logits of a checkpoint on disk with one decoder layer in memory at a time, through transformers' and PEFT's code.
 
-The model is built whole, by `from_pretrained` in fp32, but for its decoder layers: all but one are emptied and pass on
-what they are given. Its own forward then makes masks and positions for that one layer, whatever kind of layer it is and
-wherever it stands, and the layer gets the hidden states that the one before left. So a Mixtral 8x7B needs the memory of
-one of its layers in fp32, no architecture needs code of its own here, and no line of the merge takes part in what it is
-compared with.
+`from_pretrained` builds the whole model in fp32 with all decoder layers but one emptied; an emptied layer returns its
+input. The model's own forward makes masks and positions for the one layer, whichever kind it is, and the layer receives
+the hidden states of the layer before. A Mixtral 8x7B so needs the memory of one layer in fp32, no architecture needs
+code of its own, and no code of the merge is used in what the merge is compared with.
 
-What a merge is held against where the base is one in 4 bits: the weights that 4-bit loading makes.
-
-They come from the loader that training uses, through transformers and bitsandbytes; the merge's own reading of the base
-takes no part. The arithmetic is fp32 all the same, as it is for the merged model.
+For a base in 4 bits the weights come from the loader that training uses (transformers and bitsandbytes). The arithmetic
+is fp32 all the same, as it is for the merged model.
 """
 
 import warnings

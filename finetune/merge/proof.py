@@ -1,7 +1,7 @@
-"""Proofs that a merged checkpoint is base + adapter, each of which can fail.
+"""Proofs that a merged checkpoint is base + adapter. Each of them can fail.
 
-What the stream recorded is checked against what the adapter and the base hold; then the files that were written are
-loaded again and their logits compared with the adapter's own, through stock transformers and PEFT.
+The log of the merge is checked against the contents of adapter and base; then the written files are loaded again, and
+their logits are compared with those of base + adapter in stock transformers and PEFT.
 """
 
 import math
@@ -94,12 +94,12 @@ def _tiles(blocks: list[tuple[int, int]], rows: int) -> bool:
 def prove_keys(merged: CheckpointReader, specs: list[TensorSpec]) -> int:
     """The written checkpoint holds the base's keys with the announced shapes; returns their number."""
     expected = {spec.key: (spec.dtype, spec.shape) for spec in specs}
-    found = {key: (merged.info(key).dtype, merged.info(key).shape) for key in merged.keys}
-    wrong = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+    actual = {key: (merged.info(key).dtype, merged.info(key).shape) for key in merged.keys}
+    wrong = sorted(key for key in expected | actual if expected.get(key) != actual.get(key))
     if wrong:
-        got = f"{len(wrong)} differ, first {wrong[0]}: {found.get(wrong[0])} for {expected.get(wrong[0])}"
+        got = f"{len(wrong)} differ, first {wrong[0]}: {actual.get(wrong[0])} for {expected.get(wrong[0])}"
         raise WeightsError(Problem(str(merged.folder), "keys or shapes differ from the base's", "report this bug", got))
-    return len(found)
+    return len(actual)
 
 
 def prove_copies(base: CheckpointReader, merged: CheckpointReader, fixed: Mapping[str, TensorInfo]) -> set[str]:
@@ -113,11 +113,11 @@ def prove_copies(base: CheckpointReader, merged: CheckpointReader, fixed: Mappin
 def prove_rows(base: CheckpointReader, merged: CheckpointReader, token_rows: Mapping[str, TokenRows]) -> None:
     """Of matrices that take rows of added tokens, these are the adapter's and all others the base's, bit for bit."""
     for key, rows in token_rows.items():
-        found, wanted = merged.read(key), read_tensor(rows.info)
-        tokens, others = list(rows.tokens), torch.ones(len(found), dtype=torch.bool)
+        written, wanted = merged.read(key), read_tensor(rows.info)
+        tokens, others = list(rows.tokens), torch.ones(len(written), dtype=torch.bool)
         others[tokens] = False
-        kept = base.read(key).to(found.dtype)[others[: rows.base_rows]]
-        if not torch.equal(found[tokens], wanted.to(found.dtype)) or not torch.equal(found[others], kept):
+        kept = base.read(key).to(written.dtype)[others[: rows.base_rows]]
+        if not torch.equal(written[tokens], wanted.to(written.dtype)) or not torch.equal(written[others], kept):
             raise WeightsError(Problem(key, "rows of added tokens are in the wrong place", "report this bug"))
 
 
@@ -178,16 +178,16 @@ def measure_logits(
     `tokens`: the added ones.
     """
     plain, adapted = reference["plain"].double(), reference["adapted"].double()
-    found = {name: logits.double() for name, logits in merged.logits(prompts, advance).items()}
-    error, routing = (found["plain"] - adapted).abs(), merged.routing
+    merged_logits = {name: logits.double() for name, logits in merged.logits(prompts, advance).items()}
+    error, routing = (merged_logits["plain"] - adapted).abs(), merged.routing
     added = list(tokens)
     return LogitFigures(
         tokens=len(adapted),
         adapter_effect_mean=float((plain - adapted).abs().mean()),
-        merged_change_mean=float((found["plain"] - plain).abs().mean()),
+        merged_change_mean=float((merged_logits["plain"] - plain).abs().mean()),
         merged_error_mean=float(error.mean()),
         merged_error_max=float(error.max()),
-        rerouted_error_mean=None if routing is None else float((found["rerouted"] - adapted).abs().mean()),
+        rerouted_error_mean=None if routing is None else float((merged_logits["rerouted"] - adapted).abs().mean()),
         other_experts=None if routing is None else routing.differing / routing.decisions,
         added_mean=float(adapted[:, added].abs().mean()) if added else None,
         added_error_mean=float(error[:, added].mean()) if added else None,

@@ -1,6 +1,6 @@
-"""The figures of a merge: what `merge-report.json` holds and what the command prints.
+"""The figures of a merge: the contents of `merge-report.json`, and their rows as text.
 
-The rows of a merge report, worded once: the command prints them, `finetune inspect` and the model card show them.
+The rows are worded once, for the terminal, the model card and `finetune inspect`.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Routing decisions of base + adapters, replayed in the merged model by layer and prompt.
 
-Where rounding a weight to 16 bits flips a near tie between two experts, everything after it differs although every
-weight is right. So logits are also compared under equal decisions, and flipped ones are counted.
+Rounding a weight to 16 bits can flip a near tie between two experts; all later values then differ although every weight
+is right. So logits are also compared under equal decisions, and flipped decisions are counted.
 """
 
 from collections.abc import Iterator, Sequence

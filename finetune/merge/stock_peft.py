@@ -1,16 +1,12 @@
-"""One adapter on a loaded model through stock PEFT, whoever wrote it.
+"""Load any tool's adapter into a model through stock PEFT, as the proof's reference.
 
-Adapters of transformers 4 on a model of transformers 5, through stock PEFT: a Linear for each expert and router.
+Adapters of transformers 4 name a Linear for each expert, where the loaded model of transformers 5 has stacked
+parameters. Modules with the old names are laid over the same memory, so that PEFT applies the adapter's own settings
+(patterns, dropout). PEFT's own conversion of such adapters supports neither dropout nor rank patterns, and scales
+rank-stabilised ones differently from their training.
 
-The experts of the loaded model are stacked parameters. Modules with the names that transformers 4 gave them are laid
-over the same memory, so that PEFT finds what the adapter's own settings name (patterns, dropout and all), and what it
-merges there is in the model. PEFT's own conversion of such adapters takes no dropout, no pattern of ranks, and scales
-rank-stabilised ones otherwise than they were trained.
-
-Factors of experts in the order in which stock PEFT reads them, from whatever order a file has.
-
-E experts, r rank, x features of the file's `lora_A`, y those of its `lora_B`. Written apart from what the merge
-computes with, and compared with it by the proof.
+Factors in another order are rearranged to PEFT's. This code is independent of the merge's arithmetic, which the proof
+compares with it. E experts, r rank, x features of the file's `lora_A`, y those of its `lora_B`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,9 +36,9 @@ def foreign_stacks(base: CheckpointReader, adapter: Adapter, family: Family) -> 
 
 def as_peft(factors: Mapping[str, torch.Tensor], stacks: Iterable[Target]) -> dict[str, torch.Tensor]:
     """The factors by the names that PEFT 0.21 gives them; of those in `stacks` in its order."""
-    found = dict(factors)
+    rearranged = dict(factors)
     held = [stack for stack in stacks if _name(stack.path, "A") in factors]
-    pairs = [(found.pop(_name(stack.path, "A")), found.pop(_name(stack.path, "B"))) for stack in held]
+    pairs = [(rearranged.pop(_name(stack.path, "A")), rearranged.pop(_name(stack.path, "B"))) for stack in held]
     for stack, (A, B) in zip(held, pairs, strict=True):
         A_Erx = A.reshape(stack.experts, -1, A.shape[1])
         if stack.order.expert_major:
@@ -51,9 +47,9 @@ def as_peft(factors: Mapping[str, torch.Tensor], stacks: Iterable[Target]) -> di
             B_Ery = B.reshape(len(B), -1, stack.experts).permute(2, 1, 0)
         if stack.order.swapped:
             A_Erx, B_Ery = B_Ery, A_Erx
-        found[_name(stack.peft_path, "A")] = A_Erx.flatten(0, 1).contiguous()
-        found[_name(stack.peft_path, "B")] = B_Ery.permute(2, 1, 0).flatten(1).contiguous()
-    return found
+        rearranged[_name(stack.peft_path, "A")] = A_Erx.flatten(0, 1).contiguous()
+        rearranged[_name(stack.peft_path, "B")] = B_Ery.permute(2, 1, 0).flatten(1).contiguous()
+    return rearranged
 
 
 def _name(path: str, factor: str) -> str:

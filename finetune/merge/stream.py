@@ -1,10 +1,7 @@
-"""Stream a base checkpoint into a merged one: several tensors at a time, each a block of rows at a time.
+"""Stream a base checkpoint into a merged one: several tensors at a time, each in blocks of rows.
 
-Nothing larger than a few blocks a thread is in memory. What is done with a tensor is recorded where it is done.
-
-The log of a merge: what was done to each tensor with a change. Proof and figures are computed from it.
-
-What a merged checkpoint is made from, and what it will hold.
+Only a few blocks a thread are in memory. What is done to each tensor is logged (`TensorLog`), and the proof and the
+figures of the report are computed from the log.
 """
 
 import math

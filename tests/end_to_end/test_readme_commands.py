@@ -53,7 +53,7 @@ def run_here(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     try:
         code = main(words)
     except SystemExit as done:  # --help
-        code = done.code
+        code = int(done.code or 0)
     printed = capsys.readouterr()
     assert code == 0, f"{command}\n{printed.err}"
     return printed.out
