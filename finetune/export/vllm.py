@@ -238,7 +238,7 @@ def _linear(delta: Delta, family: Family, rules: Served) -> Pair:
 def _of_stack(
     stack: Stack, deltas_by_path: Mapping[str, Delta], base: CheckpointReader, family: Family, rules: Served
 ) -> list[Pair]:
-    """All pairs of one stack of experts; `deltas_by_path` holds one delta of the whole stack, or one for each expert."""
+    """All pairs of one stack of experts; `deltas_by_path` holds one delta of the whole stack or one an expert."""
     layer, moe = LAYER.match(stack.module), family.moe
     assert layer is not None
     assert moe is not None
