@@ -52,7 +52,7 @@ $(VENV)/.quickstart: $(VENV)/.installed
 	@touch $@
 
 quickstart: $(VENV)/.quickstart ## upcycle, train, evaluate and merge a real model on this machine
-	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/python -m benchmarks.quickstart
 
 quickstart-dpo: $(VENV)/.quickstart ## then: preference pairs on what the quickstart has trained; ten minutes
 	$(BIN)/python -m benchmarks.quickstart_dpo

@@ -50,7 +50,7 @@ NEUTRAL_SETTINGS = frozenset(
     }
 )
 # What Unsloth writes since it says in which order it trained the columns of a stack's `lora_B`; true: by expert, then
-# rank. Until then it only left a mark in `auto_mapping`.
+# rank. Until then only `auto_mapping` named it.
 DECLARED_ORDERS = {"rank_major": False, "grouped_by_expert": True}
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
 NEUTRAL_INITS = (True, False, "gaussian", "eva")
@@ -127,7 +127,7 @@ class Adapter:
 
     @property
     def by_unsloth(self) -> bool:
-        """Whether the settings bear Unsloth's mark."""
+        """Whether Unsloth wrote the settings."""
         mapping = self.settings.get("auto_mapping")
         return isinstance(mapping, dict) and bool(mapping.get("unsloth_fixed"))
 

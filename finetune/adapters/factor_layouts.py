@@ -117,7 +117,7 @@ def _asked(adapter: Adapter, fitting: Mapping[str, StackOrder], transposed: bool
 
 
 def _unknown(adapter: Adapter, fitting: Mapping[str, StackOrder]) -> Problem:
-    got = "the mark of Unsloth" if adapter.by_unsloth else "neither a record nor a version of PEFT"
+    got = "Unsloth's own setting" if adapter.by_unsloth else "neither a record nor a version of PEFT"
     what = "the order of the experts' factors is not declared, and a wrong one gives wrong weights"
     where = str(adapter.folder / CONFIG_FILE)
     return Problem(where, what, f"say which tool trained it, with --layout: {_choices(fitting)}", got)

@@ -1,8 +1,8 @@
-"""Load a tokenizer that training can rely on: fast, with a chat template whose marks are tokens, an EOS, and a pad
-token that is neither the EOS nor a mark. Tokens are added where the recipe names them, and never otherwise.
+"""Load and check a tokenizer: it must be fast, have an EOS, a pad token that is neither the EOS nor used by the chat
+template, and one token for each special token of the template. Only tokens that the recipe names are added.
 
-A mark (`<|im_start|>`) that is not a token is split into pieces like other text: the model has to learn its spelling, a
-user can write it, and an answer that ends with one does not end for any server.
+A special token (`<|im_start|>`) that the vocabulary lacks is split into pieces like other text: the model has to learn
+its spelling, a user can type it, and no server stops at it.
 """
 
 import re
@@ -18,18 +18,18 @@ from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
-_MARK = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
+_SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
 _PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
 
 
-def marks_of(tokenizer: Any) -> list[str]:
-    """The marks in the template's source and in a small conversation that it renders, in their order."""
+def template_tokens(tokenizer: Any) -> list[str]:
+    """The special tokens in the template's source and in a small conversation that it renders, in their order."""
     if not tokenizer.chat_template:
         return []
     source = _COMMENT.sub("", str(tokenizer.chat_template))
-    return list(dict.fromkeys(_MARK.findall(source) + _MARK.findall(_probe(tokenizer))))
+    return list(dict.fromkeys(_SPECIAL_TOKEN.findall(source) + _SPECIAL_TOKEN.findall(_probe(tokenizer))))
 
 
 def _probe(tokenizer: Any) -> str:
@@ -41,25 +41,25 @@ def _probe(tokenizer: Any) -> str:
     return text
 
 
-def check_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
-    """Raise DataError where the template that the recipe names writes marks which are not single tokens.
+def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
+    """Raise DataError if the recipe's template writes special tokens that are not single tokens of the vocabulary.
 
-    A checkpoint's own template is left alone: some checkpoints were trained on marks in pieces (Zephyr).
+    A checkpoint's own template is left alone: some checkpoints were trained with split ones (Zephyr).
     `added`: tokens that the recipe has already added.
     """
-    lengths = {mark: len(tokenizer.encode(mark, add_special_tokens=False)) for mark in marks_of(tokenizer)}
-    split = [mark for mark, length in lengths.items() if length > 1]
+    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in template_tokens(tokenizer)}
+    split = [token for token, length in lengths.items() if length > 1]
     if not split:
         return
-    end = _mark_after_answer(tokenizer)
+    end = _token_after_answer(tokenizer)
     lines = f"model.added_tokens: [{', '.join(map(_quoted, [*added, *split]))}]"
     if end is not None and end != tokenizer.eos_token:
         lines += f" and model.eos_token: {_quoted(end)}"
     raise DataError(
         Problem(
             where="data.chat_template",
-            what=f"{name} writes marks that this vocabulary lacks, and that would be split into pieces",
-            got=", ".join(f"{mark} in {lengths[mark]} pieces" for mark in split),
+            what=f"{name} writes special tokens that this vocabulary lacks and would split into pieces",
+            got=", ".join(f"{token} in {lengths[token]} pieces" for token in split),
             do=f"write {lines}, or name another template",
         )
     )
@@ -67,7 +67,7 @@ def check_split_marks(tokenizer: Any, name: str, added: Sequence[str]) -> None:
 
 def check_unended_answers(tokenizer: Any) -> None:
     """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS."""
-    end = _mark_after_answer(tokenizer)
+    end = _token_after_answer(tokenizer)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if end is not None and end != tokenizer.eos_token and end in special:
         raise DataError(
@@ -80,9 +80,9 @@ def check_unended_answers(tokenizer: Any) -> None:
         )
 
 
-def _mark_after_answer(tokenizer: Any) -> str | None:
+def _token_after_answer(tokenizer: Any) -> str | None:
     after = _probe(tokenizer).rpartition(_ANSWER)[2]
-    match = _MARK.match(after.lstrip())
+    match = _SPECIAL_TOKEN.match(after.lstrip())
     return match[0] if match else None
 
 
@@ -104,8 +104,8 @@ def load_tokenizer(
     """The tokenizer of a checkpoint, with `chat_template` (a shipped name or a file) in place of its own if given.
 
     `added_tokens` and `eos_token` are those of the recipe's model. Raises `WeightsError` for a tokenizer that cannot be
-    used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or whose marks
-    are not tokens.
+    used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or that needs
+    special tokens which the vocabulary lacks.
     """
     template = None if chat_template is None else read_template(chat_template)
     tokenizer = _load(name_or_path, revision)
@@ -113,7 +113,7 @@ def load_tokenizer(
     _set_eos(tokenizer, eos_token, name_or_path)
     if template is not None:
         tokenizer.chat_template = template
-        check_split_marks(tokenizer, str(chat_template), added_tokens)
+        check_split_tokens(tokenizer, str(chat_template), added_tokens)
     check_unended_answers(tokenizer)
     _ensure_pad(tokenizer, name_or_path)
     return tokenizer
@@ -179,8 +179,8 @@ def _set_eos(tokenizer: Any, eos_token: str | None, where: str) -> None:
 
 
 def _ensure_pad(tokenizer: Any, where: str) -> None:
-    """Pad = EOS would mask the EOS wherever pads are masked, and the model would never learn to stop; so with marks."""
-    unsuitable = {tokenizer.eos_token, *marks_of(tokenizer)}
+    """Pad = EOS would mask the EOS, and the model would never learn to stop; likewise for the template's tokens."""
+    unsuitable = {tokenizer.eos_token, *template_tokens(tokenizer)}
     if tokenizer.pad_token is not None and tokenizer.pad_token not in unsuitable:
         return
     unknown = tokenizer.unk_token
@@ -189,7 +189,7 @@ def _ensure_pad(tokenizer: Any, where: str) -> None:
         raise WeightsError(
             Problem(
                 where=where,
-                what="the tokenizer has no pad token other than its EOS and the marks of the chat template",
+                what="the tokenizer has no pad token other than its EOS and the special tokens of the chat template",
                 got=f"pad {tokenizer.pad_token!r}, unk {tokenizer.unk_token!r}, eos {tokenizer.eos_token!r}",
                 do="set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains",
             )

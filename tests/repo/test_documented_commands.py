@@ -19,7 +19,7 @@ RUN_BY = {
     "make install": ("Makefile", "check: install"),
     "make check": ("Makefile", "test: check"),
     "make test": (".ci/run", "make test"),
-    "make quickstart": ("Makefile", "benchmarks/quickstart.py"),
+    "make quickstart": ("Makefile", "-m benchmarks.quickstart\n"),
     "make quickstart-dpo": ("Makefile", "-m benchmarks.quickstart_dpo"),
 }
 

@@ -1,7 +1,7 @@
 """Tokens that the recipe adds: what becomes of the tokenizer, and what is refused with the line to write."""
 
 import json
-import textwrap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def test_marks_that_would_be_split_are_refused_with_the_lines_to_write(tmp_path:
     base = saved(tmp_path)
     pieces = [len(tiny_tokenizer().encode(mark)) for mark in MARKS]
     assert complaint(DataError, base, None, turns) == (
-        f"data.chat_template: {turns} writes marks that this vocabulary lacks, and that would be split into pieces; "
+        f"data.chat_template: {turns} writes special tokens that this vocabulary lacks and would split into pieces; "
         f"got <|turn|> in {pieces[0]} pieces, <|over|> in {pieces[1]} pieces; "
         'write model.added_tokens: ["<|turn|>", "<|over|>"] and model.eos_token: "<|over|>", or name another template'
     )
@@ -219,7 +219,7 @@ def test_a_list_that_is_none_of_tokens(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_recipe_of_the_documentation_is_sound() -> None:
     text = (ROOT / "docs" / "added-tokens.md").read_text(encoding="utf-8")
-    block = textwrap.dedent(text[text.index("    model:") : text.index("\nWhat then happens")])
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     sections = yaml.safe_load(block)
     overrides = [f"{name}.{key}={json.dumps(value)}" for name, keys in sections.items() for key, value in keys.items()]
     recipe = load_recipe(ROOT / "recipes" / "mixtral-8x7b" / "sft-qlora.yaml", overrides)

@@ -37,7 +37,7 @@ def test_where_nothing_can_pad_the_tokenizer_is_refused(tmp_path: Path, unk: str
     with pytest.raises(WeightsError) as caught:
         load_tokenizer(saved(tmp_path, pad_token="<|im_end|>", unk_token=unk), None, None)
     assert str(caught.value) == (
-        f"{tmp_path}: the tokenizer has no pad token other than its EOS and the marks of the chat template; "
+        f"{tmp_path}: the tokenizer has no pad token other than its EOS and the special tokens of the chat template; "
         f"got pad '<|im_end|>', unk {unk!r}, eos '<|im_end|>'; "
         "set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains"
     )

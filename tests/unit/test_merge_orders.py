@@ -127,7 +127,7 @@ def test_the_settings_declare_the_order(
             {"peft_version": None},
             r"--layout: peft-0.18 \(PEFT 0.17 and 0.18, .*\), expert-major-0.18 \(the same, saved with PEFT 0.17 or",
         ),
-        ("expert-major", {"auto_mapping": UNSLOTH}, r"got the mark of Unsloth; .*: peft \(.*\), expert-major \("),
+        ("expert-major", {"auto_mapping": UNSLOTH}, r"got Unsloth's own setting; .*: peft \(.*\), expert-major \("),
         (
             "peft",
             {"lora_B_layout": "by_rank"},

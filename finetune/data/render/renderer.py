@@ -2,7 +2,7 @@
 
 Supervised tokens are found by rendering prefixes, as generation does it: the conversation up to an answer, with the
 generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the EOS
-are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` marks, and one
+are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` tags, and one
 for which this does not hold is rejected.
 """
 
