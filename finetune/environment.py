@@ -1,7 +1,4 @@
-"""Floor 0: how the CPU's threads wait for each other. Call before torch is imported; imports nothing heavy itself.
-
-Floor 0: lines of other packages that tell a user nothing. Call before torch is imported; imports nothing heavy.
-"""
+"""Settings of the process: waiting threads and hidden log lines. Call before torch is imported; imports nothing heavy."""
 
 import logging
 import os

@@ -1,1 +1,1 @@
-"""Floor 7: one file a command. Parse, call, print; no logic."""
+"""The command line, one file a command: parse, call, print."""

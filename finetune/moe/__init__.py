@@ -1,1 +1,1 @@
-"""Floor 3: the heart. 4-bit expert stacks, factored LoRA, router balance, audit."""
+"""The core: 4-bit expert stacks, factored LoRA, routers and their balance, the audit."""
