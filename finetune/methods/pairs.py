@@ -28,8 +28,8 @@ _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_prob
 def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCausalLMOutput:
     """The outputs of TRL's fused head for each token of each answer, `[2B, W]`, chosen answers first; 0 where masked.
 
-    `model` has TRL's `add_fused_lm_head` and is called once; it may be wrapped by PEFT and DDP. `attention`: its
-    attn_implementation. Fields that the head was not asked for are None.
+    `model` has TRL's `add_fused_lm_head`, adapted by `fit_head`, and is called once; it may be wrapped by PEFT and
+    DDP. `attention`: its attn_implementation. Fields that the head was not asked for are None.
     """
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask") if name in batch}
     if "branch" in batch:
@@ -37,6 +37,7 @@ def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCa
     outputs = model(
         input_ids=batch["input_ids"],
         shift_labels=batch["shift_labels"],
+        supervised=batch["supervised"],
         fused_lm_head=True,
         use_cache=False,
         **inputs,
