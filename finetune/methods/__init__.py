@@ -1,7 +1,7 @@
 """The training methods: trainers on top of TRL's, with losses normalised by the optimizer step and figures as sums over
 it, the router term, and for DPO the reference and its stored log-probabilities.
 
-`sft_run` and `dpo_run` prepare the rows and the trainer of a recipe.
+`sft` and `dpo` prepare the rows and the trainer of a recipe.
 """
 
 from types import ModuleType

@@ -1,12 +1,10 @@
-"""Log-probabilities of both answers of each pair, from one forward on a batch of `finetune.data.tokens.collators`.
+"""Pairs of answers in a micro-batch: their log-probabilities, their layout and the overlap of their routing.
+
+`score_pairs` computes both answers of each pair in one forward. `pair_layout` chooses the layout, for a run and for
+`finetune check`, and shares prompts only if the model can attend to two answers after one prompt. `RoutingOverlap`
+measures how often policy and reference, and both answers to a prompt, are routed to the same experts.
 
 B pairs, W tokens of the longest answer, T tokens of a row.
-
-How pairs are laid out in a micro-batch: the same for the run and for `finetune check`.
-
-How often policy and reference, and the two answers to a prompt, are routed to the same experts.
-
-Whether a model can run a prompt once for two answers.
 """
 
 from collections.abc import Callable, Mapping

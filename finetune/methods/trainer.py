@@ -246,7 +246,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
 
-        The only read of the device in a step by the trainer, apart from logging.
+        The only read of the device in a step, apart from logging and from transformers' attention masks.
         """
         norm = super()._clip_grad_norm(model)
         norm_value, *losses = torch.stack([value.float() for value in (norm.detach(), *self._step_losses)]).tolist()
