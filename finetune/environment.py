@@ -1,6 +1,6 @@
-"""Floor 0: how the CPU's threads wait for each other. Call before torch is imported; imports nothing heavy itself.
+"""Settings of the process: how idle CPU threads wait, and which warnings of other packages are not shown.
 
-Floor 0: lines of other packages that tell a user nothing. Call before torch is imported; imports nothing heavy.
+Call these before torch is imported; the module itself imports nothing heavy.
 """
 
 import logging
@@ -18,7 +18,7 @@ def wait_passively() -> None:
 
 
 def hush() -> None:
-    """Keep two lines from every start of a command; any other warning is still shown."""
+    """Do not show two warnings that every command would print at its start; any other is still shown."""
     # bitsandbytes misses a package whose one kernel, 4-bit inference on a CPU, is never called here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5 renames these for version 6, and TRL still uses the old names.
