@@ -43,7 +43,7 @@ def test_a_pair_is_split_where_generation_begins_and_only_its_answers_are_superv
     )
     assert supervised(TOKENIZER, pair) == (["done<|im_end|>"], ["no<|im_end|>"])
     assert pair.row == f"{tmp_path}/rows.jsonl:1"
-    assert {each.dtype for each in (pair.prompt_ids, *pair.answers[0], *pair.answers[1])} == {np.dtype(np.int32)}
+    assert {ids.dtype for ids in (pair.prompt_ids, *pair.answers[0], *pair.answers[1])} == {np.dtype(np.int32)}
 
 
 def test_answers_within_the_prompt_are_read_only(tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ class TestPacking:
     def test_all_pairs_stand_once_and_none_exceeds_the_places(self, tmp_path: Path, share: bool) -> None:
         result = prepared(tmp_path, self.ROWS, share=share, packing=True, max_length=90)
         bins = result.dataset["pairs"][:]
-        assert sorted(index for each in bins for index in each) == list(range(40))
-        used = [sum(places(result.table[index], share) for index in each) for each in bins]
+        assert sorted(index for packed in bins for index in packed) == list(range(40))
+        used = [sum(places(result.table[index], share) for index in packed) for packed in bins]
         assert max(used) <= 2 * 90
         assert result.stats.sequences == len(bins) < 40
         assert result.stats == prepared(tmp_path, self.ROWS, packing=True, share=share, max_length=90).stats
@@ -206,12 +206,12 @@ class TestTheMixture:
     ) -> None:
         settings = self.settings(tmp_path, stopping_strategy=strategy)
         result = prepare_pairs(settings.sources("train"), TOKENIZER, settings, 1, False)
-        assert [each.rows for each in result.stats.sets] == rows
+        assert [data_set.rows for data_set in result.stats.sets] == rows
         assert len(result.table) == len(result.dataset) == sum(rows)
         files = [Path(pair.row).name.partition(".")[0] for pair in result.table]
         assert files == ["small"] * rows[0] + ["large"] * rows[1]
         counted = [places(pair, share=False) for pair in result.table]
-        assert [sum(counted[: rows[0]]), sum(counted[rows[0] :])] == [each.tokens for each in result.stats.sets]
+        assert [sum(counted[: rows[0]]), sum(counted[rows[0] :])] == [data_set.tokens for data_set in result.stats.sets]
 
     def test_the_seed_decides_which_pairs_are_drawn(self, tmp_path: Path) -> None:
         settings = self.settings(tmp_path)
@@ -313,9 +313,9 @@ def test_a_real_set_of_pairs_with_a_real_tokenizer(tokenizer_of: Callable[[], An
     rows = json.loads(DPO_DEMO.read_text(encoding="utf-8"))
     assert len(result.table) == len(rows) == 300
     for pair, row in zip(result.table, rows, strict=True):
-        said = supervised(tokenizer, pair)
-        for [text], answer in zip(said, (row["chosen"], row["rejected"]), strict=True):
+        labels = supervised(tokenizer, pair)
+        for [text], answer in zip(labels, (row["chosen"], row["rejected"]), strict=True):
             assert text == answer["value"] + tokenizer.eos_token
         assert row["conversations"][-1]["value"].strip() in texts(tokenizer, pair)[0]
     whole = prepare_pairs(settings.sources("train"), tokenizer, settings.model_copy(update={"packing": True}), 0, True)
-    assert sorted(index for each in whole.dataset["pairs"] for index in each) == list(range(300))
+    assert sorted(index for packed in whole.dataset["pairs"] for index in packed) == list(range(300))

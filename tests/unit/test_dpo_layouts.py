@@ -241,8 +241,8 @@ def test_the_answers_of_a_pair_do_not_see_each_other(model: Any) -> None:
     )
     with torch.no_grad():
         before, after = (
-            score_pairs(model, pair_batch("shared", [each], [PACKED[0] | {"pairs": [0]}]), "sdpa").log_probs
-            for each in (first, other)
+            score_pairs(model, pair_batch("shared", [pair], [PACKED[0] | {"pairs": [0]}]), "sdpa").log_probs
+            for pair in (first, other)
         )
     torch.testing.assert_close(after[1], before[1], atol=1e-6, rtol=0)
     assert (after[0] - before[0]).abs().max() > 0.1
