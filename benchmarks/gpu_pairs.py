@@ -28,6 +28,7 @@ from finetune.data.types import TokenPair
 from finetune.files import write_json
 from finetune.methods.pairs import score_pairs
 from finetune.methods.reference import Reference
+from finetune.methods.trainer import fit_head
 from finetune.moe.checkpointing import enable_checkpointing
 
 RESULT = Path("benchmarks/results/dpo-gpu.json")
@@ -96,6 +97,7 @@ def measure(plan: Plan, prompt: int, answer: int) -> tuple[list[Bar], dict[str, 
         mixtral_config(plan.shape(plan.tokens[0]), plan.whole[0], plan.vocabulary), _dtype(plan), plan.device
     )
     add_fused_lm_head(base, outputs=OUTPUTS)
+    fit_head(base)
     model = adapt_mixtral(base, plan.rank)
     enable_checkpointing(model, "full")
     pairs = draw_pairs(plan, prompt, answer)

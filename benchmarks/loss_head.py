@@ -15,7 +15,7 @@ from benchmarks.harness import Bar, interleaved
 from benchmarks.memory import transient_bytes
 from benchmarks.mixtral import mixtral_config
 from benchmarks.shapes import Shape
-from finetune.methods.trainer import fit_head_to_cpu
+from finetune.methods.trainer import fit_head
 
 LOGITS, TRL, OURS = "full logits", "TRL's fused head", "fused head here"
 PEAK_BAR = 0.15
@@ -60,7 +60,7 @@ def head_arms(shape: HeadShape) -> dict[str, Callable[[], torch.Tensor]]:
         models[name].requires_grad_(False)
         add_fused_lm_head(models[name], outputs=OUTPUTS)
         if name == OURS:
-            fit_head_to_cpu(models[name])
+            fit_head(models[name])
     hidden_1TH = torch.randn(1, shape.tokens, shape.hidden).requires_grad_()
     target_1T = torch.randint(shape.vocabulary, (1, shape.tokens))
 

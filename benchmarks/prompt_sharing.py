@@ -19,7 +19,7 @@ from benchmarks.shapes import Shape
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
 from finetune.methods.pairs import score_pairs
-from finetune.methods.trainer import fit_head_to_cpu
+from finetune.methods.trainer import fit_head
 
 LAYOUTS: tuple[PairLayout, ...] = ("padded", "flat", "shared")
 MODEL, LAYERS, VOCABULARY = Shape(256, 512, 8, 2, 1024, 8), 2, 2048
@@ -62,7 +62,7 @@ def scoring_mixtral(quantised: bool = True) -> Any:
     config = mixtral_config(MODEL, LAYERS, VOCABULARY)
     base = random_mixtral(config, torch.float32, "cpu", quantised, quantised)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    fit_head_to_cpu(base)
+    fit_head(base)
     return adapt_mixtral(base, MODEL.rank)
 
 

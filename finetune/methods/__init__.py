@@ -1,7 +1,7 @@
-"""The training methods, SFT and DPO: trainers on top of TRL's.
+"""The training methods: trainers on top of TRL's, with losses normalised by the optimizer step and figures as sums over
+it, the router term, and for DPO the reference and its stored log-probabilities.
 
-Losses are normalised by the optimizer step, and figures are sums over it; DPO also has its reference and the stored
-log-probabilities of it.
+`sft` and `dpo` prepare the rows and the trainer of a recipe.
 """
 
 from types import ModuleType

@@ -1,9 +1,4 @@
-"""TRL's arguments that every method takes from a recipe.
-
-The arguments of every trainer.
-
-The prepared data of a run.
-"""
+"""What all methods share: TRL's arguments made from a recipe, the prepared rows, and the set-up of a trainer."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

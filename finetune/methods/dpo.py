@@ -1,6 +1,6 @@
 """DPO from a recipe: its pairs, their layout, its reference and its trainer.
 
-Check before the first step that the policy equals its reference: every reward must be 0.
+`check_start` verifies before the first step that the policy equals its reference, so that every reward is 0.
 """
 
 from collections.abc import Sequence

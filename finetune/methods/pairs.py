@@ -1,12 +1,10 @@
-"""Log-probabilities of both answers of each pair, from one forward on a batch of `finetune.data.tokens.collators`.
+"""Pairs of answers in a micro-batch: their log-probabilities, their layout and the overlap of their routing.
+
+`score_pairs` computes both answers of each pair in one forward. `pair_layout` chooses the layout, for a run and for
+`finetune check`, and shares prompts only if the model can attend to two answers after one prompt. `RoutingOverlap`
+measures how often policy and reference, and both answers to a prompt, are routed to the same experts.
 
 B pairs, W tokens of the longest answer, T tokens of a row.
-
-How pairs are laid out in a micro-batch: the same for the run and for `finetune check`.
-
-How often policy and reference, and the two answers to a prompt, are routed to the same experts.
-
-Whether a model can run a prompt once for two answers.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +26,8 @@ _PER_TOKEN = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_prob
 def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCausalLMOutput:
     """The outputs of TRL's fused head for each token of each answer, `[2B, W]`, chosen answers first; 0 where masked.
 
-    `model` has TRL's `add_fused_lm_head` and is called once; it may be wrapped by PEFT and DDP. `attention`: its
-    attn_implementation. Fields that the head was not asked for are None.
+    `model` has TRL's `add_fused_lm_head`, adapted by `fit_head`, and is called once; it may be wrapped by PEFT and
+    DDP. `attention`: its attn_implementation. Fields that the head was not asked for are None.
     """
     inputs = {name: batch[name] for name in ("position_ids", "attention_mask") if name in batch}
     if "branch" in batch:
@@ -37,6 +35,7 @@ def score_pairs(model: Any, batch: Mapping[str, Any], attention: str) -> FusedCa
     outputs = model(
         input_ids=batch["input_ids"],
         shift_labels=batch["shift_labels"],
+        supervised=batch["supervised"],
         fused_lm_head=True,
         use_cache=False,
         **inputs,

@@ -3,7 +3,7 @@
 With a fresh adapter that is the base with the adapter off; with an adapter from an earlier run, that adapter, whose
 factors are kept as frozen copies. There is never a second base in memory, nor a merged copy.
 
-Precomputed log-probabilities of the reference: `reference/` of the run folder.
+`ReferenceStore` keeps precomputed log-probabilities of the reference in `reference/` of the run folder:
 
     made_from.json      fingerprints of their inputs; with others the run stops
     train.0.jsonl       one line a pair, of the pairs that process 0 computed

@@ -1,7 +1,4 @@
-"""SFT: TRL's trainer on our rows, with the router term and exact figures.
-
-SFT from a recipe: its rows and its trainer.
-"""
+"""SFT from a recipe: its rows, and TRL's trainer with the router term and exact figures."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext

@@ -4,19 +4,17 @@
 optimizer step, figures that are exact over all ranks and micro-batches, a stop before a step that is not finite, and
 checkpoints that a resumed run continues bit for bit.
 
-TRL's fused head, with tiles that fit the processor it runs on.
+`fit_head` adapts TRL's fused head. It cuts the logits into tiles of 4,096 tokens and 32,768 entries, of which on the
+CPU eight are in memory at once, so that the head would need nearly three times the memory of a full logits tensor, and
+take five times as long (`benchmarks/LOG.md`).
 
-`add_fused_lm_head` cuts the logits into tiles of 4,096 tokens and 32,768 entries, and away from Triton scores every
-position. On the CPU eight tiles are in memory at once, so that the head needs nearly three times the
-memory of a full logits tensor, and takes five times as long (`benchmarks/LOG.md`).
-
-N scored tokens, at most 4,096 at a time.
+T tokens, N of them supervised, H hidden.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
@@ -33,34 +31,57 @@ TILE = 512
 """Entries of the vocabulary in a tile on the CPU: 8 MB with 4,096 tokens in float32."""
 
 
-def fit_head_to_cpu(model: Any) -> None:
-    """Give a CPU model, to which TRL has added its fused head, tiles `[N, TILE]` of supervised tokens alone.
+def fit_head(model: Any) -> None:
+    """Let a model, to which TRL has added its fused head, take `supervised` positions; on a CPU, also smaller tiles.
 
-    The head stays TRL's own function, with its handling of architectures; two of the globals that it reads are
-    replaced, for this model only. Raises KeyError where another release of TRL no longer looks them up.
+    `supervised` are the flattened positions of labels that are not -100, `[N]`. TRL would find them by a mask, which
+    waits for the device three times in each micro-batch. The head stays TRL's own function, with its handling of
+    architectures; the globals that it reads are replaced, for this model only. Raises KeyError where another release
+    of TRL no longer looks them up.
     """
     added: Any = model.forward.__func__
     names = dict(added.__globals__)
-    if missing := _ON_CPU.keys() - (names.keys() & set(added.__code__.co_names)):
+    log_probs = _SupervisedLogProbs(names.get("_ChunkedLogProbFunction"))
+    replaced: dict[str, Any] = {"_ChunkedLogProbFunction": log_probs, "_use_triton": log_probs.by_mask}
+    if next(model.parameters()).device.type == "cpu":
+        replaced["_CHUNKED_LOGPROB_CHUNK_SIZE"] = TILE
+    if missing := replaced.keys() - (names.keys() & set(added.__code__.co_names)):
         raise KeyError(f"TRL's fused head has no {' and no '.join(sorted(missing))} any more; see {__name__}")
-    fitted = FunctionType(added.__code__, names | _ON_CPU, added.__name__, added.__defaults__, added.__closure__)
+    fitted = FunctionType(added.__code__, names | replaced, added.__name__, added.__defaults__, added.__closure__)
     fitted.__kwdefaults__ = added.__kwdefaults__
-    fitted.__dict__.update(added.__dict__)  # `__wrapped__`, where transformers reads the arguments that there are
-    model.forward = MethodType(fitted, model)
+
+    @wraps(added)
+    def forward(self: Any, *args: Any, supervised: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        log_probs.positions = supervised
+        try:
+            return fitted(self, *args, **kwargs)
+        finally:
+            log_probs.positions = None
+
+    model.forward = MethodType(forward, model)
 
 
-def _everywhere(_device: torch.device) -> bool:
-    """Replaces the check for Triton, which decides whether only supervised positions are scored.
+class _SupervisedLogProbs:
+    """Replaces TRL's autograd function: computes the log-probabilities at `positions` alone, if they are set."""
 
-    TRL scores all elsewhere because accelerators that compile for each shape would compile again in every step.
-    """
-    return True
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.positions: torch.Tensor | None = None
 
+    def by_mask(self, _device: torch.device) -> bool:
+        """Replaces the check for Triton, which decides whether TRL itself selects the supervised tokens by a mask."""
+        return self.positions is None
 
-_ON_CPU: dict[str, int | Callable[[torch.device], bool]] = {
-    "_CHUNKED_LOGPROB_CHUNK_SIZE": TILE,
-    "_use_triton": _everywhere,
-}
+    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, labels: torch.Tensor, *settings: Any) -> Any:
+        """TRL's figures of each token of `hidden` `[T, H]`, 0 outside of the positions."""
+        if self.positions is None:
+            return self.function.apply(hidden, weight, bias, labels, *settings)
+        positions = self.positions
+        selected = hidden.index_select(0, positions), weight, bias, labels.index_select(0, positions)
+        values = self.function.apply(*selected, *settings)
+        return tuple(
+            None if value is None else value.new_zeros(len(hidden)).index_copy(0, positions, value) for value in values
+        )
 
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
@@ -93,8 +114,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         super().__init__(*args, model=model, **kwargs)
         for parameter, data in trained:
             parameter.data = data
-        if self.args.device.type == "cpu":
-            fit_head_to_cpu(self.model.get_base_model())
+        fit_head(self.model.get_base_model())
         self.router_term, self.router_observers = router_term, router_observers
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
@@ -226,7 +246,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
 
-        The only read of the device in a step by the trainer, apart from logging.
+        The only read of the device in a step, apart from logging and from transformers' attention masks.
         """
         norm = super()._clip_grad_norm(model)
         norm_value, *losses = torch.stack([value.float() for value in (norm.detach(), *self._step_losses)]).tolist()

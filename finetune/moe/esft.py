@@ -147,6 +147,7 @@ def smallest_set(scores_E: Sequence[int], share: float) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+_MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Weights are summed as integers of this unit, so the sum does not depend on the order or the number of processes.
 _UNIT = 2.0**-32
 
@@ -222,7 +223,7 @@ def measure_experts(model: Any, moe: MoeLayout, batches: Iterable[Batch], score:
     model.eval()
     for batch in batches:
         with _calls(list(experts.values())) as calls, torch.no_grad():
-            inputs = {key: value.to(model.device) for key, value in batch.items() if key not in ("labels", "rows")}
+            inputs = {key: value.to(model.device) for key, value in batch.items() if key in _MODEL_INPUTS}
             model.base_model(**inputs, use_cache=False)  # without the head: its logits are not needed
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
         for layer, index_TK, weight_TK in calls:

@@ -1,8 +1,7 @@
-"""`metrics.jsonl`: one JSON object per log event, on disk before the next step starts.
+"""The metrics of a run: `metrics.jsonl`, the loss curve, and the facts in the adapter's record.
 
-The loss curve of a run as an image: loss, figures of preference pairs and balance term on separate axes.
-
-Facts about the training for the adapter's record: data, last metrics, chat template.
+`metrics.jsonl` has one JSON object per log event, on disk before the next step starts. The curve shows the loss, the
+figures of preference pairs and the balance term on separate axes.
 """
 
 import hashlib

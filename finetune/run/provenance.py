@@ -1,4 +1,4 @@
-"""What a run was made from: enough to run it again and to know what differs when the result does."""
+"""Provenance of a run: its inputs and software, enough to repeat it and to explain a different result."""
 
 import os
 import platform

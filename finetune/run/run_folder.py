@@ -1,6 +1,6 @@
-"""The run folder (`output_dir`): paths, and checks of what the folder already holds.
+"""The run folder (`output_dir`): its paths, and checks of its contents.
 
-Checks that a resumed run has the recipe and the rows that it started with.
+A resumed run must have the recipe and the rows that it started with.
 """
 
 import itertools

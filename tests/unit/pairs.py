@@ -9,6 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
+from finetune.methods.trainer import fit_head
 from tests.bases import with_lora
 from tests.support import tiny_tokenizer
 from tests.unit.engine import base_model, lora_settings
@@ -43,6 +44,7 @@ def scoring_model(folder: Path, load_in_4bit: bool = False, **lora: Any) -> Any:
     """An adapted model with TRL's fused head, whose factors are not zero."""
     base = base_model(folder, load_in_4bit)
     add_fused_lm_head(base, outputs=FIELDS)
+    fit_head(base)
     model = with_lora(base, lora_settings(**lora))
     torch.manual_seed(0)
     for parameter in model.parameters():

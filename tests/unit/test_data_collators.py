@@ -60,7 +60,7 @@ def test_packed_rows_become_one_flat_row_without_an_attention_mask() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
     assert batch["rows"] == ["f:11", "f:12", "f:13"]
-    assert sorted(batch) == ["input_ids", "labels", "position_ids", "rows"]
+    assert sorted(batch) == ["input_ids", "labels", "position_ids", "rows", "supervised"]
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])

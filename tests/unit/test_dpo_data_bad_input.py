@@ -256,9 +256,9 @@ class TestDataOfTheOtherMethod:
 
 def test_bad_pairs_are_dropped_counted_and_named_where_the_recipe_says_so(tmp_path: Path) -> None:
     rows = [SHORT, {**SHORT, "rejected": "done"}, LONG, LONG]
-    found = prepared(tmp_path, rows, on_bad_row="drop", max_bad_share=0.25)
-    assert (found.stats.rows, found.stats.bad, len(found.table)) == (4, 1, 3)
-    assert found.stats.sets[0].source.bad_rows == [
+    result = prepared(tmp_path, rows, on_bad_row="drop", max_bad_share=0.25)
+    assert (result.stats.rows, result.stats.bad, len(result.table)) == (4, 1, 3)
+    assert result.stats.sets[0].source.bad_rows == [
         f"{tmp_path}/rows.jsonl:2: rejected: is the same answer as chosen; {REMOVE}"
     ]
 
@@ -268,11 +268,11 @@ def test_an_error_of_the_tokenizer_is_named_by_its_side(tmp_path: Path, monkeypa
     tokenise = Renderer.tokenise
 
     def refusing(self: Renderer, renderings: Any) -> Any:
-        found: list[Any] = tokenise(self, renderings)
+        result: list[Any] = tokenise(self, renderings)
         for place, rendering in enumerate(renderings):
             if isinstance(rendering, Rendering) and "REFUSED" in rendering.text:
-                found[place] = RowError(f"messages[{rendering.answers[0].message}].content", "straddles", "mend")
-        return found
+                result[place] = RowError(f"messages[{rendering.answers[0].message}].content", "straddles", "mend")
+        return result
 
     monkeypatch.setattr(Renderer, "tokenise", refusing)
     rows = [SHORT, {**SHORT, "rejected": "REFUSED"}, {**SHORT, "chosen": "REFUSED"}, SHORT]
@@ -292,13 +292,13 @@ class TestJudgedAnswers:
         return [self.BAD, other, self.GOOD, {**other, "completion": "no", "label": True}]
 
     def test_pairs_name_both_lines_the_chosen_one_first(self, tmp_path: Path) -> None:
-        found = prepared(tmp_path, self.rows(), "kto")
-        assert [pair.row for pair in found.table] == [f"{tmp_path}/rows.jsonl:{lines}" for lines in ("3+1", "4+2")]
-        [first, _] = found.table
+        result = prepared(tmp_path, self.rows(), "kto")
+        assert [pair.row for pair in result.table] == [f"{tmp_path}/rows.jsonl:{lines}" for lines in ("3+1", "4+2")]
+        [first, _] = result.table
         tokenizer = tiny_tokenizer()
         assert tokenizer.decode(first.chosen_ids) == "good<|im_end|>\n"
         assert tokenizer.decode(first.rejected_ids) == "bad<|im_end|>\n"
-        assert (found.stats.rows, found.stats.used, found.stats.sets[0].source.pieces) == (4, 2, 2)
+        assert (result.stats.rows, result.stats.used, result.stats.sets[0].source.pieces) == (4, 2, 2)
 
     def test_rows_of_two_files_make_a_pair_too(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "one.jsonl", [self.GOOD])
@@ -314,8 +314,8 @@ class TestJudgedAnswers:
         lines = refusal(tmp_path, [self.BAD, alone, "{", self.GOOD], "kto")
         assert lines[0] == f"rows.jsonl:2: label: {what}; {do}"
         assert [line.partition(": ")[0] for line in lines] == ["rows.jsonl:2", "rows.jsonl:3"]
-        found = prepared(tmp_path, [self.BAD, alone, self.GOOD], "kto", on_bad_row="drop", max_bad_share=0.5)
-        assert (found.stats.rows, found.stats.bad, found.stats.used) == (3, 1, 1)
+        result = prepared(tmp_path, [self.BAD, alone, self.GOOD], "kto", on_bad_row="drop", max_bad_share=0.5)
+        assert (result.stats.rows, result.stats.bad, result.stats.used) == (3, 1, 1)
 
     @pytest.mark.parametrize(
         ("bad", "place"),
@@ -334,9 +334,9 @@ class TestJudgedAnswers:
     def test_with_a_bad_row_its_partner_is_left_out_and_says_why(self, tmp_path: Path) -> None:
         rows = [*self.rows(), {"prompt": "c", "completion": FORGED, "label": True}]
         rows.append({"prompt": "c", "completion": "fine", "label": False})
-        found = prepared(tmp_path, rows, "kto", on_bad_row="drop", max_bad_share=0.5)
-        assert (found.stats.rows, found.stats.bad, found.stats.used) == (6, 2, 2)
-        first, second = found.stats.sets[0].source.bad_rows
+        result = prepared(tmp_path, rows, "kto", on_bad_row="drop", max_bad_share=0.5)
+        assert (result.stats.rows, result.stats.bad, result.stats.used) == (6, 2, 2)
+        first, second = result.stats.sets[0].source.bad_rows
         assert first.startswith(f"{tmp_path}/rows.jsonl:5: completion: contains the control token")
         assert second == (
             f"{tmp_path}/rows.jsonl:6: makes a pair with {tmp_path}/rows.jsonl:5, which cannot be used; fix that row"

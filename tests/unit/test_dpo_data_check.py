@@ -43,7 +43,7 @@ def row(prompt: str, chosen: str = ANSWER, rejected: str = "no") -> dict[str, st
 
 
 def write(name: str, rows: Sequence[Any]) -> None:
-    Path(name).write_text("".join(f"{json.dumps(each)}\n" for each in rows), encoding="utf-8")
+    Path(name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
 
 
 def recipe(model: Path | str, *overrides: str, **data: Any) -> Recipe:
@@ -64,7 +64,7 @@ def printed(report: Report) -> str:
 def test_an_adapter_that_the_run_would_refuse_is_a_problem(model: Path) -> None:
     write("train.jsonl", [row("set light")])
     report = check(recipe(model, "model.adapter=sft/adapter"))
-    assert [str(each) for each in report.problems] == [
+    assert [str(problem) for problem in report.problems] == [
         "model.adapter: no adapter here: adapter_model.safetensors is missing; got sft/adapter; "
         "name the folder adapter/ of a finished run"
     ]
@@ -105,7 +105,7 @@ def test_lengths_and_the_longest_are_those_of_the_longer_conversation(model: Pat
     tokenizer, _ = recipe_tokenizer(model, settings)
     table = prepare_pairs(settings.data.sources("train"), tokenizer, settings.data, 0, False).table
     ids = (table[0].chosen_ids, table[1].rejected_ids)
-    longer = [len(pair.prompt_ids) + len(each) for pair, each in zip(table, ids, strict=True)]
+    longer = [len(pair.prompt_ids) + len(answer) for pair, answer in zip(table, ids, strict=True)]
     assert report.splits[0].longest_rows == [(longer[1], "train.jsonl:2"), (longer[0], "train.jsonl:1")]
     assert sum(bin_.rows for bin_ in report.splits[0].lengths) == 2
     assert report.splits[0].stats.tokens > sum(longer)

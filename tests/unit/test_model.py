@@ -53,9 +53,9 @@ def test_a_folder_that_is_not_there() -> None:
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:
-    found = complaint(Path("somebody/some-model"))
-    assert found.startswith("model.name_or_path: neither a folder here nor a model that can be fetched (")
-    assert found.endswith(
+    message = complaint(Path("somebody/some-model"))
+    assert message.startswith("model.name_or_path: neither a folder here nor a model that can be fetched (")
+    assert message.endswith(
         "got somebody/some-model; check the path or hub id, the network and, for gated models, `hf auth login`"
     )
 

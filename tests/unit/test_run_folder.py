@@ -147,13 +147,13 @@ def test_resuming_where_there_is_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_provenance_says_what_the_run_was_made_from() -> None:
     base = {"name_or_path": "models/tiny", "fingerprint": "sha256:0"}
-    found = collect_provenance(base, seed=7, command_line=["finetune", "train", "r.yaml"])
-    assert (found["base"], found["seed"], found["command_line"]) == (base, 7, ["finetune", "train", "r.yaml"])
-    assert found["packages"]["torch"].startswith("2.")
-    assert found["packages"]["triton"] is None or found["hardware"]["gpus"]
-    assert found["hardware"]["cpu_count"] >= 1
-    assert found["started"].endswith("+00:00")
-    json.dumps(found, allow_nan=False)
+    result = collect_provenance(base, seed=7, command_line=["finetune", "train", "r.yaml"])
+    assert (result["base"], result["seed"], result["command_line"]) == (base, 7, ["finetune", "train", "r.yaml"])
+    assert result["packages"]["torch"].startswith("2.")
+    assert result["packages"]["triton"] is None or result["hardware"]["gpus"]
+    assert result["hardware"]["cpu_count"] >= 1
+    assert result["started"].endswith("+00:00")
+    json.dumps(result, allow_nan=False)
 
 
 def test_the_commit_is_the_toolkits_own_and_says_when_it_was_changed(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Collator:
     Packed: `input_ids`, `labels`, `position_ids`, each [1, T], the B packed rows one after the other without padding.
     There is no `attention_mask`: transformers keeps documents apart by the restarts in `position_ids` only where no
     mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`.
+    Both: `supervised` [N], the flattened positions of `labels[:, 1:]` that are not -100.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -35,9 +36,9 @@ class Collator:
         if "position_ids" in features[0]:
             keys = ("input_ids", "labels", "position_ids")
             batch = {key: torch.tensor([[x for row in features for x in row[key]]]) for key in keys}
-            return {**batch, "rows": [where for row in features for where in row["row"]]}
+            return self._finished(batch, [where for row in features for where in row["row"]])
         ids = [torch.tensor(row["input_ids"]) for row in features]
-        return {
+        batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
             "labels": pad_sequence(
                 [torch.tensor(row["labels"]) for row in features], batch_first=True, padding_value=IGNORED
@@ -45,8 +46,16 @@ class Collator:
             "attention_mask": pad_sequence(
                 [torch.ones_like(row_ids) for row_ids in ids], batch_first=True, padding_value=0
             ),
-            "rows": [row["row"] for row in features],
         }
+        return self._finished(batch, [row["row"] for row in features])
+
+    def _finished(self, batch: dict[str, torch.Tensor], rows: list[str]) -> dict[str, Any]:
+        return {**batch, "supervised": supervised_positions(batch["labels"][:, 1:]), "rows": rows}
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The flattened positions of the labels that are not -100, `[N]`; found on the CPU, before the transfer."""
+    return (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
 
 
 PairLayout = Literal["padded", "flat", "shared"]
@@ -99,6 +108,7 @@ class PairCollator:
     In every layout:
 
     - `shift_labels`, as `input_ids`: the label of the next token of its own document, -100 where there is none.
+    - `supervised` `[N]`: the flattened positions of `shift_labels` that are not -100.
     - `weight`, as `input_ids`: how many tokens of the padded layout each stands for: 2 in a shared prompt, 1, and 0 for
       padding. Its sum is the number of tokens in both documents of all pairs, whatever the layout.
     - `answer_index` `[2B, W]`: flattened position that predicts the j-th token of an answer; 0 beyond its end.
@@ -132,6 +142,7 @@ class PairCollator:
             T += -T % self._pad_to_multiple_of
         batch = _tokens(batch_rows.rows, T, self._pad_token_id)
         batch |= _answers([*batch_rows.chosen, *batch_rows.rejected], T)
+        batch["supervised"] = supervised_positions(batch["shift_labels"])
         for name in _UNUSED[self.layout]:
             del batch[name]
         if self.reference is not None:
