@@ -41,7 +41,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "torch.utils._pytree:tree_map_only": ("type_or_types_or_pred", "func", "tree"),
     "torch.utils._pytree:tree_leaves": ("tree",),
     # Operations below autograd: checkpointing and the routing of a merge.
-    "torch.utils._python_dispatch:TorchDispatchMode.__torch_dispatch__": ("func", "types", "args", "kwargs"),
+    "torch.utils._python_dispatch:TorchDispatchMode": (),
     # The 4-bit stack, a tensor subclass.
     "torch:Tensor._make_wrapper_subclass": (),
     "torch:_C._disabled_torch_function_impl": (),
@@ -137,9 +137,8 @@ def changed(package: str, name: str, difference: str) -> UpstreamError:
     """The error to raise: `difference` says what `name` no longer does."""
     found, tested = version(package), TESTED[package]
     what = f"{name} {difference} (tested with {package} {tested})"
-    return UpstreamError(
-        Problem(f"{package} {found}", what, f"pip install {package}=={tested}", got=f"version {found}")
-    )
+    do = f"pip install {package}=={tested}"
+    return UpstreamError(Problem(package, what, do, got=f"{package} {found}"))
 
 
 def private(name: str) -> Any:
@@ -227,13 +226,13 @@ def _small_block(function: Callable[..., None], name: str) -> tuple[Any, Any]:
         packed, maxima = private("torch:ops.bitsandbytes.quantize_4bit.default")(values, 64, "nf4", torch.uint8)
         operation = private("torch:ops.bitsandbytes.dequantize_4bit.default")
         expected = operation(packed, maxima, 64, "nf4", (4, 128), dtype)
-        inputs, sizes = (packed, maxima), (64, 4, 128)
+        arguments = [packed, maxima, out, 64, 4, 128]
     else:
         functional = import_module("bitsandbytes.functional")
         code = functional.create_dynamic_map()
         packed, state = functional.quantize_blockwise(values, blocksize=256)
         operation = private("torch:ops.bitsandbytes.dequantize_blockwise.default")
         expected = operation(packed, state.absmax, code, 256, dtype)
-        inputs, sizes = (code, packed, state.absmax), (256, 512)
-    function(*(c_void_p(tensor.data_ptr()) for tensor in (*inputs, out)), *map(c_longlong, sizes))
+        arguments = [code, packed, state.absmax, out, 256, 512]
+    function(*(c_longlong(value) if isinstance(value, int) else c_void_p(value.data_ptr()) for value in arguments))
     return out, expected.view(-1)

@@ -28,6 +28,15 @@ from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
 from finetune.files import write_json
 from finetune.methods.router_term import RouterTerm
+from finetune.upstream import changed, require
+
+require(
+    "transformers:Trainer._clip_grad_norm",
+    "transformers:Trainer._save_checkpoint",
+    "transformers:Trainer._save",
+    "transformers:Trainer.get_batch_samples",
+    "transformers:Trainer.get_decay_parameter_names",
+)
 
 TILE = 512
 """Entries of the vocabulary in a tile on the CPU: 8 MB with 4,096 tokens in float32."""
@@ -37,12 +46,12 @@ def fit_head_to_cpu(model: Any) -> None:
     """Give a CPU model, to which TRL has added its fused head, tiles `[N, TILE]` of supervised tokens alone.
 
     The head stays TRL's own function, with its handling of architectures; two of the globals that it reads are
-    replaced, for this model only. Raises KeyError where another release of TRL no longer looks them up.
+    replaced, for this model only. Raises UpstreamError where another release of TRL no longer looks them up.
     """
     added: Any = model.forward.__func__
     names = dict(added.__globals__)
     if missing := _ON_CPU.keys() - (names.keys() & set(added.__code__.co_names)):
-        raise KeyError(f"TRL's fused head has no {' and no '.join(sorted(missing))} any more; see {__name__}")
+        raise changed("trl", "add_fused_lm_head", f"no longer reads {' and '.join(sorted(missing))}")
     fitted = FunctionType(added.__code__, names | _ON_CPU, added.__name__, added.__defaults__, added.__closure__)
     fitted.__kwdefaults__ = added.__kwdefaults__
     fitted.__dict__.update(added.__dict__)  # `__wrapped__`, where transformers reads the arguments that there are

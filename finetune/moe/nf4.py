@@ -19,6 +19,8 @@ from finetune.errors import Problem, WeightsError
 from finetune.upstream import native_dequantize, private
 
 _tree_map_only = private("torch.utils._pytree:tree_map_only")
+_dequantize_out = private("torch:ops.bitsandbytes.dequantize_4bit.out")
+_make_subclass = private("torch:Tensor._make_wrapper_subclass")
 _to_copy_operation = private("torch:ops.aten._to_copy.default")
 
 BLOCKSIZE = 64  # values per quantisation block
@@ -89,9 +91,7 @@ def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: tor
         rows, columns = (shape.numel() // whole, whole) if shape.numel() % whole == 0 else (1, shape.numel())
         native(*pointers, c_longlong(BLOCKSIZE), c_longlong(rows), c_longlong(columns))
     elif device == "cuda":
-        private("torch:ops.bitsandbytes.dequantize_4bit.out")(
-            packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI
-        )
+        _dequantize_out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
     else:
         operation = torch.ops.bitsandbytes.dequantize_4bit.default
         out_OI.copy_(operation(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype))
@@ -121,9 +121,7 @@ class Nf4Stack(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> "Nf4Stack":
-        stack: Nf4Stack = private("torch:Tensor._make_wrapper_subclass")(
-            cls, shape, dtype=dtype, device=inner[0].device, requires_grad=False
-        )
+        stack: Nf4Stack = _make_subclass(cls, shape, dtype=dtype, device=inner[0].device, requires_grad=False)
         return stack
 
     def __init__(self, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:

@@ -27,7 +27,13 @@ from finetune.upstream import private, require, require_reads
 
 _LOADER = "transformers.core_model_loading"
 _QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer"
-require(
+ConversionOps: Any = private(f"{_LOADER}:ConversionOps")
+MergeModulelist: Any = private(f"{_LOADER}:MergeModulelist")
+WeightConverter: Any = private(f"{_LOADER}:WeightConverter")
+
+QUANT_METHOD = "moe_nf4"
+
+_USED = (
     f"{_LOADER}:ConversionOps.convert",
     f"{_LOADER}:WeightConverter.materialize_tensors",
     f"{_LOADER}:WeightConverter._original_source_patterns",
@@ -41,12 +47,6 @@ require(
     f"{_QUANTIZER}.update_weight_conversions",
     f"{_QUANTIZER}._process_model_after_weight_loading",
 )
-require_reads("bitsandbytes.nn:Linear4bit.forward")
-ConversionOps: Any = private(f"{_LOADER}:ConversionOps")
-MergeModulelist: Any = private(f"{_LOADER}:MergeModulelist")
-WeightConverter: Any = private(f"{_LOADER}:WeightConverter")
-
-QUANT_METHOD = "moe_nf4"
 
 
 class _UnreadConverter(WeightConverter):  # type: ignore[misc]
@@ -187,6 +187,8 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """transformers' bitsandbytes quantiser, extended to expert stacks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require(*_USED)
+        require_reads("bitsandbytes.nn:Linear4bit.forward")
         super().__init__(*args, **kwargs)
         if self.pre_quantized:
             what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
