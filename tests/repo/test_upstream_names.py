@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "trackio", "transformers", "trl", "wandb"}
 INTERNAL = (
     "datasets.packaged_modules",
