@@ -46,6 +46,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "torch:Tensor._make_wrapper_subclass": (),
     "torch:_C._disabled_torch_function_impl": (),
     "torch:ops.aten._to_copy.default": ("self", "dtype", "device"),
+    # Leave a dispatch key out while a kept product is replayed.
+    "torch:_C._SetExcludeDispatchKeyGuard": (),
+    "torch:_C.DispatchKey": (),
     # Kept by checkpointing instead of being computed again.
     "torch:ops.aten._unsafe_view.default": ("self", "size"),
     f"{_SDPA}flash_attention.default": (),

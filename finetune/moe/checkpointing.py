@@ -25,6 +25,8 @@ from finetune.moe.routing_decisions import decision_axis, replay_decision
 from finetune.upstream import private
 
 _unsafe_view = private("torch:ops.aten._unsafe_view.default")
+_ExcludeKey = private("torch:_C._SetExcludeDispatchKeyGuard")
+_DispatchKey = private("torch:_C.DispatchKey")
 _tree_leaves = private("torch.utils._pytree:tree_leaves")
 _tree_map_only = private("torch.utils._pytree:tree_map_only")
 TorchDispatchMode: Any = private("torch.utils._python_dispatch:TorchDispatchMode")
@@ -152,7 +154,7 @@ def _detached(value: Any) -> Any:
     forward without a backward would never be freed.
     """
     # Below autograd a view has its own version, unless this key does its work (as in torch's own checkpointing).
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+    with _ExcludeKey(_DispatchKey.ADInplaceOrView, False):
         return _tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
