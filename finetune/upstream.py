@@ -96,12 +96,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     # Pre-tokenizers that transformers can rebuild from a GGUF file.
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": (),
     # Overridden by the trainers.
-    "transformers:Trainer._clip_grad_norm": ("model",),
-    "transformers:Trainer._save_checkpoint": ("model", "trial"),
-    "transformers:Trainer._save": ("output_dir", "state_dict"),
-    "transformers:Trainer.get_batch_samples": ("epoch_iterator", "num_batches", "device"),
-    "transformers:Trainer.get_decay_parameter_names": ("model",),
-    "trl:DPOTrainer._prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
+    "transformers.trainer:Trainer._clip_grad_norm": ("model",),
+    "transformers.trainer:Trainer._save_checkpoint": ("model", "trial"),
+    "transformers.trainer:Trainer._save": ("output_dir", "state_dict"),
+    "transformers.trainer:Trainer.get_batch_samples": ("epoch_iterator", "num_batches", "device"),
+    "transformers.trainer:Trainer.get_decay_parameter_names": ("model",),
+    "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     # Switch the adapter off without changing which parameters train.
     "peft.tuners.tuners_utils:BaseTunerLayer._disable_adapters": (),
     "peft.tuners.tuners_utils:check_target_module_exists": ("config", "key"),

@@ -31,11 +31,11 @@ from finetune.methods.router_term import RouterTerm
 from finetune.upstream import changed, require
 
 require(
-    "transformers:Trainer._clip_grad_norm",
-    "transformers:Trainer._save_checkpoint",
-    "transformers:Trainer._save",
-    "transformers:Trainer.get_batch_samples",
-    "transformers:Trainer.get_decay_parameter_names",
+    "transformers.trainer:Trainer._clip_grad_norm",
+    "transformers.trainer:Trainer._save_checkpoint",
+    "transformers.trainer:Trainer._save",
+    "transformers.trainer:Trainer.get_batch_samples",
+    "transformers.trainer:Trainer.get_decay_parameter_names",
 )
 
 TILE = 512
