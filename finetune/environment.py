@@ -1,4 +1,4 @@
-"""Settings of the process: waiting threads and hidden log lines. Call before torch is imported; imports nothing heavy."""
+"""Settings of the process: waiting threads, hidden log lines. Call before torch is imported; imports nothing heavy."""
 
 import logging
 import os

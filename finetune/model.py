@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
-from torch.nn.parallel import DistributedDataParallel
 
 import finetune
 from finetune.adapters.initial import InitialAdapter
@@ -22,6 +21,7 @@ from finetune.moe.nf4_loading import MoeNf4Config, check_weights
 from finetune.moe.preflight import differences
 from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe
+from finetune.upstream import private
 
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
 
@@ -68,7 +68,8 @@ def adapt(
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 although every rank has read it itself; a
     # 4-bit stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in peft_model.named_parameters() if not parameter.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(peft_model, frozen)  # type: ignore[no-untyped-call]
+    ignore = private("torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model")
+    ignore(peft_model, frozen)
     enable_checkpointing(peft_model, recipe.training.gradient_checkpointing)
     return peft_model
 

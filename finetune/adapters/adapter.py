@@ -14,6 +14,7 @@ from finetune.checkpoint import verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
+from finetune.upstream import private
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -164,7 +165,7 @@ class Adapter:
         return next((path for path in self.rows if f".{path}".endswith(f".{name}")), None)
 
     def _by_pattern(self, patterns: str, name: str, default: str) -> Any:
-        from peft.utils.other import get_pattern_key
+        get_pattern_key = private("peft.utils.other:get_pattern_key")
 
         values: dict[str, Any] = self.settings.get(patterns) or {}
         return values.get(get_pattern_key(list(values), name), self.settings[default])

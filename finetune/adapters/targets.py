@@ -15,6 +15,7 @@ from finetune.adapters.adapter import Adapter
 from finetune.adapters.tensors import EMBEDDING, HEAD
 from finetune.checkpoint import CheckpointReader
 from finetune.moe.families import ExpertStack, Family, MoeLayout
+from finetune.upstream import private
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -232,7 +233,7 @@ def _names_parameter(settings: dict[str, Any], name: str) -> bool:
 
 
 def _names_module(adapter: Adapter, name: str) -> bool:
-    from peft.tuners.tuners_utils import check_target_module_exists
+    check_target_module_exists = private("peft.tuners.tuners_utils:check_target_module_exists")
 
     targets = adapter.settings.get("target_modules") or []
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.moe.routing_decisions import decision_axis, replay_decision
+from finetune.upstream import private
+
+TorchDispatchMode: Any = private("torch.utils._python_dispatch:TorchDispatchMode")
 
 
 @dataclass
@@ -69,11 +71,11 @@ class Routing:
         self.differing += kept.numel() - int(chosen.gather(axis, kept).sum())
 
 
-class _Choosing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Choosing(TorchDispatchMode):  # type: ignore[misc]
     """Records or replays every decision whose axis is kept; a maximum without its axis only scores a group."""
 
     def __init__(self, routing: Routing, kept: list[torch.Tensor], replay: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.routing, self.kept, self.replay, self.position = routing, kept, replay, 0
 
     def __torch_dispatch__(

@@ -19,6 +19,9 @@ from finetune.methods.reference import Reference
 from finetune.methods.trainer import StepExactTrainer
 from finetune.moe.router import RouterRecord, capture
 from finetune.recipe import DpoSettings, Recipe
+from finetune.upstream import require
+
+require("trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset")
 
 
 def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> DPOConfig:

@@ -32,6 +32,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from finetune.data.types import TokenPair
 from finetune.errors import Problem, RunError
 from finetune.files import write_json, write_text
+from finetune.upstream import require_reads
+
+require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
 
 
 class Reference(torch.nn.Module):

@@ -26,6 +26,15 @@ from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
 from finetune.files import write_json
 from finetune.methods.router_term import RouterTerm
+from finetune.upstream import changed, require
+
+require(
+    "transformers.trainer:Trainer._clip_grad_norm",
+    "transformers.trainer:Trainer._save_checkpoint",
+    "transformers.trainer:Trainer._save",
+    "transformers.trainer:Trainer.get_batch_samples",
+    "transformers.trainer:Trainer.get_decay_parameter_names",
+)
 
 TILE = 512
 """Entries of the vocabulary in a tile on the CPU: 8 MB with 4,096 tokens in float32."""
@@ -36,8 +45,8 @@ def fit_head(model: Any) -> None:
 
     `supervised` are the flattened positions of labels that are not -100, `[N]`. TRL would find them by a mask, which
     waits for the device three times in each micro-batch. The head stays TRL's own function, with its handling of
-    architectures; the globals that it reads are replaced, for this model only. Raises KeyError where another release
-    of TRL no longer looks them up.
+    architectures; the globals that it reads are replaced, for this model only. Raises UpstreamError where another
+    release of TRL no longer looks them up.
     """
     added: Any = model.forward.__func__
     names = dict(added.__globals__)
@@ -46,7 +55,7 @@ def fit_head(model: Any) -> None:
     if next(model.parameters()).device.type == "cpu":
         replaced["_CHUNKED_LOGPROB_CHUNK_SIZE"] = TILE
     if missing := replaced.keys() - (names.keys() & set(added.__code__.co_names)):
-        raise KeyError(f"TRL's fused head has no {' and no '.join(sorted(missing))} any more; see {__name__}")
+        raise changed("trl", "add_fused_lm_head", f"no longer reads {' and '.join(sorted(missing))}")
     fitted = FunctionType(added.__code__, names | replaced, added.__name__, added.__defaults__, added.__closure__)
     fitted.__kwdefaults__ = added.__kwdefaults__
 

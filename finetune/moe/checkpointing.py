@@ -20,10 +20,16 @@ from typing import Any, Literal
 
 import bitsandbytes  # noqa: F401  registers its operations
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.moe.routing_decisions import decision_axis, replay_decision
+from finetune.upstream import private
+
+_unsafe_view = private("torch:ops.aten._unsafe_view.default")
+_ExcludeKey = private("torch:_C._SetExcludeDispatchKeyGuard")
+_DispatchKey = private("torch:_C.DispatchKey")
+_tree_leaves = private("torch.utils._pytree:tree_leaves")
+_tree_map_only = private("torch.utils._pytree:tree_map_only")
+TorchDispatchMode: Any = private("torch.utils._python_dispatch:TorchDispatchMode")
 
 Recomputation = Literal["none", "selective", "full"]
 
@@ -33,11 +39,11 @@ _CHEAP_TERMS = 64  # a product with an inner dimension up to this is cheaper to 
 SAVED_OPS = frozenset(
     {
         *_PRODUCTS,
-        torch.ops.bitsandbytes.gemm_4bit.default,
-        _aten._scaled_dot_product_flash_attention.default,
-        _aten._scaled_dot_product_efficient_attention.default,
-        _aten._scaled_dot_product_cudnn_attention.default,
-        _aten._scaled_dot_product_flash_attention_for_cpu.default,
+        private("torch:ops.bitsandbytes.gemm_4bit.default"),
+        private("torch:ops.aten._scaled_dot_product_flash_attention.default"),
+        private("torch:ops.aten._scaled_dot_product_efficient_attention.default"),
+        private("torch:ops.aten._scaled_dot_product_cudnn_attention.default"),
+        private("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu.default"),
     }
 )
 
@@ -96,22 +102,22 @@ def kept_values() -> Kept | None:
     return kept
 
 
-class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Checkpointed(TorchDispatchMode):  # type: ignore[misc]
     """Runs the forward (or the recompute) of one block with what it keeps."""
 
     def __init__(self, kept: Kept, saved_ops: frozenset[Any], replaying: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.kept, self.saved_ops, self.replaying = kept, saved_ops, replaying
 
     def __enter__(self) -> "_Checkpointed":
         self.kept.start(self.replaying)
         self._outer, _running.kept = kept_values(), self.kept
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _running.kept = self._outer
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        super().__exit__(*exception)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -122,7 +128,7 @@ class _Checkpointed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (axis := decision_axis(func, args, kwargs or {})) is not None:
             return self._decide(run, args[0], axis)
         # A linear layer returns a view of its product in another shape, with a version counter of its own.
-        is_view = func is _aten._unsafe_view.default and self.kept.holds(args[0])
+        is_view = func is _unsafe_view and self.kept.holds(args[0])
         return self.kept.once(run) if is_view or (func in self.saved_ops and not _is_cheap(func, args)) else run()
 
     def _decide(self, run: Callable[[], Any], scores: torch.Tensor, axis: int) -> Any:
@@ -138,7 +144,7 @@ def _is_cheap(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _versions(value: Any) -> list[int]:
-    return [leaf._version for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return [leaf._version for leaf in _tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _detached(value: Any) -> Any:
@@ -148,8 +154,8 @@ def _detached(value: Any) -> Any:
     forward without a backward would never be freed.
     """
     # Below autograd a view has its own version, unless this key does its work (as in torch's own checkpointing).
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
+    with _ExcludeKey(_DispatchKey.ADInplaceOrView, False):
+        return _tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
 def kept_routing(save_expensive: bool = False) -> tuple[_Checkpointed, _Checkpointed]:

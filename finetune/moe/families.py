@@ -248,7 +248,7 @@ _ALL = (
         ),
         limits=("published in MXFP4: give a bfloat16 copy",),
         attn_implementations=("eager",),  # its attention sinks
-        unpackable="transformers 5.23 does not tell its attention where a row begins",
+        unpackable="transformers 5.24 does not tell its attention where a row begins",
     ),
     Family(
         "phimoe",

@@ -32,6 +32,11 @@ from finetune.moe.engine.routed_rows import ExpertFactors
 from finetune.moe.families import Family
 from finetune.moe.nf4_loading import UnevenLinear4bit
 from finetune.recipe import FRIENDLY_TARGETS, LoraSettings
+from finetune.upstream import require
+
+require(
+    "peft.tuners.lora.model:LoraModel._create_and_replace", "peft.tuners.lora.layer:ParamWrapper._check_forward_args"
+)
 
 ADAPTER = "default"
 _PEFT_RENAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})

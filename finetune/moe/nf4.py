@@ -13,11 +13,15 @@ from functools import cache
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
-from torch.utils import _pytree as pytree
 
 from finetune.errors import Problem, WeightsError
+from finetune.upstream import native_dequantize, private
+
+_tree_map_only = private("torch.utils._pytree:tree_map_only")
+_dequantize_out = private("torch:ops.bitsandbytes.dequantize_4bit.out")
+_make_subclass = private("torch:Tensor._make_wrapper_subclass")
+_to_copy_operation = private("torch:ops.aten._to_copy.default")
 
 BLOCKSIZE = 64  # values per quantisation block
 NESTED_BLOCKSIZE = 256  # maxima per second-level block
@@ -54,19 +58,10 @@ def quantize_pieces(pieces: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return torch.cat(packed), absmax_Q, nested.absmax, offset
 
 
-def _native(name: str) -> Any:
-    """bitsandbytes' own C function for the CPU; None where its library lacks it.
-
-    Its operations with `out` exist for CUDA only (0.50). On the CPU they allocate, which costs more than the
-    arithmetic; so the C function is called directly, as the operation does.
-    """
-    return getattr(bnb.lib, f"cdequantize_blockwise_cpu_{name}", None)
-
-
 def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """The block maxima of some experts, float32 `[E, Q]`."""
     code = _absmax_code(absmax_EQ.device)
-    native = _native("fp32") if absmax_EQ.device.type == "cpu" else None
+    native = native_dequantize("fp32") if absmax_EQ.device.type == "cpu" else None
     if absmax_EQ.shape[1] % NESTED_BLOCKSIZE == 0:  # no block spans two experts: one call for all
         pairs = [(absmax_EQ, nested_absmax_ES)]
     else:
@@ -89,14 +84,14 @@ def _dequantize_into(out_OI: torch.Tensor, packed_N: torch.Tensor, maxima_Q: tor
     maxima. Blocks do not depend on the rows of the matrix, so the C function is called with other row lengths.
     """
     shape, dtype, device = out_OI.shape, out_OI.dtype, out_OI.device.type
-    native = _native(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape.numel() % 2 == 0 else None
+    native = native_dequantize(f"nf4_{_SUFFIX[dtype]}") if device == "cpu" and shape.numel() % 2 == 0 else None
     if native is not None:
         pointers = (c_void_p(tensor.data_ptr()) for tensor in (packed_N, maxima_Q, out_OI))
         whole = shape[1] if shape[1] % BLOCKSIZE == 0 else BLOCKSIZE
         rows, columns = (shape.numel() // whole, whole) if shape.numel() % whole == 0 else (1, shape.numel())
         native(*pointers, c_longlong(BLOCKSIZE), c_longlong(rows), c_longlong(columns))
     elif device == "cuda":
-        torch.ops.bitsandbytes.dequantize_4bit.out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
+        _dequantize_out(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype, out=out_OI)
     else:
         operation = torch.ops.bitsandbytes.dequantize_4bit.default
         out_OI.copy_(operation(packed_N, maxima_Q, BLOCKSIZE, "nf4", shape, dtype))
@@ -126,9 +121,7 @@ class Nf4Stack(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> "Nf4Stack":
-        stack: Nf4Stack = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=inner[0].device, requires_grad=False
-        )
+        stack: Nf4Stack = _make_subclass(cls, shape, dtype=dtype, device=inner[0].device, requires_grad=False)
         return stack
 
     def __init__(self, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
@@ -217,7 +210,7 @@ class Nf4Stack(torch.Tensor):
     ) -> "Nf4Stack":
         return Nf4Stack(tuple(inner.values()), *meta)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = private("torch:_C._disabled_torch_function_impl")
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -239,7 +232,7 @@ class Nf4Stack(torch.Tensor):
                     got=str(func),
                 )
             )
-        dense_args, dense_kwargs = pytree.tree_map_only(Nf4Stack, Nf4Stack.dequantize, (args, kwargs))
+        dense_args, dense_kwargs = _tree_map_only(Nf4Stack, Nf4Stack.dequantize, (args, kwargs))
         return func(*dense_args, **dense_kwargs)
 
 
@@ -257,5 +250,5 @@ def _to_copy(
 _STRUCTURAL: dict[Any, Callable[..., Nf4Stack]] = {
     torch.ops.aten.detach.default: _same,
     torch.ops.aten.alias.default: _same,
-    torch.ops.aten._to_copy.default: _to_copy,
+    _to_copy_operation: _to_copy,
 }

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, BitsAndBytesConfig
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -24,8 +23,30 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
+from finetune.upstream import private, require, require_reads
+
+_LOADER = "transformers.core_model_loading"
+_QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer"
+ConversionOps: Any = private(f"{_LOADER}:ConversionOps")
+MergeModulelist: Any = private(f"{_LOADER}:MergeModulelist")
+WeightConverter: Any = private(f"{_LOADER}:WeightConverter")
 
 QUANT_METHOD = "moe_nf4"
+
+_USED = (
+    f"{_LOADER}:ConversionOps.convert",
+    f"{_LOADER}:WeightConverter.materialize_tensors",
+    f"{_LOADER}:WeightConverter._original_source_patterns",
+    f"{_LOADER}:WeightConverter._original_target_patterns",
+    f"{_LOADER}:WeightConverter.collected_tensors",
+    f"{_LOADER}:WeightConverter.scope_prefix",
+    f"{_LOADER}:WeightConverter.base_model_prefix",
+    f"{_QUANTIZER}.get_modules_to_not_convert",
+    f"{_QUANTIZER}.param_needs_quantization",
+    f"{_QUANTIZER}.get_quantize_ops",
+    f"{_QUANTIZER}.update_weight_conversions",
+    f"{_QUANTIZER}._process_model_after_weight_loading",
+)
 
 
 class _UnreadConverter(WeightConverter):  # type: ignore[misc]
@@ -42,7 +63,7 @@ class _UnreadConverter(WeightConverter):  # type: ignore[misc]
 class _ByExpert(ConversionOps):  # type: ignore[misc]
     """The loader's own operations (stack the experts, `w1` over `w3`), carried out on one expert at a time."""
 
-    def __init__(self, operations: list[ConversionOps]) -> None:
+    def __init__(self, operations: list[Any]) -> None:
         self.operations = operations
 
     def convert(
@@ -68,7 +89,7 @@ class _ByExpert(ConversionOps):  # type: ignore[misc]
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """Loader operation: stacks become `Nf4Stack`s, linear weights go to bitsandbytes' own operation."""
 
-    def __init__(self, linear_operation: ConversionOps, damaged: list[str]) -> None:
+    def __init__(self, linear_operation: Any, damaged: list[str]) -> None:
         self.linear_operation = linear_operation
         self.damaged = damaged
 
@@ -166,6 +187,8 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     """transformers' bitsandbytes quantiser, extended to expert stacks."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require(*_USED)
+        require_reads("bitsandbytes.nn:Linear4bit.forward")
         super().__init__(*args, **kwargs)
         if self.pre_quantized:
             what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
@@ -221,7 +244,7 @@ def _stacks_experts(rule: Any) -> bool:
     return isinstance(first, MergeModulelist) and first.dim == 0 and all(getattr(op, "dim", 0) > 0 for op in others)
 
 
-def _by_expert(rule: WeightConverter) -> _UnreadConverter:
+def _by_expert(rule: Any) -> _UnreadConverter:
     unread = _UnreadConverter(
         rule._original_source_patterns, rule._original_target_patterns, operations=[_ByExpert(rule.operations)]
     )

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.moe.nf4_loading import is_expert_stack
+from finetune.upstream import private
+
+get_model_conversion_mapping = private("transformers.conversion_mapping:get_model_conversion_mapping")
+rename_source_key = private("transformers.core_model_loading:rename_source_key")
+WeightConverter = private("transformers.core_model_loading:WeightConverter")
+WeightRenaming = private("transformers.core_model_loading:WeightRenaming")
 
 _DEQUANTIZED = (
     "write a bfloat16 copy: from_pretrained(..., quantization_config={}(dequantize=True)), then save_pretrained"
@@ -151,7 +155,7 @@ def unreached_experts(model: nn.Module) -> list[str]:
     return [
         name
         for path, module in model.named_modules()
-        if not isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        if not isinstance(module, nn.Linear | nn.Embedding | private("torch.nn.modules.conv:_ConvNd"))
         for local_name, parameter in module.named_parameters(recurse=False)
         for name in [f"{path}.{local_name}"]
         if (parameter.ndim == 3 or (parameter.ndim == 2 and ".experts." in name and not name.endswith("bias")))

@@ -22,6 +22,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from finetune.errors import Problem, WeightsError
 from finetune.moe.audit import clean_name
 from finetune.moe.checkpointing import kept_values
+from finetune.upstream import require_reads
+
+require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from finetune.errors import Problem, RunError
 from finetune.recipe import LoggingSettings
 from finetune.run.router_load import CAPTION, load_picture
 from finetune.run.run_folder import RunFolder
+from finetune.upstream import private
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ def prepare_dashboards(settings: LoggingSettings, folder: RunFolder) -> Dashboar
 def _wandb_account() -> bool:
     """Whether W&B finds credentials for its server: in the environment, its settings or .netrc. Nothing is sent."""
     import wandb
-    from wandb.sdk.lib import wbauth
+
+    authenticate = private("wandb.sdk.lib.wbauth:authenticate_session")
 
     try:
         # Not wandb.login(verify=False): that asks the server for the user's name in order to print it.
         host = wandb.setup().settings.base_url
         source = "moe-finetune"
-        return wbauth.authenticate_session(host=host, source=source, prompt=False, update_session=False) is not None
+        return authenticate(host=host, source=source, prompt=False, update_session=False) is not None
     except wandb.errors.AuthenticationError as error:
         do = "correct it, run `wandb login`, or set logging.report_to: [trackio]"
         raise RunError(Problem("logging.report_to", "W&B's credentials cannot be used", do, got=str(error))) from error
@@ -169,12 +171,12 @@ class RunTrackioCallback(_RouterPicture, TrackioCallback):  # type: ignore[misc]
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
         """Start the run on the main process and print how to view it."""
-        from trackio.utils import TRACKIO_DIR
+        trackio_dir = private("trackio.utils:TRACKIO_DIR")
 
-        if self._folder != TRACKIO_DIR:
+        if self._folder != trackio_dir:
             what = "trackio was imported before the run folder was known, and writes elsewhere"
             do = "start one run a process, through `finetune train` or `accelerate launch -m finetune.train`"
-            raise RunError(Problem(str(self._folder), what, do, got=str(TRACKIO_DIR)))
+            raise RunError(Problem(str(self._folder), what, do, got=str(trackio_dir)))
         with contextlib.redirect_stdout(io.StringIO()):
             super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes, write_generation_config
+from finetune.upstream import private
 
 SPECIAL = {
     "bos_token": "bos_token_id",
@@ -63,13 +64,13 @@ def write_tokenizer(file: Path, metadata: dict[str, Any], folder: Path) -> None:
 
 
 def _check_supported(file: Path, metadata: dict[str, Any]) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    known = private("transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS")
 
     do = "use the Hugging Face folder of this model"
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind not in ("llama", "gpt2"):
         raise WeightsError(Problem(f"{file}: tokenizer.ggml.model", "tokenizer is not supported", do, got=str(kind)))
-    if kind == "gpt2" and split not in {*GGUF_PRE_TOKENIZER_SPLITS, *GPT2_SPLIT, *DIGIT_SPLIT}:
+    if kind == "gpt2" and split not in {*known, *GPT2_SPLIT, *DIGIT_SPLIT}:
         # transformers would split the text as GPT-2 does: other tokens than the model was trained on.
         raise WeightsError(Problem(f"{file}: tokenizer.ggml.pre", "pre-tokenizer is not supported", do, got=str(split)))
 

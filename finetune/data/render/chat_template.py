@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
+from finetune.upstream import private
+
+_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
+
+_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
 
 FOLDER = Path(__file__).parent / "templates"
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
@@ -59,7 +63,7 @@ class ChatTemplate:
         self._system = system
         sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
         try:
-            self._compiled = [_compile_jinja_template(source) for source in sources]
+            self._compiled = [_compile(source) for source in sources]
         except TemplateError as error:
             what, got = f"{name} cannot be read", str(error)
             raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -24,6 +23,9 @@ from finetune.data.row_errors import FileError, Row
 from finetune.data.sources.tables import rows_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSource
+from finetune.upstream import private
+
+_Cache = private("datasets.packaged_modules.cache.cache:Cache")
 
 _PIECE = 100
 """Rows taken from the library at a time."""
@@ -107,7 +109,7 @@ def _builder(settings: DataSource, commit: str | None) -> Any:
     try:
         # The library's own fallback, which it takes only after half a minute of trying.
         name = str(settings.id)
-        builder = Cache(repo_id=name, dataset_name=name.split("/")[-1], config_name=settings.config, **_LATEST)
+        builder = _Cache(repo_id=name, dataset_name=name.split("/")[-1], config_name=settings.config, **_LATEST)
     except (OSError, ValueError) as error:
         do = "check the network and HF_HUB_OFFLINE, or run once where there is a network"
         raise _error(settings, f"{what}, and the set is not in the local cache", do) from error

@@ -11,7 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import _default_apply_gate
+
+from finetune.upstream import private
+
+_default_gate = private("transformers.integrations.moe:_default_apply_gate")
+
 
 Again = tuple[torch.Tensor, torch.Tensor, Callable[[], torch.Tensor]]
 """`h [n, I]`, `<dh, h> [n]` in at least float32, and a function that computes `du [n, O]` from the weighted `dh`."""
@@ -112,7 +116,7 @@ def gate_of(module: Any) -> Gate:
     """The gate of an experts module of transformers."""
     if not module.has_gate:
         return AnyGate(module.act_fn)
-    is_default = getattr(type(module), "_apply_gate", None) is _default_apply_gate
+    is_default = getattr(type(module), "_apply_gate", None) is _default_gate
     if is_default and type(module.act_fn) is type(ACT2FN["silu"]):
         return SiluGate()
     return AnyGate(module._apply_gate)
