@@ -88,6 +88,6 @@ def test_a_head_that_looks_up_other_names_is_refused() -> None:
     model.forward = MethodType(forward, model)
     with pytest.raises(
         UpstreamError,
-        match="no longer reads _CHUNKED_LOGPROB_CHUNK_SIZE and _Chunked.* and _use_triton .*; pip install trl==",
+        match=r"no longer reads _CHUNKED_LOGPROB_CHUNK_SIZE and _Chunked.* and _use_triton .*; pip install trl==",
     ):
         fit_head(model)
