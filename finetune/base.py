@@ -21,7 +21,7 @@ from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
-from finetune.moe.preflight import rehearse
+from finetune.moe.preflight import check_loadable
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 
@@ -106,7 +106,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
 def check_loads(reader: CheckpointReader, family: Family, settings: ModelSettings) -> None:
     """Preflight: raise WeightsError, before any weight is read, where the checkpoint would not load."""
-    rehearse(reader, family.transformers_class(), settings.load_in_4bit, **loading_options(settings))
+    check_loadable(reader, family.transformers_class(), settings.load_in_4bit, **loading_options(settings))
 
 
 def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:

@@ -166,13 +166,13 @@ def _training(record: Facts) -> list[str]:
         sections += ["### Final metrics", _table(("", "", ""), _metric_rows(metrics))]
     versions = [f"{name} {number}" for name, number in record.get("versions", {}).items()]
     template = record.get("template_sha256")
-    told = [
+    made_with = [
         ("versions", ", ".join(versions) or "not recorded"),
         *([("chat template (SHA-256)", f"`{template}`")] if template else []),
         ("quantisation of the base in training", record.get("quantization") or "none"),
     ]
     recipe = yaml.safe_dump(_without_places(record["recipe"]), sort_keys=False, allow_unicode=True)
-    return [*sections, "### Made with", _table(("", ""), told), "### Recipe", f"```yaml\n{recipe}```"]
+    return [*sections, "### Made with", _table(("", ""), made_with), "### Recipe", f"```yaml\n{recipe}```"]
 
 
 def _data_rows(data: Facts) -> list[tuple[str, ...]]:

@@ -62,10 +62,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     "torch:ops.bitsandbytes.dequantize_blockwise.default": ("A", "absmax", "code", "blocksize", "dtype"),
     "torch:ops.bitsandbytes.dequantize_4bit.default": ("A", "absmax", "blocksize", "quant_type", "shape", "dtype"),
     "torch:ops.bitsandbytes.dequantize_4bit.out": ("A", "absmax", "blocksize", "quant_type", "shape", "dtype", "out"),
-    "torch:ops.bitsandbytes.gemm_4bit.default": ("A", "B"),
+    "torch:ops.bitsandbytes.gemm_4bit.default": (),
     # The rules by which a checkpoint's tensors become stacks, run expert by expert.
     f"{_LOADER}:ConversionOps": (),
-    f"{_LOADER}:ConversionOps.convert": ("input_dict", "target_patterns"),
+    f"{_LOADER}:ConversionOps.convert": ("self", "input_dict", "source_patterns", "target_patterns"),
     f"{_LOADER}:MergeModulelist": ("dim",),
     f"{_LOADER}:WeightRenaming": ("source_patterns", "target_patterns"),
     f"{_LOADER}:WeightConverter": ("source_patterns", "target_patterns", "operations"),
@@ -95,10 +95,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "transformers.utils.chat_template_utils:_compile_jinja_template": ("chat_template",),
     # Pre-tokenizers that transformers can rebuild from a GGUF file.
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": (),
-    # Overridden by the trainers.
+    # Overridden or called by the trainers.
     "transformers.trainer:Trainer._clip_grad_norm": ("model",),
     "transformers.trainer:Trainer._save_checkpoint": ("model", "trial"),
     "transformers.trainer:Trainer._save": ("output_dir", "state_dict"),
+    "transformers.trainer:Trainer._prepare_inputs": ("self", "inputs"),
+    "transformers.trainer:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint"),
     "transformers.trainer:Trainer.get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "transformers.trainer:Trainer.get_decay_parameter_names": ("model",),
     "trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
@@ -117,12 +119,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "peft.tuners.lora.layer:ParamWrapper._check_forward_args": ("x", "args", "kwargs"),
     # The local cache of datasets, read without waiting for the network.
-    "datasets.packaged_modules.cache.cache:Cache": ("repo_id", "dataset_name", "config_name", "version", "hash"),
+    "datasets.packaged_modules.cache.cache:Cache": ("dataset_name", "config_name", "version", "hash", "repo_id"),
     # Whether W&B has an account on this machine, without asking its server.
     "wandb.sdk.lib.wbauth:authenticate_session": ("host", "source", "prompt", "update_session"),
     "trackio.utils:TRACKIO_DIR": (),
 }
-"""`module:name`, and the parameters that must exist (none: only the name)."""
+"""`module:name`, and the parameters relied on, in their order; no other may be required. None: only the name counts."""
 
 READ_BY = {
     # Set to False on a linear layer; a release that no longer reads it would lose the gradient on AVX512-BF16 CPUs.
@@ -130,6 +132,9 @@ READ_BY = {
     "peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters": "_disable_adapters",
 }
 """`module:function` and an attribute that it must read for a value set by this package to count."""
+
+
+_MARGIN = 1792  # values before and behind a block that must stay as they are
 
 
 class UpstreamError(FinetuneError):
@@ -146,9 +151,16 @@ def changed(package: str, name: str, difference: str) -> UpstreamError:
 
 def private(name: str) -> Any:
     """The object of an entry of `NAMES`, after its check."""
-    target = _find(name)
-    if missing := [parameter for parameter in NAMES[name] if parameter not in _parameters(target)]:
+    target, wanted = _find(name), NAMES[name]
+    if not wanted:
+        return target
+    required_of = _parameters(target)
+    if missing := [parameter for parameter in wanted if parameter not in required_of]:
         raise changed(_package(name), name, f"no longer takes {', '.join(missing)}")
+    if [parameter for parameter in required_of if parameter in wanted] != list(wanted):
+        raise changed(_package(name), name, f"no longer takes {', '.join(wanted)} in this order")
+    if new := [parameter for parameter, required in required_of.items() if required and parameter not in wanted]:
+        raise changed(_package(name), name, f"now needs {', '.join(new)}")
     return target
 
 
@@ -189,10 +201,18 @@ def _find(name: str) -> Any:
     return target
 
 
-def _parameters(target: Any) -> list[str]:
+def _parameters(target: Any) -> dict[str, bool]:
+    """The parameters of a function, an operation or a method, and whether each must be given (`self` need not)."""
     if hasattr(target, "_schema"):
-        return [argument.name for argument in target._schema.arguments]
-    return list(inspect.signature(target).parameters) if callable(target) else []
+        return {argument.name: not argument.has_default_value() for argument in target._schema.arguments}
+    if not callable(target):
+        return {}
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(target).parameters
+    return {
+        name: parameter.default is parameter.empty and parameter.kind not in optional and name != "self"
+        for name, parameter in parameters.items()
+    }
 
 
 @cache
@@ -211,20 +231,22 @@ def native_dequantize(name: str) -> Callable[..., None] | None:
         return None
     out, expected = _small_block(function, name)
     precision = 4 * torch.finfo(out.dtype).eps
-    size = expected.numel()
-    if not torch.allclose(out[:size], expected, rtol=precision, atol=precision) or not bool((out[size:] == 7).all()):
+    before, values, behind = out.split([_MARGIN, expected.numel(), _MARGIN])
+    untouched = bool((before == 7).all() and (behind == 7).all())
+    if not untouched or not torch.allclose(values, expected, rtol=precision, atol=precision):
         symbol = f"cdequantize_blockwise_cpu_{name}"
         raise changed("bitsandbytes", symbol, "gives other values than the operation, so its arguments differ")
     return function
 
 
 def _small_block(function: Callable[..., None], name: str) -> tuple[Any, Any]:
-    """512 values by the C function, with room behind them filled with 7, and by bitsandbytes' operation."""
+    """512 values by the C function, between two margins filled with 7, and by bitsandbytes' operation."""
     import torch
 
     values = torch.linspace(-1, 1, 512).sin()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name.removeprefix("nf4_"), torch.float32)
-    out = torch.full((4096,), 7.0, dtype=dtype)
+    whole = torch.full((512 + 2 * _MARGIN,), 7.0, dtype=dtype)
+    out = whole[_MARGIN : _MARGIN + 512]
     if name.startswith("nf4_"):
         packed, maxima = private("torch:ops.bitsandbytes.quantize_4bit.default")(values, 64, "nf4", torch.uint8)
         operation = private("torch:ops.bitsandbytes.dequantize_4bit.default")
@@ -238,4 +260,4 @@ def _small_block(function: Callable[..., None], name: str) -> tuple[Any, Any]:
         expected = operation(packed, state.absmax, code, 256, dtype)
         arguments = [code, packed, state.absmax, out, 256, 512]
     function(*(c_longlong(value) if isinstance(value, int) else c_void_p(value.data_ptr()) for value in arguments))
-    return out, expected.view(-1)
+    return whole, expected.view(-1)

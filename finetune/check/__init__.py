@@ -1,6 +1,6 @@
 """`finetune check`: read, validate and tokenise every row of a recipe as the run would, without loading weights.
 
-`gather` makes a `Report` of a recipe; `terminal` and `page` write it.
+`gather` makes a `Report` of a recipe; `output` writes it.
 """
 
 from finetune.check.check_report import Report

@@ -1,7 +1,4 @@
-"""The results of `finetune check` as plain values, from which terminal output and page are written.
-
-Figures of the row lengths: a histogram, and the expected share of padding.
-"""
+"""The results of `finetune check` as plain values: counts, lengths and their histogram, padding, findings."""
 
 import math
 from collections import Counter

@@ -1,7 +1,4 @@
-"""Check a recipe and its rows, and collect the results in a `Report`.
-
-The rows of a source without a tokenizer: what they say, and what is wrong with them.
-"""
+"""Check a recipe and its rows, with or without a tokenizer, and collect the results in a `Report`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice

@@ -1,8 +1,6 @@
-"""A report as lines of text, 80 columns wide unless a file name is longer.
+"""A report of `finetune check` as text for the terminal, and as one HTML page; both with the same words.
 
-A report as one self-contained HTML page: no network, no script.
-
-The texts of a report, the same in the terminal and on the page.
+Text is 80 columns wide unless a file name is longer. The page is self-contained: no network, no script.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,6 +1,7 @@
-"""SHA-256 sums of the files of a folder, in the format of `sha256sum`: write and verify them.
+"""Check that files are unchanged.
 
-A hash of a checkpoint's weights that does not depend on their sharding.
+SHA-256 sums of a folder's files in the format of `sha256sum`; and a fingerprint of a checkpoint's weights that does not
+depend on their sharding.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and a check of the free space."""
+"""Write a folder that appears complete or not at all; check and reserve disk space."""
 
 import fcntl
 import os

@@ -1,7 +1,4 @@
-"""Read a safetensors checkpoint (one file, or shards with an index) tensor by tensor with plain file reads.
-
-Names of dtypes in safetensors headers, and torch's dtype for each.
-"""
+"""Read a safetensors checkpoint (one file, or shards with an index) tensor by tensor with plain file reads."""
 
 import json
 import math

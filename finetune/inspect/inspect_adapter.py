@@ -7,7 +7,7 @@ from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Ad
 from finetune.adapters.record import RECORD_FILE, AdapterRecord
 from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
-from finetune.inspect.lines import Line, checksum_line, figures, named, recipe_lines, size, told_by
+from finetune.inspect.lines import Line, checksum_line, figures, named, reading, recipe_lines, size
 from finetune.merge.job import Request, prepare
 from finetune.run import RunFolder
 
@@ -18,7 +18,7 @@ def exported_lines(folder: Path, tensors: Line) -> list[Line]:
     """What `finetune inspect` says of an export; `tensors`: the line about its weights."""
     file = folder / EXPORT_FILE
     exported = read_json(file)
-    with told_by(file, "an export"):
+    with reading(file, "an export"):
         program = _PROGRAMS.get(exported["format"], exported["format"])
         adapter, rank = exported["adapter"], exported["max_lora_rank"]
         return [
@@ -37,7 +37,7 @@ _SHOWN_PROBLEMS = 3
 
 def adapter_lines(folder: Path) -> list[Line]:
     """What `finetune inspect` says of an adapter."""
-    with told_by(folder / CONFIG_FILE, "training"):
+    with reading(folder / CONFIG_FILE, "training"):
         adapter = read_adapter(folder)
     record = adapter.record
     infos = read_header(folder / WEIGHTS_FILE).values()
@@ -48,7 +48,7 @@ def adapter_lines(folder: Path) -> list[Line]:
     if (folder / EXPORT_FILE).is_file():
         return exported_lines(folder, tensors)
     state = folder / STATE_FILE
-    with told_by(folder / RECORD_FILE, "training"):
+    with reading(folder / RECORD_FILE, "training"):
         recorded: list[Line] = [
             ("base", named(record.base.as_dict()) if record.base else _unrecorded(adapter)),
             *_record_lines(adapter, record),

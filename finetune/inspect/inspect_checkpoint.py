@@ -9,7 +9,7 @@ from finetune.adapters.lineage import REPORT_FILE
 from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
-from finetune.inspect.lines import Line, checksum_line, size, told_by
+from finetune.inspect.lines import Line, checksum_line, reading, size
 from finetune.merge.report import report_lines
 from finetune.moe.families import family_of
 
@@ -45,14 +45,19 @@ def _model(config: Mapping[str, Any]) -> str:
 def _origin(folder: Path, found: str) -> list[Line]:
     if (folder / REPORT_FILE).is_file():
         report = read_json(folder / REPORT_FILE)
-        with told_by(folder / REPORT_FILE, "a merge"):
+        with reading(folder / REPORT_FILE, "a merge"):
             return _merged(report, found)
     if (folder / UPCYCLE_FILE).is_file():
-        told = read_json(folder / UPCYCLE_FILE)
-        with told_by(folder / UPCYCLE_FILE, "an upcycling"):
-            experts = f"{told['num_experts']} experts, top {told['top_k']}"
-            noise = f"noise {told['noise']:g}, seed {told['seed']}"
-            return [("made by", f"finetune upcycle {told['moe_finetune']} from {told['source']}: {experts}, {noise}")]
+        upcycled = read_json(folder / UPCYCLE_FILE)
+        with reading(folder / UPCYCLE_FILE, "an upcycling"):
+            experts = f"{upcycled['num_experts']} experts, top {upcycled['top_k']}"
+            noise = f"noise {upcycled['noise']:g}, seed {upcycled['seed']}"
+            return [
+                (
+                    "made by",
+                    f"finetune upcycle {upcycled['moe_finetune']} from {upcycled['source']}: {experts}, {noise}",
+                )
+            ]
     return [("made by", "not recorded; neither a merge nor an upcycling of this toolkit")]
 
 

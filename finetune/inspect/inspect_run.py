@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.reader import read_json
-from finetune.inspect.lines import Line, figures, named, recipe_lines, told_by
+from finetune.inspect.lines import Line, figures, named, reading, recipe_lines
 from finetune.recipe import load_recipe
 from finetune.run import RunFolder
 from finetune.run.metrics import read_metrics
@@ -32,13 +32,13 @@ def run_lines(folder: Path) -> list[Line]:
 
 
 def _provenance(run: RunFolder) -> list[Line]:
-    told = read_json(run.provenance)
-    with told_by(run.provenance, "a run"):
-        git, versions = told.get("git") or {}, told.get("packages") or {}
+    provenance = read_json(run.provenance)
+    with reading(run.provenance, "a run"):
+        git, versions = provenance.get("git") or {}, provenance.get("packages") or {}
         commit = f", commit {git['commit'][:12]}{' with changes' if git['dirty'] else ''}" if git else ""
         packages = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
-        started = f"{told.get('started') or 'start time not recorded'}{commit}"
-        base = named(told["base"]) if told.get("base") else "not recorded"
+        started = f"{provenance.get('started') or 'start time not recorded'}{commit}"
+        base = named(provenance["base"]) if provenance.get("base") else "not recorded"
         return [("started", f"{started}; {packages or 'packages not recorded'}"), ("base", base)]
 
 
@@ -52,9 +52,9 @@ def _state(run: RunFolder) -> str:
 
 def _parts(run: RunFolder) -> list[Line]:
     """The parts of the model that it has."""
-    told = read_json(run.audit)
-    with told_by(run.audit, "a run"):
-        return [(f"  {part['part']}", _part(part)) for part in told["parts"] if part["parameters"]]
+    audit = read_json(run.audit)
+    with reading(run.audit, "a run"):
+        return [(f"  {part['part']}", _part(part)) for part in audit["parts"] if part["parameters"]]
 
 
 def _part(part: dict[str, Any]) -> str:

@@ -60,10 +60,10 @@ def recipe_lines(recipe: Mapping[str, Any]) -> list[Line]:
     expert_r = "" if lora.get("expert_r") is None else f", experts {lora['expert_r']}"
     sources = data["train"] if isinstance(data["train"], list) else [data["train"]]
     steps = {name: training[name] for name in ("max_steps", "num_train_epochs") if training.get(name) is not None}
-    told = [f"{name} {value:g}" for name, value in (*steps.items(), ("learning_rate", training["learning_rate"]))]
+    parts = [f"{name} {value:g}" for name, value in (*steps.items(), ("learning_rate", training["learning_rate"]))]
     router = recipe.get("router") or {}
     return [
-        ("method", ", ".join([method["kind"].upper(), *told, f"seed {recipe['seed']}"])),
+        ("method", ", ".join([method["kind"].upper(), *parts, f"seed {recipe['seed']}"])),
         ("LoRA", f"{', '.join(lora['targets'])}; r {lora['r']}{expert_r}, lora_alpha {lora['lora_alpha']:g}"),
         *([("router", f"router_aux_loss_coef {router['router_aux_loss_coef']:g}")] if router else []),
         ("rows", ", ".join(str(source.get("path") or source.get("id")) for source in sources)),
@@ -74,7 +74,7 @@ _DO = "copy the file again, or remove it"
 
 
 @contextmanager
-def told_by(file: Path, writer: str) -> Iterator[None]:
+def reading(file: Path, writer: str) -> Iterator[None]:
     """Raise WeightsError where what is read of `file` in here lacks something, or is of another type."""
     try:
         yield

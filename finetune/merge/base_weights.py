@@ -26,7 +26,7 @@ from finetune.merge.routing_replay import Routing
 from finetune.moe.families import Family
 from finetune.moe.nf4 import CHUNK, Nf4Stack, quantize_pieces
 from finetune.moe.nf4_loading import quantized_weights
-from finetune.moe.preflight import rehearse
+from finetune.moe.preflight import check_loadable
 
 ReadRows = Callable[[str, int, int], torch.Tensor]
 
@@ -204,7 +204,7 @@ def open_base(
 
     Raises WeightsError for a checkpoint that would not load, and where training saw another base than is asked for.
     """
-    rehearse(plain, family.transformers_class(), load_in_4bit=False)
+    check_loadable(plain, family.transformers_class(), load_in_4bit=False)
     if into == "original":
         _check_dequantized_chain(adapters, fingerprint)
         return plain

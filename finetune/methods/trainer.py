@@ -32,6 +32,8 @@ require(
     "transformers.trainer:Trainer._clip_grad_norm",
     "transformers.trainer:Trainer._save_checkpoint",
     "transformers.trainer:Trainer._save",
+    "transformers.trainer:Trainer._prepare_inputs",
+    "transformers.trainer:Trainer._load_from_checkpoint",
     "transformers.trainer:Trainer.get_batch_samples",
     "transformers.trainer:Trainer.get_decay_parameter_names",
 )

@@ -1,23 +1,15 @@
-"""Expert scores on the training rows, from forward passes of the frozen base before the adapter is added.
+"""Expert-Specialized Fine-Tuning (ESFT, arXiv 2407.01906): adapters of the most relevant experts only.
 
-The scores come from the arguments of the experts modules, not from the router's output: these are the final indices
-and weights for every architecture, after grouping, normalisation and bias correction.
+1. Scores: forward passes of the frozen base over training rows, before the adapter is added. They come from the
+   arguments of the experts modules, which are the final indices and weights for every architecture, after grouping,
+   normalisation and bias correction.
+2. Choice: the smallest set of experts of each layer that reaches the recipe's share of the score.
+3. Adapter: in memory only the factors of the chosen experts; other experts have no parameters, gradients or optimizer
+   state. A state dict has PEFT's full matrices with zeros for them, so that saving, loading, resuming and merging work
+   unchanged. Full: `lora_A [E*r, in]` is expert-major, `lora_B [out, r*E]` rank-major. Compact: `lora_A [S*r, in]` and
+   `lora_B [out, r*S]`, in the same orders.
 
-T real tokens, K experts a token, E experts.
-
-The choice of experts to adapt in each layer, and the scores behind it (ESFT, arXiv 2407.01906).
-
-L layers, E experts.
-
-Adapters of chosen experts: in memory only their factors, on disk a complete stock PEFT adapter.
-
-Other experts have no factors in memory: no parameters, gradients or optimizer state. A state dict has PEFT's full
-matrices with zeros for them, so saving, loading, resuming and merging work unchanged.
-
-E experts, S chosen experts, r rank. Full: `lora_A [E*r, in]` is expert-major, `lora_B [out, r*E]` rank-major. Compact:
-`lora_A [S*r, in]` and `lora_B [out, r*S]`, in the same orders.
-
-Expert-Specialized Fine-Tuning (arXiv 2407.01906): adapters of the most relevant experts only.
+T real tokens, K experts a token, L layers, E experts, S chosen experts, r rank.
 """
 
 import json

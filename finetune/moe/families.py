@@ -3,10 +3,6 @@
 The engine, the targets of an adapter, 4-bit loading, the audit, the merge, `finetune families` and the tests all read
 it; no other code checks for an architecture by name. Names of the model are as transformers 5 builds it, names
 on disk those of published checkpoints (transformers' `conversion_mapping.py` turns one into the other).
-
-Schema of the table of architectures: names of the parts, in the loaded model and on disk.
-
-The table of architectures as text, for `finetune families`: supported ones, their limits, and unsupported ones.
 """
 
 from dataclasses import dataclass, replace

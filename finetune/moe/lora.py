@@ -1,19 +1,16 @@
-"""The adapter in the model: PEFT's parameters with our forward.
+"""The adapter in the model: PEFT's parameters with our forward, and rows of added tokens.
 
 Adapters stay stock PEFT adapters on disk. In memory, PEFT's wrapper of a stacked parameter builds `W + s B A` for every
 expert on every forward; `FactoredStackLora` replaces that forward and hands the factors to `finetune.moe.experts`.
 
-Translate friendly target names into a plain PEFT configuration for one architecture.
+The recipe's target names become a plain PEFT configuration of the architecture. For most MoE models PEFT 0.21 takes
+`gate_proj`, `up_proj` and `down_proj` in `target_modules` as the experts of older adapters, whatever module they belong
+to: an adapter of a dense layer or of shared experts would become one of the experts. Such layers are therefore named in
+`target_parameters` (`mlp.gate_proj.weight`), which PEFT takes as written. The saved tensors have the same names and
+shapes either way; in memory the layers are ordinary LoRA layers.
 
-For most MoE models PEFT 0.21 takes `gate_proj`, `up_proj` and `down_proj` in `target_modules` as the experts of older
-adapters, whatever module they belong to: an adapter of a dense layer or of shared experts would become one of the
-experts. Such layers are therefore named in `target_parameters` (`mlp.gate_proj.weight`), which PEFT takes as
-written. The saved tensors have the same names and shapes either way; in memory the layers are ordinary LoRA layers.
-
-New tokens in the model: their rows of the embedding, and of an untied head; only these rows are trained.
-
-PEFT trains the rows (`trainable_token_indices`): it keeps them separately and substitutes them for the base's rows, so
-a saved adapter holds their full values, whatever the base's rows were initialised to.
+Of added tokens only their rows of the embedding, and of an untied head, are trained (`trainable_token_indices`). PEFT
+keeps them separately and substitutes them for the base's rows, so that a saved adapter holds their full values.
 """
 
 import warnings

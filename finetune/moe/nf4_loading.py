@@ -2,11 +2,10 @@
 
 `load_in_4bit` of transformers replaces `nn.Linear` only; a Mixtral keeps 96 % of its weights in stacked parameters
 `[E, O, I]`, which stay in 16 bits. Here the same quantiser also covers the stacks, and reads them expert by expert: of
-a stack that is written as one tensor an expert, no more than one expert is ever in memory in 16 bits.
+a stack that is written as one tensor an expert, no more than one expert is ever in memory in 16 bits. Which weights
+become NF4 can be asked by name and shape, without loading them.
 
 E experts, O output features, I input features.
-
-Weights that 4-bit loading stores in NF4, by name and shape, as the quantiser determines them without weights.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Would this checkpoint load? Told from its headers, before any weight is read.
+"""Check from a checkpoint's headers whether it would load, before any weight is read.
 
-transformers' loader leaves missing weights random and goes on, and a quantised stack may lack an expert without a word.
-So the load is rehearsed: the same loader with the same rules, on tensors without data (0.3 s for the 995 tensors of
-Mixtral 8x7B). Its report is read here instead of printed.
+transformers' loader leaves missing weights random and goes on, and a quantised stack may lack an expert without a
+warning. So the same loader runs with the same rules on tensors without data (0.3 s for the 995 tensors of Mixtral
+8x7B), and its report is read here instead of printed.
 """
 
 import re
@@ -35,7 +35,7 @@ _GIVE_16_BITS = "give the 16-bit checkpoint; model.load_in_4bit quantises it whi
 _NARROW = ("F8_E4M3", "F8_E5M2", "U8", "I8")
 
 
-def rehearse(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **options: Any) -> None:
+def check_loadable(reader: CheckpointReader, model_class: Any, load_in_4bit: bool, **options: Any) -> None:
     """Load the headers as `model_class.from_pretrained` with `options` would load the weights.
 
     Raises WeightsError with every tensor that is missing, of another shape, left over, or stored in 8 bits or fewer,
@@ -170,7 +170,7 @@ def _unreached(name: str) -> Problem:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar and no report of the loader: it is a rehearsal, and what it finds is raised."""
+    """No progress bar and no report of the loader: its findings are raised as errors."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()

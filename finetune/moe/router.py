@@ -1,13 +1,10 @@
-"""Routers: find them, record their decisions in a forward, and compare with the base model's decisions.
+"""Routers: find them, record their decisions in a forward, and compare two sets of decisions.
 
 Every router that transformers dispatches through its `ExpertsInterface` returns (logits, weights, indices); a forward
-hook reads them. Only some of the layers may be MoE layers.
+hook reads them. Only some of the layers may be MoE layers. Decisions are compared with the base model's; the overlap of
+two models or two answers is the share of tokens with equal sets of experts. No host sync.
 
-T tokens, E experts, K experts a token, L MoE layers.
-
-Routing overlap of two models or two answers: counts of tokens with equal sets of experts.
-
-T tokens, K experts a token, L MoE layers, B pairs, W tokens of the longest answer. No host sync.
+T tokens, E experts, K experts a token, L MoE layers, B pairs, W tokens of the longest answer.
 """
 
 import re

@@ -1,7 +1,4 @@
-"""pydantic's errors as problems of a recipe: the key as typed, what is wrong, what to write.
-
-Messages for unknown keys: of another tool, in the wrong section, or misspelt.
-"""
+"""pydantic's errors as problems of a recipe: the key as typed, what is wrong, what to write. Unknown keys, too."""
 
 import difflib
 import re

@@ -1,6 +1,6 @@
 """Keys that people type from the habit of other tools (TRL, PEFT, axolotl ...), and what to write here instead.
 
-Only the common ones. Names that exist in another section, and misspelt ones, are found in the settings (`unknown.py`).
+Only the common ones. Names of another section, and misspelt ones, are found by `error_messages.py`.
 """
 
 from collections.abc import Mapping

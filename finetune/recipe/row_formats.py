@@ -1,9 +1,7 @@
 """The table of row formats: names and fields, for the recipe, the command line and the readers.
 
-A new format is a line here, a function of its name in `finetune/data/formats/`, and a file of its name in
-`data/examples/`.
-
-Tell names of hub data sets from paths by their form alone; no file is opened, no server is asked.
+A new format is a line here, a parser of its name in `finetune/data/formats/format_parsers.py`, and a file of its name
+in `data/examples/`. Hub ids are told from paths by their form alone, without a file or network access.
 """
 
 import re

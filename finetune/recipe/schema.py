@@ -1,7 +1,4 @@
-"""The settings as one flat table, key path -> what may be written there; built from the models' JSON Schema.
-
-The reference of all settings as Markdown, generated from the settings themselves.
-"""
+"""The settings as one flat table made from the models' JSON Schema (key path -> allowed values), and as Markdown."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,9 +1,4 @@
-"""Checks between the settings of the data.
-
-Checks between the settings of a method.
-
-Values for the checks: valid values as typed, defaults for absent keys.
-"""
+"""Checks between the settings of one section: data, and the training method."""
 
 import json
 from typing import Any, TypeAlias, TypeVar

@@ -1,13 +1,7 @@
-"""The settings of a recipe. Each field's description, with its unit, is the documentation (see `reference.py`).
+"""The settings of a recipe. Each field's description, with its unit, is the documentation (see `schema.py`).
 
 Strict: no value is converted, except an integer to a float. Settings that decide the result have no default. Checks
-over several fields are in `checks.py`.
-
-The settings of the data: where rows come from, which tokens are supervised, how long a row may be.
-
-The settings of each training method, selected by `kind`. Names are TRL's own.
-
-What all sections of a recipe share.
+over several fields are in `checks.py` and `section_checks.py`. Method settings, selected by `kind`, have TRL's names.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,7 +1,4 @@
-"""Sparse upcycling: a dense Llama or Mistral model becomes a Mixtral with copies of its MLP as experts (2212.05055).
-
-Open the dense model to upcycle.
-"""
+"""Sparse upcycling (arXiv 2212.05055): a dense Llama or Mistral model becomes a Mixtral with copies of its MLP."""
 
 import math
 import time

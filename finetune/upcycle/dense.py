@@ -1,7 +1,4 @@
-"""The interface of a dense source, and the tensors of a Llama or Mistral model.
-
-The generation config of an upcycled checkpoint.
-"""
+"""The interface of a dense source, the tensors of a Llama or Mistral model, and its generation config."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

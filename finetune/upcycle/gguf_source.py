@@ -1,12 +1,11 @@
-"""A dense source in one GGUF file: converts metadata, tensor names and row order to Hugging Face's.
+"""A dense source in one GGUF file: metadata, tensors and tokenizer converted to Hugging Face's.
 
 Only the header is memory-mapped; tensors are read with plain file reads and dequantised a few rows at a time.
 
-The tokenizer that GGUF metadata describe, written as Hugging Face files.
-
-transformers' `gguf_file` loader converts vocabulary, merges and special tokens. What it leaves at a default is set here
-as in llama.cpp (llama-vocab.cpp): pre-tokenization, whether a whole word skips the merges, whether BOS comes first.
-Without this, 50 of 1,908 texts (of 1,043 with digits) get other ids in SmolLM2 than the model was trained on.
+transformers' `gguf_file` loader converts the tokenizer's vocabulary, merges and special tokens. What it leaves at a
+default is set here as in llama.cpp (llama-vocab.cpp): pre-tokenization, whether a whole word skips the merges, whether
+BOS comes first. Without this, 50 of 1,908 texts (of 1,043 with digits) get other ids in SmolLM2 than the model was
+trained on.
 """
 
 import math

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli.main import main
 from tests.end_to_end.workspaces import write_workspace
 from tests.support import save_tiny_mixtral
 
@@ -62,15 +63,19 @@ def test_a_good_recipe_is_reported_and_the_run_after_it_finds_its_rows(workspace
     assert max(filter(None, steps_taken)) == int(told[1])
 
 
-def test_bad_rows_are_the_list_and_exit_1(workspace: Path) -> None:
+def test_bad_rows_are_the_list_and_exit_1(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with (workspace / "rows.jsonl").open("a") as file:
         file.write('{"prompt": "light", "completion": null}\n{"prompt": "light"\n')
-    done = run(workspace, "check", "recipe.yaml", "--html", "check.html")
-    assert done.returncode == 1
-    listed = [line for line in done.stderr.splitlines() if line.startswith("rows.jsonl:")]
+    monkeypatch.chdir(workspace)
+    monkeypatch.setenv("FINETUNE_CACHE", str(workspace / "cache"))
+    assert main(["check", "recipe.yaml", "--html", "check.html"]) == 1
+    errors = capsys.readouterr().err
+    listed = [line for line in errors.splitlines() if line.startswith("rows.jsonl:")]
     assert [line.partition(": ")[0] for line in listed] == ["rows.jsonl:35", "rows.jsonl:36"]
     assert listed[0].startswith("rows.jsonl:35: completion: ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
     page = (workspace / "check.html").read_text(encoding="utf-8")
     assert "A run would not start: 2 problems." in page
     assert "rows.jsonl:35: completion: " in page

@@ -165,7 +165,7 @@ def test_a_run_killed_in_its_reference_goes_on_at_the_pair_where_it_stopped(work
     gradient near 0 by its own size. The margins of step 2 differed by 7e-6 on one machine and 3e-4 on another.
     """
     pair_by_pair = "training.per_device_train_batch_size=1"
-    run(workspace, ONE_PROCESS, "pair-by-pair", pair_by_pair)
+    within(workspace, lambda: train(load_recipe("dpo.yaml", ["output_dir=pair-by-pair", pair_by_pair]), []))
     uninterrupted, folder = workspace / "pair-by-pair", workspace / "early"
     path = folder / "reference" / "train.0.jsonl"
 
@@ -177,10 +177,9 @@ def test_a_run_killed_in_its_reference_goes_on_at_the_pair_where_it_stopped(work
     kept = path.read_text().splitlines()[:2]
     assert path.read_bytes().count(b"\n") < PAIRS
     assert not (folder / "metrics.jsonl").exists()
-    changed = [*words, "method.ld_alpha=0.5"]
-    done = subprocess.run(changed, cwd=workspace, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "early/reference: these log-probabilities of the reference were made from another ld_alpha; " in done.stderr
+    changed = ["output_dir=early", pair_by_pair, "method.ld_alpha=0.5"]
+    with pytest.raises(RunError, match=r"early/reference: .* were made from another ld_alpha; "):
+        within(workspace, lambda: train(load_recipe("dpo.yaml", changed), []))
     run(workspace, ONE_PROCESS, "early", pair_by_pair)
     assert path.read_text().splitlines()[:2] == kept
     assert reference_of(folder) == reference_of(uninterrupted)

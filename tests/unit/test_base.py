@@ -11,7 +11,7 @@ import pytest
 from finetune.base import read_base
 from finetune.checkpoint import fingerprint
 from finetune.moe.families import family_of
-from finetune.moe.preflight import rehearse
+from finetune.moe.preflight import check_loadable
 from finetune.recipe import Recipe
 from finetune.train import train
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
@@ -20,7 +20,7 @@ from tests.equivalence.sft_runs import write_rows
 from tests.support import CHATML, save_tiny_mixtral
 from tests.unit.added_tokens import MARKS, NEW, base_of, recipe_for
 
-COUNTED: dict[str, Callable[..., Any]] = {"family_of": family_of, "rehearse": rehearse}
+COUNTED: dict[str, Callable[..., Any]] = {"family_of": family_of, "check_loadable": check_loadable}
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
@@ -53,7 +53,7 @@ def test_a_start_reads_the_base_once(method: str, tmp_path: Path, monkeypatch: p
     )
     calls = count_calls(monkeypatch)
     train(recipe, ["test"])
-    assert calls == {"family_of": 1, "rehearse": 1}
+    assert calls == {"family_of": 1, "check_loadable": 1}
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DbrxConfig, Llama4TextConfig
 
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import FinetuneError, WeightsError
-from finetune.moe.preflight import rehearse, unreached_experts
+from finetune.moe.preflight import check_loadable, unreached_experts
 from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import base_model
@@ -206,9 +206,9 @@ def test_unreached_experts_are_refused_in_4_bits_and_loaded_in_16(tmp_path: Path
         pad_token_id=0,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    rehearse(CheckpointReader(tmp_path), AutoModelForCausalLM, load_in_4bit=False)
+    check_loadable(CheckpointReader(tmp_path), AutoModelForCausalLM, load_in_4bit=False)
     with pytest.raises(WeightsError) as caught:
-        rehearse(CheckpointReader(tmp_path), AutoModelForCausalLM, load_in_4bit=True)
+        check_loadable(CheckpointReader(tmp_path), AutoModelForCausalLM, load_in_4bit=True)
     assert str(caught.value).splitlines()[0] == (
         "model.layers.0.feed_forward.experts.gate_up_proj: these experts would stay in 16 bits: transformers does not "
         "dispatch them through ExpertsInterface; use a supported architecture (`finetune families`), or "

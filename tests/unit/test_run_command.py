@@ -95,7 +95,7 @@ def test_a_run_that_fails_hands_its_exit_code_on_without_the_launchers_traceback
 
 
 @pytest.mark.slow
-def test_a_run_leaves_the_whole_run_folder_and_the_next_one_keeps_it_aside(tmp_path: Path) -> None:
+def test_a_run_leaves_the_whole_run_folder(tmp_path: Path) -> None:
     recipe = recipe_for(save_tiny_mixtral(tmp_path / "model"), tmp_path)
     config = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
     done = finetune_train(recipe, "training.max_steps=3", "--config_file", config)
@@ -112,8 +112,3 @@ def test_a_run_leaves_the_whole_run_folder_and_the_next_one_keeps_it_aside(tmp_p
     assert provenance["base"]["fingerprint"]
     assert "training.max_steps=3" in provenance["command_line"]
     assert yaml.safe_load((run / "recipe.yaml").read_text())["training"]["max_steps"] == 3
-
-    again = finetune_train(recipe)
-    assert again.returncode == 0, again.stderr
-    assert f"the earlier run in {run} is kept as {run}.1" in again.stdout
-    assert len(read_metrics(Path(f"{run}.1") / "metrics.jsonl")) > len(read_metrics(run / "metrics.jsonl"))

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def holder(name: str) -> tuple[Any, str]:
 def one_line(error: UpstreamError, name: str) -> None:
     text, package = str(error), upstream._package(name)
     assert "\n" not in text
-    assert text.startswith(f"{package}: {name} no longer ")
+    assert text.startswith((f"{package}: {name} no longer ", f"{package}: {name} now needs "))
     assert f"(tested with {package} {upstream.TESTED[package]}); got {package} " in text
     assert text.endswith(f"; pip install {package}=={upstream.TESTED[package]}")
 
@@ -73,6 +74,28 @@ def test_another_signature_stops(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     one_line(stopped.value, name)
 
 
+SEVERAL = [name for name, parameters in NAMES.items() if len(parameters) > 1 and "torch:" not in name]
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_parameters_in_another_order_stop(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call by position would hand each value to another parameter."""
+    function = FunctionType(compile(f"def f({', '.join(reversed(NAMES[name]))}): ...", "", "exec").co_consts[0], {})
+    monkeypatch.setattr(*holder(name), function)
+    with pytest.raises(UpstreamError, match=f"no longer takes {', '.join(NAMES[name])} in this order") as stopped:
+        private(name)
+    one_line(stopped.value, name)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_new_required_parameter_stops(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function = FunctionType(compile(f"def f({', '.join(NAMES[name])}, new): ...", "", "exec").co_consts[0], {})
+    monkeypatch.setattr(*holder(name), function)
+    with pytest.raises(UpstreamError, match="now needs new") as stopped:
+        private(name)
+    one_line(stopped.value, name)
+
+
 def without(attribute: str) -> Callable[[Any], Any]:
     def function(self: Any) -> Any:
         return self.other
@@ -114,10 +137,11 @@ def test_native_function_with_other_arguments_stops(name: str, monkeypatch: pyte
     native_dequantize.cache_clear()
 
 
-def test_native_function_that_writes_too_far_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", [0, upstream._MARGIN - 1, upstream._MARGIN + 512, -1])
+def test_native_function_that_writes_beyond_its_block_stops(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_far(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out, expected = small_block(*arguments)
-        out[expected.numel()] = 0
+        out[place] = 0
         return out, expected
 
     small_block = upstream._small_block

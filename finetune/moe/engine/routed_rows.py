@@ -1,13 +1,11 @@
 """Rows sorted by expert, and products of such rows with one matrix an expert.
 
 Two implementations: `LoopChunk` runs one matrix product per expert (CPU, and GPUs before Hopper; needs the number of
-rows of each expert on the host), `GroupedChunk` one grouped product for all of them (no host sync).
+rows of each expert on the host), `GroupedChunk` one grouped product for all of them (no host sync). `Factors` holds the
+LoRA factors of one expert stack in the engine's layout.
 
-R routed rows sorted by expert, n rows of a chunk, E experts, I input features, O output features, r rank.
-
-The LoRA factors of one expert stack, in the engine's layout.
-
-E experts, S experts with factors, r rank, I input features, O output features.
+R routed rows sorted by expert, n rows of a chunk, E experts, S experts with factors, I input features, O output
+features, r rank.
 """
 
 from collections.abc import Iterator, Sequence
