@@ -15,8 +15,9 @@ from torch.nn import functional
 from benchmarks.arms import DENSE, FROZEN, OURS, PEFT_EAGER, PEFT_GROUPED
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape, draw_routing
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
+from finetune.recipe.settings import Recomputation
 
 DECODER_ARMS = (OURS, DENSE, FROZEN, PEFT_GROUPED, PEFT_EAGER)
 STOCK = {PEFT_GROUPED: "grouped_mm", PEFT_EAGER: "eager"}

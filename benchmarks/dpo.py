@@ -22,7 +22,8 @@ from benchmarks.loss_head import SHAPES as HEADS
 from benchmarks.memory import transient_bytes
 from benchmarks.pair_training import LIVE, PRECOMPUTED, SFT, PairShape, TrainingArm, Workplace, training_arm
 from benchmarks.prompt_sharing import CASES, SharingCase, measure_sharing
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.recipe.settings import Recomputation
 
 RESULT = Path("benchmarks/results/dpo-cpu.json")
 REPEATS = 21

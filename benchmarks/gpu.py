@@ -10,7 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Also what the toolkit's lower floors import; neither trl nor datasets.
+# Also what the toolkit's lower layers import; neither trl nor datasets.
 NEEDED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "pydantic", "yaml", "safetensors", "psutil")
 RESULT = Path("benchmarks/results/mixtral-gpu.json")
 

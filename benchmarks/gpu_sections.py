@@ -21,7 +21,8 @@ from benchmarks.plan import Plan
 from benchmarks.recompute import MODES
 from benchmarks.shapes import SKEW, draw_routing
 from finetune.moe.audit import storage_of
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.recipe.settings import Recomputation
 
 AGREEMENT = 0.05  # bf16: largest difference of outputs and gradients over the largest value
 

@@ -20,7 +20,8 @@ from benchmarks.loading import measure_loading, stack_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.plan import Plan
 from benchmarks.recompute import MODES
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.recipe.settings import Recomputation
 
 MODEL_LAYERS = 32  # of Mixtral-8x7B
 MODEL_FLOPS = 55.2e9  # a token, forward and backward with LoRA on attention and experts, without recomputation

@@ -8,7 +8,8 @@ from benchmarks.harness import Bar, interleaved
 from benchmarks.memory import transient_bytes
 from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
+from finetune.recipe.settings import Recomputation
 
 MODES: tuple[Recomputation, ...] = ("none", "selective", "full")
 MODEL, LAYERS = Shape(256, 512, 8, 2, 1024, 8), 4

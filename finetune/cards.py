@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 import finetune
+from finetune.recipe.row_formats import is_hub_id
 
 Facts = Mapping[str, Any]
 Row = tuple[str, str, str]  # label, value, remark
 _HASH = re.compile(r"[0-9a-f]{64}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Folders that every run has.
 _IN_A_RUN = re.compile(r"adapter|checkpoint-\d+")
 # Settings of a recipe that name files, folders or models.
@@ -25,8 +25,8 @@ def public_name(name: str | None, folder: str | None = None) -> str:
         return "unknown"
     parts = Path(name).parts
     found_there = folder is not None and Path(folder).parts[-len(parts) :] == parts
-    is_hub_id = _HUB_ID.fullmatch(name) and not found_there and not Path(name).exists()
-    return name if is_hub_id else Path(name).name or "unknown"
+    is_public = is_hub_id(name) and not found_there and not Path(name).exists()
+    return name if is_public else Path(name).name or "unknown"
 
 
 def adapter_name(folder: str) -> str:

@@ -74,7 +74,6 @@ RowContent = Conversation | Document | Preference | Judged
 
 
 Ints = npt.NDArray[np.int32]
-LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
 IGNORED = -100
 """Label of a token that is not supervised; PyTorch's cross entropy leaves it out."""

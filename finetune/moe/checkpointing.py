@@ -16,12 +16,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import bitsandbytes  # noqa: F401  registers its operations
 import torch
 
 from finetune.moe.routing_decisions import decision_axis, replay_decision
+from finetune.recipe.settings import Recomputation
 from finetune.upstream import private
 
 _unsafe_view = private("torch:ops.aten._unsafe_view.default")
@@ -31,7 +32,6 @@ _tree_leaves = private("torch.utils._pytree:tree_leaves")
 _tree_map_only = private("torch.utils._pytree:tree_map_only")
 TorchDispatchMode: Any = private("torch.utils._python_dispatch:TorchDispatchMode")
 
-Recomputation = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
 _PRODUCTS = frozenset({_aten.mm.default, _aten.addmm.default})

@@ -40,7 +40,7 @@ def changed(*edits: tuple[str, str], after: str = "") -> str:
     return text + after
 
 
-class Desk:
+class RecipeFile:
     """A folder with one `recipe.yaml`, spoken of by its bare name as a user in that folder would."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +52,7 @@ class Desk:
         self.path.write_text(text, encoding="utf-8")
         return load_recipe(self.path, overrides)
 
-    def complaints(self, text: str, *overrides: str) -> list[str]:
+    def problems(self, text: str, *overrides: str) -> list[str]:
         """The lines of the one error that loading raises."""
         with pytest.raises(RecipeError) as caught:
             self.load(text, *overrides)

@@ -18,7 +18,7 @@ from benchmarks.harness import REPEATS, TIME_BAR_ASSERTED, Bar, interleaved
 from benchmarks.loss_head import LOGITS, OURS, TRL, HeadShape
 from benchmarks.memory import transient_bytes
 from benchmarks.pair_training import PRECOMPUTED, SMALL, Workplace, training_arm
-from finetune.moe.checkpointing import Recomputation
+from finetune.recipe.settings import Recomputation
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from tests.real_tokenizers import mistral_tokenizer
 from tests.rendering import labelled
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 from tests.unit.added_tokens import KNOWN, MARKS, NEW, TURNS, recipe_for
-from tests.unit.recipe_writing import Desk, changed
+from tests.unit.recipe_writing import RecipeFile, changed
 
 ROOT = Path(__file__).resolve().parents[2]
 CONVERSATION = Conversation(
@@ -213,7 +213,7 @@ def test_a_tokenizer_that_is_longer_than_the_embedding_is_refused(tmp_path: Path
 )
 def test_a_list_that_is_none_of_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, found: str) -> None:
     text = changed(("  dtype: float32", f"  dtype: float32\n  added_tokens: {line}"))
-    (said,) = Desk(tmp_path, monkeypatch).complaints(text)
+    (said,) = RecipeFile(tmp_path, monkeypatch).problems(text)
     assert said.removeprefix("recipe.yaml:6: ").startswith(found)
 
 

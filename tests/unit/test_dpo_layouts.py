@@ -15,10 +15,11 @@ from finetune.data.types import TokenPair
 from finetune.methods.pairs import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.trainer import fit_head
-from finetune.moe.checkpointing import Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import grow_vocabulary
 from finetune.recipe import RouterSettings
+from finetune.recipe.settings import Recomputation
 from tests.bases import with_lora
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import base_model, lora_settings

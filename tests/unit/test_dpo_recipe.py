@@ -6,14 +6,14 @@ import pytest
 
 from finetune.recipe import DpoSettings, dump_recipe
 from finetune.recipe.trainer_args import reserved
-from tests.unit.recipe_writing import Desk, changed
+from tests.unit.recipe_writing import RecipeFile, changed
 
 PAIRS = ("format: messages", "format: preference")
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
 def dpo(*lines: str, after: str = "") -> str:
@@ -21,8 +21,8 @@ def dpo(*lines: str, after: str = "") -> str:
     return changed(("kind: sft", "\n  ".join(["kind: dpo", "beta: 0.1", *lines])), PAIRS, after=after)
 
 
-def test_the_defaults_are_plain_dpo(desk: Desk) -> None:
-    method = desk.load(dpo()).method
+def test_the_defaults_are_plain_dpo(recipe_file: RecipeFile) -> None:
+    method = recipe_file.load(dpo()).method
     assert isinstance(method, DpoSettings)
     assert (method.beta, method.loss_type, method.reference, method.prompt_sharing) == (
         0.1,
@@ -32,10 +32,10 @@ def test_the_defaults_are_plain_dpo(desk: Desk) -> None:
     )
 
 
-def test_everything_is_written_out_and_read_back(desk: Desk) -> None:
+def test_everything_is_written_out_and_read_back(recipe_file: RecipeFile) -> None:
     lines = ("loss_type: [sigmoid, sft]", "loss_weights: [1, 0.2]", "ld_alpha: 0.5", "reference: live")
-    recipe = desk.load(dpo(*lines), "model.adapter=runs/sft/adapter")
-    assert desk.load(dump_recipe(recipe)) == recipe
+    recipe = recipe_file.load(dpo(*lines), "model.adapter=runs/sft/adapter")
+    assert recipe_file.load(dump_recipe(recipe)) == recipe
     assert recipe.model.adapter == "runs/sft/adapter"
 
 
@@ -156,12 +156,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("text", "complaint"), MISTAKES.values(), ids=MISTAKES)
-def test_one_mistake_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
-    assert desk.complaints(text) == [complaint]
+def test_one_mistake_gives_exactly_this_line(recipe_file: RecipeFile, text: str, complaint: str) -> None:
+    assert recipe_file.problems(text) == [complaint]
 
 
-def test_a_trainer_argument_of_dpo_alone_is_taken_by_dpo_alone(desk: Desk) -> None:
+def test_a_trainer_argument_of_dpo_alone_is_taken_by_dpo_alone(recipe_file: RecipeFile) -> None:
     line = "  trainer_args: {dataloader_num_workers: 2}\n"
-    assert desk.load(dpo(after=line)).training.trainer_args == {"dataloader_num_workers": 2}
+    assert recipe_file.load(dpo(after=line)).training.trainer_args == {"dataloader_num_workers": 2}
     assert "disable_dropout" in reserved("dpo")
     assert "disable_dropout" not in reserved("sft")

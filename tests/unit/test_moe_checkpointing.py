@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import transient_bytes
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.checkpointing import Kept, Recomputation, enable_checkpointing
+from finetune.moe.checkpointing import Kept, enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import FactoredStackLora
 from finetune.recipe import RouterSettings
+from finetune.recipe.settings import Recomputation
 from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import IDS, trained_model

@@ -27,7 +27,7 @@ from finetune.recipe import Recipe
 from tests.families import CONFIGS, tiny_model
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 from tests.unit.engine import base_model
-from tests.unit.recipe_writing import Desk, changed
+from tests.unit.recipe_writing import RecipeFile, changed
 
 COLLATE = Collator(tiny_tokenizer())
 # Token ids by class; the padding token, 3, is of class 3.
@@ -129,7 +129,7 @@ def test_every_architecture_of_the_table_is_measured_alike(model_type: str) -> N
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     settings = "  r: 8\n  experts: auto\n  experts_share: 0.8\n  experts_score: token\n  experts_tokens: 1000"
-    return Desk(tmp_path, monkeypatch).load(changed(("  r: 8", settings)))
+    return RecipeFile(tmp_path, monkeypatch).load(changed(("  r: 8", settings)))
 
 
 def test_the_choice_says_what_it_was_made_from(model: Any, moe: MoeLayout, recipe: Recipe, tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ import pytest
 
 from finetune.recipe import dump_recipe
 from finetune.recipe.lora_targets import FRIENDLY_TARGETS
-from tests.unit.recipe_writing import SOUND, Desk, changed
+from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 TARGETS = "[attention, experts]"
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
 def training(*lines: str) -> str:
@@ -134,8 +134,8 @@ CONFLICTS = {
 
 
 @pytest.mark.parametrize(("text", "complaint"), CONFLICTS.values(), ids=CONFLICTS)
-def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
-    assert desk.complaints(text) == [complaint]
+def test_a_conflict_gives_exactly_this_line(recipe_file: RecipeFile, text: str, complaint: str) -> None:
+    assert recipe_file.problems(text) == [complaint]
 
 
 @pytest.mark.parametrize(
@@ -156,42 +156,42 @@ def test_a_conflict_gives_exactly_this_line(desk: Desk, text: str, complaint: st
         (".*proj", "without patterns"),
     ],
 )
-def test_the_right_target_is_named_for_a_wrong_one(desk: Desk, name: str, advice: str) -> None:
-    (line,) = desk.complaints(changed((TARGETS, f'[attention, "{name}"]')))
+def test_the_right_target_is_named_for_a_wrong_one(recipe_file: RecipeFile, name: str, advice: str) -> None:
+    (line,) = recipe_file.problems(changed((TARGETS, f'[attention, "{name}"]')))
     assert line.startswith(f'recipe.yaml:7: lora.targets[1]: not a target; got "{name}"; ')
     assert advice in line
 
 
 @pytest.mark.parametrize("name", [*FRIENDLY_TARGETS, "q_proj", "embed_tokens", "self_attn.o_proj", "qkv_proj"])
-def test_training_anything_before_a_router_can_follow_the_balance_term(desk: Desk, name: str) -> None:
-    assert desk.load(changed((TARGETS, f"[{name}]"))).lora.targets == [name]
+def test_training_anything_before_a_router_can_follow_the_balance_term(recipe_file: RecipeFile, name: str) -> None:
+    assert recipe_file.load(changed((TARGETS, f"[{name}]"))).lora.targets == [name]
 
 
-def test_a_balance_coefficient_of_zero_needs_nothing_trained(desk: Desk) -> None:
-    desk.load(changed((TARGETS, "[lm_head]"), ("0.02", "0")))
+def test_a_balance_coefficient_of_zero_needs_nothing_trained(recipe_file: RecipeFile) -> None:
+    recipe_file.load(changed((TARGETS, "[lm_head]"), ("0.02", "0")))
 
 
-def test_dropout_is_fine_on_attention_and_experts(desk: Desk) -> None:
-    recipe = desk.load(changed((TARGETS, "[attention, experts]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
+def test_dropout_is_fine_on_attention_and_experts(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(changed((TARGETS, "[attention, experts]"), ("  r: 8", "  r: 8\n  lora_dropout: 0.05")))
     assert recipe.lora.lora_dropout == 0.05
 
 
-def test_a_share_of_one_and_the_settings_of_a_resolved_recipe_are_fine(desk: Desk) -> None:
+def test_a_share_of_one_and_the_settings_of_a_resolved_recipe_are_fine(recipe_file: RecipeFile) -> None:
     auto = "  r: 8\n  experts: auto\n  experts_share: 1\n  experts_score: token\n  experts_tokens: 4096"
-    assert desk.load(changed(("  r: 8", auto))).lora.experts_share == 1.0
-    desk.load(dump_recipe(desk.load(SOUND)))
+    assert recipe_file.load(changed(("  r: 8", auto))).lora.experts_share == 1.0
+    recipe_file.load(dump_recipe(recipe_file.load(SOUND)))
 
 
-def test_a_dense_recipe_needs_no_router(desk: Desk) -> None:
+def test_a_dense_recipe_needs_no_router(recipe_file: RecipeFile) -> None:
     assert (
-        desk.load(changed((TARGETS, "[attention, mlp]"), ("router:\n  router_aux_loss_coef: 0.02\n", ""))).router
+        recipe_file.load(changed((TARGETS, "[attention, mlp]"), ("router:\n  router_aux_loss_coef: 0.02\n", ""))).router
         is None
     )
 
 
-def test_checks_do_not_repeat_reported_problems(desk: Desk) -> None:
+def test_checks_do_not_repeat_reported_problems(recipe_file: RecipeFile) -> None:
     text = training("per_device_train_batch_size: x", "num_train_epochs: -1")
-    assert [line.split(": ")[1] for line in desk.complaints(text)] == [
+    assert [line.split(": ")[1] for line in recipe_file.problems(text)] == [
         "training.per_device_train_batch_size",
         "training.num_train_epochs",
     ]
@@ -212,12 +212,16 @@ def test_checks_do_not_repeat_reported_problems(desk: Desk) -> None:
         ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
     ],
 )
-def test_trainer_args_are_checked_against_the_trainers_fields(desk: Desk, argument: str, complaint: str) -> None:
+def test_trainer_args_are_checked_against_the_trainers_fields(
+    recipe_file: RecipeFile, argument: str, complaint: str
+) -> None:
     name = argument.partition(":")[0]
-    lines = desk.complaints(training(f"trainer_args: {{{argument}}}"))
+    lines = recipe_file.problems(training(f"trainer_args: {{{argument}}}"))
     assert lines == [f"recipe.yaml:21: training.trainer_args.{name}: {complaint}"]
 
 
-def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(desk: Desk) -> None:
-    recipe = desk.load(training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}"))
+def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(
+        training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}")
+    )
     assert recipe.training.trainer_args == {"adam_beta2": 0.99, "save_total_limit": 2, "dataloader_num_workers": 0}

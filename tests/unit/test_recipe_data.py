@@ -8,7 +8,7 @@ import pytest
 from finetune.recipe import dump_recipe, json_schema, load_recipe
 from finetune.recipe.other_tools import FOREIGN_IN_SOURCE
 from finetune.recipe.row_formats import PAIR_FORMATS, hub_id_in_url, is_hub_id, looks_like_hub_id, looks_like_path
-from tests.unit.recipe_writing import SOUND, Desk, changed
+from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 ONE = "{path: rows.jsonl, format: messages}"
 FORMATS = (
@@ -20,8 +20,8 @@ WEIGHTED = "[{path: a, format: text, weight: 1}, {id: b/c, format: text, weight:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
 def train(written: str, *others: str) -> str:
@@ -30,15 +30,15 @@ def train(written: str, *others: str) -> str:
     return changed((ONE, written), ("max_length: 256", f"max_length: 256{lines}"))
 
 
-def test_one_data_set_is_a_list_of_one_to_the_code(desk: Desk) -> None:
-    recipe = desk.load(SOUND)
+def test_one_data_set_is_a_list_of_one_to_the_code(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(SOUND)
     (source,) = recipe.data.sources("train")
     assert (source.path, source.format, source.split, source.columns) == ("rows.jsonl", "messages", "train", {})
     assert recipe.data.sources("eval") == ()
 
 
-def test_a_list_of_data_sets_keeps_its_order(desk: Desk) -> None:
-    recipe = desk.load(train(TWO, f"eval: {TWO}"))
+def test_a_list_of_data_sets_keeps_its_order(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(train(TWO, f"eval: {TWO}"))
     for which in ("train", "eval"):
         assert [(data_set.path, data_set.format) for data_set in recipe.data.sources(which)] == [
             ("a.jsonl", "messages"),
@@ -46,9 +46,11 @@ def test_a_list_of_data_sets_keeps_its_order(desk: Desk) -> None:
         ]
 
 
-def test_a_data_set_of_the_hub_and_renamed_columns(desk: Desk) -> None:
+def test_a_data_set_of_the_hub_and_renamed_columns(recipe_file: RecipeFile) -> None:
     hub = "{id: some-owner/a_set, config: main, split: test, revision: abc, streaming: true, format: text"
-    (source,) = desk.load(train(f"{hub}, columns: {{text: body}}, max_rows: 5}}", "loss_on: all")).data.sources("train")
+    (source,) = recipe_file.load(train(f"{hub}, columns: {{text: body}}, max_rows: 5}}", "loss_on: all")).data.sources(
+        "train"
+    )
     assert (source.id, source.config, source.split, source.revision) == ("some-owner/a_set", "main", "test", "abc")
     assert (source.streaming, source.columns, source.max_rows) == (True, {"text": "body"}, 5)
 
@@ -56,9 +58,9 @@ def test_a_data_set_of_the_hub_and_renamed_columns(desk: Desk) -> None:
 @pytest.mark.parametrize(
     "written", [ONE, TWO, "[{path: a, format: text, weight: 1}, {path: b, format: text, weight: 2}]"]
 )
-def test_a_dumped_recipe_with_data_sets_reads_back_the_same(desk: Desk, written: str) -> None:
-    before = desk.load(train(written, "loss_on: all"))
-    assert desk.load(dump_recipe(before)) == before
+def test_a_dumped_recipe_with_data_sets_reads_back_the_same(recipe_file: RecipeFile, written: str) -> None:
+    before = recipe_file.load(train(written, "loss_on: all"))
+    assert recipe_file.load(dump_recipe(before)) == before
 
 
 MISTAKES = {
@@ -215,19 +217,21 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("text", "complaint"), MISTAKES.values(), ids=MISTAKES)
-def test_one_mistake_in_the_data_settings_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
-    assert desk.complaints(text) == [complaint]
+def test_one_mistake_in_the_data_settings_gives_exactly_this_line(
+    recipe_file: RecipeFile, text: str, complaint: str
+) -> None:
+    assert recipe_file.problems(text) == [complaint]
 
 
 @pytest.mark.parametrize("name", PAIR_FORMATS)
-def test_every_format_of_two_answers_is_refused_in_sft(desk: Desk, name: str) -> None:
-    (line,) = desk.complaints(train(f"{{path: a, format: {name}}}"))
+def test_every_format_of_two_answers_is_refused_in_sft(recipe_file: RecipeFile, name: str) -> None:
+    (line,) = recipe_file.problems(train(f"{{path: a, format: {name}}}"))
     assert "data.train.format: pairs of answers are for preference tuning" in line
 
 
 @pytest.mark.parametrize("key", ["config: x", "split: test", "revision: x", "streaming: true"])
-def test_hub_settings_are_rejected_for_files(desk: Desk, key: str) -> None:
-    (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}}}, {{path: b, format: messages}}]"))
+def test_hub_settings_are_rejected_for_files(recipe_file: RecipeFile, key: str) -> None:
+    (line,) = recipe_file.problems(train(f"[{{path: a, format: messages, {key}}}, {{path: b, format: messages}}]"))
     name, value = key.split(": ")
     got = value if value == "true" else f'"{value}"'
     assert line == (
@@ -236,21 +240,21 @@ def test_hub_settings_are_rejected_for_files(desk: Desk, key: str) -> None:
     )
 
 
-def test_the_same_file_read_by_other_columns_is_another_data_set(desk: Desk) -> None:
+def test_the_same_file_read_by_other_columns_is_another_data_set(recipe_file: RecipeFile) -> None:
     there = "{path: a, format: prompt_completion, columns: {prompt: english, completion: french}}"
     back = "{path: a, format: prompt_completion, columns: {prompt: french, completion: english}}"
-    assert len(desk.load(train(f"[{there}, {back}]")).data.sources("train")) == 2
+    assert len(recipe_file.load(train(f"[{there}, {back}]")).data.sources("train")) == 2
 
 
-def test_a_mixture_may_repeat_its_smaller_sets(desk: Desk) -> None:
+def test_a_mixture_may_repeat_its_smaller_sets(recipe_file: RecipeFile) -> None:
     weighted = "[{path: a, format: messages, weight: 0.5}, {path: b, format: messages, weight: 2}]"
-    recipe = desk.load(train(weighted, "stopping_strategy: all_exhausted"))
+    recipe = recipe_file.load(train(weighted, "stopping_strategy: all_exhausted"))
     assert [data_set.weight for data_set in recipe.data.sources("train")] == [0.5, 2.0]
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN_IN_SOURCE))
-def test_a_foreign_key_of_a_data_set_is_explained(desk: Desk, key: str) -> None:
-    (line,) = desk.complaints(train(f"[{{path: a, format: messages, {key}: 1}}]"))
+def test_a_foreign_key_of_a_data_set_is_explained(recipe_file: RecipeFile, key: str) -> None:
+    (line,) = recipe_file.problems(train(f"[{{path: a, format: messages, {key}: 1}}]"))
     foreign = FOREIGN_IN_SOURCE[key]
     assert line == f"recipe.yaml:15: data.train[0].{key}: unknown key: {foreign.what}; got 1; {foreign.do}"
 
@@ -267,8 +271,8 @@ def test_a_foreign_key_of_a_data_set_is_explained(desk: Desk, key: str) -> None:
         ("cutoff_len", "data.max_length"),
     ],
 )
-def test_the_right_data_setting_is_named_for_a_foreign_one(desk: Desk, key: str, ours: str) -> None:
-    (line,) = desk.complaints(changed(("max_length: 256", f"max_length: 256\n  {key}: 1")))
+def test_the_right_data_setting_is_named_for_a_foreign_one(recipe_file: RecipeFile, key: str, ours: str) -> None:
+    (line,) = recipe_file.problems(changed(("max_length: 256", f"max_length: 256\n  {key}: 1")))
     assert f"write {ours}" in line
 
 
@@ -291,6 +295,8 @@ def test_the_schema_allows_one_data_set_or_a_list_and_path_or_id() -> None:
     assert json.loads(json.dumps(schema)) == schema
 
 
-def test_a_list_in_a_file_is_read_from_the_file(desk: Desk) -> None:
-    desk.path.write_text(train("\n    - {path: a, format: auto}\n    - {path: b, format: auto}"), encoding="utf-8")
-    assert len(load_recipe(desk.path).data.sources("train")) == 2
+def test_a_list_in_a_file_is_read_from_the_file(recipe_file: RecipeFile) -> None:
+    recipe_file.path.write_text(
+        train("\n    - {path: a, format: auto}\n    - {path: b, format: auto}"), encoding="utf-8"
+    )
+    assert len(load_recipe(recipe_file.path).data.sources("train")) == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.recipe_writing import SOUND, Desk, changed
+from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 ONE = "{path: rows.jsonl, format: messages}"
 TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
@@ -12,21 +12,21 @@ OF_TWO = changed((ONE, TWO))
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
-def test_overrides_reach_into_one_data_set_and_into_a_list(desk: Desk) -> None:
-    assert desk.load(SOUND, "data.train.path=x").data.sources("train")[0].path == "x"
-    recipe = desk.load(OF_TWO, "data.train[0].weight=1", "data.train[1].weight=2", "data.train[1].path=c.jsonl")
+def test_overrides_reach_into_one_data_set_and_into_a_list(recipe_file: RecipeFile) -> None:
+    assert recipe_file.load(SOUND, "data.train.path=x").data.sources("train")[0].path == "x"
+    recipe = recipe_file.load(OF_TWO, "data.train[0].weight=1", "data.train[1].weight=2", "data.train[1].path=c.jsonl")
     assert [(data_set.path, data_set.weight) for data_set in recipe.data.sources("train")] == [
         ("a.jsonl", 1.0),
         ("c.jsonl", 2.0),
     ]
-    assert len(desk.load(SOUND, f"data.train={TWO}").data.sources("train")) == 2
-    assert len(desk.load(OF_TWO, f"data.train={ONE}").data.sources("train")) == 1
-    assert desk.load(OF_TWO, f"data.train[1]={ONE}").data.sources("train")[1].path == "rows.jsonl"
-    assert desk.load(SOUND, "lora.targets[1]=router").lora.targets == ["attention", "router"]
+    assert len(recipe_file.load(SOUND, f"data.train={TWO}").data.sources("train")) == 2
+    assert len(recipe_file.load(OF_TWO, f"data.train={ONE}").data.sources("train")) == 1
+    assert recipe_file.load(OF_TWO, f"data.train[1]={ONE}").data.sources("train")[1].path == "rows.jsonl"
+    assert recipe_file.load(SOUND, "lora.targets[1]=router").lora.targets == ["attention", "router"]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,17 @@ def test_overrides_reach_into_one_data_set_and_into_a_list(desk: Desk) -> None:
         (SOUND, "data.train[x].path=x", 'not an override; got "data.train[x].path=x"'),
     ],
 )
-def test_a_wrong_override_of_a_data_set_is_an_error(desk: Desk, text: str, override: str, complaint: str) -> None:
-    lines = desk.complaints(text, override)
+def test_a_wrong_override_of_a_data_set_is_an_error(
+    recipe_file: RecipeFile, text: str, override: str, complaint: str
+) -> None:
+    lines = recipe_file.problems(text, override)
     assert lines[-1].startswith(f"command line: {complaint}")
 
 
-def test_what_a_wrong_override_of_a_list_should_be(desk: Desk) -> None:
-    assert desk.complaints(OF_TWO, "data.train.path=x")[0].endswith("name one of its items, such as data.train[0].path")
-    assert desk.complaints(SOUND, "data.train[0].path=x")[0].endswith(
+def test_what_a_wrong_override_of_a_list_should_be(recipe_file: RecipeFile) -> None:
+    assert recipe_file.problems(OF_TWO, "data.train.path=x")[0].endswith(
+        "name one of its items, such as data.train[0].path"
+    )
+    assert recipe_file.problems(SOUND, "data.train[0].path=x")[0].endswith(
         "leave [0] out, or write the whole list, data.train=[...]"
     )

@@ -8,16 +8,16 @@ from finetune.errors import RecipeError
 from finetune.recipe import load_recipe
 from finetune.recipe.other_tools import FOREIGN
 from finetune.recipe.yaml import MAX_BYTES
-from tests.unit.recipe_writing import SOUND, Desk, changed
+from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
-def test_a_valid_recipe_loads_and_reads_1e3_as_a_number(desk: Desk) -> None:
-    recipe = desk.load(SOUND)
+def test_a_valid_recipe_loads_and_reads_1e3_as_a_number(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(SOUND)
     assert recipe.training.learning_rate == 0.001
     assert recipe.lora.lora_alpha == 16.0
     assert recipe.logging.report_to == "auto"
@@ -188,14 +188,14 @@ SINGLE_MISTAKES = {
 
 
 @pytest.mark.parametrize(("text", "complaint"), SINGLE_MISTAKES.values(), ids=SINGLE_MISTAKES)
-def test_one_mistake_gives_exactly_this_line(desk: Desk, text: str, complaint: str) -> None:
-    assert desk.complaints(text) == [complaint]
+def test_one_mistake_gives_exactly_this_line(recipe_file: RecipeFile, text: str, complaint: str) -> None:
+    assert recipe_file.problems(text) == [complaint]
     assert not Path("harmed").exists()
 
 
-def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(desk: Desk) -> None:
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(recipe_file: RecipeFile) -> None:
     text = changed(("r: 8", "r: 3.7"), ("dtype: float32", "dtype: half"), after="lora_r: 8\nseed: -1\n")
-    lines = desk.complaints(text, "training.max_steps=0", "data.overlong=skip")
+    lines = recipe_file.problems(text, "training.max_steps=0", "data.overlong=skip")
     assert [line.split(": ")[:2] for line in lines] == [
         ["recipe.yaml:5", "model.dtype"],
         ["recipe.yaml:8", "lora.r"],
@@ -207,9 +207,9 @@ def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(desk: Desk) 
 
 
 @pytest.mark.parametrize("key", sorted(FOREIGN))
-def test_a_foreign_key_is_explained_in_any_section(desk: Desk, key: str) -> None:
+def test_a_foreign_key_is_explained_in_any_section(recipe_file: RecipeFile, key: str) -> None:
     for text in (changed(after=f"{key}: 1\n"), changed(("  r: 8", f"  r: 8\n  {key}: 1"))):
-        (line,) = desk.complaints(text)
+        (line,) = recipe_file.problems(text)
         assert f"{key}: unknown key: {FOREIGN[key].what}; got 1; {FOREIGN[key].do}" in line
 
 
@@ -231,34 +231,34 @@ def test_a_foreign_key_is_explained_in_any_section(desk: Desk, key: str) -> None
         ("wandb_project", "logging.project"),
     ],
 )
-def test_the_right_key_is_named_for_a_foreign_one(desk: Desk, key: str, ours: str) -> None:
-    (line,) = desk.complaints(changed(after=f"{key}: 1\n"))
+def test_the_right_key_is_named_for_a_foreign_one(recipe_file: RecipeFile, key: str, ours: str) -> None:
+    (line,) = recipe_file.problems(changed(after=f"{key}: 1\n"))
     assert f"write {ours}" in line
 
 
-def test_notation_that_is_not_yaml_names_its_line(desk: Desk) -> None:
-    (line,) = desk.complaints(changed(("[attention, experts]", "[attention, experts")))
+def test_notation_that_is_not_yaml_names_its_line(recipe_file: RecipeFile) -> None:
+    (line,) = recipe_file.problems(changed(("[attention, experts]", "[attention, experts")))
     assert line.startswith("recipe.yaml:8: not valid YAML: ")
-    (line,) = desk.complaints(changed(("  r: 8", "\tr: 8")))
+    (line,) = recipe_file.problems(changed(("  r: 8", "\tr: 8")))
     assert line.startswith("recipe.yaml:8: not valid YAML: ")
 
 
-def test_files_that_are_no_recipes(desk: Desk) -> None:
+def test_files_that_are_no_recipes(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"missing\.yaml: cannot be read: No such file or directory; give the path"):
         load_recipe("missing.yaml")
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         load_recipe(".")
-    desk.path.write_bytes(b"#" * (MAX_BYTES + 1))
+    recipe_file.path.write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(RecipeError, match=r"recipe\.yaml: larger than 65536 bytes; give a recipe"):
-        load_recipe(desk.path)
-    desk.path.write_bytes(b"a: 1\nb: \xff\n")
+        load_recipe(recipe_file.path)
+    recipe_file.path.write_bytes(b"a: 1\nb: \xff\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml:2: not UTF-8 text; save the file as UTF-8"):
-        load_recipe(desk.path)
-    desk.path.write_bytes(b"a: 1\nb: \x07\n")
+        load_recipe(recipe_file.path)
+    recipe_file.path.write_bytes(b"a: 1\nb: \x07\n")
     with pytest.raises(RecipeError, match=r"recipe\.yaml:2: not valid YAML: a control character"):
-        load_recipe(desk.path)
+        load_recipe(recipe_file.path)
 
 
-def test_a_newline_in_a_key_stays_on_one_line(desk: Desk) -> None:
-    (line,) = desk.complaints(changed(after='"a\\nb": "c\\nd"\n'))
+def test_a_newline_in_a_key_stays_on_one_line(recipe_file: RecipeFile) -> None:
+    (line,) = recipe_file.problems(changed(after='"a\\nb": "c\\nd"\n'))
     assert '"a\\nb": unknown key; got "c\\nd"' in line

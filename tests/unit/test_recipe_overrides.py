@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.recipe_writing import SOUND, Desk, changed
+from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    return Desk(tmp_path, monkeypatch)
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RecipeFile:
+    return RecipeFile(tmp_path, monkeypatch)
 
 
-def test_an_override_replaces_a_value_and_is_read_as_yaml_1_2(desk: Desk) -> None:
-    recipe = desk.load(
+def test_an_override_replaces_a_value_and_is_read_as_yaml_1_2(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(
         SOUND,
         "lora.r=32",
         "training.learning_rate=2e-4",
@@ -27,8 +27,8 @@ def test_an_override_replaces_a_value_and_is_read_as_yaml_1_2(desk: Desk) -> Non
     assert (recipe.training.max_steps, recipe.training.num_train_epochs) == (None, 2.0)
 
 
-def test_an_override_may_name_a_key_or_section_that_the_file_lacks(desk: Desk) -> None:
-    recipe = desk.load(
+def test_an_override_may_name_a_key_or_section_that_the_file_lacks(recipe_file: RecipeFile) -> None:
+    recipe = recipe_file.load(
         SOUND,
         "data.eval.path=held-out.jsonl",
         "data.eval.format=messages",
@@ -40,9 +40,12 @@ def test_an_override_may_name_a_key_or_section_that_the_file_lacks(desk: Desk) -
     assert recipe.training.trainer_args == {"adam_beta2": 0.99}
 
 
-def test_an_override_can_supply_what_the_file_leaves_out(desk: Desk) -> None:
-    assert desk.load(changed(("  name_or_path: some/model\n", "")), "model.name_or_path=x").model.name_or_path == "x"
-    assert desk.load(
+def test_an_override_can_supply_what_the_file_leaves_out(recipe_file: RecipeFile) -> None:
+    assert (
+        recipe_file.load(changed(("  name_or_path: some/model\n", "")), "model.name_or_path=x").model.name_or_path
+        == "x"
+    )
+    assert recipe_file.load(
         changed(("router:\n  router_aux_loss_coef: 0.02\n", "router:\n")), "router.router_aux_loss_coef=0"
     ).router
 
@@ -89,10 +92,12 @@ def test_an_override_can_supply_what_the_file_leaves_out(desk: Desk) -> None:
         ),
     ],
 )
-def test_a_wrong_override_gives_exactly_this_line(desk: Desk, overrides: list[str], complaint: str) -> None:
-    assert desk.complaints(SOUND, *overrides) == [complaint]
+def test_a_wrong_override_gives_exactly_this_line(
+    recipe_file: RecipeFile, overrides: list[str], complaint: str
+) -> None:
+    assert recipe_file.problems(SOUND, *overrides) == [complaint]
 
 
-def test_a_list_that_is_not_closed_is_an_error(desk: Desk) -> None:
-    (line,) = desk.complaints(SOUND, "lora.targets=[attention")
+def test_a_list_that_is_not_closed_is_an_error(recipe_file: RecipeFile) -> None:
+    (line,) = recipe_file.problems(SOUND, "lora.targets=[attention")
     assert line.startswith("command line: lora.targets: not valid YAML: ")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from finetune.errors import Problem, RecipeError
 from finetune.recipe import LoraSettings, Recipe, dump_recipe, load_recipe
 from finetune.recipe.schema import settings
-from tests.unit.recipe_writing import SOUND, Desk
+from tests.unit.recipe_writing import SOUND, RecipeFile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,7 @@ logging logging.report_to logging.project logging.run_name logging.wandb_mode
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    return Desk(tmp_path, monkeypatch).load(SOUND)
+    return RecipeFile(tmp_path, monkeypatch).load(SOUND)
 
 
 def test_the_surface_of_the_settings_is_frozen() -> None:

@@ -11,7 +11,7 @@ from finetune.errors import RunError
 from finetune.recipe import dump_recipe
 from finetune.run.provenance import _toolkit_commit, collect_provenance
 from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows
-from tests.unit.recipe_writing import SOUND, Desk
+from tests.unit.recipe_writing import SOUND, RecipeFile
 
 
 def save_checkpoint(run: RunFolder, step: int, state: str = "{}") -> Path:
@@ -70,14 +70,14 @@ def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
 
 
 def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(tmp_path, monkeypatch)
+    recipe_file = RecipeFile(tmp_path, monkeypatch)
     run = RunFolder(Path("runs/test"))
     run.path.mkdir(parents=True)
-    run.recipe.write_text(dump_recipe(desk.load(SOUND)))
+    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND)))
     free = ("logging.report_to=none", "training.save_steps=3", "training.resume_from_checkpoint=true")
-    check_same_recipe(run, desk.load(SOUND, *free))
+    check_same_recipe(run, recipe_file.load(SOUND, *free))
     with pytest.raises(RunError) as error:
-        check_same_recipe(run, desk.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
+        check_same_recipe(run, recipe_file.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
     assert str(error.value).splitlines() == [
         "lora.r: the run in runs/test was made with 8; got 4; "
         "set it back to continue that run, or name another output_dir",
@@ -105,15 +105,15 @@ def test_a_run_is_continued_only_on_the_rows_that_it_began_with(tmp_path: Path) 
 def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    desk = Desk(tmp_path, monkeypatch)
+    recipe_file = RecipeFile(tmp_path, monkeypatch)
     run = RunFolder(Path("runs/test"))
     run.path.mkdir(parents=True)
     cut = "training.per_device_train_batch_size=4"
-    run.recipe.write_text(dump_recipe(desk.load(SOUND)))
-    check_same_recipe(run, desk.load(SOUND, cut))
-    run.recipe.write_text(dump_recipe(desk.load(SOUND, "router.scope=micro_batch")))
+    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND)))
+    check_same_recipe(run, recipe_file.load(SOUND, cut))
+    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND, "router.scope=micro_batch")))
     with pytest.raises(RunError, match=r"training.per_device_train_batch_size: the run in runs/test was made with 1"):
-        check_same_recipe(run, desk.load(SOUND, "router.scope=micro_batch", cut))
+        check_same_recipe(run, recipe_file.load(SOUND, "router.scope=micro_batch", cut))
 
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:

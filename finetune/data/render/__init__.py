@@ -2,7 +2,8 @@
 
 from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
 from finetune.data.render.renderer import LOSSES, Renderer
-from finetune.data.types import IGNORED, Answer, LossOn, Rendering, TokenizedText
+from finetune.data.types import IGNORED, Answer, Rendering, TokenizedText
+from finetune.recipe.settings import LossOn
 
 __all__ = [
     "IGNORED",

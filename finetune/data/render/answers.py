@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.data.render.chat_template import ANOTHER_TEMPLATE, ChatTemplate
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Answer, Conversation, LossOn, Message, ToolCall
+from finetune.data.types import Answer, Conversation, Message, ToolCall
+from finetune.recipe.settings import LossOn
 
 TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
 

@@ -16,8 +16,9 @@ from finetune.data.render.answers import find_answers, find_holes
 from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
 from finetune.data.render.encoder import Encoder
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, LossOn, Message, Rendering, TokenizedText
+from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
 from finetune.errors import DataError, Problem
+from finetune.recipe.settings import LossOn
 
 _PLAIN = frozenset(("role", "content", "train"))
 LOSSES: tuple[LossOn, ...] = get_args(LossOn)
