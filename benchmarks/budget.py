@@ -30,7 +30,7 @@ class Budget:
         return self.started + self.seconds - time.monotonic()
 
     def rounds(self, least: int) -> Callable[[float], int]:
-        """How many rounds to take, told the seconds of one: `REPEATS`, fewer when late; an error below `least`."""
+        """How many rounds to take, given the seconds of one: `REPEATS`, fewer when late; an error below `least`."""
 
         def decide(round_seconds: float) -> int:
             affordable = int(self.left / max(round_seconds, 1e-9))
@@ -43,7 +43,7 @@ class Budget:
         return decide
 
     def section(self, name: str, measure: Callable[[], object]) -> None:
-        """One part of the benchmark. What stops it is told, kept and does not stop the others."""
+        """One part of the benchmark. An error is printed and kept, and does not stop the others."""
         print(f"\n=== {name} ({max(self.left, 0):.0f} s left)", flush=True)
         started = time.monotonic()
         try:
@@ -54,8 +54,8 @@ class Budget:
             self.skipped[name] = str(reason)
             print(f"SKIPPED: {reason}", flush=True)
         except torch.OutOfMemoryError as error:
-            told = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # what follows is a page of advice
-            self.skipped[name] = f"out of memory: {told}"
+            reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # what follows is a page of advice
+            self.skipped[name] = f"out of memory: {reason}"
             print(f"SKIPPED: {self.skipped[name]}", flush=True)
         except Exception as error:
             self.failed[name] = traceback.format_exc()

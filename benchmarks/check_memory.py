@@ -61,14 +61,14 @@ def check(rows: int) -> dict[str, Any]:
         write_rows(folder / "rows.jsonl", rows)
         save_tiny_mixtral(folder / "model")
         (folder / "recipe.yaml").write_text(_RECIPE.format(folder=folder), encoding="utf-8")
-        command = [sys.executable, "-c", _CHILD, str(folder / "told.json"), str(folder / "recipe.yaml")]
+        command = [sys.executable, "-c", _CHILD, str(folder / "result.json"), str(folder / "recipe.yaml")]
         environment = os.environ | {"FINETUNE_CACHE": str(folder / "cache")}
         started = time.monotonic()
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         seconds = time.monotonic() - started
-        if run.returncode or json.loads((folder / "told.json").read_text())["exit"]:
+        if run.returncode or json.loads((folder / "result.json").read_text())["exit"]:
             raise SystemExit(f"bench: finetune check failed on {rows} generated rows:\n{run.stdout}{run.stderr}")
-        peak = json.loads((folder / "told.json").read_text())["peak_KiB"] * 1024
+        peak = json.loads((folder / "result.json").read_text())["peak_KiB"] * 1024
         size = (folder / "rows.jsonl").stat().st_size
     return {"rows": rows, "file_bytes": size, "seconds": seconds, "peak_bytes": peak}
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.data`: packing beside TRL's, preparing rows beside the bare tokenizer, the memory of a check.
 
 Prints the table of bars and writes a JSON file. `--quick` takes few rows: it shows that the program runs, its figures
-mean nothing and are held against no bar.
+mean nothing and are not compared with any bar.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
     args = parser.parse_args()
     datasets.disable_progress_bars()
     started = time.monotonic()
-    told = provenance(SEED)
+    measured_on = provenance(SEED)
     print("=== packing", flush=True)
     bars, packing = measure_waste(1_500 if args.quick else PACKED_ROWS)
     preparing: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ def main() -> None:
             "preparing": preparing,
             "check": memory,
             "seconds": time.monotonic() - started,
-            "provenance": told | {"finished": provenance(SEED)["finished"]},
+            "provenance": measured_on | {"finished": provenance(SEED)["finished"]},
         },
     )
 

@@ -61,7 +61,7 @@ def route(model: Any, shape: Shape, tokens: int) -> float:
 
 @dataclass
 class DecoderArm:
-    """Decoder layers without the head, as they stand in the middle of a model: their input has a gradient, too."""
+    """Decoder layers without the head, as in the middle of a model: their input has a gradient, too."""
 
     name: str
     model: Any

@@ -1,7 +1,7 @@
 """`make bench-dpo`: preference tuning beside SFT on this CPU, in fp32: steps, memory, loss head, shared prompts.
 
 Prints the table of bars and writes a JSON file. Every ratio compares arms that took turns in one process. `--quick`
-takes tiny shapes: it shows that the program runs, its figures mean nothing and are held against no bar.
+takes tiny shapes: it shows that the program runs, its figures mean nothing and are not compared with any bar.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def time_bars(arms: Arms, mode: str, at: str, repeats: int) -> tuple[list[Bar], 
 
 
 def memory_bars(arms: Arms, at: str) -> tuple[list[Bar], dict[str, dict[str, int]]]:
-    """The most that is held in a step over SFT's: what stands between steps, and what comes to it."""
+    """The most that is held in a step over SFT's: the resident part and the additional part."""
     held = {}
     for name, arm in arms.items():
         arm.step()  # the optimizer has its state from the first step on
@@ -146,13 +146,13 @@ def measure_extras(work: Workplace, repeats: int) -> tuple[list[Bar], dict[str, 
     }
     timings = interleaved(arms, repeats)
     places = {name: arm.batch()["input_ids"].numel() for name, arm in (("plain", plain), ("packed", packed))}
-    told = {
+    ratios = {
         "a line logged in every step / none, step": ("logged", "plain"),
         "reference of a pair beforehand / a pair's training step": ("reference", "plain"),
         "padded pairs / packed ones, step": ("plain", "packed"),
     }
     at = f"{work.shape.label}, none"
-    bars = [Bar(name, at, timings.ratio(*pair), "<=", None, "time") for name, pair in told.items()]
+    bars = [Bar(name, at, timings.ratio(*pair), "<=", None, "time") for name, pair in ratios.items()]
     bars.append(Bar("padded pairs / packed ones, places", at, places["plain"] / places["packed"], "<=", None, "count"))
     return bars, {"seconds": timings.seconds, "places": places}
 
@@ -182,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(1)  # processor time is then the step's time, and a busy neighbour costs little
     datasets.disable_progress_bars()
     started = time.monotonic()
-    told = provenance(SEED)
+    measured_on = provenance(SEED)
     bars, raw = measure(args)
     if args.quick:
         bars = [replace(bar, limit=None) for bar in bars]
@@ -196,7 +196,7 @@ def main() -> None:
             "bars": [bar.record() for bar in bars],
             **raw,
             "seconds": time.monotonic() - started,
-            "provenance": told | {"finished": provenance(SEED)["finished"]},
+            "provenance": measured_on | {"finished": provenance(SEED)["finished"]},
         },
     )
 

@@ -1,7 +1,7 @@
 """`make bench`: the experts' forward and backward on this CPU, in fp32, beside what people use.
 
 Prints the table of bars and writes a JSON file. Every ratio compares arms that took turns in one process. `--quick`
-takes one tiny shape: it shows that the program runs, its figures mean nothing and are held against no bar.
+takes one tiny shape: it shows that the program runs, its figures mean nothing and are not compared with any bar.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def resident_ratio(arm: Arm) -> float:
 
 
 def time_bars(shape: Shape, timings: Timings) -> Iterator[Bar]:
-    """The ratios of step times at one shape. Without a bar: what the issue sets none for, told for information."""
+    """The ratios of step times at one shape. Some have no bar and are reported for information."""
     grouped = 1.7 if shape.rows <= 128 else 1.4 if shape.rows >= 512 else None
     ratios: tuple[tuple[str, str, Any, float | None], ...] = (
         (arms.PEFT_GROUPED, arms.OURS, ">=", grouped),
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # processor time is then the step's time, and a busy neighbour costs little
     started = time.monotonic()
-    told = provenance(SEED)
+    measured_on = provenance(SEED)
     bars: list[Bar] = []
     shapes = []
     for shape in QUICK_SHAPES if args.quick else (*CPU_SHAPES, QUARTER_OLMOE):
@@ -147,7 +147,7 @@ def main() -> None:
             "shapes": shapes,
             "recompute": recompute,
             "seconds": time.monotonic() - started,
-            "provenance": told | {"finished": provenance(SEED)["finished"]},
+            "provenance": measured_on | {"finished": provenance(SEED)["finished"]},
         },
     )
 

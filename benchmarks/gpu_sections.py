@@ -30,10 +30,10 @@ AGREEMENT = 0.05  # bf16: largest difference of outputs and gradients over the l
 def run_all(plan: Plan, seconds: float, output: Path, dry_run: bool) -> list[str]:
     """Every section; the result file is written after each. Returns the names of those that failed."""
     run = Run(plan, Budget(seconds))
-    told = provenance(0)
+    measured_on = provenance(0)
     if plan.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        told["hardware"] |= {
+        measured_on["hardware"] |= {
             "gpu_bytes": properties.total_memory,
             "capability": list(torch.cuda.get_device_capability()),
             "cuda": torch.version.cuda,
@@ -57,7 +57,7 @@ def run_all(plan: Plan, seconds: float, output: Path, dry_run: bool) -> list[str
                 "failed": run.budget.failed,
                 "section_seconds": run.budget.took,
                 **run.raw,
-                "provenance": told | {"finished": provenance(0)["finished"]},
+                "provenance": measured_on | {"finished": provenance(0)["finished"]},
             },
         )
     print(f"\n{table(run.bars)}")

@@ -85,7 +85,7 @@ def whole_layers(plan: Plan) -> int:
 
 
 def flops_per_token(layers: int) -> float:
-    """Useful FLOPs of a token; the issue's figure for 32 layers, its share for fewer."""
+    """Useful FLOPs of a token; the figure of the whole model for 32 layers, its share for fewer."""
     return HEAD_FLOPS + (MODEL_FLOPS - HEAD_FLOPS) * layers / MODEL_LAYERS
 
 

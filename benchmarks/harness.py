@@ -117,15 +117,15 @@ def table(bars: Sequence[Bar]) -> str:
 def provenance(seed: int) -> dict[str, Any]:
     """Date, commit and whether it had changes, versions, hardware and threads.
 
-    A copy without git's own folder, as a lent machine may get it, is told its commit by `BENCH_COMMIT`.
+    A copy without git's own folder gets its commit from `BENCH_COMMIT`.
     """
-    told = collect_provenance({}, seed, [])
-    del told["command_line"], told["base"]
-    if told["git"] is None and (described := os.environ.get("BENCH_COMMIT")):
-        told["git"] = {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
-    told["packages"]["peft"] = metadata.version("peft")
-    told["hardware"] |= {"cpu": _cpu_model(), "torch_threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    return told | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+    facts = collect_provenance({}, seed, [])
+    del facts["command_line"], facts["base"]
+    if facts["git"] is None and (described := os.environ.get("BENCH_COMMIT")):
+        facts["git"] = {"commit": described.removesuffix("-dirty"), "dirty": described.endswith("-dirty")}
+    facts["packages"]["peft"] = metadata.version("peft")
+    facts["hardware"] |= {"cpu": _cpu_model(), "torch_threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    return facts | {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def _cpu_model() -> str:

@@ -126,8 +126,8 @@ def _load(tiny: Path, large: Path, device: str) -> tuple[int, int]:
         line = child.stdout.readline()
         if not line:
             raise RuntimeError(f"loading failed: {child.stderr.read()}")
-        told = json.loads(line)
-    return told["stored"], peak - before if told["peak"] is None else told["peak"]
+        result = json.loads(line)
+    return result["stored"], peak - before if result["peak"] is None else result["peak"]
 
 
 def _anonymous_bytes(process_id: int) -> int:

@@ -26,9 +26,9 @@ def main(name: str, base: Path, adapter: Path, out: Path) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _resident("VmRSS")
     started = time.perf_counter()
-    told = merge(base, adapter, out)
+    figures = merge(base, adapter, out)
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "peak": _resident("VmHWM") - before, **told}))
+    print(json.dumps({"seconds": seconds, "peak": _resident("VmHWM") - before, **figures}))
 
 
 def _warm_up() -> None:

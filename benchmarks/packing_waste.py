@@ -16,7 +16,7 @@ from finetune.data.tokens.packing import best_fit_decreasing
 CAPACITY = 4096
 MEANS = (490, 899, 1762)
 # Standard deviation of the logarithm of a row's length. Instruction sets: Alpaca 1.0, a set of pairs of answers 1.0, a
-# set of tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is told without a bar.
+# set of tool calls 1.1. 0.8 is harder to win at: fewer short rows to fill with. 0.6 is reported without a bar.
 SIGMAS = (0.8, 1.0)
 NARROW = 0.6
 ROWS = 20_000
@@ -69,7 +69,7 @@ def waste(lengths: Lengths, sequences: int, capacity: int = CAPACITY) -> float:
 
 def measure_waste(rows: int = ROWS) -> tuple[list[Bar], list[dict[str, Any]]]:
     """Bars and raw figures at every mean and spread."""
-    told = list(_wastes(rows))
+    wastes = list(_wastes(rows))
     bars = [
         Bar(
             "waste of ours / of TRL's batches of 1,000",
@@ -79,9 +79,9 @@ def measure_waste(rows: int = ROWS) -> tuple[list[Bar], list[dict[str, Any]]]:
             LIMIT if raw["sigma"] in SIGMAS else None,
             "count",
         )
-        for raw in told
+        for raw in wastes
     ]
-    return bars, told
+    return bars, wastes
 
 
 def _wastes(rows: int) -> Iterator[dict[str, Any]]:

@@ -183,7 +183,7 @@ class TrainingArm:
         return loss
 
     def resident_bytes(self) -> int:
-        """What stands in memory between steps: weights, factors, the optimizer's state, the reference's factors."""
+        """Memory held between steps: weights, factors, the optimizer's state, the reference's factors."""
         held = sum(storage_of(parameter)[2] for parameter in self.trainer.model.parameters())
         reference = getattr(self.trainer, "reference", None)
         states = [each for state in self.trainer.optimizer.state.values() for each in state.values()]

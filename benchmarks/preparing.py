@@ -2,7 +2,7 @@
 
 Three arms take turns: `encode_batch` in one call; `prepare` from a JSONL file to the finished rows in an empty cache;
 the packing of those rows. The tokenizer uses all cores of the machine in each of them, so time is taken on the wall;
-processor time, all threads together, stands beside it.
+processor time, all threads together, is reported, too.
 """
 
 import contextlib
@@ -137,10 +137,10 @@ def measure_preparing(name: str, tokenizer: Any, repeats: int, rows: int = ROWS)
         path = Path(folder, "rows.jsonl")
         write_rows(path, rows, characters_a_token(tokenizer))
         arms = Arms(path, tokenizer, Path(folder))
-        told = check_same_work(arms)
+        work = check_same_work(arms)
         steps = {BARE: Metered(arms.encode), PREPARE: Metered(arms.prepare), PACK: Metered(arms.pack)}
         timings = interleaved(steps, repeats, clock=time.perf_counter, at_least=0)
-    at = f"{name}, mean {told['mean_tokens']:.0f} tokens"
+    at = f"{name}, mean {work['mean_tokens']:.0f} tokens"
     cpu = Timings({arm: step.cpu_seconds[-repeats:] for arm, step in steps.items()})
     bars = [
         Bar(f"{PREPARE} / {BARE}, time", at, timings.ratio(PREPARE, BARE), "<=", PREPARE_LIMIT, "time"),
@@ -151,7 +151,7 @@ def measure_preparing(name: str, tokenizer: Any, repeats: int, rows: int = ROWS)
         arm: {"seconds": timings.seconds[arm], "cpu_seconds": cpu.seconds[arm], "median": timings.median(arm)}
         for arm in steps
     }
-    return bars, told | {"tokenizer": name, "arms": seconds}
+    return bars, work | {"tokenizer": name, "arms": seconds}
 
 
 @contextlib.contextmanager

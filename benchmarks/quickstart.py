@@ -141,9 +141,9 @@ def write(record: dict[str, Any], folder: Path, beside: Path | None) -> None:
 
 def provenance(folder: Path) -> dict[str, Any]:
     """Hardware, versions and commit of a recorded result, as every run folder has them."""
-    told: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    del told["command_line"]  # holds this machine's paths
-    return {"provenance": told, "versions": {name: version(name) for name in PACKAGES}}
+    facts: dict[str, Any] = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    del facts["command_line"]  # holds this machine's paths
+    return {"provenance": facts, "versions": {name: version(name) for name in PACKAGES}}
 
 
 if __name__ == "__main__":

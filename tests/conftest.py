@@ -1,4 +1,4 @@
-"""Every test runs offline, on one thread a process, with nothing of the user's own settings in sight."""
+"""Every test runs offline, on one thread a process, without any of the user's own settings."""
 
 import atexit
 import os

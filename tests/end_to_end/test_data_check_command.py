@@ -53,14 +53,14 @@ def test_a_good_recipe_is_reported_and_the_run_after_it_finds_its_rows(workspace
         "\nNo errors found: every row that the run uses can be trained on.\nwritten: out/check.html\n"
     )
     assert "34 read, 34 (100.0 %) kept" in (workspace / "out" / "check.html").read_text(encoding="utf-8")
-    told = next(line for line in done.stdout.splitlines() if "sequences; an epoch has" in line).split()
+    steps_line = next(line for line in done.stdout.splitlines() if "sequences; an epoch has" in line).split()
     trained = run(workspace, "train", "recipe.yaml", *steps, "training.save_steps=null")
     assert trained.returncode == 0, trained.stderr
     assert "Tokenising" not in trained.stderr
     steps_taken = [
         json.loads(line).get("step") for line in (workspace / "run" / "metrics.jsonl").read_text().splitlines()
     ]
-    assert max(filter(None, steps_taken)) == int(told[1])
+    assert max(filter(None, steps_taken)) == int(steps_line[1])
 
 
 def test_bad_rows_are_the_list_and_exit_1(

@@ -289,10 +289,10 @@ class TestRefusedPaths:
         (tmp_path / "4.jsonl").symlink_to(tmp_path / "gone")
         os.mkfifo(tmp_path / "5.jsonl")
         read = ".jsonl, .ndjson, .json, .csv, .tsv (each also with .gz or .zst), .parquet, .arrow"
-        told = f"the suffix does not say what kind of file this is; got suffix .xlsx; use one of {read}"
+        advice = f"the suffix does not say what kind of file this is; got suffix .xlsx; use one of {read}"
         assert [message.removeprefix(f"{tmp_path}/") for message in refusal(tmp_path / "*")] == [
-            f"1.xlsx: {told}",
-            f"2: {told.replace('suffix .xlsx', 'no suffix')}",
+            f"1.xlsx: {advice}",
+            f"2: {advice.replace('suffix .xlsx', 'no suffix')}",
             "3.parquet.gz: .parquet files are read as they are, not packed; got suffix .parquet.gz; unpack it",
             f"4.jsonl: a link to a file that does not exist; got {tmp_path}/gone; fix the link",
             "5.jsonl: is not a file; give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk",

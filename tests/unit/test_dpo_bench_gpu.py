@@ -23,6 +23,6 @@ def test_the_dry_run_measures_every_arm(
 
 
 def test_the_committed_result_is_of_a_clean_commit_on_a_gpu() -> None:
-    told = json.loads(gpu_pairs.RESULT.read_text())["provenance"]
-    assert told["git"]["dirty"] is False
-    assert told["hardware"]["gpus"]
+    facts = json.loads(gpu_pairs.RESULT.read_text())["provenance"]
+    assert facts["git"]["dirty"] is False
+    assert facts["hardware"]["gpus"]

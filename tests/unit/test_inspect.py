@@ -46,13 +46,13 @@ def said(folder: Path) -> dict[str, str]:
 
 
 def test_an_adapter(base: Path, adapter: Path) -> None:
-    told = said(adapter)
-    assert told["what"] == "LoRA adapter, made by another tool with peft 0.21.2"
-    assert told["base"] == f"{base}, fingerprint {fingerprint(base)[:12]}"
-    assert told["LoRA"] == "r 4, lora_alpha 8"
-    assert told["checksums"] == "no SHA256SUMS to check against"
-    assert told["experts' factors"] == "A expert-major, B rank-major (PEFT's), recorded"
-    assert told["merge"] == (
+    shown = said(adapter)
+    assert shown["what"] == "LoRA adapter, made by another tool with peft 0.21.2"
+    assert shown["base"] == f"{base}, fingerprint {fingerprint(base)[:12]}"
+    assert shown["LoRA"] == "r 4, lora_alpha 8"
+    assert shown["checksums"] == "no SHA256SUMS to check against"
+    assert shown["experts' factors"] == "A expert-major, B rank-major (PEFT's), recorded"
+    assert shown["merge"] == (
         f"can be merged: the base is in {base}; 34 of its 41 tensors would change; weights were not read"
     )
 
@@ -72,18 +72,18 @@ def test_an_adapter_of_a_chain_says_what_it_was_trained_on(base: Path, adapter: 
     source = {"base_fingerprint": "b" * 64, "into": "original", "adapters": [{"sha256": "a" * 64, "weight": 0.5}]}
     record["base"] |= {"made_from": source, "fingerprint": "c" * 64}
     (copy / "finetune.json").write_text(json.dumps(record))
-    told = said(copy)
-    assert told["base"] == f"{base}, fingerprint {'c' * 12}: merged from {'b' * 12} with {'a' * 12} x 0.5"
-    assert told["merge"].startswith("cannot be merged: ")
+    shown = said(copy)
+    assert shown["base"] == f"{base}, fingerprint {'c' * 12}: merged from {'b' * 12} with {'a' * 12} x 0.5"
+    assert shown["merge"].startswith("cannot be merged: ")
 
 
 def test_a_checkpoint(base: Path) -> None:
-    told = said(base)
-    assert told["what"] == "checkpoint of a mixtral: 2 layers of 64, 4 experts, top 2, vocabulary 512"
-    assert told["weights"].startswith("41 tensors, 0.2 M values, BF16, ")
-    assert told["fingerprint"] == fingerprint(base)
-    assert told["made by"] == "not recorded; neither a merge nor an upcycling of this toolkit"
-    assert told["training"] == "lora.targets: attention, experts, router"
+    shown = said(base)
+    assert shown["what"] == "checkpoint of a mixtral: 2 layers of 64, 4 experts, top 2, vocabulary 512"
+    assert shown["weights"].startswith("41 tensors, 0.2 M values, BF16, ")
+    assert shown["fingerprint"] == fingerprint(base)
+    assert shown["made by"] == "not recorded; neither a merge nor an upcycling of this toolkit"
+    assert shown["training"] == "lora.targets: attention, experts, router"
 
 
 def test_a_dense_checkpoint_has_no_experts(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_merge_with_added_tokens_is_not_said_to_have_the_shapes_of_the_base(tm
     base = base_of(tmp_path / "base", "untied", "float32")
     adapter = saved(recipe_for(base, tmp_path / "turns.jinja"), tmp_path / "adapter", fingerprint(base))
     report = merge(adapter, tmp_path / "out", show_progress=False)
-    told, but = said(tmp_path / "out"), "of the base, but: embedding and head have rows for 2 added tokens"
-    assert told["tensors on disk"].endswith(but)
-    assert told["added tokens"].startswith("2, with the rows that training left; their logits are off by ")
+    shown, but = said(tmp_path / "out"), "of the base, but: embedding and head have rows for 2 added tokens"
+    assert shown["tensors on disk"].endswith(but)
+    assert shown["added tokens"].startswith("2, with the rows that training left; their logits are off by ")
     assert but in report.table()
 
 
@@ -127,10 +127,10 @@ def test_a_checkpoint_of_a_run(adapter: Path, tmp_path: Path, finished: bool) ->
 def test_an_export_for_vllm(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", **{**EVERYTHING, "target_parameters": None})
     export(adapter, tmp_path / "lora", "vllm")
-    told = said(tmp_path / "lora")
-    assert told["what"] == "LoRA adapter, exported for vLLM: r 4, needs --max-lora-rank 8"
-    assert told["made from"].startswith(f"{adapter}, SHA-256 ")
-    assert told["base"] == f"{base}, fingerprint {fingerprint(base)[:12]}"
+    shown = said(tmp_path / "lora")
+    assert shown["what"] == "LoRA adapter, exported for vLLM: r 4, needs --max-lora-rank 8"
+    assert shown["made from"].startswith(f"{adapter}, SHA-256 ")
+    assert shown["base"] == f"{base}, fingerprint {fingerprint(base)[:12]}"
 
 
 # Damaged files, each a line that names it.
@@ -193,9 +193,9 @@ def test_a_damaged_file_beside_a_checkpoint(
 def test_a_run_of_which_little_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "provenance.json").write_text("{}")
     (tmp_path / "checkpoint-best").mkdir()
-    told = said(tmp_path)
-    assert told["what"] == "run, not finished, without a checkpoint"
-    assert told["started"] == "start time not recorded; packages not recorded"
+    shown = said(tmp_path)
+    assert shown["what"] == "run, not finished, without a checkpoint"
+    assert shown["started"] == "start time not recorded; packages not recorded"
     (tmp_path / "checkpoint-3").mkdir()
     assert said(tmp_path)["what"] == "run, not finished; it can continue from step 3"
 
