@@ -54,8 +54,8 @@ class Budget:
             self.skipped[name] = str(reason)
             print(f"SKIPPED: {reason}", flush=True)
         except torch.OutOfMemoryError as error:
-            reason = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # what follows is a page of advice
-            self.skipped[name] = f"out of memory: {reason}"
+            cause = ". ".join(str(error).splitlines()[0].split(". ")[:2])  # what follows is a page of advice
+            self.skipped[name] = f"out of memory: {cause}"
             print(f"SKIPPED: {self.skipped[name]}", flush=True)
         except Exception as error:
             self.failed[name] = traceback.format_exc()
