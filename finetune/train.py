@@ -1,4 +1,4 @@
-"""Train as a recipe says.
+"""Train from a recipe.
 
     accelerate launch -m finetune.train recipes/quickstart/sft-qlora.yaml training.max_steps=5
 
@@ -36,9 +36,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.methods.common import TrainerSetup, accumulation_steps
     from finetune.run import prepare_dashboards
 
-    # Without `cpu` several processes on a machine without an accelerator would each believe to be the only one.
+    # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
-    _check_single_gpu(state)
+    _reject_data_parallel(state)
     set_seed(recipe.seed)
 
     # 1. The run folder and the dashboards
@@ -55,11 +55,11 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     rows = method.prepare_rows(recipe, base)
     _check_same_rows(recipe, rows, run)
 
-    # 4. 4-bit base and adapter (of the experts that matter for these rows); the audit compares them with the recipe
+    # 4. 4-bit base and adapter (of selected experts with `lora.experts: auto`), compared with the recipe by the audit
     model, choice = _load(recipe, base, run, rows, initial_adapter)
     _audit(model, base, recipe, rows, run, state.is_main_process)
     if state.is_main_process:
-        _write_provenance(run, recipe, base, command_line)
+        _write_recipe_and_provenance(run, recipe, base, command_line)
 
     # 5. The method's trainer
     setup = TrainerSetup(recipe, run, base, model, rows, initial_adapter, dashboards)
@@ -73,8 +73,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     return run.path
 
 
-def _check_single_gpu(state: Any) -> None:
-    """With several visible GPUs in one process the trainer would fall back to `nn.DataParallel`."""
+def _reject_data_parallel(state: Any) -> None:
+    """Raise RunError for several visible GPUs in one process: the trainer would fall back to `nn.DataParallel`."""
     from torch.cuda import device_count
 
     if state.num_processes == 1 and state.device.type == "cuda" and device_count() > 1:
@@ -114,7 +114,7 @@ def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
 
 
 def _check_same_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
-    """A resumed run needs the rows that it began with."""
+    """A resumed run must use the same rows as the original run."""
     from finetune.run import check_same_rows
 
     if recipe.training.resume_from_checkpoint:
@@ -164,7 +164,7 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
         raise RunError(problems)
 
 
-def _write_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_line: Sequence[str]) -> None:
+def _write_recipe_and_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_line: Sequence[str]) -> None:
     from finetune.run import collect_provenance
 
     write_text(run.recipe, dump_recipe(recipe))
@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
     hush()
-    parser = argparse.ArgumentParser(prog="finetune.train", description="Train as a recipe says.")
+    parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
     args = parser.parse_args(argv)

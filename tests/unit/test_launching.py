@@ -12,7 +12,7 @@ from finetune.errors import RecipeError, RunError, WeightsError
 from finetune.methods.common import accumulation_steps
 from finetune.methods.sft import sft_config
 from finetune.moe.router import find_routers
-from finetune.train import _check_single_gpu
+from finetune.train import _reject_data_parallel
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import trained_model
 from tests.unit.test_model import recipe_for
@@ -30,8 +30,8 @@ def test_threads_wait_passively_unless_the_user_has_decided(monkeypatch: pytest.
 def test_one_process_that_sees_several_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     with pytest.raises(RunError, match=r"several GPUs are visible; got 8 GPUs; use --config_file accelerate_configs/"):
-        _check_single_gpu(SimpleNamespace(num_processes=1, device=torch.device("cuda")))
-    _check_single_gpu(SimpleNamespace(num_processes=8, device=torch.device("cuda")))
+        _reject_data_parallel(SimpleNamespace(num_processes=1, device=torch.device("cuda")))
+    _reject_data_parallel(SimpleNamespace(num_processes=8, device=torch.device("cuda")))
 
 
 def test_the_global_batch_is_what_the_recipe_says_for_any_number_of_processes(tmp_path: Path) -> None:
