@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
 from finetune.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
@@ -32,9 +32,7 @@ def generate(base: Path, adapter: Path, layers: int) -> None:
         architectures=["MixtralForCausalLM"],
     )
     config.save_pretrained(base)
-    words = {f"w{number}": number for number in range(1000)}
-    tokenizer = Tokenizer(models.WordLevel({**words, "<unk>": 1000}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(base)
+    PreTrainedTokenizerFast(tokenizer_object=_bytes_as_tokens()).save_pretrained(base)
     _write(base, _base_shapes(layers), "BF16")
     _write(adapter, _adapter_shapes(layers), "F32")
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
@@ -49,6 +47,14 @@ def generate(base: Path, adapter: Path, layers: int) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
     record = {"base": {"name_or_path": str(base)}, "layout": {"expert_lora": "A:expert-major,B:rank-major"}}
     (adapter / "finetune.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _bytes_as_tokens() -> Tokenizer:
+    """A tokenizer that makes one token of each byte, so that the proof's prompts have their full length."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: number for number, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
 
 
 def largest_tensor(folder: Path) -> int:

@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from finetune.adapters.adapter import WEIGHTS_FILE
 from finetune.adapters.lineage import Weighted
@@ -66,13 +67,18 @@ class LayerwiseModel:
 
         "plain" are those of the weights on disk; "adapted" those with the adapter; "rerouted" those of the weights on
         disk under the recorded routing. Raises WeightsError for weights that the architecture needs and are not there.
+
+        The prompts are one batch, padded on the right: PEFT forms the adapted stacks once a forward. No mask is
+        needed, because no token sees what comes after it; logits and routing of the padding are left out.
         """
         names = ["plain"]
         if self.adapters:
             names.append("adapted")
         elif self.routing is not None:
             names.append("rerouted")
-        states = {name: [prompt[None] for prompt in prompts] for name in names}
+        ids = pad_sequence(list(prompts), batch_first=True)
+        real = torch.arange(ids.shape[1]) < torch.tensor([len(prompt) for prompt in prompts])[:, None]
+        states = {name: [ids] for name in names}
         for index in range(self.num_layers):
             with _quiet():
                 model = self.load(index)
@@ -80,9 +86,9 @@ class LayerwiseModel:
                 if name == "adapted":
                     with _quiet():
                         model = self._adapted(model, index)
-                states[name] = self._step(model, index, name, states[name])
+                states[name] = self._step(model, index, name, states[name], real)
             advance(1)
-        return {name: torch.cat(values, dim=1)[0] for name, values in states.items()}
+        return {name: values[0][real] for name, values in states.items()}
 
     def hidden(
         self, batches: Sequence[torch.Tensor], advance: Callable[[int], object] = lambda _: None
@@ -93,7 +99,7 @@ class LayerwiseModel:
             with _quiet():
                 model = self.load(index)
                 model = self._adapted(model, index) if self.adapters else model
-            states = self._step(model, index, name, states, to_the_end=False)
+            states = self._step(model, index, name, states)
             advance(1)
         return states
 
@@ -115,16 +121,19 @@ class LayerwiseModel:
 
     @torch.no_grad()
     def _step(
-        self, model: Any, index: int, name: str, states: list[torch.Tensor], to_the_end: bool = True
+        self, model: Any, index: int, name: str, states: list[torch.Tensor], real: torch.Tensor | None = None
     ) -> list[torch.Tensor]:
-        """Hidden states [1, T, H] after the layer; after the last one the logits [1, T, V], if `to_the_end`."""
+        """Hidden states [B, T, H] after the layer; after the last one the logits [B, T, V], if `real` is given.
+
+        `real` [B, T] is False for padding.
+        """
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         layer = base.get_decoder().layers[index]
         results = []
         with self._as(name, model):
-            for prompt, state in enumerate(states):
-                with self._routed(layer, index, name, prompt), _passing(layer, state if index else None) as left:
-                    if index == self.num_layers - 1 and to_the_end:
+            for state in states:
+                with self._routed(layer, index, name, real), _passing(layer, state if index else None) as left:
+                    if index == self.num_layers - 1 and real is not None:
                         results.append(base(**_given(state, index), use_cache=False).logits)
                     else:
                         base.get_decoder()(**_given(state, index), use_cache=False)
@@ -137,27 +146,37 @@ class LayerwiseModel:
         with nullcontext() if name == "plain" else moved_biases(model, self._biases, self._family):
             yield
 
-    def _routed(self, layer: nn.Module, index: int, name: str, prompt: int) -> AbstractContextManager[None]:
-        if self.routing is None or name == "plain":
+    def _routed(
+        self, layer: nn.Module, index: int, name: str, real: torch.Tensor | None
+    ) -> AbstractContextManager[None]:
+        if self.routing is None or real is None or name == "plain":
             return nullcontext()
-        keep = self.routing.record if name == "adapted" else self.routing.replay
-        return keep(index, prompt, layer)
+        if name == "adapted":
+            return self.routing.record(index, layer)
+        return self.routing.replay(index, layer, real)
 
     def load(self, index: int) -> Any:
         """The model with one layer in fp32."""
-        model, info = self.build(index, self.layer_tensors(index), dtype=torch.float32)
+        tensors = self.layer_tensors(index)
+        expert_dtypes = {tensor.dtype for key, tensor in tensors.items() if ".experts." in key}
+        stack_dtype = expert_dtypes.pop() if len(expert_dtypes) == 1 else None
+        model, info = self.build(index, tensors, stack_dtype, dtype=torch.float32)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()  # the stacks, which are joined in the file's type
         if info["missing_keys"]:
             got = ", ".join(sorted(info["missing_keys"])[:3])
             raise WeightsError(Problem(str(self.reader.folder), "lacks weights", "give a complete checkpoint", got))
         return model.eval()
 
-    def build(self, index: int, tensors: dict[str, torch.Tensor], **options: Any) -> tuple[Any, dict[str, Any]]:
+    def build(
+        self, index: int, tensors: dict[str, torch.Tensor], stack_dtype: torch.dtype | None = None, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """The model that transformers loads from `tensors`, all layers but one emptied, and its loading info."""
         settings = self.settings
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = transformers.AutoConfig.for_model(**settings)
-        model_class = _one_layer(self._model_class(config), index)
+        model_class = _one_layer(self._model_class(config), index, stack_dtype)
         options = {"config": config, "state_dict": tensors, "output_loading_info": True, **options}
         loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(None, **options)
         return loaded
@@ -205,8 +224,12 @@ class LayerwiseModel:
         return f".layers.{index}." in key or (index == self.num_layers - 1 and ".layers." not in key)
 
 
-def _one_layer(model_class: Any, index: int) -> Any:
-    """`model_class` with all decoder layers but number `index` emptied as soon as they are built (without memory)."""
+def _one_layer(model_class: Any, index: int, stack_dtype: torch.dtype | None) -> Any:
+    """`model_class` with all decoder layers but number `index` emptied as soon as they are built (without memory).
+
+    The expert stacks of that layer get the type `stack_dtype`, in which transformers' loader then joins their parts:
+    two copies of half the size.
+    """
 
     def build(self: Any, config: Any) -> None:
         model_class.__init__(self, config)
@@ -216,6 +239,10 @@ def _one_layer(model_class: Any, index: int) -> Any:
                 layer._parameters.clear()
                 layer._buffers.clear()
                 layer.forward = _pass_on
+            elif stack_dtype is not None:
+                for name, parameter in layer.named_parameters():
+                    if ".experts." in name and parameter.dim() == 3:
+                        parameter.data = parameter.data.to(stack_dtype)
 
     # transformers finds an architecture's conversions by its name, for classes of its own.
     return type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
@@ -293,5 +320,9 @@ class QuantizedModel(LayerwiseModel):
 
     def _in_4_bits(self, index: int) -> Any:
         quantization = MoeNf4Config(compute_dtype=self.dtype)
-        options = {"dtype": self.dtype, "device_map": {"": "cpu"}, "quantization_config": quantization}
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "device_map": {"": "cpu"},
+            "quantization_config": quantization,
+        }
         return self.build(index, self.layer_tensors(index), **options)[0]

@@ -1,4 +1,4 @@
-"""Routing decisions of base + adapters, replayed in the merged model by layer and prompt.
+"""Routing decisions of base + adapters, replayed in the merged model by layer.
 
 Rounding a weight to 16 bits can flip a near tie between two experts; all later values then differ although every weight
 is right. So logits are also compared under equal decisions, and flipped decisions are counted.
@@ -20,28 +20,31 @@ TorchDispatchMode: Any = private("torch.utils._python_dispatch:TorchDispatchMode
 
 @dataclass
 class Routing:
-    """The choices of a model by layer and prompt; and how many of them another model would have made otherwise.
+    """The choices of a model by layer, for one batch; and how many of them another model would have made otherwise.
 
     `experts_module` as in the table of families: what chooses stands in the block around it. A choice is of an expert
     or, where the router first chooses among groups of experts, of a group.
     """
 
     experts_module: str
-    kept: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    kept: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     decisions: int = 0
     differing: int = 0
 
     @contextmanager
-    def record(self, layer: int, prompt: int, module: nn.Module) -> Iterator[None]:
+    def record(self, layer: int, module: nn.Module) -> Iterator[None]:
         """Record the decisions of decoder layer `module` in the block."""
-        self.kept[layer, prompt] = []
-        with self._within(module, _Choosing(self, self.kept[layer, prompt], replay=False)):
+        self.kept[layer] = []
+        with self._within(module, _Choosing(self, self.kept[layer])):
             yield
 
     @contextmanager
-    def replay(self, layer: int, prompt: int, module: nn.Module) -> Iterator[None]:
-        """Replay the recorded decisions in `module`, and count where its own would have been different."""
-        with self._within(module, _Choosing(self, self.kept[layer, prompt], replay=True)):
+    def replay(self, layer: int, module: nn.Module, real: torch.Tensor) -> Iterator[None]:
+        """Replay the recorded decisions in `module`, and count where its own would have been different.
+
+        `real` [B, T] is False for padding, whose decisions are replayed and not counted.
+        """
+        with self._within(module, _Choosing(self, self.kept[layer], real)):
             yield
 
     @contextmanager
@@ -62,21 +65,31 @@ class Routing:
             for handle in handles:
                 handle.remove()
 
-    def count(self, own: torch.Tensor, kept: torch.Tensor, axis: int, size: int) -> None:
+    def count(self, own: torch.Tensor, kept: torch.Tensor, axis: int, size: int, real: torch.Tensor) -> None:
         """Two choices of the same kind, as indices along `axis`, whose order does not matter."""
         shape = list(own.shape)
         shape[axis] = size
         chosen = torch.zeros(shape).scatter_(axis, own, 1.0)
-        self.decisions += kept.numel()
-        self.differing += kept.numel() - int(chosen.gather(axis, kept).sum())
+        agreeing = chosen.gather(axis, kept).bool()
+        counted = _as_shaped(real, kept)
+        self.decisions += int(counted.sum())
+        self.differing += int((counted & ~agreeing).sum())
+
+
+def _as_shaped(real: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`real` [B, T] for every choice in `kept`, whose shape begins with [B, T] or with [B * T]."""
+    if kept.shape[:2] != real.shape:
+        real = real.flatten()
+    return real.reshape(*real.shape, *[1] * (kept.dim() - real.dim())).expand_as(kept)
 
 
 class _Choosing(TorchDispatchMode):  # type: ignore[misc]
-    """Records or replays every decision whose axis is kept; a maximum without its axis only scores a group."""
+    """Records every decision whose axis is kept (a maximum without its axis only scores a group); replays them and
+    counts those of `real` tokens, if it is given."""
 
-    def __init__(self, routing: Routing, kept: list[torch.Tensor], replay: bool) -> None:
+    def __init__(self, routing: Routing, kept: list[torch.Tensor], real: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.routing, self.kept, self.replay, self.position = routing, kept, replay, 0
+        self.routing, self.kept, self.real, self.position = routing, kept, real, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -85,10 +98,10 @@ class _Choosing(TorchDispatchMode):  # type: ignore[misc]
         axis = decision_axis(func, args, kwargs or {})
         if axis is None or own[1].dim() != args[0].dim():
             return own
-        if not self.replay:
+        if self.real is None:
             self.kept.append(own[1])
             return own
         index = self.kept[self.position]
         self.position += 1
-        self.routing.count(own[1], index, axis, args[0].shape[axis])
+        self.routing.count(own[1], index, axis, args[0].shape[axis], self.real)
         return replay_decision(args[0], index, axis)
