@@ -6,7 +6,9 @@ The recipe is validated before torch is imported: packages that import torch are
 """
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.environment import hush, wait_passively
 from finetune.errors import FinetuneError, Problem, RunError, as_expected
 from finetune.files import write_json, write_text
+from finetune.launcher import check_launcher, rank
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from finetune.methods.common import MethodRows, TrainerSetup
     from finetune.moe.esft import ExpertChoice
     from finetune.run import RunFolder
+
+
+_SECONDS_TO_SAY_IT_ONCE = 10
 
 
 def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
@@ -36,6 +42,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.methods.common import TrainerSetup, accumulation_steps
     from finetune.run import prepare_dashboards
 
+    for line in check_launcher(recipe, os.environ):
+        if rank() == 0:
+            print(line)
     # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
     _reject_data_parallel(state)
@@ -148,7 +157,7 @@ def _load(
 
 def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "RunFolder", is_main: bool) -> None:
     """Print and write the audit; raise RunError where the model in memory differs from the recipe."""
-    from finetune.moe.audit import audit_model, audit_table, differences
+    from finetune.moe.audit import audit_model, audit_table, check_audit
 
     parts = audit_model(model, base.family)
     if is_main:
@@ -158,10 +167,7 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
             print(f"{split} rows: " + "\n".join(stats.lines()))
         for remark in rows.remarks:
             print(remark)
-    settings = recipe.model
-    problems = differences(parts, recipe.lora, settings.load_in_4bit, settings.dtype, len(settings.added_tokens))
-    if problems:
-        raise RunError(problems)
+    check_audit(parts, recipe)
 
 
 def _write_recipe_and_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_line: Sequence[str]) -> None:
@@ -201,7 +207,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
-    except (FinetuneError, OSError) as error:
+    except Exception as error:
+        if rank() > 0:
+            # The main process has usually the same error, or is the reason for this one (a closed connection). Once it
+            # has said so, the launcher ends the others.
+            time.sleep(_SECONDS_TO_SAY_IT_ONCE)
+        if not isinstance(error, FinetuneError | OSError):
+            raise
         print(expected := as_expected(error), file=sys.stderr)
         return expected.exit_code
     return 0

@@ -28,8 +28,8 @@ def run(args: argparse.Namespace) -> int:
 
     load_recipe(args.recipe, args.overrides)
     flags, changes = launch_flags(args.config_file, os.environ)
-    # --quiet: without a second traceback from the launcher.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *flags]
+    # --quiet: without a second traceback from the launcher of one process.
+    launcher = [sys.executable, "-m", "finetune.launcher", "--quiet", *flags]
     command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
     sys.stdout.flush()
     sys.stderr.flush()

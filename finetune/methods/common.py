@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import TrainerCallback
 
 from finetune.adapters.initial import InitialAdapter
 from finetune.base import Base
 from finetune.data import DataStats
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.moe.audit import audit_model, check_audit
+from finetune.moe.families import Family
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
 
@@ -90,6 +93,23 @@ def check_world_size(config: Any, num_processes: int) -> None:
         )
 
 
+class PreparedAudit(TrainerCallback):  # type: ignore[misc]
+    """Repeats the audit on the model that is trained, after accelerate has prepared it, and looks at the optimizer."""
+
+    def __init__(self, family: Family, recipe: Recipe) -> None:
+        self.family, self.recipe = family, recipe
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
+        """Raises RunError where the prepared model differs from the recipe, or the optimizer misses parameters."""
+        check_audit(audit_model(model, self.family), self.recipe)
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if trained != stepped:
+            what = f"{len(trained)} tensors are to be trained and the optimizer has other ones"
+            got = f"{len(stepped)} in the optimizer, {len(trained & stepped)} of them trained"
+            raise RunError(Problem("audit", what, "report this: the launcher has replaced parameters", got))
+
+
 @dataclass(frozen=True)
 class MethodRows:
     """`train` and `eval` (None: no evaluation) as the trainer takes them, `collator` makes its batches.
@@ -140,6 +160,11 @@ class TrainerSetup:
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,
-            "callbacks": [MetricsCallback(self.run.metrics), router_load, *self.dashboards.callbacks],
+            "callbacks": [
+                PreparedAudit(self.base.family, self.recipe),
+                MetricsCallback(self.run.metrics),
+                router_load,
+                *self.dashboards.callbacks,
+            ],
             "router_observers": [callback.show_router for callback in (router_load, *self.dashboards.callbacks)],
         }

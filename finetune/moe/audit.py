@@ -12,10 +12,10 @@ import torch
 from bitsandbytes.nn import Params4bit
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-from finetune.errors import Problem
+from finetune.errors import Problem, RunError
 from finetune.moe.families import QUANTIZED_PARTS, Family
 from finetune.moe.nf4 import Nf4Stack
-from finetune.recipe import LoraSettings
+from finetune.recipe import LoraSettings, Recipe
 
 PARTS = ("attention", "experts", "shared_experts", "mlp", "router", "embeddings", "norms", "head", "other")
 
@@ -97,6 +97,14 @@ def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
     if moe is not None and part == "experts":
         return name.endswith(tuple(f".{moe.experts_module}.{stack.parameter}" for stack in moe.stacks))
     return len(_logical_shape(parameter)) > 1
+
+
+def check_audit(parts: dict[str, PartAudit], recipe: Recipe) -> None:
+    """Raise RunError with every difference between the counted parameters and the recipe."""
+    settings = recipe.model
+    added = len(settings.added_tokens)
+    if problems := differences(parts, recipe.lora, settings.load_in_4bit, settings.dtype, added):
+        raise RunError(problems)
 
 
 def differences(

@@ -18,7 +18,6 @@ from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 from finetune.errors import Problem, WeightsError
 from finetune.upstream import native_dequantize, private
 
-_tree_map_only = private("torch.utils._pytree:tree_map_only")
 _dequantize_out = private("torch:ops.bitsandbytes.dequantize_4bit.out")
 _make_subclass = private("torch:Tensor._make_wrapper_subclass")
 _to_copy_operation = private("torch:ops.aten._to_copy.default")
@@ -109,9 +108,10 @@ def linear_weight(weight: Any) -> torch.Tensor:
 class Nf4Stack(torch.Tensor):
     """A frozen expert stack that looks like `[E, O, I]` in `dtype` and holds 4.13 bits a value.
 
-    `expert(e)` gives one dequantised matrix `[O, I]`. Any other operation falls back to the dense stack, so that code
-    which only reads shape, dtype or values keeps working; in-place operations raise an error. Experts are quantised one
-    by one: a block never spans two experts, and bitsandbytes, which counts elements in int32, never sees a stack.
+    `expert(e)` gives one dequantised matrix `[O, I]`, `dequantize()` the dense stack. Moving it and changing its dtype
+    keep the stored bits; any other operation raises WeightsError, because its result would be dense. Experts are
+    quantised one by one: a block never spans two experts, and bitsandbytes, which counts elements in int32, never sees
+    a stack.
     """
 
     packed_EN: torch.Tensor  # uint8 [E, ceil(O*I/2)]
@@ -220,20 +220,16 @@ class Nf4Stack(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
         if func in _STRUCTURAL:
-            return _STRUCTURAL[func](*args, **kwargs)
-        if func._schema.is_mutable:
-            raise WeightsError(
-                Problem(
-                    "4-bit expert stack",
-                    "a stack cannot be written to in place",
-                    "merge adapters with `finetune merge`, which writes full weights",
-                    got=str(func),
-                )
+            return _STRUCTURAL[func](*args, **(kwargs or {}))
+        raise WeightsError(
+            Problem(
+                "4-bit expert stack",
+                "an operation would make the stack dense, split it, or write to it",
+                "report this; code that wants dense values calls dequantize() or expert()",
+                got=str(func),
             )
-        dense_args, dense_kwargs = _tree_map_only(Nf4Stack, Nf4Stack.dequantize, (args, kwargs))
-        return func(*dense_args, **dense_kwargs)
+        )
 
 
 def _same(stack: Nf4Stack, **_: Any) -> Nf4Stack:

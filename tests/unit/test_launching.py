@@ -6,11 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from finetune.environment import wait_passively
 from finetune.errors import RecipeError, RunError, WeightsError
-from finetune.methods.common import accumulation_steps
+from finetune.launcher import check_launcher, launch_command
+from finetune.methods.common import PreparedAudit, accumulation_steps
 from finetune.methods.sft import sft_config
+from finetune.moe.families import FAMILIES
+from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.router import find_routers
 from finetune.train import _reject_data_parallel
 from tests.support import save_tiny_mixtral
@@ -32,6 +36,96 @@ def test_one_process_that_sees_several_gpus_is_refused(monkeypatch: pytest.Monke
     with pytest.raises(RunError, match=r"several GPUs are visible; got 8 GPUs; use --config_file accelerate_configs/"):
         _reject_data_parallel(SimpleNamespace(num_processes=1, device=torch.device("cuda")))
     _reject_data_parallel(SimpleNamespace(num_processes=8, device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", "no"), ("bfloat16", "bf16"), ("float16", "fp16")])
+@pytest.mark.parametrize("launched", ["no", "bf16", "fp16", "fp8"])
+def test_the_recipe_decides_the_precision_and_the_step_whatever_was_launched(
+    tmp_path: Path, dtype: str, autocast: str, launched: str
+) -> None:
+    recipe = recipe_for(tmp_path)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    environment = {
+        "ACCELERATE_MIXED_PRECISION": launched,
+        "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+    }
+    lines = check_launcher(recipe, environment)
+    assert environment == {"ACCELERATE_MIXED_PRECISION": autocast, "ACCELERATE_DYNAMO_BACKEND": "no"}
+    said = f"accelerate: mixed_precision {launched} is not used: model.dtype {dtype} decides"
+    assert lines == [
+        *([] if launched in ("no", autocast) else [said]),
+        "accelerate: dynamo_backend inductor is not used: the recipe, which has no compilation, decides",
+        "accelerate: gradient_accumulation_steps 4 is not used: training.global_batch_size decides",
+        "accelerate: gradient_clipping 0.5 is not used: training.max_grad_norm decides",
+    ]
+    assert check_launcher(recipe, environment) == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "accelerate: FSDP is not supported: .*; each process must hold the whole base"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate: DeepSpeed is not supported"),
+        ("ACCELERATE_USE_MEGATRON_LM", "True", "accelerate: Megatron-LM is not supported"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "accelerate: parallelism_config is not supported"),
+        ("XLA_USE_BF16", "1", "environment: XLA_USE_BF16 lowers the precision of .*; got 1; unset XLA_USE_BF16"),
+    ],
+)
+def test_sharding_is_refused_by_name(tmp_path: Path, variable: str, value: str, message: str) -> None:
+    with pytest.raises(RunError, match=f"^{message}"):
+        check_launcher(recipe_for(tmp_path), {variable: value})
+    check_launcher(recipe_for(tmp_path), {variable: "false"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "config", "message"),
+    [
+        (["--cpu"], {"distributed_type": "FSDP", "num_processes": 2}, "accelerate: FSDP is not supported"),
+        ([], {"distributed_type": "DEEPSPEED", "use_cpu": True}, "accelerate: DeepSpeed is not supported"),
+        (["--cpu"], {"distributed_type": "MEGATRON_LM"}, "accelerate: Megatron-LM is not supported"),
+        (["--use_fsdp"], None, "accelerate: FSDP is not supported"),
+        (["--cpu", "--num_processes", "2"], None, "accelerate: 2 processes were asked for and 1 started .* torchrun"),
+        (["--num_processes=3"], {"distributed_type": "NO"}, "accelerate: 3 processes were asked for and 1 started"),
+        ([], {"distributed_type": "MULTI_CPU", "num_processes": 4}, "accelerate: 4 processes were asked for and 1 st"),
+    ],
+)
+def test_what_the_launcher_drops_on_a_cpu_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str],
+    config: dict[str, object] | None,
+    message: str,
+) -> None:
+    if config is not None:
+        file = tmp_path / "accelerate.yaml"
+        whole = {"compute_environment": "LOCAL_MACHINE", "num_processes": 1, "num_machines": 1, "machine_rank": 0}
+        file.write_text(yaml.safe_dump(whole | {"mixed_precision": "no", "use_cpu": True} | config))
+        flags = ["--config_file", str(file), *flags]
+    monkeypatch.setattr("finetune.launcher.launch_command", lambda: [*flags, "-m", "finetune.train", "r.yaml"])
+    with pytest.raises(RunError, match=f"^{message}") as caught:
+        check_launcher(recipe_for(tmp_path), {})
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        (
+            ["python", "/venv/bin/accelerate", "launch", "--cpu", "-m", "finetune.train"],
+            ["--cpu", "-m", "finetune.train"],
+        ),
+        (["python", "/venv/bin/accelerate-launch", "train.py"], ["train.py"]),
+        (["python", "-m", "accelerate.commands.launch", "train.py"], ["train.py"]),
+        (["python", "-m", "finetune.launcher", "--quiet", "train.py"], ["--quiet", "train.py"]),
+        (["python", "/venv/bin/torchrun", "--nproc_per_node", "2", "train.py"], None),
+        (["bash"], None),
+    ],
+)
+def test_the_launcher_is_told_by_the_command_of_the_parent(words: list[str], arguments: list[str] | None) -> None:
+    process = SimpleNamespace(parent=lambda: SimpleNamespace(cmdline=lambda: words))
+    assert launch_command(process) == arguments
 
 
 def test_the_global_batch_is_what_the_recipe_says_for_any_number_of_processes(tmp_path: Path) -> None:
@@ -60,3 +154,23 @@ def test_an_adapter_on_4bit_stacks_cannot_be_merged_in_memory(tmp_path: Path) ->
     model = trained_model(save_tiny_mixtral(tmp_path), targets=["experts"])
     with pytest.raises(WeightsError, match=r"a loaded expert stack cannot be merged in memory; use `finetune merge A"):
         model.merge_adapter()
+
+
+def test_a_model_that_changed_after_the_audit_is_refused(tmp_path: Path) -> None:
+    """Preparation by the launcher must leave the stacks in 4 bits, and the optimizer with the adapter's tensors."""
+    recipe = recipe_for(tmp_path)
+    model = trained_model(save_tiny_mixtral(tmp_path), targets=recipe.lora.targets, r=recipe.lora.r)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad])
+    audit = PreparedAudit(FAMILIES["mixtral"], recipe)
+
+    def begin(optimizer: torch.optim.Optimizer) -> None:
+        audit.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+
+    begin(optimizer)
+    with pytest.raises(RunError, match=r"^audit: .* the optimizer has other ones; got 1 in the optimizer, 0 of them"):
+        begin(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]))
+    name, stack = next((name, p) for name, p in model.named_parameters() if isinstance(p.data, Nf4Stack))
+    module = model.get_submodule(name.rpartition(".")[0])
+    module.register_parameter(name.rpartition(".")[2], torch.nn.Parameter(stack.data.dequantize(), requires_grad=False))
+    with pytest.raises(RunError, match=r"^audit: experts: the recipe asks for nf4; got 1 tensors in float32"):
+        begin(optimizer)

@@ -77,8 +77,8 @@ def test_a_second_adapter_is_loaded_used_alone_and_beside_the_first(base: Path, 
 
 def test_experts_that_would_get_no_gradient_are_refused(base: Path, tmp_path: Path) -> None:
     """An adapter whose wrappers are still PEFT's own: right in a forward, and never trained."""
-    trained_model(base, targets=["experts"]).save_pretrained(str(tmp_path))
-    model = trained_model(base, targets=["attention"])
+    trained_model(base, load_in_4bit=False, targets=["experts"]).save_pretrained(str(tmp_path))
+    model = trained_model(base, load_in_4bit=False, targets=["attention"])
     model.load_adapter(str(tmp_path), "second", is_trainable=True)
     model.base_model.set_adapter(["default", "second"])
     untrained = logits(model)

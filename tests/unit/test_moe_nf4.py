@@ -1,12 +1,18 @@
 """4-bit expert stacks: the same bits as bitsandbytes expert by expert, quantised while the shards stream in."""
 
 import tempfile
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 from bitsandbytes.nn import Linear4bit
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from finetune.errors import WeightsError
@@ -123,14 +129,60 @@ def test_a_stack_looks_dense_and_holds_a_little_over_four_bits_a_value() -> None
     stack = Nf4Stack.quantize(weight)
     assert (stack.shape, stack.dtype, stack.device) == (weight.shape, weight.dtype, weight.device)
     assert 4.0 <= 8 * stack.stored_bytes / weight.numel() < 4.5
-    assert torch.equal(stack + 0, stack.dequantize())
     assert isinstance(torch.nn.Parameter(stack, requires_grad=False).data, Nf4Stack)
 
 
-def test_a_stack_refuses_to_be_written_to() -> None:
+DENSE: dict[str, Callable[[Any], object]] = {
+    "split": lambda stack: stack.split(1),
+    "chunk": lambda stack: stack.chunk(2),
+    "unbind": lambda stack: stack.unbind(),
+    "iteration": list,
+    "index": lambda stack: stack[0],
+    "slice": lambda stack: stack[:1],
+    "narrow": lambda stack: stack.narrow(0, 0, 1),
+    "index_select": lambda stack: stack.index_select(0, torch.tensor([0])),
+    "view": lambda stack: stack.view(-1),
+    "reshape": lambda stack: stack.reshape(2, -1),
+    "flatten": lambda stack: stack.flatten(),
+    "transpose": lambda stack: stack.transpose(1, 2),
+    "new_zeros": lambda stack: stack.new_zeros(3),
+    "new_empty": lambda stack: stack.new_empty(3),
+    "empty_like": torch.empty_like,
+    "clone": lambda stack: stack.clone(),
+    "contiguous copy": lambda stack: stack.clone(memory_format=torch.contiguous_format),
+    "cat": lambda stack: torch.cat([stack, stack]),
+    "stack": lambda stack: torch.stack([stack, stack]),
+    "sum": lambda stack: stack + 0,
+    "product": lambda stack: torch.ones(2, 3, 8) @ stack,
+    "write": lambda stack: stack.add_(1.0),
+    "copy into": lambda stack: stack.copy_(torch.zeros(2, 8, 64)),
+    "copy out": lambda stack: torch.empty(2, 8, 64).copy_(stack),
+}
+
+
+@pytest.mark.parametrize("operation", DENSE.values(), ids=DENSE)
+def test_an_operation_that_would_make_a_stack_dense_is_refused(operation: Callable[[Any], object]) -> None:
     stack = Nf4Stack.quantize(torch.randn(2, 8, 64))
-    with pytest.raises(WeightsError, match=r"cannot be written to in place; got aten.add_.*finetune merge"):
-        stack.add_(1.0)
+    with pytest.raises(WeightsError, match=r"^4-bit expert stack: an operation would make .*; got .*; report this"):
+        operation(stack)
+
+
+def test_moving_a_stack_keeps_its_bits() -> None:
+    stack = Nf4Stack.quantize(torch.randn(2, 8, 64))
+    for moved in (stack.to("cpu"), stack.to(torch.bfloat16), stack.detach(), deepcopy(stack)):
+        assert isinstance(moved, Nf4Stack)
+        assert all(map(torch.equal, moved.stored, stack.stored))
+
+
+def test_a_model_with_stacks_cannot_be_sharded(base: Path) -> None:
+    """`fully_shard` splits every parameter by rows; a stack must not become a dense one by that."""
+    with tempfile.TemporaryDirectory() as folder:
+        init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            with pytest.raises(WeightsError, match=r"^4-bit expert stack: an operation would make the stack dense"):
+                fully_shard(base_model(base), mesh=init_device_mesh("cpu", (1,)))
+        finally:
+            destroy_process_group()
 
 
 def test_loading_quantises_attention_and_experts_and_nothing_else(base: Path) -> None:
