@@ -115,20 +115,24 @@ def text(row: Fields) -> ParsedText:
     return ParsedText(row.text("text"))
 
 
+def _question(row: Fields, further: str) -> Turn:
+    turn, material = column_turn(row, "instruction", "user"), row.optional_text(further)
+    if material is None:
+        return turn
+    message = Message(role="user", content=f"{turn.message['content']}\n\n{material}")
+    return Turn(message, f"{turn.place} and {row.name(further)}")
+
+
 def _question_and_answer(row: Fields, further: str, answer: str) -> list[Turn]:
-    instruction, answered = column_turn(row, "instruction", "user"), column_turn(row, answer, "assistant")
-    question = _with_material(row, instruction, further)
-    prompts = [instruction] if question is instruction else [instruction, question]
-    check_prompt_not_repeated(prompts, [[answered]], "messages")
+    question, answered = _question(row, further), column_turn(row, answer, "assistant")
+    check_prompt_not_repeated(_repeatable(row, question), [[answered]], "messages")
     return [question, answered]
 
 
-def _with_material(row: Fields, instruction: Turn, further: str) -> Turn:
-    material = row.optional_text(further)
-    if material is None:
-        return instruction
-    message = Message(role="user", content=f"{instruction.message['content']}\n\n{material}")
-    return Turn(message, f"{instruction.place} and {row.name(further)}")
+def _repeatable(row: Fields, question: Turn) -> list[Turn]:
+    """What an answer may repeat: the question, and its instruction without the material."""
+    has_material = question.place != row.name("instruction")
+    return [column_turn(row, "instruction", "user"), question] if has_material else [question]
 
 
 def _system(row: Fields) -> list[Turn]:
