@@ -20,7 +20,13 @@ from finetune.data.formats.messages import (
     take_train,
     text_or_turns,
 )
-from finetune.data.formats.parsed import ParsedConversation, ParsedJudgement, ParsedPair, ParsedText
+from finetune.data.formats.parsed import (
+    ParsedConversation,
+    ParsedJudgement,
+    ParsedPair,
+    ParsedText,
+    check_prompt_not_repeated,
+)
 from finetune.data.formats.tools import read_call_text, read_tools
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role
@@ -85,14 +91,12 @@ def tools_of(row: Fields) -> list[dict[str, Any]] | None:
 
 def alpaca(row: Fields) -> ParsedConversation:
     """`instruction`, and after an empty line `input`, -> user; `output` -> assistant; `history`: earlier pairs."""
-    return ParsedConversation(
-        [*_system(row), *_history(row), _question(row, "input"), column_turn(row, "output", "assistant")]
-    )
+    return ParsedConversation([*_system(row), *_history(row), *_question_and_answer(row, "input", "output")])
 
 
 def dolly(row: Fields) -> ParsedConversation:
     """`instruction`, and after an empty line `context`, -> user; `response` -> assistant."""
-    return ParsedConversation([_question(row, "context"), column_turn(row, "response", "assistant")])
+    return ParsedConversation(_question_and_answer(row, "context", "response"))
 
 
 def prompt_completion(row: Fields) -> ParsedConversation:
@@ -102,6 +106,7 @@ def prompt_completion(row: Fields) -> ParsedConversation:
     if completion[0].message["role"] != "assistant":
         what, do = "a completion must begin with the assistant", "move what precedes it to the prompt"
         raise RowError(completion[0].role_place, what, do, shown(completion[0].message["role"]))
+    check_prompt_not_repeated(prompt, [completion], "prompt_completion")
     return ParsedConversation([*(_given(turn) for turn in prompt), *completion])
 
 
@@ -116,6 +121,18 @@ def _question(row: Fields, further: str) -> Turn:
         return turn
     message = Message(role="user", content=f"{turn.message['content']}\n\n{material}")
     return Turn(message, f"{turn.place} and {row.name(further)}")
+
+
+def _question_and_answer(row: Fields, further: str, answer: str) -> list[Turn]:
+    question, answered = _question(row, further), column_turn(row, answer, "assistant")
+    check_prompt_not_repeated(_repeatable(row, question), [[answered]], "messages")
+    return [question, answered]
+
+
+def _repeatable(row: Fields, question: Turn) -> list[Turn]:
+    """What an answer may repeat: the question, and its instruction without the material."""
+    has_material = question.place != row.name("instruction")
+    return [column_turn(row, "instruction", "user"), question] if has_material else [question]
 
 
 def _system(row: Fields) -> list[Turn]:
@@ -162,6 +179,7 @@ def preference(row: Fields) -> ParsedPair:
     check_scores(row)
     if row.optional("prompt") is not None:
         prompt = text_or_turns(row, "prompt", "user")
+        check_prompt_not_repeated(prompt, [chosen, rejected], "preference")
         count = _repeated(prompt, chosen, rejected, row)
         return ParsedPair(chosen[:count] or prompt, chosen[count:], rejected[count:], places, tools_of(row))
     if isinstance(values[0], str):
@@ -222,6 +240,7 @@ def orca_dpo(row: Fields) -> ParsedPair:
     chosen, rejected = ([column_turn(row, field, "assistant")] for field in ("chosen", "rejected"))
     check_scores(row)
     prompt = [*system, column_turn(row, "question", "user")]
+    check_prompt_not_repeated(prompt, [chosen, rejected], "preference")
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
@@ -239,6 +258,7 @@ def kto(row: Fields) -> ParsedJudgement:
     """`prompt`, `completion` (texts or messages), `label`: true if the completion is desirable."""
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
+    check_prompt_not_repeated(prompt, [completion], "kto")
     return ParsedJudgement(prompt, completion, _label(row), row.name("completion"))
 
 
