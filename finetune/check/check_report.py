@@ -177,6 +177,7 @@ def _remarks(split: Split) -> list[str]:
         "{} cut at the end": stats.truncated,
         "{} split into pieces": stats.split,
         "duplicate {}": stats.duplicates,
+        "{} with a message that is a word for nothing (nan, None, NULL)": stats.placeholders,
     }
     phrases = [f"{count:,} {text.format('row' if count == 1 else 'rows')}" for text, count in counts.items() if count]
     return [f"{split.name}: {', '.join(phrases)}"] if phrases else []
