@@ -10,7 +10,8 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from finetune.errors import RunError
-from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for
+from finetune.methods.arguments import evaluation_metrics
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, recipe, run, trainer_for
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,8 @@ def test_token_figures_are_means_over_the_tokens_of_a_step(
     for key in ("eval_mean_token_accuracy", "eval_entropy"):
         assert evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5), key
         assert evaluations[0][key] > 0
+    known = {f"eval_{name}" for name in evaluation_metrics("sft")}
+    assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
