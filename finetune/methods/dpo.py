@@ -19,8 +19,9 @@ from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.errors import Problem, RunError
+from finetune.methods.arguments import dpo_config
 from finetune.methods.common import MethodRows, TrainerSetup
-from finetune.methods.dpo_trainer import MoeDpoTrainer, dpo_config
+from finetune.methods.dpo_trainer import MoeDpoTrainer
 from finetune.methods.pairs import pair_layout, score_pairs
 from finetune.methods.reference import Reference, ReferenceStore, compute_missing, digest_of
 from finetune.recipe import DpoSettings, Recipe

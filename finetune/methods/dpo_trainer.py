@@ -5,45 +5,21 @@ B pairs, W tokens of the longest answer; in `2B` the chosen answers come before 
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import check_world_size, common_arguments
 from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.methods.pairs import RoutingOverlap, score_pairs
 from finetune.methods.reference import Reference
 from finetune.methods.trainer import StepExactTrainer
 from finetune.moe.router import RouterRecord, capture
-from finetune.recipe import DpoSettings, Recipe
+from finetune.recipe import DpoSettings
 from finetune.upstream import require
 
 require("trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset")
-
-
-def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> DPOConfig:
-    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
-    method = recipe.method
-    assert isinstance(method, DpoSettings)
-    own = {
-        "beta": method.beta,
-        "loss_type": list(method.loss_type),
-        "loss_weights": method.loss_weights,
-        "label_smoothing": method.label_smoothing,
-        "ld_alpha": method.ld_alpha,
-        "f_divergence_type": method.f_divergence_type,
-        "f_alpha_divergence_coef": method.f_alpha_divergence_coef,
-        "use_weighting": method.use_weighting,
-        "discopop_tau": method.discopop_tau,
-        "disable_dropout": False,  # the recipe's own; the reference has none
-        "precompute_ref_log_probs": False,  # finetune.methods.reference keeps ours
-    }
-    config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    check_world_size(config, num_processes)
-    return config
 
 
 class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]

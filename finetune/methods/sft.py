@@ -2,27 +2,19 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from finetune.base import Base
 from finetune.data import Collator, prepare
-from finetune.methods.common import MethodRows, TrainerSetup, check_world_size, common_arguments
+from finetune.methods.arguments import sft_config
+from finetune.methods.common import MethodRows, TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
 from finetune.recipe import Recipe
-
-
-def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> SFTConfig:
-    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
-    own = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = SFTConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    check_world_size(config, num_processes)
-    return config
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:

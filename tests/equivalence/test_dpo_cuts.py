@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.methods.arguments import evaluation_metrics
 from tests.equivalence.dpo_runs import PAIR_KEYS, dpo_recipe, dpo_run, dpo_trainer, write_pairs
-from tests.equivalence.sft_runs import Steps, assert_same_steps
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps
 
 MIXED: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "ld_alpha": 0.5}
 
@@ -116,6 +117,8 @@ def test_the_evaluation_does_not_depend_on_its_batches(base: Path, pairs: Path, 
     keys = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/rejected")
     assert all(evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5) for key in keys)
     assert evaluations[0]["eval_rewards/margins"] != 0
+    known = {f"eval_{name}" for name in evaluation_metrics("dpo")}
+    assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
 
 
 def _train_a_little(trainer: Any) -> None:

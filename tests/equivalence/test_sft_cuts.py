@@ -2,6 +2,8 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from finetune.errors import RunError
-from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for
+from finetune.methods.arguments import evaluation_metrics
+from finetune.methods.trainer import StepExactTrainer
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, recipe, run, trainer_for
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,8 @@ def test_token_figures_are_means_over_the_tokens_of_a_step(
     for key in ("eval_mean_token_accuracy", "eval_entropy"):
         assert evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5), key
         assert evaluations[0][key] > 0
+    known = {f"eval_{name}" for name in evaluation_metrics("sft")}
+    assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -134,6 +140,50 @@ def test_a_value_that_is_not_finite_stops_before_the_step_and_names_it(
     assert {(place.rpartition(":")[0], int(place.rpartition(":")[2]) <= 32) for place in places} == {(str(rows), True)}
     assert steps.gradients == []
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters() if name in before)
+
+
+def test_a_run_that_has_stopped_learning_is_stopped(base: Path, rows: Path, tmp_path: Path) -> None:
+    """As after a rate that breaks the model: the gradient is exactly 0 and the loss is not."""
+    trainer, steps = trainer_for(recipe(base, rows, tmp_path, max_steps=9))
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * (not steps.logs))
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    assert [log["grad_norm"] > 0 for log in steps.logs] == [True, False, False]
+    message = str(caught.value)
+    assert message.startswith(
+        "step 4: the gradient is exactly 0 from step 2 on: nothing is learned any more, and no adapter was saved; got "
+        "loss "
+    )
+    assert message.endswith(", gradient norm 0; start anew with a lower training.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("norms", "losses", "stops"),
+    [
+        ([1, 0, 0, 0, 0], [2, 2, 2, 2, 2], 4),
+        ([0, 0, 1, 0, 0, 1], [2] * 6, None),
+        ([1, 1, 1, 1, 1, 0], [2] * 6, 6),  # at the end one step is enough: the adapter would be saved
+        ([0, 0, 0, 0, 0, 0], [0] * 6, None),  # nothing left to learn
+        ([0, 0, 0], [2] * 3, 3),
+    ],
+)
+def test_only_steps_without_gradient_and_with_a_loss_count(
+    norms: list[float], losses: list[float], stops: int | None
+) -> None:
+    trainer: Any = SimpleNamespace(_zero_since=None, state=SimpleNamespace(global_step=0, max_steps=6))
+    stopped, message = None, ""
+    for step, (norm, loss) in enumerate(zip(norms, losses, strict=True)):
+        trainer.state.global_step = step
+        try:
+            StepExactTrainer._check_learning(trainer, norm, [loss, 0])
+        except RunError as error:
+            stopped, message = step + 1, str(error)
+            break
+    assert stopped == stops
+    never = "add to lora.targets: what is adapted does not change the answers of these rows"
+    assert message.endswith(never) == (norms[0] == 0 and stops is not None)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:
