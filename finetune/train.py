@@ -52,7 +52,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 1. The run folder and the dashboards
     run = _open_run(recipe, state)
-    dashboards = prepare_dashboards(recipe.logging, run)
+    dashboards = prepare_dashboards(recipe.logging, run, recipe.model_dump(mode="json"))
     method = method_of(recipe.method.kind)
     accumulation_steps(recipe, state.num_processes)  # raises for a batch that cannot be cut, before anything is loaded
 
@@ -79,6 +79,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     if state.is_main_process:
         _save(setup, trainer, choice)
     state.wait_for_everyone()
+    for callback in dashboards.callbacks:
+        callback.finish()
     return run.path
 
 
