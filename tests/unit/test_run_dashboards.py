@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -213,7 +213,7 @@ def wandb_server(*answered: str, otherwise: int) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            question = json.loads(body) if self.path == "/graphql" else {"query": "no question"}
+            question: dict[str, Any] = json.loads(body) if self.path == "/graphql" else {"query": "no question"}
             query = question["query"].split()[1].partition("(")[0]
             if query == "UpsertBucket":
                 RUN["name"] = question["variables"]["name"]
@@ -238,7 +238,7 @@ def server_that_never_answers() -> Iterator[str]:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-UNUSABLE = {
+UNUSABLE: dict[str, tuple[Callable[[], contextlib.AbstractContextManager[str]], str | None, str]] = {
     "nothing listens": (lambda: contextlib.nullcontext("http://127.0.0.1:9"), KEY, "did not respond in time"),
     "no answer": (server_that_never_answers, KEY, "did not respond in time"),
     "wrong key": (lambda: wandb_server(otherwise=401), KEY, "user is not logged in"),
@@ -264,7 +264,7 @@ def test_wandb_that_cannot_be_used_is_offline_before_the_model_is_loaded(
     assert os.environ["WANDB_MODE"] == "offline"
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("W&B cannot be used now (")
-    assert f"{reason}" in line
+    assert reason in line
     assert line.endswith(
         f"; the run goes on with W&B offline; upload it later with  wandb sync '{tmp_path}/a run/wandb'/offline-run-*"
     )
