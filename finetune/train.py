@@ -37,7 +37,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from torch.accelerator import is_available
     from transformers import set_seed
 
-    from finetune.base import read_base
+    from finetune.base import check_resumed_base, read_base
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup, accumulation_steps
     from finetune.run import prepare_dashboards
@@ -58,6 +58,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
+    if recipe.training.resume_from_checkpoint:
+        check_resumed_base(base, run)
     initial_adapter = _initial_adapter(recipe, base)
 
     # 3. Rows -> token ids and labels
@@ -120,7 +122,7 @@ def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
     if recipe.model.adapter is None:
         return None
     initial_adapter = read_initial_adapter(Path(recipe.model.adapter))
-    check_same_setup(initial_adapter, recipe, base.provenance.fingerprint, base.tokenizer.chat_template)
+    check_same_setup(initial_adapter, recipe, base.provenance, base.tokenizer.chat_template)
     return initial_adapter
 
 

@@ -14,7 +14,7 @@ from finetune.base import Base, checkpoint_family, config_family, recipe_tokeniz
 from finetune.check.check_report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.duplicates import find_duplicates, words_of
 from finetune.check.samples import draw
-from finetune.checkpoint import fingerprint
+from finetune.checkpoint import fingerprint, forward_settings
 from finetune.data.formats import reader, recognise
 from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
@@ -28,7 +28,7 @@ from finetune.recipe import DataSource, Recipe
 
 def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
     """What each sound row says, with its `file:line`."""
-    read = reader(row_format, source.columns)
+    read = reader(row_format, source.columns, source.ignore_columns)
     for row in _rows(source):
         if not isinstance(row.value, RowError):
             try:
@@ -52,7 +52,7 @@ def read_without_tokenizer(sources: Sequence[DataSource], example_type: ExampleT
 def _refused(source: DataSource, example_type: ExampleType, max_problems: int) -> list[Problem]:
     refused = Problems(max_problems)
     try:
-        read = reader(_format(source), source.columns)
+        read = reader(_format(source), source.columns, source.ignore_columns)
     except RowError as error:
         # Where no format is known, what is no row at all is still found.
         for row in _rows(source):
@@ -139,7 +139,7 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     if family is None or tokenizer is None:
         return None, tokenizer
     digest = fingerprint(folder) if local and recipe.model.adapter else None
-    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest)
+    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest, config=forward_settings(folder))
     config = AutoConfig.from_pretrained(folder)
     return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
 
@@ -148,7 +148,7 @@ def _check_adapter(folder: Path, recipe: Recipe, base: Base | None) -> None:
     """What the run would refuse in the adapter that it starts from, as far as the checkpoint is on this machine."""
     initial_adapter = read_initial_adapter(folder)
     if base is not None:
-        check_same_setup(initial_adapter, recipe, base.provenance.fingerprint, base.tokenizer.chat_template)
+        check_same_setup(initial_adapter, recipe, base.provenance, base.tokenizer.chat_template)
 
 
 def _mixture(name: Name, recipe: Recipe, tokenizer: Any, report: Report) -> Mixture | None:

@@ -70,7 +70,7 @@ def check_quantization(reader: CheckpointReader) -> None:
 
 
 def _expert_problems(reader: CheckpointReader, model: Any) -> list[Problem]:
-    """Experts that a per-expert checkpoint lacks, or holds in another shape than their fellows."""
+    """Experts that a per-expert checkpoint lacks, or holds in another shape or number format than their fellows."""
     problems = []
     for (stack, _), keys in _sources(reader, model).items():
         numbers = {int(_expert_number(key).group(1)): key for key in keys}
@@ -92,6 +92,13 @@ def _expert_problems(reader: CheckpointReader, model: Any) -> list[Problem]:
             for key, shape in shapes.items()
             if shape != usual
         ]
+        formats = Counter(reader.info(key).dtype for key in keys)
+        if len(formats) > 1:
+            others = [key for key in keys if reader.info(key).dtype != formats.most_common(1)[0][0]]
+            what = f"experts of {stack} are stored in differing number formats, and a stack has one"
+            got = ", ".join(f"{count} in {dtype}" for dtype, count in formats.most_common())
+            do = "save all of them in one: load the checkpoint with transformers in one dtype, and save_pretrained"
+            problems.append(Problem(f"{reader.info(others[0]).file}: {others[0]}", what, do, got=got))
     return problems
 
 

@@ -44,6 +44,7 @@ _TABLE = (
     RowFormat("text", "document", ("text",)),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
+    RowFormat("alpaca_dpo", "preference", ("instruction", "chosen", "rejected"), ("input", "system", "history")),
     RowFormat("hh", "preference", ("chosen", "rejected")),
     RowFormat("orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",)),
     RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools"), _EITHER),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
 from finetune.data.formats.tools import check_known_keys, parse_json, read_calls
+from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message, Role, ToolCall
 
@@ -70,9 +71,10 @@ def column_turn(row: Fields, field: str, role: Role) -> Turn:
 
 
 def read_turns(value: object, place: str, read: Callable[[object, str], Turn] | None = None) -> list[Turn]:
-    """A list of messages, or its JSON text (CSV has nothing else), each through `read` (default: OpenAI's spelling)."""
+    """A list of messages, or its text (CSV has nothing else), each through `read` (default: OpenAI's spelling)."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = parse_json(value, place)
+        written = written_messages(value, place)
+        value = parse_json(value, place) if written is None else written
     if not isinstance(value, list) or not value:
         raise RowError(place, "must be a list of messages", "write [{role, content}, ...]", shown(value))
     read = read or read_message
@@ -81,7 +83,7 @@ def read_turns(value: object, place: str, read: Callable[[object, str], Turn] | 
 
 def text_or_turns(row: Fields, field: str, role: Role) -> list[Turn]:
     """A column that holds a text, spoken by `role`, or a list of messages."""
-    value = row.required(field)
+    value = row.text_or_messages(field)
     if isinstance(value, str):
         return [column_turn(row, field, role)]
     if not isinstance(value, list):
