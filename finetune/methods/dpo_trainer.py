@@ -164,7 +164,7 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
         """Without the router term and without pairs repeated to fill up the last batches of several processes."""
         scores = score_pairs(model, inputs, self.attention)
         pairs_by_feature = inputs["pairs_by_feature"]
-        counted = sum(pairs_by_feature[: self.first_repeated(len(pairs_by_feature))])
+        counted: int = sum(pairs_by_feature[: self.first_repeated(len(pairs_by_feature))])
         if counted:
             scores, inputs = _first_pairs(scores, inputs, counted)
             loss = self._pair_losses(scores, inputs).sum()
