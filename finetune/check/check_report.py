@@ -193,7 +193,7 @@ def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -
     """`lengths`: tokens of each row of the data set; `sequences`: rows, or packed rows."""
     batch, limit = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.data.packing:
-        # A batch of packed rows is one long row: no padding (see `Collator`).
+        # The padding of a batch of packed rows is at most what they leave unfilled.
         return Batches(sequences, batch, 1 - float(lengths.sum()) / (sequences * limit), None, limit)
     return Batches(sequences, batch, None, padding_share(lengths, lengths, batch), limit)
 
