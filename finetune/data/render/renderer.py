@@ -13,14 +13,20 @@ from typing import Any, get_args
 import numpy as np
 
 from finetune.data.render.answers import find_answers, find_holes
-from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
+from finetune.data.render.chat_template import (
+    PROBE,
+    ChatTemplate,
+    System,
+    by_first_character,
+    control_tokens,
+    find_token,
+)
 from finetune.data.render.encoder import Encoder
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
 from finetune.errors import DataError, Problem
 from finetune.recipe.settings import LossOn
 
-_PLAIN = frozenset(("role", "content", "train"))
 LOSSES: tuple[LossOn, ...] = get_args(LossOn)
 
 
@@ -42,6 +48,7 @@ class Renderer:
         self._loss_on = loss_on
         self._system = system
         self._control = control_tokens(tokenizer)
+        self._by_first = by_first_character(self._control)
         self._encoder = Encoder(tokenizer, self._control)
         self._eos_id: int = tokenizer.eos_token_id
         self._bos = self._own_bos(tokenizer)
@@ -114,34 +121,18 @@ class Renderer:
         if self._loss_on != "all":
             do = "set data.loss_on to all, or name a format with turns in the source"
             raise RowError("text", f"plain text has no answer, and data.loss_on is {self._loss_on}", do)
-        for token in self._control:
-            if token in document.text:
-                what = f"contains the control token {token}, which would be read as such"
-                raise RowError("text", what, "remove it or write it differently", shown(document.text))
+        token = find_token(document.text, self._by_first)
+        if token is not None:
+            what = f"contains the control token {token}, which would be read as such"
+            raise RowError("text", what, "remove it or write it differently", shown(document.text))
         self._encoder.alphabet.check(document.text)
         return Rendering(document.text, everything=True, document=True)
 
     def _conversation(self, given: Conversation) -> Rendering:
-        self._check_contents(given)
         text, answers = find_answers(self._chat, given, self._loss_on)
         if self._loss_on != "all":
             return Rendering(text, answers)
         return Rendering(text, answers, everything=True, holes=find_holes(self._chat, given, text))
-
-    def _check_contents(self, given: Conversation) -> None:
-        for index, message in enumerate(given.messages):
-            token = self._chat.forged(message["content"])
-            if token is None and not _PLAIN.issuperset(message):
-                token = next(filter(None, map(self._chat.forged, strings({**message}))), None)
-            if token is not None:
-                what = f"contains the control token {token}, which would be read as the conversation's frame"
-                got = shown(message["content"])
-                raise RowError(f"messages[{index}].content", what, "remove it or write it differently", got)
-        for text in strings(given.tools or []):
-            token = self._chat.forged(text)
-            if token is not None:
-                what = f"contain the control token {token}, which would be read as the conversation's frame"
-                raise RowError("tools", what, "remove it or write it differently", shown(text))
 
     def _try_prompts(
         self, renderings: Sequence[Rendering], rows: Sequence[Ints], borders: Sequence[list[int | None]]
