@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.frame_marks import finder, frame_marks
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.row_errors import RowError, shown
@@ -82,9 +83,7 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
     ) -> str:
         """What the template writes; `generation` adds what makes the model answer. `RowError` if it fails."""
-        written: list[str] = []
-        self._write(written, [_without_train(message) for message in messages], tools, generation)
-        return "".join(written)
+        return self._rendered([self._taken(message) for message in messages], tools, generation)
 
     def text_and_prompts(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
@@ -98,7 +97,7 @@ class ChatTemplate:
             text, starts = self.text(messages, tools), []
         else:
             written: list[str] = []
-            turns = Turns([_without_train(message) for message in messages], written)
+            turns = Turns([self._taken(message) for message in messages], written)
             self._write(written, turns, tools, False)
             text, starts = "".join(written), turns.starts()
         prompts: list[int | str] = []
@@ -196,18 +195,28 @@ class ChatTemplate:
             return f"{mark}, which {self.name} writes itself: it would be read as the conversation's frame"
         return None
 
+    def _taken(self, message: Message) -> Message:
+        """The message as generation has it, without our `train`, and with arguments in the template's form."""
+        if "train" in message:
+            message = message.copy()
+            del message["train"]
+        if "tool_calls" in message and self.arguments_form == "text":
+            return with_arguments_as_text(message)
+        return message
+
+    @cached_property
+    def arguments_form(self) -> Form:
+        """Whether the template takes the arguments of a call as an object or as JSON text; tried once."""
+        return arguments_form(self._rendered)
+
+    def _rendered(self, messages: list[Any], tools: list[dict[str, Any]] | None, generation: bool = False) -> str:
+        written: list[str] = []
+        self._write(written, messages, tools, generation)
+        return "".join(written)
+
     @cached_property
     def _marks(self) -> re.Pattern[str] | None:
         return finder(frame_marks(self.text, self.control, [token for token in (self._bos, self.eos) if token]))
-
-
-def _without_train(message: Message) -> Message:
-    """The message as generation has it: a template that writes a whole message must not write our mark."""
-    if "train" not in message:
-        return message
-    plain = message.copy()
-    del plain["train"]
-    return plain
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
