@@ -50,14 +50,24 @@ class DataSource(Section):
     format: FormatName = Field(
         description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
-        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
-        "method.kind: dpo: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, and kto, whose rated answers are "
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text; rendered (text that "
+        "already has its marks, read as tokens; never recognised by auto). Pairs of answers, for method.kind: dpo: "
+        "preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, and kto, whose rated answers are "
         "paired where a prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
         default_factory=dict,
         description="Renamed columns, as {field of the format: column of the file}, for example "
         "{instruction: question, output: answer}.",
+    )
+    response_template: Text | None = Field(
+        default=None,
+        description="With format: rendered, the text before every answer, for example "
+        '"[/INST]" or "<|im_start|>assistant\\n"; the loss is on what follows, through response_end. null: only with '
+        "loss_on: all.",
+    )
+    response_end: Text | None = Field(
+        default=None, description="With response_template, the text that ends an answer; null: the EOS token."
     )
     weight: float | None = Field(
         default=None,
@@ -110,8 +120,9 @@ class DataSettings(Section):
         default="assistant",
         description="Which tokens are in the loss. assistant: every answer of the assistant and its end token; "
         "last_assistant: the last answer of a row; completion: every answer after the last user message; all: every "
-        "token, required for format text. Messages with `train: false` or `weight: 0` are never supervised. With "
-        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
+        "token, required for format text, and for rendered without response_template. Messages with `train: false` or "
+        "`weight: 0` are never supervised. With method.kind: dpo the loss is on the two answers of a pair, and this "
+        "stays assistant.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",
