@@ -16,7 +16,7 @@ Gives = Literal["conversation", "document", "preference", "judged"]
 class RowFormat:
     """One row format: the kind of example that it gives, and its fields.
 
-    `aliases`: {field: another name that files use for it}.
+    `aliases`: {field: another name that files use for it}. `recognised`: `format: auto` may choose it.
     """
 
     name: str
@@ -24,6 +24,7 @@ class RowFormat:
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    recognised: bool = True
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -42,6 +43,7 @@ _TABLE = (
     RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
     RowFormat("oasst", "conversation", ("prompt",)),
     RowFormat("text", "document", ("text",)),
+    RowFormat("rendered", "document", ("text",), recognised=False),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
     RowFormat("alpaca_dpo", "preference", ("instruction", "chosen", "rejected"), ("input", "system", "history")),

@@ -79,7 +79,7 @@ def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str
     trials = [
         _Trial(row_format, Reader(row_format, columns))
         for row_format in FORMATS.values()
-        if columns.keys() <= set(row_format.fields)
+        if columns.keys() <= set(row_format.fields) and row_format.recognised
     ]
     if not trials:
         what, do = "no format has all the fields that columns names", "name fields of one format"
