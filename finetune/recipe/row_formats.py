@@ -16,14 +16,14 @@ Gives = Literal["conversation", "document", "preference", "judged"]
 class RowFormat:
     """One row format: the kind of example that it gives, and its fields.
 
-    `aliases`: {field: another name that files use for it}.
+    `aliases`: {field: other names that files use for it}.
     """
 
     name: str
     gives: Gives
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -31,23 +31,26 @@ class RowFormat:
         return self.required + self.optional
 
 
-_EITHER = {"conversations": "conversation"}
+_EITHER = {"conversations": ("conversation",), "tools": ("functions",)}
+_QUESTION = {"prompt": ("query", "question"), "completion": ("response", "answer"), "system": ("system_prompt",)}
 _SCORES = ("score_chosen", "score_rejected")
 
 _TABLE = (
-    RowFormat("messages", "conversation", ("messages",), ("tools",)),
+    RowFormat("messages", "conversation", ("messages",), ("tools",), {"tools": ("functions",)}),
     RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools"), _EITHER),
     RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history")),
-    RowFormat("prompt_completion", "conversation", ("prompt", "completion")),
+    RowFormat("prompt_completion", "conversation", ("prompt", "completion"), ("system", "history", "tools"), _QUESTION),
     RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
     RowFormat("oasst", "conversation", ("prompt",)),
     RowFormat("text", "document", ("text",)),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
     RowFormat("hh", "preference", ("chosen", "rejected")),
-    RowFormat("orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",)),
+    RowFormat(
+        "orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",), {"system": ("system_prompt",)}
+    ),
     RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools"), _EITHER),
-    RowFormat("kto", "judged", ("prompt", "completion", "label")),
+    RowFormat("kto", "judged", ("prompt", "completion", "label"), ("system", "history"), _QUESTION),
 )
 
 ROW_FORMATS: dict[str, RowFormat] = {row_format.name: row_format for row_format in _TABLE}

@@ -100,8 +100,9 @@ def test_what_fits_nothing_is_an_error_with_the_keys_and_the_nearest_formats() -
         "must be text), alpaca (lacks output). Write the format, and map its fields to your keys with columns: "
         "{field: key}"
     )
-    assert refusal([{"question": "a", "answer": "b"}]) == (
-        "the rows fit no format; got keys ['answer', 'question']; nearest: orca_dpo (lacks chosen, rejected). Write "
+    assert refusal([{"question": "a", "reply": "b"}]) == (
+        "the rows fit no format; got keys ['question', 'reply']; nearest: prompt_completion (lacks completion), kto "
+        "(lacks completion, label), orca_dpo (lacks chosen, rejected). Write "
         "the format, and map its fields to your keys with columns: {field: key}"
     )
     assert refusal([{}]).startswith("the rows fit no format; got keys []; Write the format, and map ")

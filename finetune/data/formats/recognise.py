@@ -52,13 +52,13 @@ class _Trial:
     def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
         fields = self.reader.fields(row)
-        for name in self.format.fields:
-            value = fields.optional(name)
-            if value is not None and value != "":
-                self.columns[name] = fields.name(name)
-                self.present[name] += 1
-                self.kinds.setdefault(name, Counter())[_kind(value)] += 1
         try:
+            for name in self.format.fields:
+                value = fields.optional(name)
+                if value is not None and value != "":
+                    self.columns[name] = fields.name(name)
+                    self.present[name] += 1
+                    self.kinds.setdefault(name, Counter())[_kind(value)] += 1
             example = self.reader(row)
         except RowError as error:
             self.error = self.error or error

@@ -9,7 +9,7 @@ from finetune.data.formats import format_parsers
 from finetune.data.formats.fields import Fields
 from finetune.data.formats.parsed import Parsed
 from finetune.data.row_errors import RowError
-from finetune.data.types import RowContent
+from finetune.data.types import Role, RowContent
 from finetune.errors import DataError, Problem
 from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
 
@@ -30,11 +30,12 @@ _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 
 
 class Reader:
-    """Rows of one format -> examples; `columns` is {field of the format: column of the file}."""
+    """Rows of one format -> examples; `columns` is {field of the format: column of the file}, `roles` {word: role}."""
 
-    def __init__(self, row_format: Format, columns: Mapping[str, str]) -> None:
+    def __init__(self, row_format: Format, columns: Mapping[str, str], roles: Mapping[str, Role] | None = None) -> None:
         self.format = row_format
         self._columns = dict(columns)
+        self._roles = dict(roles or {})
         _check_columns(row_format, columns)
 
     def __call__(self, row: Mapping[str, Any]) -> RowContent:
@@ -69,15 +70,17 @@ class Reader:
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row, seen by the names of the format."""
-        return Fields(row, self._columns, self.format.aliases)
+        return Fields(row, self._columns, self.format.aliases, self._roles)
 
 
-def reader(row_format: str, columns: Mapping[str, str] | None = None) -> Reader:
+def reader(
+    row_format: str, columns: Mapping[str, str] | None = None, roles: Mapping[str, Role] | None = None
+) -> Reader:
     """The reader of a format by its name; `DataError` for unknown names."""
     if row_format not in FORMATS:
         do = f"use one of {', '.join(FORMATS)}"
         raise DataError(Problem(where="format", what="unknown format", got=repr(row_format), do=do))
-    return Reader(FORMATS[row_format], columns or {})
+    return Reader(FORMATS[row_format], columns or {}, roles)
 
 
 def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ The template is compiled once, by the same function and in the same sandbox as `
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,9 +132,16 @@ class ChatTemplate:
             raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
 
     def conversation(self, given: Conversation) -> Conversation:
-        """The conversation as the template takes it: the system policy applied."""
+        """The conversation as the template takes it: the system policy applied, an empty system message left out.
+
+        It says nothing, unless the template has a system text of its own for conversations without one.
+        """
         first = given.messages[0]
-        if first["role"] != "system" or self.has_system:
+        if first["role"] != "system":
+            return given
+        if not first["content"] and not (self.has_system and self._has_default_system):
+            return replace(given, messages=given.messages[1:])
+        if self.has_system:
             return given
         if self._system == "error":
             what = f"{self.name} has no system role"
@@ -168,6 +176,15 @@ class ChatTemplate:
             except RowError:
                 self._has_system = False
         return self._has_system
+
+    @cached_property
+    def _has_default_system(self) -> bool:
+        """Whether the template writes more without a system message than with an empty one."""
+        user = Message(role="user", content=PROBE)
+        try:
+            return len(self.text([user])) > len(self.text([Message(role="system", content=""), user]))
+        except RowError:
+            return False
 
     def forged(self, content: str) -> str | None:
         """The control token inside a content, if any: it would be read as the conversation's frame."""
