@@ -73,6 +73,20 @@ class Judged:
 RowContent = Conversation | Document | Preference | Judged
 
 
+def contents_of(example: RowContent) -> list[str]:
+    """The texts of all messages, or the document."""
+    if isinstance(example, Document):
+        return [example.text]
+    if isinstance(example, Conversation):
+        messages = example.messages
+    elif isinstance(example, Preference):
+        messages = [*example.prompt, *example.chosen, *example.rejected]
+    else:
+        assert isinstance(example, Judged)
+        messages = [*example.prompt, *example.completion]
+    return [message["content"] for message in messages]
+
+
 Ints = npt.NDArray[np.int32]
 
 IGNORED = -100

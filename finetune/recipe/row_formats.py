@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Literal
 Gives = Literal["conversation", "document", "preference", "judged"]
 
 
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "conversations": ("conversation",),
+    "tools": ("functions",),
+    "system": ("system_prompt",),
+}
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """One row format: the kind of example that it gives, and its fields.
@@ -23,7 +30,7 @@ class RowFormat:
     gives: Gives
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ALIASES)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -31,13 +38,12 @@ class RowFormat:
         return self.required + self.optional
 
 
-_EITHER = {"conversations": ("conversation",), "tools": ("functions",)}
-_QUESTION = {"prompt": ("query", "question"), "completion": ("response", "answer"), "system": ("system_prompt",)}
+_QUESTION = {**_ALIASES, "prompt": ("query", "question"), "completion": ("response", "answer")}
 _SCORES = ("score_chosen", "score_rejected")
 
 _TABLE = (
-    RowFormat("messages", "conversation", ("messages",), ("tools",), {"tools": ("functions",)}),
-    RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools"), _EITHER),
+    RowFormat("messages", "conversation", ("messages",), ("tools",)),
+    RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools")),
     RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history")),
     RowFormat("prompt_completion", "conversation", ("prompt", "completion"), ("system", "history", "tools"), _QUESTION),
     RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
@@ -45,11 +51,10 @@ _TABLE = (
     RowFormat("text", "document", ("text",)),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
+    RowFormat("alpaca_dpo", "preference", ("instruction", "chosen", "rejected"), ("input", "system", "history")),
     RowFormat("hh", "preference", ("chosen", "rejected")),
-    RowFormat(
-        "orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",), {"system": ("system_prompt",)}
-    ),
-    RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools"), _EITHER),
+    RowFormat("orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",)),
+    RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools")),
     RowFormat("kto", "judged", ("prompt", "completion", "label"), ("system", "history"), _QUESTION),
 )
 

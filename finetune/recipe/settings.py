@@ -51,13 +51,19 @@ class DataSource(Section):
         description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
         "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
-        "method.kind: dpo: preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, and kto, whose rated answers are "
-        "paired where a prompt has a good and a bad one."
+        "method.kind: dpo: preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
+        "answers are paired where a prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
         default_factory=dict,
         description="Renamed columns, as {field of the format: column of the file}, for example "
         "{instruction: question, output: answer}.",
+    )
+    ignore_columns: list[Text] = Field(
+        default_factory=list,
+        description="Columns that the format does not read, and that need not be read although their names (input, "
+        "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
+        "Without it a row with such a column is refused.",
     )
     weight: float | None = Field(
         default=None,

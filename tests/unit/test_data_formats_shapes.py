@@ -55,7 +55,8 @@ def test_messages_as_an_object_of_lists() -> None:
             {"role": ["user", "assistant"], "content": ["hi"]},
             'messages: the lists of this object are not of one length; got {"role": 2, "content": 1}; write one entry',
         ),
-        ({"role": "user", "content": "hi"}, "messages: must be a list of messages; got {"),
+        ({"role": 1, "content": "hi"}, "messages: must be a list of messages; got {"),
+        ({"role": "user", "content": "hi"}, "messages[0].role: the last message is not the assistant's; got "),
         ({}, "messages: must be a list of messages; got {}; write [{role, content}, ...]"),
     ],
 )
@@ -105,7 +106,8 @@ def test_tool_calls_as_json_text_bare_and_without_arguments() -> None:
         **CALLING,
         "tool_calls": [{**CALL, "id": "a"}],
     }
-    for nothing in ("", {}, "{}"):
+    nothings: list[Any] = ["", {}, "{}"]
+    for nothing in nothings:
         called = talk("messages", said(USER, {**CALLING, "tool_calls": [{"name": "now", "arguments": nothing}]}))[1]
         assert called["tool_calls"][0]["function"] == {"name": "now", "arguments": {}}
 

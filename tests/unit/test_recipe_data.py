@@ -13,7 +13,7 @@ from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 ONE = "{path: rows.jsonl, format: messages}"
 FORMATS = (
     "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
-    "preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, kto"
+    "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto"
 )
 TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
 WEIGHTED = "[{path: a, format: text, weight: 1}, {id: b/c, format: text, weight: 2}]"
@@ -195,18 +195,18 @@ MISTAKES = {
     "an empty list": (
         train("[]"),
         "recipe.yaml:15: data.train: empty list; got []; write a section with path, id, config, split, revision, "
-        "streaming, format, columns, weight, max_rows, or a list of such sections",
+        "streaming, format, columns, ignore_columns, weight, max_rows, or a list of such sections",
     ),
     "a file name alone": (
         train("rows.jsonl"),
         'recipe.yaml:15: data.train: wrong type; got "rows.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, weight, max_rows, or a list of such sections; "
+        "revision, streaming, format, columns, ignore_columns, weight, max_rows, or a list of such sections; "
         "for example {path: rows.jsonl, format: auto}",
     ),
     "file names in a list": (
         train("[{path: a, format: messages}, b.jsonl]"),
         'recipe.yaml:15: data.train[1]: wrong type; got "b.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, weight, max_rows, or a list of such sections; "
+        "revision, streaming, format, columns, ignore_columns, weight, max_rows, or a list of such sections; "
         "for example {path: b.jsonl, format: auto}",
     ),
     "no data set at all": (

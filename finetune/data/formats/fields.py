@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Role
 
@@ -58,15 +59,31 @@ class Fields:
         return value
 
     def text(self, field: str) -> str:
-        """The text of a required field, unchanged; `RowError` if it is not text or empty."""
-        return checked_text(self.required(field), self.name(field))
+        """The text of a required field, unchanged; `RowError` if it is not text or empty, or is a list of messages."""
+        return plain_text(self.required(field), self.name(field))
+
+    def text_or_messages(self, field: str) -> Any:
+        """The value of a required field that holds a text or a list of messages, be that a list or its text."""
+        value = self.required(field)
+        messages = written_messages(value, self.name(field)) if isinstance(value, str) else None
+        return value if messages is None else messages
 
     def optional_text(self, field: str) -> str | None:
         """The text of a field that may be missing, null or blank; None then."""
         value = self.optional(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        return checked_text(value, self.name(field))
+        return plain_text(value, self.name(field))
+
+
+def plain_text(value: object, place: str) -> str:
+    """As `checked_text`; `RowError` also for a list of messages written as text."""
+    text = checked_text(value, place)
+    if written_messages(text, place) is not None:
+        what = "is a list of messages written as text, where this format has a plain text"
+        do = "name a format that takes messages (messages, sharegpt, prompt_completion, preference)"
+        raise RowError(place, what, do, shown(text))
+    return text
 
 
 def checked_text(value: object, place: str) -> str:

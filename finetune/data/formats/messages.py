@@ -20,6 +20,7 @@ from finetune.data.formats.tools import (
     read_calls,
     says_nothing,
 )
+from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import ROLES, Message, Role, ToolCall
 
@@ -95,15 +96,17 @@ def column_turn(row: Fields, field: str, role: Role) -> Turn:
 
 
 def read_turns(row: Fields, field: str, spelling: Spelling = OPENAI) -> list[Turn]:
-    """A list of messages, an object of lists (a `Sequence` of `datasets`), or the JSON text of one (CSV has no other).
+    """A list of messages, an object of lists (a `Sequence` of `datasets`), one message, or the text of any of them.
 
     `spelling` is what messages quote where a message has neither.
     """
     value, place = row.required(field), row.name(field)
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        value = parse_json(value, place)
+        written = written_messages(value, place)
+        value = parse_json(value, place) if written is None else written
     if isinstance(value, dict):
-        value = _by_message(value, place)
+        is_one = isinstance(value.get("role") or value.get("from"), str)
+        value = [value] if is_one else _by_message(value, place)
     if not isinstance(value, list) or not value:
         do = f"write [{{{spelling.role}, {spelling.content}}}, ...]"
         raise RowError(place, "must be a list of messages", do, shown(value))
@@ -154,7 +157,7 @@ def _with_calls(before: Turn, turn: Turn) -> Turn:
 
 def text_or_turns(row: Fields, field: str, role: Role) -> list[Turn]:
     """A column that holds a text, spoken by `role`, or a list of messages."""
-    value = row.required(field)
+    value = row.text_or_messages(field)
     if isinstance(value, str):
         return [column_turn(row, field, role)]
     if not isinstance(value, list | dict):

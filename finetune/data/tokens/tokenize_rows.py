@@ -175,7 +175,9 @@ class _Pass:
     def write(self, source: Source, folder: Path) -> None:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
-        examples = self.example_type.examples(rows, reader(self.stats.format, self.source.columns))
+        examples = self.example_type.examples(
+            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns)
+        )
         with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
             for example in tokenised(examples, self.example_type, self.renderer):
                 self._add(example, writer, texts, ids)
