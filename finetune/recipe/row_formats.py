@@ -33,6 +33,11 @@ class RowFormat:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ALIASES)
 
     @property
+    def has_messages(self) -> bool:
+        """Whether a row may hold messages with roles of the usual kind."""
+        return self.name not in ("alpaca", "dolly", "oasst", "text", "hh", "orca_dpo")
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """All fields that `columns` may map."""
         return self.required + self.optional

@@ -22,6 +22,8 @@ class Section(BaseModel):
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
+Role = Literal["system", "user", "assistant", "tool"]
+
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
 
@@ -64,6 +66,12 @@ class DataSource(Section):
         description="Columns that the format does not read, and that need not be read although their names (input, "
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
+    )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,

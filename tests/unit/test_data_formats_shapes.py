@@ -6,9 +6,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from finetune.data.formats import recognise
+from finetune.data.formats import reader, recognise
 from finetune.data.sources.tables import rows_of
 from finetune.data.types import Judged
+from finetune.recipe.settings import Role
 from tests.row_formats import assistant, convert, refusal, system, talk, user
 
 USER, ANSWER, RESULT = user("hi"), assistant("done"), {"role": "tool", "content": "3"}
@@ -226,3 +227,47 @@ def test_a_prompt_of_messages_with_tools_and_no_second_system_text() -> None:
     assert convert("prompt_completion", row) == convert("messages", {**said(USER, CALLING), "tools": [{"name": "f"}]})
     again = {"prompt": [system("a"), USER], "completion": "done", "system": "b"}
     assert refusal("prompt_completion", again).startswith("system: the row has a second system message in prompt[0]")
+
+
+SPOKEN = [{"from": "customer", "value": "hi"}, {"from": "agent", "value": "done"}]
+NAMED: dict[str, Role] = {"customer": "user", "agent": "assistant"}
+
+
+@pytest.mark.parametrize(
+    ("row_format", "row", "plain"),
+    [
+        ("sharegpt", {"conversations": SPOKEN}, {"conversations": [USER, ANSWER]}),
+        ("messages", {"messages": SPOKEN}, {"messages": [USER, ANSWER]}),
+        (
+            "prompt_completion",
+            {"prompt": SPOKEN[:1], "completion": SPOKEN[1:]},
+            {"prompt": "hi", "completion": "done"},
+        ),
+        (
+            "sharegpt_dpo",
+            {"conversations": SPOKEN[:1], "chosen": SPOKEN[1], "rejected": {"from": "agent", "value": "no"}},
+            {"conversations": [USER], "chosen": ANSWER, "rejected": assistant("no")},
+        ),
+    ],
+)
+def test_the_recipe_says_what_a_word_for_who_speaks_means(
+    row_format: str, row: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    assert reader(row_format, roles=NAMED)(row) == convert(row_format, plain)
+    assert recognise([row], roles=NAMED).format == row_format
+
+
+def test_all_unknown_words_of_a_row_are_named_with_what_to_write() -> None:
+    assert refusal("sharegpt", {"conversations": SPOKEN}) == (
+        'conversations[0].from: unknown role; got "customer"; use one of system, user, assistant, tool, or write in '
+        'the recipe, beside format, which of them is meant: `roles: {"customer": user, "agent": assistant}`'
+    )
+    said_twice = refusal(
+        "messages", said(USER, {"role": "AI", "content": "done"}, USER, {"role": "AI", "content": "x"})
+    )
+    assert said_twice.endswith('`roles: {"AI": assistant}`')
+
+
+def test_a_word_that_the_recipe_names_is_no_longer_what_it_usually_means() -> None:
+    row = said(USER, {"role": "tool_call", "content": "done"})
+    assert reader("messages", roles={"tool_call": "assistant"})(row) == convert("messages", said(USER, ANSWER))

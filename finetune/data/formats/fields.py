@@ -5,7 +5,7 @@ from typing import Any
 
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Role
+from finetune.recipe.settings import Role
 
 _ADD = "add it, map it with `columns`, or name the data's true format"
 

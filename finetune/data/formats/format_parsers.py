@@ -25,7 +25,8 @@ from finetune.data.formats.parsed import (
 )
 from finetune.data.formats.tools import parse_json, read_tools, says_nothing
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message, Role
+from finetune.data.types import Message
+from finetune.recipe.settings import Role
 
 
 def messages(row: Fields) -> ParsedConversation:

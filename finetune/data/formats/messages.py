@@ -6,7 +6,7 @@ Two messages of one speaker in a row are an error, not joined: nearly always an 
 chat templates do not agree on what to write for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,8 @@ from finetune.data.formats.tools import (
 )
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import ROLES, Message, Role, ToolCall
+from finetune.data.types import ROLES, Message, ToolCall
+from finetune.recipe.settings import Role
 
 LEARNED = ("train", "loss", "weight")
 """Keys that say whether a message is in the loss."""
@@ -110,6 +111,7 @@ def read_turns(row: Fields, field: str, spelling: Spelling = OPENAI) -> list[Tur
     if not isinstance(value, list) or not value:
         do = f"write [{{{spelling.role}, {spelling.content}}}, ...]"
         raise RowError(place, "must be a list of messages", do, shown(value))
+    _check_words(value, place, row.roles)
     turns: list[Turn] = []
     for i, entry in enumerate(value):
         turn = read_message(entry, f"{place}[{i}]", row.roles, spelling)
@@ -209,15 +211,37 @@ def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str
 
 def _speaker(entry: Mapping[str, Any], place: str, spelling: Spelling, roles: Mapping[str, Role]) -> Speaker:
     """Who speaks, by the file's word for it; the recipe's own `roles` come first."""
-    word = entry.get(spelling.role)
-    if isinstance(word, str):
-        speaker = roles.get(word) or SPEAKERS.get(word)
-        if speaker is not None:
-            return speaker
+    word = entry[spelling.role]
+    speaker = roles.get(word) or SPEAKERS.get(word) if isinstance(word, str) else None
+    if speaker is None:
+        raise _unknown_role(f"{place}.{spelling.role}", word, [word])
+    return speaker
+
+
+def _check_words(entries: Sequence[object], place: str, roles: Mapping[str, Role]) -> None:
+    """`RowError` with all words of the list for who speaks that are not known."""
+    known: set[object] = set()
+    unknown: dict[str, str] = {}
+    for i, entry in enumerate(entries):
+        key = "from" if isinstance(entry, dict) and entry.get("from") is not None else "role"
+        word = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(word, str) and word not in roles and word not in SPEAKERS:
+            unknown.setdefault(word, f"{place}[{i}].{key}")
+        elif isinstance(word, str):
+            known.add(roles.get(word) or SPEAKERS[word])
+    if unknown:
+        word, first = next(iter(unknown.items()))
+        raise _unknown_role(first, word, unknown, known)
+
+
+def _unknown_role(place: str, word: object, words: Iterable[object], known: Iterable[object] = ()) -> RowError:
+    """The error, which shows how the recipe names the roles: a guess, by the roles that the row lacks."""
     do = f"use one of {', '.join(ROLES)}"
     if isinstance(word, str):
-        do += f", or say in the recipe which of them it means, beside format: `roles: {{{shown(word)}: user}}`"
-    raise RowError(f"{place}.{spelling.role}", "unknown role", do, shown(word))
+        free = [role for role in ("user", "assistant", "tool") if role not in known]
+        guesses = (f"{shown(each)}: {free.pop(0) if free else 'user'}" for each in words)
+        do += f", or write in the recipe, beside format, which of them is meant: `roles: {{{', '.join(guesses)}}}`"
+    return RowError(place, "unknown role", do, shown(word))
 
 
 def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:

@@ -21,6 +21,7 @@ from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.row_errors import RowError
 from finetune.data.types import Document, RowContent, contents_of
+from finetune.recipe.settings import Role
 
 SAMPLE_ROWS = 100
 _NEAREST = 3
@@ -70,14 +71,18 @@ class _Trial:
         return example
 
 
-def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str, str] | None = None) -> Recognition:
+def recognise(
+    rows: Iterable[Mapping[str, Any] | RowError],
+    columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Recognition:
     """The format of the first `SAMPLE_ROWS` valid rows; `RowError` lists the candidates, or what comes nearest.
 
     With `columns` only formats that have all the fields named there are tried.
     """
     columns = columns or {}
     trials = [
-        _Trial(row_format, Reader(row_format, columns))
+        _Trial(row_format, Reader(row_format, columns, roles=roles))
         for row_format in FORMATS.values()
         if columns.keys() <= set(row_format.fields)
     ]

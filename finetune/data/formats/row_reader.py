@@ -10,9 +10,10 @@ from finetune.data.formats.fields import Fields
 from finetune.data.formats.parsed import Parsed
 from finetune.data.formats.unread_columns import UnreadColumns
 from finetune.data.row_errors import RowError
-from finetune.data.types import Role, RowContent
+from finetune.data.types import RowContent
 from finetune.errors import DataError, Problem
 from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
+from finetune.recipe.settings import Role
 
 
 @dataclass(frozen=True, kw_only=True)
