@@ -28,7 +28,7 @@ from finetune.errors import Problem, RecipeError, RunError, WeightsError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
-from finetune.moe.preflight import check_loadable
+from finetune.moe.preflight import check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 from finetune.run import RunFolder
@@ -124,10 +124,17 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
     Raises RecipeError where the recipe does not fit it, WeightsError where the checkpoint would not load.
     """
+    _architecture(folder)  # before its files: an unsupported architecture is not helped by other files
     reader = CheckpointReader(folder)
     family = config_family(folder, recipe, partial(_check_targets, reader))
     check_loads(reader, family, recipe.model)
     return family
+
+
+def _architecture(folder: Path) -> tuple[dict[str, Any], Family]:
+    """`config.json`, and the architecture that it names."""
+    config = read_json(folder / "config.json")
+    return config, family_of(str(config.get("model_type")), str(folder / "config.json"))
 
 
 def check_loads(reader: CheckpointReader, family: Family, settings: ModelSettings) -> None:
@@ -137,8 +144,7 @@ def check_loads(reader: CheckpointReader, family: Family, settings: ModelSetting
 
 def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:
     """The architecture, from `config.json` alone. Raises RecipeError where the recipe does not fit it."""
-    config = read_json(folder / "config.json")
-    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    config, family = _architecture(folder)
     checks: list[Callable[[Family, Recipe], None]] = [_check_router_section, _check_bias_balance, *further]
     checks += [_check_attention, _check_packing, partial(_check_length, config)]
     problems: list[Problem] = []
@@ -149,6 +155,7 @@ def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Reci
             problems += error.problems
     if problems:
         raise RecipeError(problems)
+    check_router_term(folder, family, recipe)
     return family
 
 

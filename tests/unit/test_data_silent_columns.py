@@ -2,15 +2,22 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.data import prepare
 from finetune.data.formats import reader, recognise
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError
 from finetune.data.types import contents_of
+<<<<<<< HEAD
 from finetune.recipe.row_formats import ROW_FORMATS
+=======
+from tests.support import tiny_tokenizer
+from tests.unit.test_data_prepare import settings, source
+>>>>>>> main
 
 QUESTION, GOOD, BAD = (
     {"role": role, "content": text}
@@ -199,3 +206,20 @@ def test_ids_and_sources_are_ignored() -> None:
     reader("alpaca")(
         {"instruction": "a", "output": "b", "id": "7", "source": "x", "text": "a b", "prompt_id": 3, "date": "d"}
     )
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "<NA>", "N/A"])
+@pytest.mark.parametrize(("row_format", "column"), [("alpaca", "input"), ("alpaca", "system"), ("dolly", "context")])
+def test_a_word_for_nothing_is_no_input(row_format: str, column: str, word: str) -> None:
+    row = {"instruction": "a", "output": "b", "response": "b"}
+    said = refusal(row_format, {**{name: row[name] for name in reader(row_format).format.required}, column: word})
+    assert said.startswith(f"{column}: is a word for nothing, and would be learned as a text; got ")
+
+
+def test_a_word_for_nothing_as_an_answer_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\nHow many?,None\nWho?,nan\nWhy?,Because.\n")
+    chosen = settings(source(file))
+    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats
+    assert (stats.placeholders, stats.rows) == (2, 3)
+    assert "66.7 % with nan, None or NULL as a message" in stats.lines()[0]

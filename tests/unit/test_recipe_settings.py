@@ -85,7 +85,7 @@ tricky = st.sampled_from(
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_a_dumped_recipe_reads_back_the_same(recipe: Recipe, text: str, number: float) -> None:
     logging = recipe.logging.model_copy(update={"run_name": text})
-    training = recipe.training.model_copy(update={"trainer_args": {"adam_beta2": number, "optim_args": text}})
+    training = recipe.training.model_copy(update={"trainer_args": {"adam_beta2": number, "length_column_name": text}})
     before = recipe.model_copy(update={"logging": logging, "training": training})
     Path("dumped.yaml").write_text(dump_recipe(before), encoding="utf-8")
     assert load_recipe("dumped.yaml") == before

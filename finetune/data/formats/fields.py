@@ -7,6 +7,10 @@ from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
 from finetune.recipe.settings import Role
 
+PLACEHOLDERS = frozenset(
+    {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "NULL", "Null", "<NA>", "N/A", "n/a", "NaT"}
+)
+"""Words that exports write where there is nothing. As an answer one may be meant; it is counted then."""
 _ADD = "add it, map it with `columns`, or name the data's true format"
 
 
@@ -69,10 +73,16 @@ class Fields:
         return value if messages is None else messages
 
     def optional_text(self, field: str) -> str | None:
-        """The text of a field that may be missing, null or blank; None then."""
+        """The text of a field that may be missing, null or blank; None then.
+
+        `RowError` for a word for nothing, which some exports write into an empty cell.
+        """
         value = self.optional(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
+        if value in PLACEHOLDERS:
+            do = "leave it empty (pandas: fillna(''), or read_csv(..., keep_default_na=False) before)"
+            raise RowError(self.name(field), "is a word for nothing, and would be learned as a text", do, shown(value))
         return plain_text(value, self.name(field))
 
 
