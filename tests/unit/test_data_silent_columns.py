@@ -12,12 +12,9 @@ from finetune.data.formats import reader, recognise
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError
 from finetune.data.types import contents_of
-<<<<<<< HEAD
 from finetune.recipe.row_formats import ROW_FORMATS
-=======
 from tests.support import tiny_tokenizer
 from tests.unit.test_data_prepare import settings, source
->>>>>>> main
 
 QUESTION, GOOD, BAD = (
     {"role": role, "content": text}

@@ -199,11 +199,7 @@ def alpaca_dpo(row: Fields) -> ParsedPair:
     check_scores(row)
     question = _question(row, "input")
     check_prompt_not_repeated(_repeatable(row, question), [chosen, rejected], "preference")
-<<<<<<< HEAD
     prompt = _with_system(row, [*_history(row), question])
-=======
-    prompt = [*_system(row), *_history(row), question]
->>>>>>> main
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
