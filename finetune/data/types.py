@@ -1,13 +1,14 @@
 """The forms of a row: a conversation, document, preference or judged answer; then its text; then its tokens."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+from finetune.recipe.settings import Role
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Function(TypedDict):

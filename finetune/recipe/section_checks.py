@@ -126,6 +126,10 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     _response_marks(source, path, entry)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
+    if entry.get("roles") and name in ROW_FORMATS and not ROW_FORMATS[name].has_messages:
+        fitting = ", ".join(name for name, row_format in ROW_FORMATS.items() if row_format.has_messages)
+        what = f"the format {name} has no messages that say who speaks"
+        source.report((*path, "roles"), what, f"remove it; it is for {fitting}", got=show(entry["roles"]))
 
 
 def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:
@@ -147,7 +151,7 @@ def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:
         do = "write assistant (every answer), last_assistant or all"
         source.report(key_path("data.loss_on"), "rendered text has no user messages to count from", do, got=loss_on)
     elif before is None:
-        do = f'name the text before every answer, for example "[/INST]"; or write data.loss_on: all'
+        do = 'name the text before every answer, for example "[/INST]"; or write data.loss_on: all'
         source.report(where, "missing: nothing says where the answers of rendered text begin", do)
     if end is not None and before is None and loss_on == "all":
         source.report((*path, "response_end"), f"has no effect: {all_tokens}", "remove it", got=show(end))

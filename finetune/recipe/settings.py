@@ -23,6 +23,8 @@ class Section(BaseModel):
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
+Role = Literal["system", "user", "assistant", "tool"]
+
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
 
@@ -75,6 +77,12 @@ class DataSource(Section):
     )
     response_end: Text | None = Field(
         default=None, description="With response_template, the text that ends an answer; null: the EOS token."
+    )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,

@@ -179,7 +179,7 @@ class _Pass:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
         examples = self.example_type.examples(
-            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns)
+            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns, self.source.roles)
         )
         with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
             for example in tokenised(examples, self.example_type, self.renderer):
@@ -198,7 +198,7 @@ class _Pass:
             return rows
         first = list(islice(rows, SAMPLE_ROWS))
         try:
-            recognition = recognise((row.value for row in first), self.source.columns)
+            recognition = recognise((row.value for row in first), self.source.columns, self.source.roles)
         except RowError as error:
             for row in first:
                 if isinstance(row.value, RowError):
