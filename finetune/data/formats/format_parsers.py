@@ -223,7 +223,9 @@ def alpaca_dpo(row: Fields) -> ParsedPair:
     """`instruction`, and after an empty line `input`, -> user; `chosen` and `rejected`: texts or one message each."""
     chosen, rejected = (text_or_turns(row, field, "assistant") for field in ("chosen", "rejected"))
     check_scores(row)
-    prompt = [*_system(row), *_history(row), _question(row, "input")]
+    system, question = _system(row), _question(row, "input")
+    check_prompt_not_repeated([*system, *_repeatable(row, question)], [chosen, rejected], "alpaca_dpo")
+    prompt = [*system, *_history(row), question]
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
