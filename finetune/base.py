@@ -124,10 +124,17 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
     Raises RecipeError where the recipe does not fit it, WeightsError where the checkpoint would not load.
     """
+    _architecture(folder)  # before its files: an unsupported architecture is not helped by other files
     reader = CheckpointReader(folder)
     family = config_family(folder, recipe, partial(_check_targets, reader))
     check_loads(reader, family, recipe.model)
     return family
+
+
+def _architecture(folder: Path) -> tuple[dict[str, Any], Family]:
+    """`config.json`, and the architecture that it names."""
+    config = read_json(folder / "config.json")
+    return config, family_of(str(config.get("model_type")), str(folder / "config.json"))
 
 
 def check_loads(reader: CheckpointReader, family: Family, settings: ModelSettings) -> None:
@@ -137,8 +144,7 @@ def check_loads(reader: CheckpointReader, family: Family, settings: ModelSetting
 
 def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:
     """The architecture, from `config.json` alone. Raises RecipeError where the recipe does not fit it."""
-    config = read_json(folder / "config.json")
-    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    config, family = _architecture(folder)
     checks: list[Callable[[Family, Recipe], None]] = [_check_router_section, _check_bias_balance, *further]
     checks += [_check_attention, _check_packing, partial(_check_length, config)]
     problems: list[Problem] = []

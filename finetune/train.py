@@ -54,7 +54,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 1. The run folder and the dashboards
     run = _open_run(recipe, state)
-    dashboards = prepare_dashboards(recipe.logging, run)
+    dashboards = prepare_dashboards(recipe.logging, run, recipe.model_dump(mode="json"))
     method = method_of(recipe.method.kind)
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
@@ -85,6 +85,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     if state.is_main_process:
         _save(setup, trainer, choice)
     state.wait_for_everyone()
+    for callback in dashboards.callbacks:
+        callback.finish()
     return run.path
 
 

@@ -183,6 +183,7 @@ def _remarks(split: Split) -> list[str]:
         "{} cut at the end": stats.truncated,
         "{} split into pieces": stats.split,
         "duplicate {}": stats.duplicates,
+        "{} with a message that is a word for nothing (nan, None, NULL)": stats.placeholders,
     }
     phrases = [f"{count:,} {text.format('row' if count == 1 else 'rows')}" for text, count in counts.items() if count]
     return [f"{split.name}: {', '.join(phrases)}"] if phrases else []
@@ -192,7 +193,7 @@ def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -
     """`lengths`: tokens of each row of the data set; `sequences`: rows, or packed rows."""
     batch, limit = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.data.packing:
-        # A batch of packed rows is one long row: no padding (see `Collator`).
+        # The padding of a batch of packed rows is at most what they leave unfilled.
         return Batches(sequences, batch, 1 - float(lengths.sum()) / (sequences * limit), None, limit)
     return Batches(sequences, batch, None, padding_share(lengths, lengths, batch), limit)
 

@@ -29,7 +29,7 @@ from finetune.recipe import DataSource, Recipe
 
 def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
     """What each sound row says, with its `file:line`."""
-    read = reader(row_format, source.columns, source.ignore_columns)
+    read = reader(row_format, source.columns, source.ignore_columns, source.roles)
     for row in _rows(source):
         if not isinstance(row.value, RowError):
             try:
@@ -53,7 +53,7 @@ def read_without_tokenizer(sources: Sequence[DataSource], example_type: ExampleT
 def _refused(source: DataSource, example_type: ExampleType, max_problems: int) -> list[Problem]:
     refused = Problems(max_problems)
     try:
-        read = reader(_format(source), source.columns, source.ignore_columns)
+        read = reader(_format(source), source.columns, source.ignore_columns, source.roles)
     except RowError as error:
         # Where no format is known, what is no row at all is still found.
         for row in _rows(source):
@@ -78,7 +78,7 @@ def _check_content(example: Example, example_type: ExampleType) -> None:
 def _format(source: DataSource) -> str:
     if source.format != "auto":
         return source.format
-    return recognise((row.value for row in _rows(source)), source.columns).format
+    return recognise((row.value for row in _rows(source)), source.columns, source.roles).format
 
 
 def _rows(source: DataSource) -> Iterator[Row]:

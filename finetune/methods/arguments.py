@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from trl import DPOConfig, SFTConfig
 
+from finetune.data.tokens.collators import needs_one_row
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.recipe import DpoSettings, Recipe
 
@@ -37,6 +38,22 @@ def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
     return training.global_batch_size // rows
 
 
+EVALUATION_TOKENS = 2048
+"""Tokens of an evaluation batch whose rows are all full, if a micro-batch of training has fewer."""
+
+
+def evaluation_rows(recipe: Recipe) -> int:
+    """Rows of an evaluation batch on one device; the figures do not depend on it.
+
+    Packed rows that go into one row are evaluated one by one: those repeated to fill up the last batches of several
+    processes are masked as a whole.
+    """
+    if recipe.data.packing and needs_one_row(recipe.model.attn_implementation):
+        return 1
+    tokens = recipe.data.max_length * (2 if recipe.method.kind == "dpo" else 1)
+    return max(recipe.training.per_device_train_batch_size, EVALUATION_TOKENS // tokens)
+
+
 def common_arguments(
     recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int
 ) -> dict[str, Any]:
@@ -53,8 +70,7 @@ def common_arguments(
         "num_train_epochs": training.num_train_epochs or 1.0,
         "learning_rate": training.learning_rate,
         "per_device_train_batch_size": training.per_device_train_batch_size,
-        # One packed row per batch: rows repeated to fill up the last batches are masked as a whole.
-        "per_device_eval_batch_size": 1 if recipe.data.packing else training.per_device_train_batch_size,
+        "per_device_eval_batch_size": evaluation_rows(recipe),
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "lr_scheduler_type": training.lr_scheduler_type,
         "warmup_steps": training.warmup_steps,

@@ -91,5 +91,8 @@ class TrainerSetup:
                 router_load,
                 *self.dashboards.callbacks,
             ],
-            "router_observers": [callback.show_router for callback in (router_load, *self.dashboards.callbacks)],
+            "router_observers": [
+                router_load.show_router,
+                *(callback.show_router for callback in self.dashboards.callbacks),
+            ],
         }

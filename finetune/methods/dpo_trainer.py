@@ -37,11 +37,9 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
     )
 
-    def __init__(
-        self, *args: Any, method: DpoSettings, reference: Reference, attention: str, packed: bool, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, method: DpoSettings, reference: Reference, attention: str, **kwargs: Any) -> None:
         super().__init__(*args, ref_model=reference, **kwargs)
-        self.method, self.reference, self.attention, self.packed = method, reference, attention, packed
+        self.method, self.reference, self.attention = method, reference, attention
         self.live = method.reference == "live"
         self._sft_weight = loss_weights(method).get("sft", 0.0)
         self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
@@ -50,11 +48,6 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """Nothing to do: the rows are pairs of token ids already."""
         return dataset
-
-    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """2 for a token of a prompt that both answers share."""
-        weight: torch.Tensor = inputs["weight"].reshape(-1)
-        return weight
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
@@ -146,8 +139,8 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Without the router term and without pairs repeated to fill up the last batches of several processes."""
         scores = score_pairs(model, inputs, self.attention)
-        pairs = len(inputs["ref_chosen_logps"])
-        counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
+        pairs_by_feature = inputs["pairs_by_feature"]
+        counted: int = sum(pairs_by_feature[: self.first_repeated(len(pairs_by_feature))])
         if counted:
             scores, inputs = _first_pairs(scores, inputs, counted)
             loss = self._pair_losses(scores, inputs).sum()

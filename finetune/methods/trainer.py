@@ -108,7 +108,7 @@ _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
 class StepExactTrainer(_Trainer):  # type: ignore[misc]
-    """Base of the trainers; a method defines `sums`, the `figures` made of them, and the `weights` of tokens.
+    """Base of the trainers; a method defines `sums` and the `figures` made of them.
 
     LoRA weights stay in float32 (TRL casts those of a quantised model to bfloat16).
     """
@@ -141,7 +141,8 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """How many tokens of an unshared batch each position stands for, 0 for padding; flattened, `[T]`."""
-        raise NotImplementedError
+        weight: torch.Tensor = inputs["weight"].reshape(-1)
+        return weight
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
         """The logged figures, from the sums over all ranks and `steps` optimizer steps."""

@@ -23,6 +23,8 @@ class Section(BaseModel):
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 
+Role = Literal["system", "user", "assistant", "tool"]
+
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
 
@@ -51,8 +53,9 @@ class DataSource(Section):
     format: FormatName = Field(
         description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
-        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
-        "method.kind: dpo: preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text; rendered (text that "
+        "already has its marks, read as tokens; never recognised by auto). Pairs of answers, for method.kind: dpo: "
+        "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
         "answers are paired where a prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
@@ -65,6 +68,21 @@ class DataSource(Section):
         description="Columns that the format does not read, and that need not be read although their names (input, "
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
+    )
+    response_template: Text | None = Field(
+        default=None,
+        description="With format: rendered, the text before every answer, for example "
+        '"[/INST]" or "<|im_start|>assistant\\n"; the loss is on what follows, through response_end. null: only with '
+        "loss_on: all.",
+    )
+    response_end: Text | None = Field(
+        default=None, description="With response_template, the text that ends an answer; null: the EOS token."
+    )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,
@@ -117,8 +135,9 @@ class DataSettings(Section):
         default="assistant",
         description="Which tokens are in the loss. assistant: every answer of the assistant and its end token; "
         "last_assistant: the last answer of a row; completion: every answer after the last user message; all: every "
-        "token, required for format text. Messages with `train: false` or `weight: 0` are never supervised. With "
-        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
+        "token, required for format text, and for rendered without response_template. Messages with `train: false` or "
+        "`weight: 0` are never supervised. With method.kind: dpo the loss is on the two answers of a pair, and this "
+        "stays assistant.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",
@@ -448,7 +467,9 @@ class LoggingSettings(Section):
     """Where metrics are logged."""
 
     report_to: list[Dashboard] | Literal["auto", "none"] = Field(
-        default="auto", description="Dashboards; auto: wandb where an account is set up, else trackio."
+        default="auto",
+        description="Dashboards; auto: wandb where an account is set up, else trackio. W&B that cannot be used "
+        "is offline.",
     )
     project: Text = Field(default="moe-finetune", description="Project name in the dashboards.")
     run_name: Text | None = Field(default=None, description="Name of the run; null: the last part of output_dir.")

@@ -190,7 +190,6 @@ _NAMED = {
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
     "per_device_train_batch_size": "training.per_device_train_batch_size",
-    "per_device_eval_batch_size": "training.per_device_train_batch_size",
     "lr_scheduler_type": "training.lr_scheduler_type",
     "warmup_steps": "training.warmup_steps",
     "weight_decay": "training.weight_decay",
@@ -287,6 +286,7 @@ _SET_BY_US = {
     ),
     "trust_remote_code": "code from a checkpoint is never run",
     "logging_nan_inf_filter": "a non-finite loss stops the run",
+    "per_device_eval_batch_size": "it follows from data.max_length, and no figure depends on it",
     "use_cache": "training keeps no key-value cache",
 }
 
