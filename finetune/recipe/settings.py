@@ -61,6 +61,12 @@ class DataSource(Section):
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
     )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
+    )
     response_template: Text | None = Field(
         default=None,
         description="With format: rendered, the text before every answer, for example "
@@ -69,12 +75,6 @@ class DataSource(Section):
     )
     response_end: Text | None = Field(
         default=None, description="With response_template, the text that ends an answer; null: the EOS token."
-    )
-    roles: dict[str, Role] = Field(
-        default_factory=dict,
-        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
-        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
-        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,
