@@ -1,6 +1,7 @@
 """pydantic's errors as problems of a recipe: the key as typed, what is wrong, what to write. Unknown keys, too."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 
@@ -115,7 +116,8 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         what = "not one of the known values"
     else:
         what = "wrong type"
-    source.report(path, what, _write(setting, value, inside=_inside(setting, path)), got=show(value))
+    do = _as_text(str(path[-1]), value) if path else None
+    source.report(path, what, do or _write(setting, value, inside=_inside(setting, path)), got=show(value))
 
 
 def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
@@ -145,6 +147,17 @@ def _inside(setting: Setting, path: Path) -> bool:
     return [part for part in path if isinstance(part, str)] != setting.path.split(".") or isinstance(path[-1], int)
 
 
+def _as_text(name: str, value: Value) -> str | None:
+    """How a field of `trainer_args` that holds a mapping is written: as the text that transformers parses."""
+    if not isinstance(value, dict):
+        return None
+    if name == "lr_scheduler_kwargs":
+        return f"write it as JSON text: '{json.dumps(value)}'"
+    if name == "optim_args":
+        return "write it as text: " + ", ".join(f"{option}={setting}" for option, setting in value.items())
+    return None
+
+
 def _add(setting: Setting) -> str:
     if setting.section:
         inner = [path for path, below in settings().items() if path.startswith(f"{setting.path}.") and _always(below)]
@@ -164,7 +177,9 @@ def _write(setting: Setting, value: Value, *, inside: bool) -> str:
         slip = _misspelt(setting, value) if inside and not setting.many else _slip_in_text(setting, value)
     else:
         slip = None if inside else _slip(setting, value)
-    return f"write {setting.expects}" + (f"; {slip}" if slip else "")
+    field = inside and setting.path == "training.trainer_args"
+    expects = setting.expects.removeprefix("a mapping of names to ") if field else setting.expects
+    return f"write {expects}" + (f"; {slip}" if slip else "")
 
 
 def _slip(setting: Setting, value: Value) -> str | None:

@@ -265,7 +265,15 @@ def test_checks_do_not_repeat_reported_problems(recipe_file: RecipeFile) -> None
         ("push_to_hub: true", "set by this program: a run uploads nothing; got true; remove it"),
         ("lora_alpha: 3", "the recipe has this key itself; got 3; write lora.lora_alpha"),
         ("num_epochs: 3", "another tool's name for a setting; got 3; write training.num_train_epochs"),
-        ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
+        ("adam_beta2: [1]", "wrong type; got [1]; write text, numbers, true, false or null"),
+        (
+            "lr_scheduler_kwargs: {min_lr: 0}",
+            """wrong type; got {"min_lr": 0}; write it as JSON text: '{"min_lr": 0}'""",
+        ),
+        (
+            "optim_args: {momentum: 0.9, dampening: 0}",
+            'wrong type; got {"momentum": 0.9, "dampening": 0}; write it as text: momentum=0.9, dampening=0',
+        ),
     ],
 )
 def test_trainer_args_are_checked_against_the_trainers_fields(
