@@ -147,7 +147,7 @@ def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:
         do = "write assistant (every answer), last_assistant or all"
         source.report(key_path("data.loss_on"), "rendered text has no user messages to count from", do, got=loss_on)
     elif before is None:
-        do = f'name the text before every answer, for example "[/INST]"; or write data.loss_on: all ({all_tokens})'
+        do = 'name the text before every answer, for example "[/INST]"; or write data.loss_on: all'
         source.report(where, "missing: nothing says where the answers of rendered text begin", do)
     if end is not None and before is None and loss_on == "all":
         source.report((*path, "response_end"), f"has no effect: {all_tokens}", "remove it", got=show(end))

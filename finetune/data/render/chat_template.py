@@ -46,6 +46,7 @@ System = Literal["error", "merge_into_first_user"]
 
 ANOTHER_TEMPLATE = "name another one in data.chat_template"
 PROBE = "What is 2+2?"
+PROBE_TURNS = (Message(role="user", content=PROBE), Message(role="assistant", content="It is four!"))
 _PLAIN = frozenset(("role", "content", "train"))
 _SYSTEM_PROBE = "Count in base seven."
 
