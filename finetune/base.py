@@ -15,15 +15,23 @@ from transformers import AutoConfig
 
 from finetune.adapters.lineage import made_from
 from finetune.adapters.record import BaseRecord
-from finetune.checkpoint import CheckpointReader, fingerprint, read_json
+from finetune.checkpoint import (
+    CheckpointReader,
+    differing_settings,
+    fingerprint,
+    forward_settings,
+    read_json,
+    verify_sums,
+)
 from finetune.data.tokenizer import added_ids, load_tokenizer
-from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.errors import Problem, RecipeError, RunError, WeightsError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
-from finetune.moe.preflight import check_loadable
+from finetune.moe.preflight import check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
+from finetune.run import RunFolder
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
 
@@ -55,11 +63,29 @@ def read_base(recipe: Recipe) -> Base:
 
 def _provenance(folder: Path, name: str) -> BaseRecord:
     """Name and fingerprint (one process computes it for all); for a merged checkpoint also what it was made from."""
-    digests = [fingerprint(folder) if PartialState().is_main_process else ""]
+    digests = [""]
+    if PartialState().is_main_process:
+        verify_sums(folder)
+        digests = [fingerprint(folder)]
     digest = broadcast_object_list(digests)[0]
     sources = made_from(folder, digest)
-    record = {"name_or_path": name, "fingerprint": digest}
+    record = {"name_or_path": name, "fingerprint": digest, "config": forward_settings(folder)}
     return BaseRecord.model_validate(record if sources is None else {**record, "made_from": sources})
+
+
+def check_resumed_base(base: Base, run: RunFolder) -> None:
+    """Raise RunError if the base has other weights or another forward than the one that the run started with."""
+    if not run.provenance.exists():
+        return
+    before = BaseRecord.model_validate(read_json(run.provenance)["base"])
+    now, do = base.provenance, "put the base back as it was to continue that run, or name another output_dir"
+    where = f"model.name_or_path: {now.name_or_path}"
+    if before.fingerprint not in (None, now.fingerprint):
+        what = f"its weights are not those that the run in {run.path} began with"
+        raise RunError(Problem(where, what, do, got=f"fingerprint {str(now.fingerprint)[:12]}"))
+    if changed := differing_settings(before.config, now.config or {}):
+        what = f"its config.json is not that which the run in {run.path} began with"
+        raise RunError(Problem(where, what, do, got="; ".join(changed)))
 
 
 def resolve_checkpoint(settings: ModelSettings, weights: bool = True) -> Path:
@@ -98,10 +124,17 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
     Raises RecipeError where the recipe does not fit it, WeightsError where the checkpoint would not load.
     """
+    _architecture(folder)  # before its files: an unsupported architecture is not helped by other files
     reader = CheckpointReader(folder)
     family = config_family(folder, recipe, partial(_check_targets, reader))
     check_loads(reader, family, recipe.model)
     return family
+
+
+def _architecture(folder: Path) -> tuple[dict[str, Any], Family]:
+    """`config.json`, and the architecture that it names."""
+    config = read_json(folder / "config.json")
+    return config, family_of(str(config.get("model_type")), str(folder / "config.json"))
 
 
 def check_loads(reader: CheckpointReader, family: Family, settings: ModelSettings) -> None:
@@ -111,8 +144,7 @@ def check_loads(reader: CheckpointReader, family: Family, settings: ModelSetting
 
 def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:
     """The architecture, from `config.json` alone. Raises RecipeError where the recipe does not fit it."""
-    config = read_json(folder / "config.json")
-    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    config, family = _architecture(folder)
     checks: list[Callable[[Family, Recipe], None]] = [_check_router_section, _check_bias_balance, *further]
     checks += [_check_attention, _check_packing, partial(_check_length, config)]
     problems: list[Problem] = []
@@ -123,6 +155,7 @@ def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Reci
             problems += error.problems
     if problems:
         raise RecipeError(problems)
+    check_router_term(folder, family, recipe)
     return family
 
 

@@ -9,9 +9,11 @@ from accelerate import PartialState
 from peft import PeftModel
 
 import finetune
+from finetune.adapters.adapter import CONFIG_FILE, adapter_digest, deciding_settings
 from finetune.adapters.initial import InitialAdapter
 from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, FactorLayout, InitialRecord
 from finetune.base import Base, loading_options
+from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft import ExpertChoice, keep_chosen
@@ -100,6 +102,8 @@ def save_adapter(
         format=FORMAT,
         base=base.provenance,
         layout=FactorLayout(expert_lora=EXPERT_LAYOUT),
+        settings=deciding_settings(read_json(folder / CONFIG_FILE)),
+        sha256=adapter_digest(folder),
         experts=None if choice is None else choice.as_dict(),
         added_tokens=dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
         quantization="nf4" if recipe.model.load_in_4bit else None,

@@ -11,7 +11,7 @@ from typing import Any
 from finetune.adapters.record import EXPERT_LAYOUT, RECORD_FILE, AdapterRecord, MergeSources, read_record, wrong_type
 from finetune.adapters.tensors import EMBEDDING, FactorPair, read_contents
 from finetune.checkpoint import verify_sums
-from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json
+from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.moe.router_bias import BIAS_FILE
 from finetune.upstream import private
@@ -55,6 +55,21 @@ NEUTRAL_SETTINGS = frozenset(
 DECLARED_ORDERS = {"rank_major": False, "grouped_by_expert": True}
 # The others (PiSSA, OLoRA, LoftQ, ...) change the base weights when training starts.
 NEUTRAL_INITS = (True, False, "gaussian", "eva")
+# What decides, with the factors, what an adapter computes.
+DECIDING_SETTINGS = (
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "trainable_token_indices",
+    "modules_to_save",
+)
 _STATE_FILES = ("trainer_state.json", "router_balance.json")  # in a trainer's own checkpoint
 _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "rank_pattern": ("an object", (dict,)),
@@ -141,6 +156,10 @@ class Adapter:
         """SHA-256 of its weights."""
         return adapter_digest(self.folder)
 
+    def without_effect(self) -> list[str]:
+        """Paths of the targets whose B is zero throughout, as it is before training. Reads every B."""
+        return [path for path, pair in self.pairs.items() if not read_tensor(pair.b).any()]
+
     def trains_whole(self, name: str) -> bool:
         """Whether the settings name the module of a whole tensor as one that was trained so."""
         path = name.removesuffix(".weight")
@@ -178,13 +197,14 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     """
     folder = Path(folder)
     _require_files(folder)
-    verify_sums(folder)
+    verified = verify_sums(folder)
     _check_not_training_state(folder)
     settings = read_json(folder / CONFIG_FILE)
     _check_types(settings, folder / CONFIG_FILE)
     record = read_record(folder)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     _check_record(record, folder)
+    _check_recorded_values(record, settings, folder, verified)
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
@@ -252,6 +272,41 @@ def _check_record(record: AdapterRecord, folder: Path) -> None:
     if record.router_bias and not (folder / record.router_bias).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
         raise WeightsError(Problem(str(folder / record.router_bias), what, "copy the whole adapter folder of the run"))
+
+
+def deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what the adapter computes, in one order."""
+    values = {name: settings.get(name) or None for name in DECIDING_SETTINGS}
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], folder: Path, verified: bool) -> None:
+    """Raise WeightsError where settings or weights are not those that the run wrote down.
+
+    `verified`: the weights were compared with the folder's checksums. A record of an earlier version has the recipe
+    alone, of which `r`, `lora_alpha` and `use_rslora` are PEFT's own.
+    """
+    recorded = record.settings
+    if recorded is None:
+        lora = (record.recipe or {}).get("lora", {})
+        recorded = {name: lora[name] or None for name in ("r", "lora_alpha", "use_rslora") if name in lora}
+    now = deciding_settings(settings)
+    do = "fetch or copy the adapter's folder again, all of its files"
+    problems = [
+        Problem(
+            f"{folder / CONFIG_FILE}: {name}",
+            f"differs from {RECORD_FILE}, which was written in training and has {json.dumps(recorded[name])[:80]}",
+            do,
+            got=json.dumps(now[name])[:80],
+        )
+        for name in now
+        if name in recorded and recorded[name] != now[name]
+    ]
+    if not problems and not verified and record.sha256 not in (None, digest := adapter_digest(folder)):
+        what = f"the weights are not those that {RECORD_FILE} was written for"
+        problems.append(Problem(str(folder / WEIGHTS_FILE), what, do, got=f"SHA-256 {digest[:12]}"))
+    if problems:
+        raise WeightsError(problems)
 
 
 def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:

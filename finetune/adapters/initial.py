@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest
+from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest, read_adapter
 from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, read_record
+from finetune.checkpoint import differing_settings, verify_sums
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
 from finetune.moe.esft import ExpertChoice
@@ -56,12 +57,15 @@ def read_initial_adapter(folder: Path) -> InitialAdapter:
         inside = folder / "adapter" / WEIGHTS_FILE
         do = f"write {inside.parent}" if inside.is_file() else "name the folder adapter/ of a finished run"
         raise WeightsError(Problem(where, f"no adapter here: {WEIGHTS_FILE} is missing", do, got=str(folder)))
+    verify_sums(folder)
     try:
-        return _from_record(folder, read_record(folder))
+        initial = _from_record(folder, read_record(folder))
     except (WeightsError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"the adapter does not say what it was made on: its {RECORD_FILE} is missing or damaged"
         do = "use an adapter of this toolkit; merge another tool's and name the merged model as the base"
         raise WeightsError(Problem(where, what, do, got=str(folder))) from error
+    read_adapter(folder)  # raises where settings or weights are not those of the training
+    return initial
 
 
 def _from_record(folder: Path, record: AdapterRecord) -> InitialAdapter:
@@ -72,10 +76,10 @@ def _from_record(folder: Path, record: AdapterRecord) -> InitialAdapter:
     return InitialAdapter(folder, record, record.base, LoraSettings.model_validate(record.recipe["lora"]), choice)
 
 
-def check_same_setup(initial: InitialAdapter, recipe: Recipe, fingerprint: str | None, template: str) -> None:
+def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, template: str) -> None:
     """To continue from an adapter, its base, quantization, chat template and `lora` section must match.
 
-    `fingerprint`: that of this run's base, None while its weights are not on this machine; `template`: the run's chat
+    `base`: this run's, without a fingerprint while its weights are not on this machine; `template`: the run's chat
     template. Raises WeightsError with everything that differs.
     """
     record, problems = initial.record, []
@@ -84,11 +88,15 @@ def check_same_setup(initial: InitialAdapter, recipe: Recipe, fingerprint: str |
         do = "make the recipe the same as the adapter's, or train an adapter of your own first"
         problems.append(Problem(key, f"{what} in {initial.folder} is {before!r}", do, got=repr(now)))
 
-    if fingerprint is not None and initial.base.fingerprint != fingerprint:
+    if base.fingerprint is not None and initial.base.fingerprint != base.fingerprint:
         name = initial.base.name_or_path
         what = f"the adapter in {initial.folder} was made on another base, {name} with other weights"
         do = "name that base in model.name_or_path, or an adapter that was made on this one"
         problems.append(Problem("model.adapter", what, do, got=recipe.model.name_or_path))
+    elif changed := differing_settings(initial.base.config, base.config or {}):
+        what = f"the adapter in {initial.folder} was made on a base with another config.json"
+        do = "name that base in model.name_or_path, or an adapter that was made on this one"
+        problems.append(Problem("model.adapter", what, do, got="; ".join(changed)))
     quantization = "nf4" if recipe.model.load_in_4bit else None
     if record.quantization != quantization:
         what = "quantisation of the base of the adapter"

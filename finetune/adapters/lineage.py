@@ -5,13 +5,14 @@ also holds its own base and adapters (`base.made_from`), so that a chain of adap
 the merged model).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.adapters.adapter import Adapter
 from finetune.adapters.record import MergeSources
+from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
 
@@ -41,10 +42,10 @@ def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
     return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
 
 
-def check_related(base: Path, fingerprint: str, adapters: Sequence[Weighted]) -> None:
+def check_related(base: Path, fingerprint: str, config: Mapping[str, Any], adapters: Sequence[Weighted]) -> None:
     """Raise WeightsError unless each adapter was trained on this base, or on what the ones before it make of it.
 
-    `fingerprint`: of the base. An adapter that records no base is accepted.
+    `fingerprint` and `config` (`forward_settings`) are the base's. An adapter that records no base is accepted.
     """
     problems = []
     given = {weighted.digest: weighted.adapter.folder for weighted in adapters}
@@ -54,6 +55,11 @@ def check_related(base: Path, fingerprint: str, adapters: Sequence[Weighted]) ->
             got = str(given[str(weighted.adapter.initial_digest)])
             problems.append(Problem(str(weighted.adapter.folder), what, "name only the later one", got))
         recorded = weighted.adapter.base_fingerprint
+        trained_on = weighted.adapter.record.base
+        if trained_on is not None and (changed := differing_settings(trained_on.config, config)):
+            what = "the base's config.json decides another forward than in the adapter's training"
+            do = "give the base that the adapter was trained on with --base, or put its config.json back"
+            problems.append(Problem(str(base / "config.json"), what, do, "; ".join(changed)))
         if recorded in (None, fingerprint):
             continue
         before = adapters[:number]

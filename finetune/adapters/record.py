@@ -48,10 +48,12 @@ class MergeSources(_Part):
 
 
 class BaseRecord(_Part):
-    """The base that an adapter was trained on; `made_from` if that was a merged checkpoint."""
+    """The base that an adapter was trained on: `fingerprint` of its weights, `config` what decides its forward,
+    `made_from` if it was a merged checkpoint."""
 
     name_or_path: str | None = None
     fingerprint: str | None = None
+    config: dict[str, Any] | None = None  # `checkpoint.forward_settings`
     made_from: MergeSources | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -78,6 +80,8 @@ class AdapterRecord(_Part):
     format: int | None = None
     base: BaseRecord | None = None
     layout: FactorLayout | None = None
+    settings: dict[str, Any] | None = None  # those of `adapter_config.json` that decide what the adapter computes
+    sha256: str | None = None  # of its weights
     experts: dict[str, Any] | None = None  # `ExpertChoice.as_dict()`, where not all experts are adapted
     added_tokens: dict[str, int] = {}
     quantization: str | None = None  # of the base in training: "nf4" or None

@@ -1,6 +1,7 @@
 """Safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
 from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, verify_sums, write_sums
+from finetune.checkpoint.model_config import announced_dtype, differing_settings, forward_settings
 from finetune.checkpoint.output_folder import (
     check_output_free,
     new_folder,
@@ -17,8 +18,11 @@ __all__ = [
     "CheckpointWriter",
     "TensorInfo",
     "TensorSpec",
+    "announced_dtype",
     "check_output_free",
+    "differing_settings",
     "fingerprint",
+    "forward_settings",
     "listed_bytes",
     "new_folder",
     "read_json",

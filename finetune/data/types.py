@@ -1,13 +1,14 @@
 """The forms of a row: a conversation, document, preference or judged answer; then its text; then its tokens."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+from finetune.recipe.settings import Role
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Function(TypedDict):
@@ -72,6 +73,20 @@ class Judged:
 
 
 RowContent = Conversation | Document | Preference | Judged
+
+
+def contents_of(example: RowContent) -> list[str]:
+    """The texts of all messages, or the document."""
+    if isinstance(example, Document):
+        return [example.text]
+    if isinstance(example, Conversation):
+        messages = example.messages
+    elif isinstance(example, Preference):
+        messages = [*example.prompt, *example.chosen, *example.rejected]
+    else:
+        assert isinstance(example, Judged)
+        messages = [*example.prompt, *example.completion]
+    return [message["content"] for message in messages]
 
 
 Ints = npt.NDArray[np.int32]

@@ -7,7 +7,15 @@ from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Ad
 from finetune.adapters.lineage import Weighted, check_related
 from finetune.adapters.record import RECORD_FILE
 from finetune.cards import vllm_card
-from finetune.checkpoint import CheckpointReader, fingerprint, new_folder, temporary_folder, verify_sums, write_sums
+from finetune.checkpoint import (
+    CheckpointReader,
+    fingerprint,
+    forward_settings,
+    new_folder,
+    temporary_folder,
+    verify_sums,
+    write_sums,
+)
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
@@ -69,7 +77,15 @@ def _peft(adapter: Adapter, output: Path) -> Exported:
         names = peft.copy(adapter, folder)
         verify_sums(folder)  # the copy, against the list that training wrote
     lines = (f"{len(names)} files: {', '.join(names)}", f"PeftModel.from_pretrained(base, {str(output)!r})")
-    return Exported(output, lines)
+    return Exported(output, (*lines, *_effect(adapter)))
+
+
+def _effect(adapter: Adapter) -> tuple[str, ...]:
+    """A line about an adapter that changes nothing, or not all of its targets."""
+    idle = len(adapter.without_effect())
+    return (
+        (f"NO EFFECT on {idle} of {len(adapter.pairs)} targets: their B is zero, as before training",) if idle else ()
+    )
 
 
 def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
@@ -77,7 +93,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
     peft.require_finite(adapter.folder / WEIGHTS_FILE)
     reader = CheckpointReader(base_folder(adapter, base))
     base_fingerprint, digest = fingerprint(reader.folder), adapter.digest()
-    check_related(reader.folder, base_fingerprint, (Weighted(adapter, 1.0, digest),))
+    check_related(reader.folder, base_fingerprint, forward_settings(reader.folder), (Weighted(adapter, 1.0, digest),))
     family = family_of(str(reader.config.get("model_type")), str(reader.folder / _MODEL_CONFIG))
     lora = vllm.prepare(adapter, reader, family)
     record = {
@@ -97,7 +113,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
         f"{2 * len(lora.pairs)} tensors, {scale}r={lora.r}: {CONFIG_FILE}, {WEIGHTS_FILE}",
         f"vllm serve BASE --enable-lora --max-lora-rank {lora.max_lora_rank} --lora-modules NAME={output}",
     )
-    return Exported(output, lines)
+    return Exported(output, (*lines, *_effect(adapter)))
 
 
 def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:

@@ -61,6 +61,7 @@ def adapter_lines(folder: Path) -> list[Line]:
         *recorded,
         ("experts' factors", _order(adapter)),
         *_extras(adapter),
+        *_effect(adapter),
         ("merge", _fits(adapter)),
     ]
 
@@ -115,6 +116,17 @@ def _extras(adapter: Adapter) -> list[Line]:
         *([("whole tensors", ", ".join(adapter.whole))] if adapter.whole else []),
         *([("router biases", "moved in training; they lie beside the factors")] if adapter.has_biases else []),
     ]
+
+
+def _effect(adapter: Adapter) -> list[Line]:
+    """A line about targets that the adapter leaves as they are."""
+    if not (idle := adapter.without_effect()):
+        return []
+    if len(idle) == len(adapter.pairs):
+        return [("effect", "none on any weight: every B is zero, as before training")]
+    more = f" and {len(idle) - _SHOWN_PROBLEMS} more" if len(idle) > _SHOWN_PROBLEMS else ""
+    shown = ", ".join(idle[:_SHOWN_PROBLEMS]) + more
+    return [("effect", f"none on {len(idle)} of {len(adapter.pairs)} targets, whose B is zero: {shown}")]
 
 
 def _fits(adapter: Adapter) -> str:

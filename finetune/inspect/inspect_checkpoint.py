@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.lineage import REPORT_FILE
-from finetune.checkpoint import CheckpointReader, fingerprint
+from finetune.checkpoint import CheckpointReader, announced_dtype, fingerprint
 from finetune.checkpoint.reader import read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, reading, size
@@ -23,6 +23,8 @@ def checkpoint_lines(folder: Path) -> list[Line]:
     infos = [reader.info(key) for key in reader.keys]
     found, files = fingerprint(folder), len({info.file for info in infos})
     numbers = "/".join(sorted({info.dtype for info in infos}))
+    if (announced := announced_dtype(reader)) is not None:
+        numbers += f" (config.json says {announced})"
     stored = "" if files == 1 else f" in {files} files"
     values, nbytes = sum(math.prod(info.shape) for info in infos), sum(info.nbytes for info in infos)
     return [

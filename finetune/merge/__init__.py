@@ -12,6 +12,7 @@ from finetune.adapters.factor_layouts import LAYOUTS
 from finetune.adapters.lineage import REPORT_FILE
 from finetune.checkpoint import (
     CheckpointReader,
+    announced_dtype,
     check_output_free,
     fingerprint,
     listed_bytes,
@@ -125,7 +126,9 @@ def _verify(base: Path, show_progress: bool) -> None:
 
 def _announcement(job: Job, output: Path) -> str:
     changes = f"{len(job.sources.changes)} of {len(job.specs)} tensors change"
-    return f"merge: {changes}; {job.nbytes / 2**30:.2f} GiB go to {output}"
+    announced = announced_dtype(job.opened)
+    stored = "" if announced is None else f"; the base's config.json says {announced}, and no matrix is stored so"
+    return f"merge: {changes}; {job.nbytes / 2**30:.2f} GiB go to {output}{stored}"
 
 
 def _prove(job: Job, log: TensorLog, folder: Path, whole: bool, show_progress: bool) -> Proof:

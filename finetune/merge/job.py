@@ -20,7 +20,7 @@ from finetune.adapters.whole_tensors import (
     vocab_size,
     with_replaced,
 )
-from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint
+from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint, forward_settings
 from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
@@ -111,7 +111,7 @@ def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) 
     plain = CheckpointReader(folder)
     family = family_of(str(plain.config.get("model_type")), str(folder / "config.json"))
     base_fingerprint = fingerprint(folder)
-    check_related(folder, base_fingerprint, adapters)
+    check_related(folder, base_fingerprint, forward_settings(folder), adapters)
     opened = open_base(plain, family, adapters, request.into, base_fingerprint)
     reader = with_replaced(opened, adapters, family)
     changes = together(

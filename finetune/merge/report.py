@@ -34,6 +34,7 @@ def report_rows(report: Facts) -> list[Row]:
     through = report.get("through_nf4")
     rows = [
         Row("merged into", f"{report['into']} base", f"{through} tensors through NF4" if through else ""),
+        *_effect_rows(report),
         Row(
             "base fingerprint",
             report["base_fingerprint"],
@@ -45,6 +46,17 @@ def report_rows(report: Facts) -> list[Row]:
     if proof.get("changed") is not None:
         rows.append(Row("tensors changed", f"{proof['changed']} of {report['targeted']} targeted", "no others"))
     return [*rows, *_other_rows(report), *_part_rows(report["parts"]), *_logit_rows(proof.get("logits"))]
+
+
+def _effect_rows(report: Facts) -> list[Row]:
+    """What must be said of parts of the model, or of all of it, on which the adapters have no effect."""
+    unchanged = [name for name, part in report["parts"].items() if part["relative_delta"] == 0]
+    if not unchanged:
+        return []
+    others = report.get("added_tokens") or report.get("whole_tensors") or report["proof"].get("moved_biases")
+    if len(unchanged) == len(report["parts"]) and not others:
+        return [Row("NO EFFECT", "every B is zero", "so the merged model is the base: the adapter was not trained")]
+    return [Row("NO EFFECT", f"on {', '.join(unchanged)}", "where every B is zero: it was not trained")]
 
 
 def adapter_rows(report: Facts) -> list[Row]:

@@ -122,6 +122,7 @@ def with_adapter(
     """
     config = PeftConfig.from_pretrained(str(weighted.adapter.folder))
     config.inference_mode, config.base_model_name_or_path = True, None
+    config.lora_dropout = 0.0  # does nothing in a forward that is not training, and PEFT refuses it on stacks
     used = {key: info for key, info in tensors.items() if key not in weighted.adapter.spare}
     values = {key: _weighted(key, read_tensor(info), weighted.weight) for key, info in used.items()}
     _name_what_is_there(config, values)

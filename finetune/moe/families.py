@@ -5,6 +5,7 @@ it; no other code checks for an architecture by name. Names of the model are as 
 on disk those of published checkpoints (transformers' `conversion_mapping.py` turns one into the other).
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -109,7 +110,17 @@ def _is_within(path: str, modules: tuple[str, ...]) -> bool:
     return any(f".{module}." in f".{path}." for module in modules)
 
 
-__all__ = ["FAMILIES", "QUANTIZED_PARTS", "REFUSED", "ExpertStack", "Family", "MoeLayout", "Part", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "QUANTIZED_PARTS",
+    "REFUSED",
+    "WITHOUT_CODE",
+    "ExpertStack",
+    "Family",
+    "MoeLayout",
+    "Part",
+    "family_of",
+]
 
 _QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Latent attention; small models have one q_proj in place of the pair q_a_proj, q_b_proj.
@@ -316,16 +327,65 @@ REFUSED: dict[str, str] = {
 }
 
 
+_NO_CODE = "transformers has no code for it; code that comes with a checkpoint (trust_remote_code) is never run here"
+
+WITHOUT_CODE: dict[str, str] = {
+    "arctic": "Snowflake Arctic",
+    "bailing_moe": "Ling",
+    "bailing_moe_v2": "Ling 2.0",
+    "deepseek": "DeepSeekMoE 16B",
+    "deepseek_vl_v2": "DeepSeek-VL2, which also reads images",
+    "grok-1": "Grok-1",
+    "kimi_k2": "Kimi K2",
+    "kimi_vl": "Kimi-VL, which also reads images",
+    "minicpm": "MiniCPM and MiniCPM-MoE",
+    "minimax_m1": "MiniMax-M1",
+    "moe_plus_plus": "MoE++",
+    "openmoe": "OpenMoE",
+    "PanguProMoE": "Pangu Pro MoE",
+    "pangu_ultra_moe": "Pangu Ultra MoE",
+    "skywork_moe": "Skywork-MoE",
+    "xverse": "XVERSE and XVERSE-MoE",
+    "yuan": "Yuan 2.0-M32",
+}
+"""Published models whose `model_type` transformers does not know."""
+
+
 def family_of(model_type: str, where: str) -> Family:
     """The family of `config.model_type`; `where` (a path) goes into the error for an unsupported one."""
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     known = f"use one of: {', '.join(sorted(FAMILIES))}"
-    if model_type in REFUSED:
-        raise WeightsError(Problem(where, f"{model_type} is not supported: {REFUSED[model_type]}", known))
-    close = closest(model_type, FAMILIES)
+    if (reason := _why_refused(model_type)) is not None:
+        raise WeightsError(Problem(where, f"{model_type} is not supported: {reason}", known))
+    close = _misspelt(model_type)
     what = "architecture is not supported: nothing says where its experts and router are, and how they are stored"
     raise WeightsError(Problem(where, what, f"did you mean {close}? {known}" if close else known, got=model_type))
+
+
+def _why_refused(model_type: str) -> str | None:
+    """The reason, None for an architecture of transformers that the table lacks, and for a misspelt name."""
+    from transformers import CONFIG_MAPPING  # here, so that importing the table is cheap
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    if model_type in REFUSED:
+        return REFUSED[model_type]
+    if model_type in WITHOUT_CODE:
+        return f"{WITHOUT_CODE[model_type]}; {_NO_CODE}"
+    if model_type not in CONFIG_MAPPING:
+        return None if _misspelt(model_type) else _NO_CODE
+    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES or parts.keys() & {"vision_config", "audio_config"}:
+        return "a model of text with images, video or sound; only models of text alone are trained here"
+    return None
+
+
+def _misspelt(model_type: str) -> str | None:
+    """The architecture that was meant. Other digits are another architecture, as is a name of transformers."""
+    from transformers import CONFIG_MAPPING
+
+    same_digits = [name for name in FAMILIES if re.findall(r"\d", name) == re.findall(r"\d", model_type)]
+    return None if model_type in CONFIG_MAPPING else closest(model_type.lower(), same_digits, cutoff=0.85)
 
 
 _HEADINGS = ("model_type", "experts on disk", "router", "lora.targets")
@@ -351,6 +411,8 @@ def families_table() -> str:
             "",
             "Refused before anything is loaded",
             *(f"  {name}: {reason}" for name, reason in REFUSED.items()),
+            f"  without code in transformers: {', '.join(f'{name} ({model})' for name, model in WITHOUT_CODE.items())}",
+            "  models that read images, video or sound as well",
         ]
     )
 

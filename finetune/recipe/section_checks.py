@@ -126,6 +126,10 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     _response_marks(source, path, entry)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
+    if entry.get("roles") and name in ROW_FORMATS and not ROW_FORMATS[name].has_messages:
+        fitting = ", ".join(name for name, row_format in ROW_FORMATS.items() if row_format.has_messages)
+        what = f"the format {name} has no messages that say who speaks"
+        source.report((*path, "roles"), what, f"remove it; it is for {fitting}", got=show(entry["roles"]))
 
 
 def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from finetune.base import recipe_tokenizer
 from finetune.check import Report, Style, gather, lines
@@ -71,7 +73,10 @@ def test_an_adapter_that_the_run_would_refuse_is_a_problem(model: Path) -> None:
     assert report.exit_code == 1
     adapter = Path("sft/adapter")
     adapter.mkdir(parents=True)
-    (adapter / "adapter_model.safetensors").touch()
+    path = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    factors = {f"{path}A.weight": torch.ones(8, 64), f"{path}B.weight": torch.ones(64, 8)}
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 4.0}))
     made = {"lora": {**RECIPE["lora"], "lora_alpha": 4.0, "r": 8}}
     record = {"recipe": made, "base": {"name_or_path": "other", "fingerprint": "0123"}, "quantization": None}
     (adapter / "finetune.json").write_text(json.dumps(record))

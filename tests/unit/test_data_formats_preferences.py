@@ -108,7 +108,7 @@ HH = "\n\nHuman: hi\n\nAssistant: "
         (
             "ultrafeedback",
             {**LISTS, "score_chosen": 1, "score_rejected": 2.5},
-            "score_rejected: is above the chosen answer's; got 2.5, chosen 1; remove the row",
+            "score_rejected: is above the chosen answer's; got 2.5, chosen 1.0; remove the row",
         ),
         ("ultrafeedback", {**LISTS, "score_chosen": float("nan")}, "score_chosen: must be a number; got NaN; write th"),
         ("ultrafeedback", {**LISTS, "chosen": "hello"}, "chosen: must be a list of messages; got text; name the forma"),

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from finetune.base import checkpoint_family
 from finetune.errors import FinetuneError, WeightsError
-from finetune.moe.families import FAMILIES, REFUSED, families_table, family_of
+from finetune.moe.families import FAMILIES, REFUSED, WITHOUT_CODE, families_table, family_of
 from tests.families import CONFIGS, save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.test_model import recipe_for
@@ -35,6 +35,7 @@ def complaint(folder: Path, **sections: dict[str, Any]) -> str:
 def refusal(folder: Path, model_type: str) -> str:
     """What a user reads who gives a checkpoint of this type; its weights are not there to be read."""
     path = save_tiny_mixtral(folder) / "config.json"
+    (folder / "model.safetensors").unlink()  # told of its files first, a user would fetch others in vain
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": model_type}))
     with pytest.raises(WeightsError) as caught:
         checkpoint_family(folder, recipe_for(folder))
@@ -53,13 +54,47 @@ def test_what_cannot_be_supported_is_refused_by_name_with_the_reason(model_type:
     assert "use one of: deepseek_v2, " in found
 
 
-def test_an_unknown_architecture_is_refused_and_a_misspelt_one_recognised(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "switchboard").startswith(
+NO_CODE = "transformers has no code for it; code that comes with a checkpoint (trust_remote_code) is never run here"
+MULTIMODAL = "a model of text with images, video or sound; only models of text alone are trained here"
+
+
+def refused_name(model_type: str) -> str:
+    with pytest.raises(WeightsError) as caught:
+        family_of(model_type, "config.json")
+    return str(caught.value).removesuffix(f"use one of: {', '.join(sorted(FAMILIES))}")
+
+
+@pytest.mark.parametrize("model_type", sorted(WITHOUT_CODE))
+def test_a_published_name_without_code_in_transformers_is_refused_by_name(model_type: str) -> None:
+    assert model_type not in CONFIG_MAPPING
+    model = WITHOUT_CODE[model_type]
+    assert refused_name(model_type) == f"config.json: {model_type} is not supported: {model}; {NO_CODE}; "
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        *((name, MULTIMODAL) for name in ("llava", "mllama", "qwen2_vl", "qwen3_vl_moe", "mistral3", "qwen2_audio")),
+        *((name, NO_CODE) for name in ("llama_moe", "minimax_m7", "qwen9_moe", "llama-vision")),
+    ],
+)
+def test_an_architecture_that_resembles_a_supported_one_is_no_misspelling(model_type: str, reason: str) -> None:
+    assert refused_name(model_type) == f"config.json: {model_type} is not supported: {reason}; "
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("mixtrall", "mixtral"), ("qwen3moe", "qwen3_moe"), ("deepseek-v3", "deepseek_v3"), ("Mistral", "mistral")],
+)
+def test_a_misspelt_architecture_is_recognised(written: str, meant: str) -> None:
+    assert f"got {written}; did you mean {meant}? " in refused_name(written)
+
+
+def test_an_architecture_of_transformers_that_the_table_lacks_is_refused(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "bamba").startswith(
         f"{tmp_path}/config.json: architecture is not supported: nothing says where its experts and router are, and "
-        "how they are stored; got switchboard; use one of: deepseek_v2, deepseek_v3, "
+        "how they are stored; got bamba; use one of: deepseek_v2, deepseek_v3, "
     )
-    with pytest.raises(WeightsError, match=r"got qwen3moe; did you mean qwen3_moe\? use one of: deepseek_v2"):
-        family_of("qwen3moe", "config.json")
 
 
 def test_what_is_refused_is_the_name_of_an_architecture_that_transformers_knows() -> None:

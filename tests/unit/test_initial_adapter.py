@@ -72,14 +72,15 @@ def recipe_on(base: Path, pairs: Path, adapter: Path, **changes: Any) -> Recipe:
 
 
 def complaints(adapter: Path, recipe: Recipe, fingerprint: str = "0123", template: str = CHATML) -> list[str]:
+    base = BASE.model_copy(update={"fingerprint": fingerprint})
     with pytest.raises(WeightsError) as caught:
-        check_same_setup(read_initial_adapter(adapter), recipe, fingerprint, template)
+        check_same_setup(read_initial_adapter(adapter), recipe, base, template)
     return str(caught.value).replace(str(adapter), "ADAPTER").split("\n")
 
 
 def test_every_factor_is_taken_over(base: Path, pairs: Path, saved: Path) -> None:
     recipe = recipe_on(base, pairs, saved)
-    check_same_setup(read_initial_adapter(saved), recipe, "0123", CHATML)
+    check_same_setup(read_initial_adapter(saved), recipe, BASE, CHATML)
     trained = {}
     for name, initial in (("fresh", None), ("on", read_initial_adapter(saved))):
         torch.manual_seed(0)
@@ -180,7 +181,7 @@ def test_another_choice_of_experts_than_the_one_taken_over_is_refused(
     record["recipe"]["lora"] |= {"experts": "auto", "experts_share": 0.5}
     (folder / "finetune.json").write_text(json.dumps(record))
     auto: dict[str, Any] = {"experts": "auto", "experts_share": 0.5}
-    check_same_setup(read_initial_adapter(folder), recipe_on(base, pairs, folder, lora=auto), "0123", CHATML)
+    check_same_setup(read_initial_adapter(folder), recipe_on(base, pairs, folder, lora=auto), BASE, CHATML)
     others = {**auto, "experts_share": 0.9, "experts_score": "token", "experts_tokens": 5}
     found = complaints(folder, recipe_on(base, pairs, folder, lora=others))
     assert [line.partition(":")[0] for line in found] == [

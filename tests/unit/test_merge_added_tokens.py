@@ -69,10 +69,14 @@ def adapted(base: Path, adapter: Path) -> torch.Tensor:
 
 
 def edit(file: Path, **changes: Any) -> None:
+    """Change values of a JSON file; of an adapter's settings as in a folder whose record does not repeat them."""
+    if file.name == "adapter_config.json":
+        edit(file.with_name("finetune.json"), settings=None, sha256=None)
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}), encoding="utf-8")
 
 
 def edit_rows(adapter: Path, module: str, value: torch.Tensor | None) -> None:
+    edit(adapter / "finetune.json", sha256=None)
     file = adapter / "adapter_model.safetensors"
     held = load_file(file)
     held.pop(PEFT_ROWS.format(module), None)

@@ -15,6 +15,7 @@ from finetune.merge.base_weights import DequantizedReader
 from finetune.merge.compare import Rows, advice, compare_rows, divergence
 from finetune.merge.report import Candidate, MergeReport
 from finetune.moe.families import FAMILIES
+from finetune.moe.lora import factor_stacks
 from tests.families import save_tiny
 from tests.support import save_tiny_mixtral
 from tests.unit.four_bits import adapter_in_4_bits, loaded_in_4_bits
@@ -80,6 +81,7 @@ def test_the_figures_are_those_of_whole_models(
     rows = compare_rows(data, 128, adapter, base)
     folder, report = reports[into]
     trained = PeftModel.from_pretrained(loaded_in_4_bits(base), adapter).eval()
+    factor_stacks(trained)  # PEFT's own forward needs dense stacks
     loss, merged_loss, kl = by_hand(trained, load(folder), rows)
     compare = report.compare
     assert compare is not None
@@ -131,6 +133,7 @@ def test_other_architectures(data: Path, tmp_path: Path) -> None:
     report = merge(adapter, tmp_path / "out", compare=data, compare_rows=3, show_progress=False)
     rows = compare_rows(data, 3, adapter, base)
     trained = PeftModel.from_pretrained(loaded_in_4_bits(base), adapter).eval()
+    factor_stacks(trained)  # PEFT's own forward needs dense stacks
     loss, merged_loss, kl = by_hand(trained, load(tmp_path / "out"), rows)
     assert report.compare is not None
     found = report.compare.into["original"]

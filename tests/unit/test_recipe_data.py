@@ -13,7 +13,7 @@ from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 ONE = "{path: rows.jsonl, format: messages}"
 FORMATS = (
     "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, rendered, "
-    "preference, ultrafeedback, hh, orca_dpo, sharegpt_dpo, kto"
+    "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto"
 )
 TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
 WEIGHTED = "[{path: a, format: text, weight: 1}, {id: b/c, format: text, weight: 2}]"
@@ -136,6 +136,17 @@ MISTAKES = {
         'recipe.yaml:15: data.train.columns.answer: the format alpaca has no such field; got "reply"; '
         "write {field: column of the file}; its fields are instruction, output, input, system, history",
     ),
+    "a role that is none": (
+        train("{path: a, format: messages, roles: {customer: boss}}"),
+        'recipe.yaml:15: data.train.roles.customer: not one of the known values; got "boss"; write a mapping of names '
+        "to system, user, assistant, tool",
+    ),
+    "roles of a format without messages": (
+        train("{path: a, format: alpaca, roles: {customer: user}}"),
+        'recipe.yaml:15: data.train.roles: the format alpaca has no messages that say who speaks; got {"customer": '
+        '"user"}; remove it; it is for messages, sharegpt, prompt_completion, preference, ultrafeedback, alpaca_dpo, '
+        "sharegpt_dpo, kto",
+    ),
     "columns the wrong way round": (
         train("{path: a, format: alpaca, columns: {answer: output}}"),
         'recipe.yaml:15: data.train.columns.answer: the format alpaca has no such field; got "output"; '
@@ -220,20 +231,21 @@ MISTAKES = {
     "an empty list": (
         train("[]"),
         "recipe.yaml:15: data.train: empty list; got []; write a section with path, id, config, split, revision, "
-        "streaming, format, columns, response_template, response_end, weight, max_rows, or a list of such sections",
+        "streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, max_rows, or a "
+        "list of such sections",
     ),
     "a file name alone": (
         train("rows.jsonl"),
         'recipe.yaml:15: data.train: wrong type; got "rows.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, response_template, response_end, weight, max_rows, or a list of such "
-        "sections; "
+        "revision, streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, "
+        "max_rows, or a list of such sections; "
         "for example {path: rows.jsonl, format: auto}",
     ),
     "file names in a list": (
         train("[{path: a, format: messages}, b.jsonl]"),
         'recipe.yaml:15: data.train[1]: wrong type; got "b.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, response_template, response_end, weight, max_rows, or a list of such "
-        "sections; "
+        "revision, streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, "
+        "max_rows, or a list of such sections; "
         "for example {path: b.jsonl, format: auto}",
     ),
     "no data set at all": (

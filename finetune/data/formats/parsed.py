@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finetune.data.formats.messages import OPENAI, Turn, check_order, roles_of
+from finetune.data.formats.messages import Turn, check_order, roles_of
 from finetune.data.formats.tools import check_arguments
-from finetune.data.row_errors import RowError
+from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Document, Judged, Message, Preference, RowContent
 
 Tools = list[dict[str, Any]] | None
@@ -121,12 +121,39 @@ def check_answer(prompt: Sequence[Turn], answer: Sequence[Turn], place: str) -> 
             raise RowError(turn.place, what, "remove train and weight")
 
 
+LONG_WORDS, LONG_BYTES = 3, 30
+"""Fewer words may stand at the start of a good answer ("Good morning!"); bytes are for text without spaces."""
+
+
+def check_prompt_not_repeated(prompt: Sequence[Turn], answers: Sequence[Sequence[Turn]], lists: str) -> None:
+    """`RowError` if every answer is a text that begins with the whole prompt, which would be read twice.
+
+    Answers in lists of messages are taken as they are written; `lists` is a format that has them.
+    """
+    if not all(answer[0].spelling is None for answer in answers):
+        return
+    for asked in (turn for turn in prompt if turn.message["role"] != "assistant"):
+        if all(_begins_with(answer[0].message["content"], asked.message["content"]) for answer in answers):
+            what = f"begins with the text of {asked.content_place}, which would be read twice"
+            first, places = answers[0][0], " and ".join(answer[0].place for answer in answers)
+            do = f"remove it from {places}; an answer that is to repeat it is written as messages (format {lists})"
+            raise RowError(first.place, what, do, shown(first.message["content"]))
+
+
+def _begins_with(answer: str, prompt: str) -> bool:
+    """Whether a prompt long enough to tell, and then something else, stands at the start of the answer."""
+    answer, prompt = answer.lstrip(), prompt.strip()
+    if not answer.startswith(prompt):
+        return False
+    rest = answer[len(prompt) :]
+    is_long = len(prompt.split(maxsplit=LONG_WORDS)) >= LONG_WORDS or len(prompt.encode()) >= LONG_BYTES
+    return is_long and bool(rest.strip()) and not (prompt[-1].isalnum() and rest[0].isalnum())
+
+
 def _check_calls(turns: Sequence[Turn], tools: Tools) -> None:
     for turn in turns if tools else ():
         for i, call in enumerate(turn.message.get("tool_calls", ())):
-            written = turn.spelling == OPENAI  # otherwise the call is the JSON text of the turn
-            place = f"{turn.place}.tool_calls[{i}].function.arguments" if written else turn.content_place
-            check_arguments(call, tools or [], place)
+            check_arguments(call, tools or [], turn.call_places[i])
 
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:

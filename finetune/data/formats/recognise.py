@@ -1,6 +1,8 @@
 """`format: auto`: which format the rows are in, by reading them with every format; an unclear case is an error.
 
-A format fits where it reads at least half of the first valid rows. Of two that fit, one gives way to the other
+A format fits where it reads at least half of the first valid rows, or where at least half of them have all its fields
+and it needs more of them than the formats that read the rows: rows that a strict format refuses are not another
+format's, and its problems are shown with their lines. Of two that fit, one gives way to the other
 
 - if the other needs all its fields and more, and finds them (`prompt`, `completion` gives way to those with a `label`);
 - if both made the same examples of the rows (the first of the table stays);
@@ -18,7 +20,8 @@ from typing import Any
 from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.row_errors import RowError
-from finetune.data.types import Conversation, Document, Judged, Preference, RowContent
+from finetune.data.types import Document, RowContent, contents_of
+from finetune.recipe.settings import Role
 
 SAMPLE_ROWS = 100
 _NEAREST = 3
@@ -52,14 +55,14 @@ class _Trial:
     def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
         fields = self.reader.fields(row)
-        for name in self.format.fields:
-            value = fields.optional(name)
-            if value is not None and value != "":
-                self.columns[name] = fields.name(name)
-                self.present[name] += 1
-                self.kinds.setdefault(name, Counter())[_kind(value)] += 1
         try:
-            example = self.reader(row)
+            for name in self.format.fields:
+                value = fields.optional(name)
+                if value is not None and value != "":
+                    self.columns[name] = fields.name(name)
+                    self.present[name] += 1
+                    self.kinds.setdefault(name, Counter())[_kind(value)] += 1
+            example = self.reader.content(row)
         except RowError as error:
             self.error = self.error or error
             self.unusable += [error] if isinstance(error, UnusableRowError) else []
@@ -68,14 +71,18 @@ class _Trial:
         return example
 
 
-def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str, str] | None = None) -> Recognition:
+def recognise(
+    rows: Iterable[Mapping[str, Any] | RowError],
+    columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Recognition:
     """The format of the first `SAMPLE_ROWS` valid rows; `RowError` lists the candidates, or what comes nearest.
 
     With `columns` only formats that have all the fields named there are tried.
     """
     columns = columns or {}
     trials = [
-        _Trial(row_format, Reader(row_format, columns))
+        _Trial(row_format, Reader(row_format, columns, roles=roles))
         for row_format in FORMATS.values()
         if columns.keys() <= set(row_format.fields) and row_format.recognised
     ]
@@ -93,6 +100,9 @@ def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str
         if 2 * len(trial.unusable) >= count:
             raise trial.unusable[0]
     fitting = [trial for trial in trials if 2 * trial.read >= count]
+    fitting += [trial for trial in trials if trial not in fitting and _has_fields(trial, count)]
+    if not any(2 * trial.read >= count for trial in fitting):
+        fitting = _most_fields(fitting)
     best = [one for one in fitting if not any(_gives_way(one, other) for other in fitting)]
     if len(best) == 1:
         return Recognition(best[0].format.name, _why(best[0], count))
@@ -107,8 +117,33 @@ def _try_all(trials: Iterable[_Trial], row: Mapping[str, Any]) -> None:
             if other is not trial and others is not None:
                 if example != others:
                     trial.unlike.add(name)
-                if not isinstance(example, Document) or not all(text in example.text for text in _contents(others)):
+                if not isinstance(example, Document) or not all(text in example.text for text in contents_of(others)):
                     trial.elsewhere.add(name)
+
+
+_KINDS = {
+    ("kto", "label"): {"true or false", "a number"},
+    ("oasst", "prompt"): {"an object"},
+    ("messages", "messages"): {"a list", "an object", "text"},
+    ("text", "text"): {"text"},
+    **{("ultrafeedback", field): {"a number", "text"} for field in ("score_chosen", "score_rejected")},
+}
+"""Kinds of values of fields whose names other data sets use for something else."""
+
+
+def _has_fields(trial: _Trial, count: int) -> bool:
+    """Whether most rows have all of the format's fields, with values of its kinds."""
+
+    def fits(name: str) -> bool:
+        kinds = _KINDS.get((trial.format.name, name))
+        return 2 * trial.present[name] >= count and (kinds is None or trial.kinds[name].keys() <= kinds)
+
+    return all(fits(name) for name in trial.format.required)
+
+
+def _most_fields(trials: list[_Trial]) -> list[_Trial]:
+    """Of formats none of which reads the rows, the one with most of its fields in them: its problems are shown."""
+    return sorted(trials, key=lambda trial: -sum(trial.present[name] > 0 for name in trial.format.fields))[:1]
 
 
 def _gives_way(one: _Trial, other: _Trial) -> bool:
@@ -119,23 +154,12 @@ def _gives_way(one: _Trial, other: _Trial) -> bool:
     name = other.format.name
     if needs < others_needs:
         return True
+    if not one.read or not other.read:
+        return not one.read
     if name not in one.unlike and not others_needs < needs:
         names = list(FORMATS)
         return names.index(name) < names.index(one.format.name)
     return one.format.gives == "document" and name not in one.elsewhere
-
-
-def _contents(example: RowContent) -> list[str]:
-    if isinstance(example, Document):
-        return [example.text]
-    if isinstance(example, Conversation):
-        messages = example.messages
-    elif isinstance(example, Preference):
-        messages = [*example.prompt, *example.chosen, *example.rejected]
-    else:
-        assert isinstance(example, Judged)
-        messages = [*example.prompt, *example.completion]
-    return [message["content"] for message in messages]
 
 
 def _kind(value: object) -> str:

@@ -134,10 +134,18 @@ class ChatTemplate:
             raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
 
     def conversation(self, given: Conversation) -> Conversation:
-        """The conversation as the template takes it: no content holds frame, and the system policy is applied."""
+        """The conversation as the template takes it: no content holds frame, and the system policy is applied.
+
+        An empty system message is left out: it says nothing, unless the template has a system text of its own for
+        conversations without one.
+        """
         self._check_contents(given)
         first = given.messages[0]
-        if first["role"] != "system" or self.has_system:
+        if first["role"] != "system":
+            return given
+        if not first["content"] and not (self.has_system and self._has_default_system):
+            return replace(given, messages=given.messages[1:])
+        if self.has_system:
             return given
         if self._system == "error":
             what = f"{self.name} has no system role"
@@ -195,6 +203,15 @@ class ChatTemplate:
             mark = found[0].strip()
             return f"{mark}, which {self.name} writes itself: it would be read as the conversation's frame"
         return None
+
+    @cached_property
+    def _has_default_system(self) -> bool:
+        """Whether the template writes more without a system message than with an empty one."""
+        user = Message(role="user", content=PROBE)
+        try:
+            return len(self.text([user])) > len(self.text([Message(role="system", content=""), user]))
+        except RowError:
+            return False
 
     def _taken(self, message: Message) -> Message:
         """The message as generation has it, without our `train`, and with arguments in the template's form."""

@@ -22,6 +22,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
+from finetune.data.formats.fields import PLACEHOLDERS
 from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
@@ -29,7 +30,7 @@ from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, 
 from finetune.data.tokens.examples import Example, ExampleType, RowProblem, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
-from finetune.data.types import Ints, TokenizedText, TokenPair
+from finetune.data.types import Ints, TokenizedText, TokenPair, contents_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
@@ -177,7 +178,9 @@ class _Pass:
     def write(self, source: Source, folder: Path) -> None:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
-        examples = self.example_type.examples(rows, reader(self.stats.format, self.source.columns))
+        examples = self.example_type.examples(
+            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns, self.source.roles)
+        )
         with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
             for example in tokenised(examples, self.example_type, self.renderer):
                 self._add(example, writer, texts, ids)
@@ -195,7 +198,7 @@ class _Pass:
             return rows
         first = list(islice(rows, SAMPLE_ROWS))
         try:
-            recognition = recognise((row.value for row in first), self.source.columns)
+            recognition = recognise((row.value for row in first), self.source.columns, self.source.roles)
         except RowError as error:
             for row in first:
                 if isinstance(row.value, RowError):
@@ -224,6 +227,8 @@ class _Pass:
             self.stats.supervised_tokens += piece.supervised
         if pieces and (first := texts.first("\0".join(text.text for text in example.texts), where)):
             self.stats.count_duplicate(where, first, rows)
+        if pieces and example.content is not None and not PLACEHOLDERS.isdisjoint(contents_of(example.content)):
+            self.stats.placeholders += rows
 
     def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
         """The rows of an example that are written, counted; none if it has a problem, which is set."""
