@@ -30,12 +30,26 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
     return "unknown key", "write one of " + ", ".join(siblings)
 
 
+_TO_WRITE = re.compile(r"(?:remove it and )?write ([\w.]+(?: or [\w.]+)*)")
+
+
+def unless_given(source: Source, do: str, around: Path = ()) -> str:
+    """The advice `do`, except where it is to write a key (also one beside, in `around`) that the recipe has already."""
+    names = match[1].split(" or ") if (match := _TO_WRITE.match(do)) else []
+    for name in names:
+        if name in settings() and source.get(tuple(name.split("."))) is not None:
+            return f"remove it: {name} is given"
+        if around and source.get((*around, name)) is not None:
+            return f"remove it: {name} is given"
+    return do
+
+
 def _elsewhere(section: str, key: str) -> tuple[str, str] | None:
     """(what, do) for a key that exists with another kind of this section, or in another section."""
     own = settings().get(f"{section}.{key}")
     if own is not None and own.kinds:
         kinds = " or ".join(own.kinds)
-        return f"a setting of {section}.kind: {kinds}", f"remove it, or write kind: {kinds}"
+        return f"a setting of {section}.kind: {kinds}", f"remove it, or train on pairs of answers with kind: {kinds}"
     elsewhere = _paths_of(key)
     place = f"in {section}" if section else "at the top level"
     return (f"this key does not belong {place}", "write " + " or ".join(elsewhere)) if elsewhere else None
@@ -97,7 +111,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         section, around = _place(source, location[:-1])
         what, do = unknown_key(section, str(location[-1]), source.get((*around, "kind")))
         path = (*around, location[-1])
-        source.report(path, what, do, got=show(source.get(path)))
+        source.report(path, what, unless_given(source, do, around), got=show(source.get(path)))
         return
     key, path = _place(source, location)
     setting = settings()[key]
