@@ -28,7 +28,7 @@ from finetune.errors import Problem, RecipeError, RunError, WeightsError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
-from finetune.moe.preflight import check_loadable
+from finetune.moe.preflight import check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 from finetune.run import RunFolder
@@ -158,6 +158,7 @@ def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Reci
             problems += error.problems
     if problems:
         raise RecipeError(problems)
+    check_router_term(folder, family, recipe)
     return family
 
 

@@ -39,7 +39,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     from finetune.base import check_resumed_base, read_base
     from finetune.methods import method_of
-    from finetune.methods.common import TrainerSetup, accumulation_steps
+    from finetune.methods.common import TrainerSetup
+    from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import prepare_dashboards
 
     for line in check_launcher(recipe, os.environ):
@@ -48,13 +49,13 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
     state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
     _reject_data_parallel(state)
+    check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
 
     # 1. The run folder and the dashboards
     run = _open_run(recipe, state)
     dashboards = prepare_dashboards(recipe.logging, run, recipe.model_dump(mode="json"))
     method = method_of(recipe.method.kind)
-    accumulation_steps(recipe, state.num_processes)  # raises for a batch that cannot be cut, before anything is loaded
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
@@ -65,6 +66,9 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     # 3. Rows -> token ids and labels
     rows = method.prepare_rows(recipe, base)
     _check_same_rows(recipe, rows, run)
+    for remark in check_schedule(recipe, recipe.training.optimizer_steps(len(rows.train)), state.num_processes):
+        if state.is_main_process:
+            print(remark)
 
     # 4. 4-bit base and adapter (of selected experts with `lora.experts: auto`), compared with the recipe by the audit
     model, choice = _load(recipe, base, run, rows, initial_adapter)

@@ -147,13 +147,19 @@ class Report:
     splits: list[Split] = field(default_factory=list)
     samples: list[tuple[str, Sample]] = field(default_factory=list)  # (train or eval, row)
     duplicates: Duplicates | None = None
+    schedule_remarks: list[str] = field(default_factory=list)  # warm-up, evaluations, checkpoints and the run's length
     problems: list[Problem] = field(default_factory=list)
     exit_code: int = 0
 
     @property
+    def schedule(self) -> Schedule | None:
+        """Steps of the run, None where the training rows could not be read."""
+        return next((split.schedule for split in self.splits if split.schedule is not None), None)
+
+    @property
     def remarks(self) -> list[str]:
         """Findings that do not stop a run but deserve attention, one sentence each."""
-        remarks = [remark for split in self.splits for remark in _remarks(split)]
+        remarks = [*self.schedule_remarks, *(remark for split in self.splits for remark in _remarks(split))]
         if self.duplicates and self.duplicates.pairs:
             count, total = self.duplicates.exact + self.duplicates.near, self.duplicates.eval_rows
             remarks.append(
@@ -177,6 +183,7 @@ def _remarks(split: Split) -> list[str]:
         "{} cut at the end": stats.truncated,
         "{} split into pieces": stats.split,
         "duplicate {}": stats.duplicates,
+        "{} with a message that is a word for nothing (nan, None, NULL)": stats.placeholders,
     }
     phrases = [f"{count:,} {text.format('row' if count == 1 else 'rows')}" for text, count in counts.items() if count]
     return [f"{split.name}: {', '.join(phrases)}"] if phrases else []
@@ -186,7 +193,7 @@ def batches_of(lengths: npt.NDArray[np.int32], sequences: int, recipe: Recipe) -
     """`lengths`: tokens of each row of the data set; `sequences`: rows, or packed rows."""
     batch, limit = recipe.training.per_device_train_batch_size, recipe.data.max_length
     if recipe.data.packing:
-        # A batch of packed rows is one long row: no padding (see `Collator`).
+        # The padding of a batch of packed rows is at most what they leave unfilled.
         return Batches(sequences, batch, 1 - float(lengths.sum()) / (sequences * limit), None, limit)
     return Batches(sequences, batch, None, padding_share(lengths, lengths, batch), limit)
 
@@ -206,7 +213,7 @@ def schedule_of(stats: DataStats, recipe: Recipe) -> Schedule:
     """The steps as transformers' trainer counts them: the last step of an epoch takes the remaining rows."""
     training = recipe.training
     steps_per_epoch = math.ceil(stats.sequences / training.global_batch_size)
-    steps = training.max_steps or math.ceil((training.num_train_epochs or 1.0) * steps_per_epoch)
+    steps = training.optimizer_steps(stats.sequences)
     return Schedule(
         sequences_per_step=training.global_batch_size,
         steps_per_epoch=steps_per_epoch,

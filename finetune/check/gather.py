@@ -23,12 +23,13 @@ from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, Exa
 from finetune.data.tokens.packing import count_sequences
 from finetune.errors import DataError, FinetuneError, Problem
 from finetune.methods.pairs import pair_layout
+from finetune.methods.trainer_checks import check_schedule, check_trainer
 from finetune.recipe import DataSource, Recipe
 
 
 def texts(source: DataSource, row_format: str) -> Iterator[tuple[str, str]]:
     """What each sound row says, with its `file:line`."""
-    read = reader(row_format, source.columns, source.ignore_columns)
+    read = reader(row_format, source.columns, source.ignore_columns, source.roles)
     for row in _rows(source):
         if not isinstance(row.value, RowError):
             try:
@@ -52,7 +53,7 @@ def read_without_tokenizer(sources: Sequence[DataSource], example_type: ExampleT
 def _refused(source: DataSource, example_type: ExampleType, max_problems: int) -> list[Problem]:
     refused = Problems(max_problems)
     try:
-        read = reader(_format(source), source.columns, source.ignore_columns)
+        read = reader(_format(source), source.columns, source.ignore_columns, source.roles)
     except RowError as error:
         # Where no format is known, what is no row at all is still found.
         for row in _rows(source):
@@ -77,7 +78,7 @@ def _check_content(example: Example, example_type: ExampleType) -> None:
 def _format(source: DataSource) -> str:
     if source.format != "auto":
         return source.format
-    return recognise((row.value for row in _rows(source)), source.columns).format
+    return recognise((row.value for row in _rows(source)), source.columns, source.roles).format
 
 
 def _rows(source: DataSource) -> Iterator[Row]:
@@ -100,6 +101,7 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
     on one that failed: without a tokenizer the rows are still read.
     """
     report = Report(title, _settings(recipe), recipe.data.max_length)
+    _attempt(report, lambda: check_trainer(recipe))
     base, tokenizer = _base(recipe, report)
     if recipe.model.adapter is not None:
         _attempt(report, lambda: _check_adapter(Path(str(recipe.model.adapter)), recipe, base))
@@ -111,6 +113,8 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
         for rows, chosen in zip(mixture.sets, mixture.chosen, strict=True):
             drawn = draw(rows, chosen, samples, recipe.seed, tokenizer)
             report.samples += [(name, sample) for sample in drawn]
+    if (schedule := report.schedule) is not None and not report.problems:
+        report.schedule_remarks = _attempt(report, lambda: check_schedule(recipe, schedule.steps)) or []
     if mixtures.keys() == {"train", "eval"}:
         report.duplicates = find_duplicates(_texts(mixtures["train"]), _texts(mixtures["eval"]))
     return report

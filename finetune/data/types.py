@@ -1,13 +1,14 @@
 """The forms of a row: a conversation, document, preference or judged answer; then its text; then its tokens."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-Role = Literal["system", "user", "assistant", "tool"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
+from finetune.recipe.settings import Role
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 class Function(TypedDict):
@@ -46,9 +47,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """ParsedText text: no turns, no chat template."""
+    """Plain text: no turns, no chat template. `rendered`: marks in it are read as tokens."""
 
     text: str
+    rendered: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,96 +1,21 @@
-"""What all methods share: TRL's arguments made from a recipe, the prepared rows, and the set-up of a trainer."""
+"""What all methods share: the prepared rows, the set-up of a trainer, and the audit of what it has prepared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import TrainerCallback
 
 from finetune.adapters.initial import InitialAdapter
 from finetune.base import Base
 from finetune.data import DataStats
-from finetune.errors import Problem, RecipeError, RunError
+from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.audit import audit_model, check_audit
 from finetune.moe.families import Family
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
-
-
-def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
-    """Micro-batches per optimizer step on each process, so that the global batch size is the recipe's."""
-    training = recipe.training
-    rows = training.per_device_train_batch_size * num_processes
-    if training.global_batch_size % rows:
-        raise RecipeError(
-            Problem(
-                "training.global_batch_size",
-                f"not divisible by per_device_train_batch_size x processes = "
-                f"{training.per_device_train_batch_size} x {num_processes}",
-                f"use a multiple of {rows}, or fewer processes",
-                got=str(training.global_batch_size),
-            )
-        )
-    return training.global_batch_size // rows
-
-
-def common_arguments(
-    recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int
-) -> dict[str, Any]:
-    """TRL's arguments for a recipe. Checkpointing, data and adapter are set up by us, before the trainer.
-
-    `dashboards`: the arguments of the run's loggers (`report_to`, `run_name`, `project` ...).
-    """
-    training = recipe.training
-    return {
-        "output_dir": str(output_dir),
-        "seed": recipe.seed,
-        "data_seed": recipe.seed,
-        "max_steps": training.max_steps or -1,
-        "num_train_epochs": training.num_train_epochs or 1.0,
-        "learning_rate": training.learning_rate,
-        "per_device_train_batch_size": training.per_device_train_batch_size,
-        # One packed row per batch: rows repeated to fill up the last batches are masked as a whole.
-        "per_device_eval_batch_size": 1 if recipe.data.packing else training.per_device_train_batch_size,
-        "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": training.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "optim": training.optim,
-        "logging_steps": training.logging_steps,
-        "eval_strategy": "steps" if recipe.data.eval and training.eval_steps else "no",
-        "eval_steps": training.eval_steps,
-        "save_strategy": "steps" if training.save_steps else "no",
-        "save_steps": training.save_steps or 500,
-        "bf16": recipe.model.dtype == "bfloat16",
-        "fp16": recipe.model.dtype == "float16",
-        "gradient_checkpointing": False,  # enabled by finetune.moe.checkpointing instead
-        "router_aux_loss_coef": 0.0,  # TRL's pooled term stays off; finetune.methods.router_term adds ours
-        "logging_nan_inf_filter": False,  # would log an old loss in place of a NaN
-        "use_cpu": PartialState().device.type == "cpu",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,
-        "max_length": None,
-        **dashboards,
-        **training.trainer_args,
-    }
-
-
-def check_world_size(config: Any, num_processes: int) -> None:
-    """Raise RunError if the trainer's number of processes is not the one that the run counted."""
-    if config.world_size != num_processes:
-        raise RunError(
-            Problem(
-                "launcher",
-                f"the trainer counts {config.world_size} processes where {num_processes} were counted before it",
-                "launch with `accelerate launch` and a file of accelerate_configs/",
-            )
-        )
 
 
 class PreparedAudit(TrainerCallback):  # type: ignore[misc]

@@ -19,8 +19,9 @@ from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.errors import Problem, RunError
+from finetune.methods.arguments import dpo_config
 from finetune.methods.common import MethodRows, TrainerSetup
-from finetune.methods.dpo_trainer import MoeDpoTrainer, dpo_config
+from finetune.methods.dpo_trainer import MoeDpoTrainer
 from finetune.methods.pairs import pair_layout, score_pairs
 from finetune.methods.reference import Reference, ReferenceStore, compute_missing, digest_of
 from finetune.recipe import DpoSettings, Recipe
@@ -140,7 +141,6 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
         method=method,
         reference=reference,
         attention=recipe.model.attn_implementation,
-        packed=recipe.data.packing,
         **setup.arguments(),
     )
     if method.reference == "precomputed":
@@ -155,9 +155,9 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
 def _batches(trainer: MoeDpoTrainer, rows: Sequence[list[int]]) -> list[list[list[int]]]:
     """The batches of rows in which the reference is computed before the first step.
 
-    A packed row is a batch of its own, as in training: rounding depends on what is computed together.
+    As many rows as in training: rounding depends on what is computed together.
     """
-    size = 1 if trainer.packed else trainer.args.per_device_train_batch_size
+    size = trainer.args.per_device_train_batch_size
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 

@@ -5,45 +5,21 @@ B pairs, W tokens of the longest answer; in `2B` the chosen answers come before 
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from finetune.methods.common import check_world_size, common_arguments
 from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.methods.pairs import RoutingOverlap, score_pairs
 from finetune.methods.reference import Reference
 from finetune.methods.trainer import StepExactTrainer
 from finetune.moe.router import RouterRecord, capture
-from finetune.recipe import DpoSettings, Recipe
+from finetune.recipe import DpoSettings
 from finetune.upstream import require
 
 require("trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset")
-
-
-def dpo_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> DPOConfig:
-    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
-    method = recipe.method
-    assert isinstance(method, DpoSettings)
-    own = {
-        "beta": method.beta,
-        "loss_type": list(method.loss_type),
-        "loss_weights": method.loss_weights,
-        "label_smoothing": method.label_smoothing,
-        "ld_alpha": method.ld_alpha,
-        "f_divergence_type": method.f_divergence_type,
-        "f_alpha_divergence_coef": method.f_alpha_divergence_coef,
-        "use_weighting": method.use_weighting,
-        "discopop_tau": method.discopop_tau,
-        "disable_dropout": False,  # the recipe's own; the reference has none
-        "precompute_ref_log_probs": False,  # finetune.methods.reference keeps ours
-    }
-    config = DPOConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    check_world_size(config, num_processes)
-    return config
 
 
 class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
@@ -61,11 +37,9 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
         *("chosen_tokens", "chosen_nll", "top1", "tokens", "entropy", "chosen_logits", "rejected_logits"),
     )
 
-    def __init__(
-        self, *args: Any, method: DpoSettings, reference: Reference, attention: str, packed: bool, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, method: DpoSettings, reference: Reference, attention: str, **kwargs: Any) -> None:
         super().__init__(*args, ref_model=reference, **kwargs)
-        self.method, self.reference, self.attention, self.packed = method, reference, attention, packed
+        self.method, self.reference, self.attention = method, reference, attention
         self.live = method.reference == "live"
         self._sft_weight = loss_weights(method).get("sft", 0.0)
         self.overlap = None if self.router_term is None else RoutingOverlap(self.router_term.routers)
@@ -74,11 +48,6 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """Nothing to do: the rows are pairs of token ids already."""
         return dataset
-
-    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """2 for a token of a prompt that both answers share."""
-        weight: torch.Tensor = inputs["weight"].reshape(-1)
-        return weight
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Also count the step's pairs and the supervised tokens of its chosen answers, over all ranks."""
@@ -170,8 +139,8 @@ class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Without the router term and without pairs repeated to fill up the last batches of several processes."""
         scores = score_pairs(model, inputs, self.attention)
-        pairs = len(inputs["ref_chosen_logps"])
-        counted = pairs * self.first_repeated(1) if self.packed else self.first_repeated(pairs)
+        pairs_by_feature = inputs["pairs_by_feature"]
+        counted: int = sum(pairs_by_feature[: self.first_repeated(len(pairs_by_feature))])
         if counted:
             scores, inputs = _first_pairs(scores, inputs, counted)
             loss = self._pair_losses(scores, inputs).sum()

@@ -15,7 +15,7 @@ import torch
 from trl.trainer.utils import FusedCausalLMOutput
 
 from finetune.data import PairMixture
-from finetune.data.tokens.collators import PROMPT, PairLayout
+from finetune.data.tokens.collators import PROMPT, PairLayout, needs_one_row
 from finetune.moe.families import Family
 from finetune.moe.router import Overlap, Router, RouterRecord, answer_overlap, policy_overlap
 from finetune.recipe import DpoSettings, Recipe
@@ -121,7 +121,8 @@ def pair_layout(recipe: Recipe, family: Family, config: Any, mixture: PairMixtur
     """The layout for these training pairs, and a remark on how their prompts are computed and why."""
     method, data = recipe.method, recipe.data
     assert isinstance(method, DpoSettings)
-    plain: PairLayout = "flat" if data.packing else "padded"
+    packed: PairLayout = "flat" if needs_one_row(recipe.model.attn_implementation) else "packed"
+    plain = packed if data.packing else "padded"
     if method.prompt_sharing == "off":
         return plain, "computed for each answer, as method.prompt_sharing says"
     refusal = prompt_sharing_refusal(family, config, recipe.model.attn_implementation, data.max_length)

@@ -2,33 +2,20 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from finetune.base import Base
 from finetune.data import Collator, prepare
-from finetune.methods.common import MethodRows, TrainerSetup, check_world_size, common_arguments
+from finetune.data.tokens.collators import needs_one_row
+from finetune.methods.arguments import sft_config
+from finetune.methods.common import MethodRows, TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
 from finetune.recipe import Recipe
-
-
-def sft_config(recipe: Recipe, output_dir: Path, dashboards: Mapping[str, Any], num_processes: int) -> SFTConfig:
-    """TRL's arguments for a recipe; `dashboards` as in `common_arguments`."""
-    own = {"packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    config = SFTConfig(**common_arguments(recipe, output_dir, dashboards, num_processes), **own)
-    check_world_size(config, num_processes)
-    return config
-
-
-def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """1 for each position that is a token and 0 for padding, `[T]`. A packed row has no padding."""
-    mask = inputs.get("attention_mask")
-    return (torch.ones_like(inputs["input_ids"]) if mask is None else mask).reshape(-1)
 
 
 class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
@@ -40,10 +27,6 @@ class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
 
     # In training `ce` is the sum of the micro-batches' shares of a step's mean, in evaluation the sum over tokens.
     sums = ("ce", "tokens", "top1", "entropy")
-
-    def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """1 for each token, 0 for padding."""
-        return real_tokens(inputs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -82,7 +65,7 @@ class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
 
 def _scores(model: Any, inputs: Mapping[str, Any]) -> FusedCausalLMOutput:
     """Log-probability, entropy and top-1 hit of each label from TRL's fused head, 0 where a label is -100."""
-    arguments = {name: value for name, value in inputs.items() if name != "rows"}
+    arguments = {name: value for name, value in inputs.items() if name not in ("rows", "weight")}
     scores: FusedCausalLMOutput = model(**arguments, use_cache=False, fused_lm_head=True)
     return scores
 
@@ -102,7 +85,7 @@ def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
             for name in ("train", "eval")
             if data.sources(name)
         }
-    collator = Collator(tokenizer)
+    collator = Collator(tokenizer, in_one_row=needs_one_row(recipe.model.attn_implementation))
     return MethodRows(
         train=splits["train"].dataset,
         eval=splits["eval"].dataset if "eval" in splits else None,

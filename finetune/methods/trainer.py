@@ -100,12 +100,15 @@ RouterObserver = Callable[[int, Mapping[str, Any]], None]
 
 TOKENS_FILE = "num_tokens.json"
 
+ZERO_STEPS = 3
+"""After so many optimizer steps in a row with a gradient of exactly 0 a run stops."""
+
 # For the type checker; at run time TRL's trainer follows in the method resolution order.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 
 class StepExactTrainer(_Trainer):  # type: ignore[misc]
-    """Base of the trainers; a method defines `sums`, the `figures` made of them, and the `weights` of tokens.
+    """Base of the trainers; a method defines `sums` and the `figures` made of them.
 
     LoRA weights stay in float32 (TRL casts those of a quantised model to bfloat16).
     """
@@ -129,6 +132,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.router_term, self.router_observers = router_term, router_observers
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
+        self._zero_since: int | None = None  # the first of the last steps whose gradient was exactly 0
         # This rank's sums: over the steps since the last line, and over the running evaluation.
         self._window, self._eval_window = (self._zeros() for _ in range(2))
         self._window_steps = 0
@@ -137,7 +141,8 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
 
     def weights(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """How many tokens of an unshared batch each position stands for, 0 for padding; flattened, `[T]`."""
-        raise NotImplementedError
+        weight: torch.Tensor = inputs["weight"].reshape(-1)
+        return weight
 
     def figures(self, sums: dict[str, float], steps: int) -> dict[str, float]:
         """The logged figures, from the sums over all ranks and `steps` optimizer steps."""
@@ -255,7 +260,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite.
+        """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite or nothing is learned.
 
         The only read of the device in a step, apart from logging and from transformers' attention masks.
         """
@@ -267,7 +272,27 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         # In float16 overflows are expected: the gradient scaler skips the step by itself.
         if self.accelerator.scaler is None and not math.isfinite(norm_value):
             raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
+        self._check_learning(norm_value, losses)
         return norm
+
+    def _check_learning(self, norm: float, losses: Sequence[float]) -> None:
+        """Raise RunError after `ZERO_STEPS` steps without a gradient, or at the run's end after fewer.
+
+        Where the loss is 0 as well there is nothing left to learn: pairs beyond the margin of `hinge`, rows known by
+        heart, or no supervised token in the step.
+        """
+        step = self.state.global_step + 1
+        if norm != 0 or not any(losses):
+            self._zero_since = None
+            return
+        first = self._zero_since = self._zero_since or step
+        if step - first + 1 < ZERO_STEPS and step < self.state.max_steps:
+            return
+        do = "start anew with a lower training.learning_rate"
+        if first == 1:
+            do = "add to lora.targets: what is adapted does not change the answers of these rows"
+        what = f"the gradient is exactly 0 from step {first} on: nothing is learned any more, and no adapter was saved"
+        raise RunError(Problem(f"step {step}", what, do, f"loss {sum(losses):.4g}, gradient norm 0"))
 
     def _not_finite(self, what: str, value: float, rows: list[str]) -> RunError:
         shown = ", ".join(rows[:32]) + (" ..." if len(rows) > 32 else "")

@@ -217,7 +217,7 @@ def measure_experts(model: Any, moe: MoeLayout, batches: Iterable[Batch], score:
         with _calls(list(experts.values())) as calls, torch.no_grad():
             inputs = {key: value.to(model.device) for key, value in batch.items() if key in _MODEL_INPUTS}
             model.base_model(**inputs, use_cache=False)  # without the head: its logits are not needed
-        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
+        real = batch["weight"].reshape(-1).bool().to(model.device)
         for layer, index_TK, weight_TK in calls:
             if not weight_TK[real].isfinite().all():
                 raise _not_finite(list(experts)[layer], batch)

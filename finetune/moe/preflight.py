@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from transformers.utils import logging as transformers_logging
 
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import TORCH_DTYPES
-from finetune.errors import Problem, WeightsError
+from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.moe.families import Family
+from finetune.moe.lora import add_adapter
 from finetune.moe.nf4_loading import is_expert_stack
+from finetune.moe.router import reached_routers
+from finetune.recipe import Recipe, RouterSettings
 from finetune.upstream import private
 
 get_model_conversion_mapping = private("transformers.conversion_mapping:get_model_conversion_mapping")
@@ -43,8 +48,7 @@ def check_loadable(reader: CheckpointReader, model_class: Any, load_in_4bit: boo
     """
     check_quantization(reader)
     config = AutoConfig.from_pretrained(reader.folder)
-    with torch.device("meta"):
-        empty = getattr(model_class, "from_config", model_class)(config)
+    empty = _empty(model_class, config)
     problems = _expert_problems(reader, empty)
     if not problems:
         problems = _loader_problems(reader, type(empty), config, options)
@@ -52,6 +56,43 @@ def check_loadable(reader: CheckpointReader, model_class: Any, load_in_4bit: boo
         problems = [_unreached(name) for name in unreached_experts(empty)]
     if problems:
         raise WeightsError(problems)
+
+
+def _empty(model_class: Any, config: Any) -> Any:
+    """The model of a configuration, without data."""
+    with torch.device("meta"):
+        return getattr(model_class, "from_config", model_class)(config)
+
+
+def check_router_term(folder: Path, family: Family, recipe: Recipe) -> None:
+    """Raise RecipeError where a coefficient of the section `router` weighs a term without gradient.
+
+    The adapter is put into the model without data: which parameters come before which router depends on the
+    checkpoint's number of layers, and which of them have experts.
+    """
+    coefficients = {} if recipe.router is None or family.moe is None else _coefficients(recipe.router)
+    if not coefficients or recipe.model.added_tokens or "router" in recipe.lora.targets:
+        return  # rows of the embedding come before all routers
+    adapted = add_adapter(_empty(family.transformers_class(), AutoConfig.from_pretrained(folder)), family, recipe.lora)
+    if reached_routers(adapted, family):
+        return
+    what = "has no effect: nothing that lora.targets trains comes before a router of this checkpoint"
+    do = "write 0, or add router or attention to lora.targets"
+    raise RecipeError(
+        [
+            Problem(f"router.{name}", f"the {term} {what}", do, f"{value:g}")
+            for name, (term, value) in coefficients.items()
+        ]
+    )
+
+
+def _coefficients(router: RouterSettings) -> dict[str, tuple[str, float]]:
+    """The coefficients that are not 0, with the names of their terms."""
+    every = {
+        "router_aux_loss_coef": ("balance term", router.router_aux_loss_coef),
+        "router_z_loss_coef": ("z-loss", router.router_z_loss_coef),
+    }
+    return {name: (term, value) for name, (term, value) in every.items() if value}
 
 
 def check_quantization(reader: CheckpointReader) -> None:

@@ -17,8 +17,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune.errors import Problem, WeightsError
-from finetune.moe.audit import clean_name
+from finetune.moe.audit import clean_name, part_of
 from finetune.moe.checkpointing import kept_values
+from finetune.moe.families import Family
 from finetune.upstream import require_reads
 
 require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
@@ -93,6 +94,36 @@ def find_routers(model: torch.nn.Module, router_module: str) -> list[Router]:
             Problem(router_module, "layers with different numbers of experts", "report this model", got=str(sizes))
         )
     return routers
+
+
+_BESIDE_ROUTERS = ("experts", "shared_experts", "mlp")
+
+
+def reached_routers(model: torch.nn.Module, family: Family) -> list[Router]:
+    """The routers whose logits depend on a parameter that is trained: their terms of the loss have a gradient.
+
+    A router reads the residual stream after the attention of its layer; nothing is run.
+    """
+    assert family.moe is not None
+    trained = [clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return [
+        router
+        for router in find_routers(model, family.moe.router_module)
+        if any(_comes_before(name, router, family) for name in trained)
+    ]
+
+
+def _comes_before(parameter: str, router: Router, family: Family) -> bool:
+    """Whether a parameter (its cleaned name) changes the router or what it reads."""
+    layers, _, _ = router.name.rpartition(f".{router.layer}.")
+    found = re.match(rf"{re.escape(layers)}\.(\d+)\.", parameter)
+    part = part_of(parameter, family)
+    if found is None:
+        return part == "embeddings"
+    if int(found[1]) != router.layer or part == "router":
+        return int(found[1]) <= router.layer
+    block, _, _ = router.name.rpartition(".")
+    return part not in _BESIDE_ROUTERS and not parameter.startswith(f"{block}.")
 
 
 AsBase = Callable[[int], AbstractContextManager[Any]]

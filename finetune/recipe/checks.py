@@ -1,14 +1,10 @@
 """Checks between settings. Each check reads the raw values and skips those that were already reported."""
 
-from collections.abc import Iterable
-
-from finetune.recipe.error_messages import closest, unless_given
 from finetune.recipe.lora_targets import only_in_mixtures, reaches_a_router, wrong_target
-from finetune.recipe.other_tools import FOREIGN
 from finetune.recipe.schema import settings
 from finetune.recipe.section_checks import check_data, check_method, key_path, read, real
 from finetune.recipe.source import Source, show
-from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
+from finetune.recipe.training_checks import check_training
 from finetune.recipe.yaml import Path
 
 
@@ -23,13 +19,10 @@ def check_all(source: Source) -> None:
         _balance,
         _length,
         _batch,
-        _warmup,
-        _evaluation,
-        _optimizer,
+        check_training,
         check_data,
         check_method,
         _dashboards,
-        _trainer_args,
     ):
         check(source)
 
@@ -163,28 +156,6 @@ def _batch(source: Source) -> None:
         source.report(key_path("training.per_device_train_batch_size"), what, do, got=show(micro))
 
 
-def _warmup(source: Source) -> None:
-    warmup = read(source, "training.warmup_steps", int)
-    if warmup and read(source, "training.lr_scheduler_type", str) == "constant":
-        do = "write lr_scheduler_type: constant_with_warmup, or remove warmup_steps"
-        source.report(key_path("training.warmup_steps"), "the scheduler `constant` ignores it", do, got=show(warmup))
-
-
-def _evaluation(source: Source) -> None:
-    steps = read(source, "training.eval_steps", int)
-    if steps and source.get(key_path("data.eval")) is None and not source.is_broken(key_path("data.eval")):
-        do = "add data.eval with path (or id) and format, or remove eval_steps"
-        source.report(key_path("training.eval_steps"), "there is no data to evaluate on", do, got=show(steps))
-
-
-def _optimizer(source: Source) -> None:
-    name = read(source, "training.optim", str)
-    if name and name not in OPTIMIZERS:
-        close = closest(name, OPTIMIZERS)
-        do = f"did you mean {close}?" if close else "write one of " + ", ".join(OPTIMIZERS)
-        source.report(key_path("training.optim"), "transformers has no such optimizer", do, got=show(name))
-
-
 def _dashboards(source: Source) -> None:
     names = source.get(key_path("logging.report_to"))
     if not isinstance(names, list):
@@ -197,36 +168,3 @@ def _dashboards(source: Source) -> None:
         if name in names[:index]:
             where = (*key_path("logging.report_to"), index)
             source.report(where, "listed twice", "keep one of the two", got=show(name))
-
-
-def _trainer_args(source: Source) -> None:
-    section = key_path("training.trainer_args")
-    arguments = source.get(section)
-    if not isinstance(arguments, dict) or not arguments:
-        return
-    kind = read(source, "method.kind", str) or ""
-    if kind not in TRAINER_CONFIGS:
-        return
-    config, own = TRAINER_CONFIGS[kind], reserved(kind)
-    for name, value in arguments.items():
-        where = (*section, name)
-        if name in own:
-            what, do = own[name]
-            source.report(where, what, unless_given(source, do), got=show(value))
-        elif name not in PASSED:
-            what, do = _unknown_argument(name, {*PASSED, *own}, config)
-            source.report(where, what, unless_given(source, do), got=show(value))
-        elif not PASSED[name].takes(value):
-            do = f"write a value of {config}'s type: {PASSED[name].annotation}"
-            source.report(where, "wrong type", do, got=show(value))
-
-
-def _unknown_argument(name: str, fields: Iterable[str], config: str) -> tuple[str, str]:
-    if name in FOREIGN:
-        return FOREIGN[name].what, FOREIGN[name].do
-    elsewhere = [path for path in settings() if path.rpartition(".")[2] == name]
-    if elsewhere:
-        return "the recipe has this key itself", "write " + " or ".join(elsewhere)
-    close = closest(name, sorted(fields))
-    do = f"did you mean {close}?" if close else f"write one of {config}'s fields"
-    return f"{config} has no such field", do

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from finetune.recipe.other_tools import FOREIGN, FOREIGN_IN_SOURCE
 from finetune.recipe.schema import PATH_OR_ID, Setting, settings
-from finetune.recipe.source import Source, show
+from finetune.recipe.source import COMMAND_LINE, Source, show
 from finetune.recipe.yaml import Path, Value
 
 
@@ -33,14 +33,17 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
 _TO_WRITE = re.compile(r"(?:remove it and )?write ([\w.]+(?: or [\w.]+)*)")
 
 
-def unless_given(source: Source, do: str, around: Path = ()) -> str:
-    """The advice `do`, except where it is to write a key (also one beside, in `around`) that the recipe has already."""
+def unless_given(source: Source, do: str, path: Path) -> str:
+    """The advice `do` on the key at `path`, except where it is to write a key that the recipe has already.
+
+    That key may be named in full or be one beside. An override of the command line may replace a key of the file.
+    """
     names = match[1].split(" or ") if (match := _TO_WRITE.match(do)) else []
     for name in names:
-        if name in settings() and source.get(tuple(name.split("."))) is not None:
-            return f"remove it: {name} is given"
-        if around and source.get((*around, name)) is not None:
-            return f"remove it: {name} is given"
+        for given in (tuple(name.split(".")) if name in settings() else (), (*path[:-1], name)):
+            replaces = source.place(path)[0] > source.place(given)[0] and source.place(path)[1] == COMMAND_LINE
+            if given and source.get(given) is not None and not replaces:
+                return f"remove it: {name} is given"
     return do
 
 
@@ -111,7 +114,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         section, around = _place(source, location[:-1])
         what, do = unknown_key(section, str(location[-1]), source.get((*around, "kind")))
         path = (*around, location[-1])
-        source.report(path, what, unless_given(source, do, around), got=show(source.get(path)))
+        source.report(path, what, unless_given(source, do, path), got=show(source.get(path)))
         return
     key, path = _place(source, location)
     setting = settings()[key]

@@ -12,18 +12,31 @@ from typing import TYPE_CHECKING, Literal
 Gives = Literal["conversation", "document", "preference", "judged"]
 
 
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "conversations": ("conversation",),
+    "tools": ("functions",),
+    "system": ("system_prompt",),
+}
+
+
 @dataclass(frozen=True)
 class RowFormat:
     """One row format: the kind of example that it gives, and its fields.
 
-    `aliases`: {field: another name that files use for it}.
+    `aliases`: {field: other names that files use for it}. `recognised`: `format: auto` may choose it.
     """
 
     name: str
     gives: Gives
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ALIASES)
+    recognised: bool = True
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether a row may hold messages with roles of the usual kind."""
+        return self.name not in ("alpaca", "dolly", "oasst", "text", "rendered", "hh", "orca_dpo")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -31,24 +44,25 @@ class RowFormat:
         return self.required + self.optional
 
 
-_EITHER = {"conversations": "conversation"}
+_QUESTION = {**_ALIASES, "prompt": ("query", "question"), "completion": ("response", "answer")}
 _SCORES = ("score_chosen", "score_rejected")
 
 _TABLE = (
     RowFormat("messages", "conversation", ("messages",), ("tools",)),
-    RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools"), _EITHER),
+    RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools")),
     RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history")),
-    RowFormat("prompt_completion", "conversation", ("prompt", "completion")),
+    RowFormat("prompt_completion", "conversation", ("prompt", "completion"), ("system", "history", "tools"), _QUESTION),
     RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
     RowFormat("oasst", "conversation", ("prompt",)),
     RowFormat("text", "document", ("text",)),
+    RowFormat("rendered", "document", ("text",), recognised=False),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
     RowFormat("alpaca_dpo", "preference", ("instruction", "chosen", "rejected"), ("input", "system", "history")),
     RowFormat("hh", "preference", ("chosen", "rejected")),
     RowFormat("orca_dpo", "preference", ("question", "chosen", "rejected"), ("system",)),
-    RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools"), _EITHER),
-    RowFormat("kto", "judged", ("prompt", "completion", "label")),
+    RowFormat("sharegpt_dpo", "preference", ("conversations", "chosen", "rejected"), ("system", "tools")),
+    RowFormat("kto", "judged", ("prompt", "completion", "label"), ("system", "history"), _QUESTION),
 )
 
 ROW_FORMATS: dict[str, RowFormat] = {row_format.name: row_format for row_format in _TABLE}

@@ -133,7 +133,10 @@ def _list(items: dict[str, Any]) -> str:
 
 
 def _mapping(fragment: dict[str, Any]) -> str:
-    texts = fragment.get("additionalProperties", {}).get("type") == "string"
+    values = fragment.get("additionalProperties", {})
+    if "enum" in values:
+        return "a mapping of names to " + ", ".join(values["enum"])
+    texts = values.get("type") == "string"
     return "a mapping of names to " + ("names" if texts else "text, numbers, true, false or null")
 
 

@@ -4,6 +4,7 @@ Strict: no value is converted, except an integer to a float. Settings that decid
 over several fields are in `checks.py` and `section_checks.py`. Method settings, selected by `kind`, have TRL's names.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -21,6 +22,8 @@ class Section(BaseModel):
 
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
@@ -50,8 +53,9 @@ class DataSource(Section):
     format: FormatName = Field(
         description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
-        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
-        "method.kind: dpo: preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text; rendered (text that "
+        "already has its marks, read as tokens; never recognised by auto). Pairs of answers, for method.kind: dpo: "
+        "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
         "answers are paired where a prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
@@ -64,6 +68,21 @@ class DataSource(Section):
         description="Columns that the format does not read, and that need not be read although their names (input, "
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
+    )
+    response_template: Text | None = Field(
+        default=None,
+        description="With format: rendered, the text before every answer, for example "
+        '"[/INST]" or "<|im_start|>assistant\\n"; the loss is on what follows, through response_end. null: only with '
+        "loss_on: all.",
+    )
+    response_end: Text | None = Field(
+        default=None, description="With response_template, the text that ends an answer; null: the EOS token."
+    )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,
@@ -116,8 +135,9 @@ class DataSettings(Section):
         default="assistant",
         description="Which tokens are in the loss. assistant: every answer of the assistant and its end token; "
         "last_assistant: the last answer of a row; completion: every answer after the last user message; all: every "
-        "token, required for format text. Messages with `train: false` or `weight: 0` are never supervised. With "
-        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
+        "token, required for format text, and for rendered without response_template. Messages with `train: false` or "
+        "`weight: 0` are never supervised. With method.kind: dpo the loss is on the two answers of a pair, and this "
+        "stays assistant.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",
@@ -239,7 +259,20 @@ Scalar = bool | int | float | str | None
 Dtype = Literal["float32", "bfloat16", "float16"]
 Dashboard = Literal["wandb", "trackio", "tensorboard"]
 Recomputation = Literal["none", "selective", "full"]
-Scheduler = Literal["cosine", "linear", "constant", "constant_with_warmup"]
+Scheduler = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+    "reduce_lr_on_plateau",
+    "greedy",
+]
 
 MAX_RANK = 1024
 MAX_SEED = 2**32 - 1
@@ -387,7 +420,11 @@ class TrainingSettings(Section):
         ge=1,
         description="Rows of one micro-batch on one device; must divide global_batch_size.",
     )
-    lr_scheduler_type: Scheduler = Field(default="cosine", description="Learning-rate schedule after the warm-up.")
+    lr_scheduler_type: Scheduler = Field(
+        default="cosine",
+        description="Learning-rate schedule after the warm-up, by its name in transformers; its own settings are "
+        "`lr_scheduler_kwargs` in `trainer_args`, as JSON text.",
+    )
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps of linear warm-up from 0.")
     weight_decay: float = Field(
         default=0.0,
@@ -413,9 +450,17 @@ class TrainingSettings(Section):
     )
     trainer_args: dict[str, Scalar] = Field(
         default_factory=dict,
-        description="Further fields of TRL's SFTConfig or DPOConfig, passed on unchanged. Names and types are checked; "
-        "fields that the recipe has a key for are rejected.",
+        description="Further fields of TRL's SFTConfig or DPOConfig, passed on unchanged. Names, types and what they "
+        "mean together are checked; fields that the recipe has a key for are rejected.",
     )
+
+    def optimizer_steps(self, sequences: int) -> int:
+        """Optimizer steps of the run, as transformers' trainer counts them; `sequences`: those of the training data.
+
+        The last step of an epoch takes the remaining ones.
+        """
+        per_epoch = math.ceil(sequences / self.global_batch_size)
+        return self.max_steps or math.ceil((self.num_train_epochs or 1.0) * per_epoch)
 
 
 class LoggingSettings(Section):

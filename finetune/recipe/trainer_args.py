@@ -115,6 +115,40 @@ OPTIMIZERS = (
 )
 """The values of transformers' `OptimizerNames`."""
 
+_IN_BACKWARD = "changes the weights in the backward pass: no gradient is left to add up over micro-batches or to clip"
+_LOW_RANK = "compresses the gradients of whole weight matrices, and here only the adapter, which is small, is trained"
+_AVERAGED = "trains other weights than it averages: checkpoints and the adapter would hold those that are not averaged"
+
+REFUSED_OPTIMIZERS: dict[str, str] = {
+    **dict.fromkeys(("lomo", "adalomo"), _IN_BACKWARD),
+    **dict.fromkeys((name for name in OPTIMIZERS if name.startswith(("galore_", "apollo_"))), _LOW_RANK),
+    **dict.fromkeys((name for name in OPTIMIZERS if name.startswith("schedule_free_")), _AVERAGED),
+    "adamw_torch_xla": "is for TPUs, which this program does not run on",
+    "adamw_torch_npu_fused": "is for Ascend NPUs, which this program does not run on",
+}
+"""Optimizers that cannot train an adapter here even with their package, and why."""
+
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "detail", "passive")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "ddp_backend": ("nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"),
+    "include_num_input_tokens_seen": ("no", "all", "non_padding"),
+    "log_level": _LOG_LEVELS,
+    "log_level_replica": _LOG_LEVELS,
+    "torch_compile_mode": ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "train_sampling_strategy": ("random", "sequential", "group_by_length", "batch_rebalance"),
+}
+"""The values of fields whose other values transformers takes for the default, or stops at once the model is loaded."""
+
+AT_LEAST: dict[str, int] = {
+    "dataloader_num_workers": 0,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_timeout": 1,
+    "eval_accumulation_steps": 1,
+    "eval_delay": 0,
+    "save_total_limit": 1,
+}
+"""The smallest value of fields for which transformers does not check it."""
+
 
 @dataclass(frozen=True)
 class TrainerField:
@@ -156,7 +190,6 @@ _NAMED = {
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
     "per_device_train_batch_size": "training.per_device_train_batch_size",
-    "per_device_eval_batch_size": "training.per_device_train_batch_size",
     "lr_scheduler_type": "training.lr_scheduler_type",
     "warmup_steps": "training.warmup_steps",
     "weight_decay": "training.weight_decay",
@@ -253,6 +286,7 @@ _SET_BY_US = {
     "model_init_kwargs": "the section model says how the model is loaded",
     "trust_remote_code": "code from a checkpoint is never run",
     "logging_nan_inf_filter": "a non-finite loss stops the run",
+    "per_device_eval_batch_size": "it follows from data.max_length, and no figure depends on it",
     "use_cache": "training keeps no key-value cache",
 }
 

@@ -12,12 +12,17 @@ from transformers import TrainerCallback
 
 from finetune.base import read_base
 from finetune.data import Collator, prepare
+from finetune.methods.arguments import sft_config
 from finetune.methods.router_term import RouterTerm
-from finetune.methods.sft import MoeSftTrainer, sft_config
+from finetune.methods.sft import MoeSftTrainer
 from finetune.model import adapt, load_base
 from finetune.recipe import Recipe
 
 WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
+
+
+TIMINGS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+"""What an evaluation reports that is no figure of the model."""
 
 
 @dataclass

@@ -51,26 +51,32 @@ def test_checkpointing_does_not_change_the_balance_of_a_step(
     assert_same_steps(whole, run(recipe(base, rows, tmp_path, BOTH, gradient_checkpointing=mode)), KEYS)
 
 
-@pytest.mark.parametrize(("scope", "attention"), [("step", "sdpa"), ("micro_batch", "sdpa"), ("step", "eager")])
-def test_packing_does_not_change_the_balance_of_a_step(base: Path, tmp_path: Path, scope: str, attention: str) -> None:
-    """Eight rows in every step, padded to the longest or one after the other in a single row."""
+ONE_ROW = {"max_length": 512, "global_batch_size": 1, "per_device_train_batch_size": 1}
+FOUR_ROWS = {"max_length": 64, "global_batch_size": 4, "per_device_train_batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("scope", "attention", "packed_into"),
+    [
+        ("step", "sdpa", ONE_ROW),
+        ("step", "eager", FOUR_ROWS),
+        ("step", "sdpa", {**FOUR_ROWS, "per_device_train_batch_size": 2}),
+        ("micro_batch", "sdpa", FOUR_ROWS),
+    ],
+)
+def test_packing_does_not_change_the_balance_of_a_step(
+    base: Path, tmp_path: Path, scope: str, attention: str, packed_into: dict[str, Any]
+) -> None:
+    """Eight rows in every step: padded to the longest, packed into one row, or into four of different lengths."""
     eight = write_rows(tmp_path / "eight.jsonl", 8)
     router = {**BOTH, "scope": scope}
-    same: Any = {"max_length": 512, "attn_implementation": attention}
-    padded = run(recipe(base, eight, tmp_path / "padded", router, **same))
-    packed = run(
-        recipe(
-            base,
-            eight,
-            tmp_path / "packed",
-            router,
-            packing=True,
-            global_batch_size=1,
-            per_device_train_batch_size=1,
-            **same,
-        )
-    )
-    assert_same_steps(padded, packed, KEYS)
+    padded = run(recipe(base, eight, tmp_path / "padded", router, max_length=512, attn_implementation=attention))
+    shape: dict[str, Any] = {"packing": True, "attn_implementation": attention, **packed_into}
+    trainer, packed = trainer_for(recipe(base, eight, tmp_path / "packed", router, **shape))
+    lengths = {len(ids) for ids in trainer.train_dataset["input_ids"]}
+    assert (len(trainer.train_dataset), len(lengths) > 1) == (shape["global_batch_size"], packed_into != ONE_ROW)
+    trainer.train()
+    assert_same_steps(padded, packed, (*KEYS, "router/dead_experts", "router/entropy", "num_tokens", "entropy"))
 
 
 def test_the_balance_of_micro_batches_depends_on_the_cut_in_value_only_through_their_own_frequencies(

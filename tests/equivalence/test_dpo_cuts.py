@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 
+from finetune.methods.arguments import evaluation_metrics
 from tests.equivalence.dpo_runs import PAIR_KEYS, dpo_recipe, dpo_run, dpo_trainer, write_pairs
-from tests.equivalence.sft_runs import Steps, assert_same_steps
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps
 
 MIXED: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "ld_alpha": 0.5}
 
@@ -107,15 +111,16 @@ def test_without_a_coefficient_the_loss_is_that_without_the_term_bit_for_bit(
 
 
 def test_the_evaluation_does_not_depend_on_its_batches(base: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, MIXED))
+    _train_a_little(trainer)
     evaluations = []
-    for size in (1, 8):
-        settings = dpo_recipe(base, pairs, tmp_path / str(size), MIXED, per_device_train_batch_size=size)
-        trainer, _ = dpo_trainer(settings)
-        _train_a_little(trainer)
+    for trainer.args.per_device_eval_batch_size in (1, 8):
         evaluations.append(trainer.evaluate())
     keys = ("eval_loss", "eval_rewards/margins", "eval_rewards/accuracies", "eval_logps/rejected")
     assert all(evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5) for key in keys)
     assert evaluations[0]["eval_rewards/margins"] != 0
+    known = {f"eval_{name}" for name in evaluation_metrics("dpo")}
+    assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
 
 
 def _train_a_little(trainer: Any) -> None:
@@ -127,13 +132,35 @@ def _train_a_little(trainer: Any) -> None:
 
 
 def test_packed_pairs_are_the_same_pairs(base: Path, pairs: Path, tmp_path: Path) -> None:
-    """An evaluation of all pairs, packed with and without sharing, and one by one."""
+    """An evaluation of all pairs, packed with and without sharing, in batches of several rows, and one by one."""
     evaluations = []
     for name, packing, sharing in (("a", False, "off"), ("b", True, "auto"), ("c", True, "off")):
         method = {**MIXED, "prompt_sharing": sharing}
         trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path / name, method, data={"packing": packing}))
         _train_a_little(trainer)
-        evaluations.append(trainer.evaluate())
+        for trainer.args.per_device_eval_batch_size in (1, 3) if packing else (8,):
+            evaluations.append(trainer.evaluate())
+        assert trainer.data_collator.layout == {"a": "padded", "b": "shared", "c": "packed"}[name]
     for other in evaluations[1:]:
         for key in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_entropy"):
             assert other[key] == pytest.approx(evaluations[0][key], abs=1e-5), key
+
+
+def test_pairs_of_packed_rows_count_once_where_two_processes_are_filled_up(
+    base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rows in batches of two: the second batch of one process repeats rows."""
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, MIXED, data={"packing": True}))
+    trainer.eval_dataset = trainer.eval_dataset.select(range(5))
+    wanted = trainer.evaluate()["eval_logps/chosen"]
+    sums = torch.zeros(len(trainer.sums), dtype=torch.float64)
+    plain = DataLoader(trainer.eval_dataset, 2, collate_fn=trainer.data_collator)
+    for rank in (0, 1):
+        monkeypatch.setattr(Accelerator, "process_index", rank)
+        trainer._eval_window.zero_()
+        for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
+            trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
+        sums += trainer._eval_window.cpu()
+    counted = dict(zip(trainer.sums, sums.tolist(), strict=True))
+    assert counted["pairs"] == sum(map(len, trainer.eval_dataset["pairs"]))
+    assert counted["chosen_logps"] / counted["pairs"] == pytest.approx(wanted, abs=1e-5)

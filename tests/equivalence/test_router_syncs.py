@@ -156,7 +156,7 @@ def test_sft_reads_the_device_for_a_logged_line_and_the_finite_check(
 
 @pytest.mark.parametrize(
     ("layout", "reference", "logging_steps"),
-    [("padded", "precomputed", 3), ("flat", "precomputed", 1), ("shared", "precomputed", 3), ("shared", "live", 1)],
+    [("padded", "precomputed", 3), ("packed", "precomputed", 1), ("shared", "precomputed", 3), ("shared", "live", 1)],
 )
 def test_dpo_reads_the_device_for_a_logged_line_and_the_finite_check(
     base: Path, tmp_path: Path, layout: str, reference: str, logging_steps: int
@@ -164,9 +164,9 @@ def test_dpo_reads_the_device_for_a_logged_line_and_the_finite_check(
     """With a loss over pairs, one over tokens and one that sorts the pairs."""
     method = {"loss_type": ["sigmoid", "sft", "aot_unpaired"], "reference": reference}
     method["prompt_sharing"] = "auto" if layout == "shared" else "off"
-    size = 1 if layout == "flat" else 2
+    size = 1 if layout == "packed" else 2
     shape: dict[str, Any] = {"per_device_train_batch_size": size, "global_batch_size": size * MICRO_BATCHES}
-    shape |= {"data": {"packing": layout == "flat", "max_length": 64, "eval": None}}
+    shape |= {"data": {"packing": layout == "packed", "max_length": 64, "eval": None}}
     pairs = write_pairs(tmp_path / "pairs.jsonl", 64)
     settings = dpo_recipe(base, pairs, tmp_path / "run", method, router=ROUTER, logging_steps=logging_steps, **shape)
     trainer, _ = dpo_trainer(settings)

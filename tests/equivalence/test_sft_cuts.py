@@ -1,7 +1,11 @@
 """Equivalence classes of SFT through the real trainer: what must not change the result does not."""
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,9 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
 from finetune.errors import RunError
-from tests.equivalence.sft_runs import Steps, assert_same_steps, recipe, run, trainer_for
+from finetune.methods.arguments import EVALUATION_TOKENS, evaluation_metrics, evaluation_rows
+from finetune.methods.trainer import StepExactTrainer
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, recipe, run, trainer_for
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +42,14 @@ def test_token_figures_are_means_over_the_tokens_of_a_step(
         values = [log[key] for log in cut.logs[:3]]
         assert values == pytest.approx([log[key] for log in whole.logs[:3]], abs=1e-5), key
         assert values[2] > 0, key
-    evaluations = [trainer.evaluate()]
-    trainer.args.per_device_eval_batch_size = 8
-    evaluations.append(trainer.evaluate())
+    evaluations = []
+    for trainer.args.per_device_eval_batch_size in (size, 8):
+        evaluations.append(trainer.evaluate())
     for key in ("eval_mean_token_accuracy", "eval_entropy"):
         assert evaluations[0][key] == pytest.approx(evaluations[1][key], abs=1e-5), key
         assert evaluations[0][key] > 0
+    known = {f"eval_{name}" for name in evaluation_metrics("sft")}
+    assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
@@ -66,34 +74,57 @@ def test_the_loss_is_cross_entropy_plus_the_weighted_term(whole: Steps) -> None:
     assert whole.logs[0]["loss"] == pytest.approx(whole.logs[0]["ce_loss"] + 0.1 * 2.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("packing", [False, True])
 def test_the_evaluation_loss_is_cross_entropy_over_all_supervised_tokens(
-    base: Path, rows: Path, tmp_path: Path
+    base: Path, rows: Path, tmp_path: Path, packing: bool
 ) -> None:
-    """Not a mean of batch means, and without the balance term."""
+    """Not a mean of batch means, without the balance term, and the same for every batch size."""
+    trainer, _ = trainer_for(recipe(base, rows, tmp_path, with_eval=True, packing=packing, max_length=64))
     values = []
-    for size in (1, 8):
-        settings = recipe(base, rows, tmp_path / str(size), per_device_train_batch_size=size, with_eval=True)
-        trainer, _ = trainer_for(settings)
+    for size in (1, 3, trainer.args.per_device_eval_batch_size):
+        trainer.args.per_device_eval_batch_size = size
         values.append(trainer.evaluate()["eval_loss"])
     total, count = 0.0, 0
     model = trainer.model.eval()
-    for row in trainer.eval_dataset:
-        labels = torch.tensor(row["labels"], device=model.device)[1:]
+    for document in documents_of(trainer.eval_dataset):
+        ids, labels = torch.tensor(document, device=model.device)
         with torch.no_grad():
-            logits = model(torch.tensor([row["input_ids"]], device=model.device)).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
-    assert values == pytest.approx([total / count] * 2, abs=1e-5)
+            logits = model(ids[None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum").item()
+        count += int((labels[1:] != -100).sum())
+    assert values == pytest.approx([total / count] * 3, abs=1e-5)
 
 
+def documents_of(dataset: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each conversation, also of those that share a packed row."""
+    for row in dataset:
+        positions = row.get("position_ids", range(len(row["input_ids"])))
+        cuts = [*(place for place, position in enumerate(positions) if position == 0), len(positions)]
+        for start, end in pairwise(cuts):
+            yield row["input_ids"][start:end], row["labels"][start:end]
+
+
+def test_an_evaluation_batch_has_some_thousand_tokens_or_the_rows_of_training(tmp_path: Path) -> None:
+    def rows_of(packing: bool = True, max_length: int = 64, **changes: Any) -> int:
+        settings = recipe(tmp_path, tmp_path, tmp_path, packing=packing, max_length=max_length, **changes)
+        return evaluation_rows(settings)
+
+    assert rows_of() == rows_of(packing=False) == EVALUATION_TOKENS // 64 == 32
+    assert rows_of(max_length=EVALUATION_TOKENS, per_device_train_batch_size=4) == 4
+    assert rows_of(max_length=10 * EVALUATION_TOKENS, per_device_train_batch_size=1) == 1
+    assert rows_of(attn_implementation="flash_attention_2") == 1
+    assert rows_of(packing=False, attn_implementation="flash_attention_2") == 32
+
+
+@pytest.mark.parametrize("size", [1, 2])
 def test_packed_rows_count_once_where_two_processes_are_filled_up(
-    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     settings = recipe(base, rows, tmp_path, per_device_train_batch_size=2, with_eval=True, packing=True, max_length=64)
     trainer, _ = trainer_for(settings)
     trainer.eval_dataset = trainer.eval_dataset.select(range(5))
     wanted, sums = trainer.evaluate()["eval_loss"], torch.zeros(len(trainer.sums), dtype=torch.float64)
-    plain = DataLoader(trainer.eval_dataset, trainer.args.per_device_eval_batch_size, collate_fn=trainer.data_collator)
+    plain = DataLoader(trainer.eval_dataset, size, collate_fn=trainer.data_collator)
     for rank in (0, 1):
         monkeypatch.setattr(Accelerator, "process_index", rank)
         trainer._eval_window.zero_()
@@ -134,6 +165,50 @@ def test_a_value_that_is_not_finite_stops_before_the_step_and_names_it(
     assert {(place.rpartition(":")[0], int(place.rpartition(":")[2]) <= 32) for place in places} == {(str(rows), True)}
     assert steps.gradients == []
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters() if name in before)
+
+
+def test_a_run_that_has_stopped_learning_is_stopped(base: Path, rows: Path, tmp_path: Path) -> None:
+    """As after a rate that breaks the model: the gradient is exactly 0 and the loss is not."""
+    trainer, steps = trainer_for(recipe(base, rows, tmp_path, max_steps=9))
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient * (not steps.logs))
+    with pytest.raises(RunError) as caught:
+        trainer.train()
+    assert [log["grad_norm"] > 0 for log in steps.logs] == [True, False, False]
+    message = str(caught.value)
+    assert message.startswith(
+        "step 4: the gradient is exactly 0 from step 2 on: nothing is learned any more, and no adapter was saved; got "
+        "loss "
+    )
+    assert message.endswith(", gradient norm 0; start anew with a lower training.learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("norms", "losses", "stops"),
+    [
+        ([1, 0, 0, 0, 0], [2, 2, 2, 2, 2], 4),
+        ([0, 0, 1, 0, 0, 1], [2] * 6, None),
+        ([1, 1, 1, 1, 1, 0], [2] * 6, 6),  # at the end one step is enough: the adapter would be saved
+        ([0, 0, 0, 0, 0, 0], [0] * 6, None),  # nothing left to learn
+        ([0, 0, 0], [2] * 3, 3),
+    ],
+)
+def test_only_steps_without_gradient_and_with_a_loss_count(
+    norms: list[float], losses: list[float], stops: int | None
+) -> None:
+    trainer: Any = SimpleNamespace(_zero_since=None, state=SimpleNamespace(global_step=0, max_steps=6))
+    stopped, message = None, ""
+    for step, (norm, loss) in enumerate(zip(norms, losses, strict=True)):
+        trainer.state.global_step = step
+        try:
+            StepExactTrainer._check_learning(trainer, norm, [loss, 0])
+        except RunError as error:
+            stopped, message = step + 1, str(error)
+            break
+    assert stopped == stops
+    never = "add to lora.targets: what is adapted does not change the answers of these rows"
+    assert message.endswith(never) == (norms[0] == 0 and stops is not None)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:

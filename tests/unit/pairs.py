@@ -14,7 +14,7 @@ from tests.bases import with_lora
 from tests.support import tiny_tokenizer
 from tests.unit.engine import base_model, lora_settings
 
-LAYOUTS: tuple[PairLayout, ...] = ("padded", "flat", "shared")
+LAYOUTS: tuple[PairLayout, ...] = ("padded", "packed", "flat", "shared")
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 TOKENIZER = tiny_tokenizer()
 

@@ -9,14 +9,16 @@ import torch
 from finetune.base import checkpoint_family
 from finetune.errors import RecipeError
 from finetune.methods.router_term import RouterTerm
+from finetune.moe.audit import clean_name, part_of
 from finetune.moe.balance import token_sums
 from finetune.moe.checkpointing import enable_checkpointing
+from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import FAMILIES, Family
-from finetune.moe.router import find_routers
+from finetune.moe.router import capture, find_routers, reached_routers
 from finetune.recipe import LoraSettings, RouterSettings
 from tests.bases import with_lora
 from tests.equivalence.sft_runs import recipe
-from tests.families import tiny_model
+from tests.families import save_tiny, tiny_model
 from tests.support import save_tiny_mixtral
 
 MOE = {name: family for name, family in FAMILIES.items() if family.moe is not None}
@@ -93,6 +95,65 @@ def test_the_base_router_is_asked_on_the_same_hidden_states(family: Family) -> N
         assert torch.equal(record.changed[position], different_T.float())
         changed += different_T.float().mean().item()
     assert 0 < changed < len(pristine)
+
+
+@pytest.mark.parametrize("family", MOE.values(), ids=MOE)
+def test_the_routers_that_training_reaches_are_those_whose_logits_have_a_gradient(family: Family) -> None:
+    """Held against autograd, each part of the model trained alone, and each in the last layer alone."""
+    model = tiny_model(family.model_type)
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    model = with_lora(model, LoraSettings(targets=list(family.targets), r=2, lora_alpha=4.0))
+    assert family.moe is not None
+    routers = find_routers(model, family.moe.router_module)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    parts = [part_of(clean_name(name), family) for name, _ in trained]
+    last = f".{routers[-1].layer}."
+    found = set()
+    for part in set(parts):
+        for place in ("", last):
+            for (name, parameter), its_part in zip(trained, parts, strict=True):
+                parameter.requires_grad_(its_part == part and place in name)
+            with capture(routers) as record:
+                model(IDS[:1, :4], use_cache=False)
+            reached = [router.name for router in reached_routers(model, family)]
+            wanted = [r.name for r, logits in zip(routers, record.logits, strict=True) if logits.requires_grad]
+            assert reached == wanted, (part, place)
+            found.add(len(reached))
+    assert {0, len(routers)} <= found
+
+
+def test_a_coefficient_of_a_term_without_gradient_is_refused_before_loading(tmp_path: Path) -> None:
+    """One layer with experts, or experts in the last layer alone: nothing that is trained comes before the router."""
+    last = {"num_hidden_layers": 3, "first_k_dense_replace": 2}
+    tiny = save_tiny_mixtral(tmp_path / "tiny", num_hidden_layers=1)
+    deep = save_tiny("deepseek_v3", tmp_path / "deep", **last)
+    both = {"router_aux_loss_coef": 0.02, "router_z_loss_coef": 0.1}
+    for folder, targets, refused in (
+        (tiny, ["experts"], True),
+        (tiny, ["attention"], False),
+        (tiny, ["experts", "router"], False),
+        (tiny, ["o_proj"], False),
+        (deep, ["experts"], True),
+        (deep, ["shared_experts"], True),
+        (deep, ["experts", "mlp"], False),
+    ):
+        settings = recipe(folder, tmp_path / "rows", tmp_path / "out", both)
+        settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"targets": targets})})
+        if not refused:
+            checkpoint_family(folder, settings)
+            continue
+        with pytest.raises(RecipeError) as raised:
+            checkpoint_family(folder, settings)
+        assert str(raised.value).splitlines() == [
+            f"router.{key}: the {term} has no effect: nothing that lora.targets trains comes before a router of this "
+            f"checkpoint; got {value}; write 0, or add router or attention to lora.targets"
+            for key, term, value in (
+                ("router_aux_loss_coef", "balance term", 0.02),
+                ("router_z_loss_coef", "z-loss", 0.1),
+            )
+        ], targets
+        off = settings.model_copy(update={"router": RouterSettings(router_aux_loss_coef=0)})
+        checkpoint_family(folder, off)
 
 
 def test_a_frozen_router_is_not_compared() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import check_memory, data, packing_waste, preparing
+from benchmarks import check_memory, data, packed_batches, packing_waste, preparing
 from tests.support import tiny_tokenizer
 
 
@@ -84,3 +84,18 @@ def test_the_data_benchmark_runs_and_says_where_it_was_measured(
     assert result["preparing"][0]["arms"].keys() == {preparing.BARE, preparing.PREPARE, preparing.PACK}
     assert result["check"]["large"]["peak_bytes"] > 2**20
     assert result["provenance"]["hardware"]["cpu"]
+
+
+def test_packed_rows_under_each_other_grow_with_their_number_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight rows in one have eight times the mask for each token; time is left to a machine that has nothing else."""
+    output = tmp_path / "packed.json"
+    arguments = ["--rows", "8", "--tokens", "160", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["packed_batches", *arguments])
+    packed_batches.main()
+    result = json.loads(output.read_text())
+    bars = {bar["ratio"]: bar["measured"] for bar in result["bars"]}
+    memory = bars["memory under each other / B x one at a time"]
+    assert memory <= packed_batches.MEMORY_LIMIT
+    assert memory / bars["memory under each other / in one row"] > packed_batches.MEMORY_LIMIT

@@ -128,7 +128,7 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         (["hi"], 'messages[0]: must be an object with role and content; got "hi"; write {role, content}'),
         ([{"content": "hi"}], "messages[0].role: is missing; got keys ['content']; a message has role and content"),
         ([{"role": "user"}], "messages[0].content: is missing; got keys ['role']; a message without tool_calls says"),
-        ([{"role": "human", "content": "a"}], 'messages[0].role: unknown role; got "human"; use one of system, dev'),
+        ([{"role": "agent", "content": "a"}], 'messages[0].role: unknown role; got "agent"; use one of system, user'),
         ([{"role": ["user"], "content": "a"}], 'messages[0].role: unknown role; got ["user"]; use one of'),
         ([USER, {**ASSISTANT, "content": 3}], "messages[1].content: must be text; got 3; write a string"),
         ([USER, {**ASSISTANT, "content": None}], "messages[1].content: must be text; got null; write a string"),

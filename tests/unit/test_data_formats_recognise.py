@@ -94,8 +94,9 @@ def test_two_formats_that_fit_are_an_error_that_lists_both_with_the_reason_and_t
 
 
 def test_what_fits_nothing_is_an_error_with_the_keys_and_the_nearest_formats() -> None:
-    assert refusal([{"question": "a", "answer": "b"}]) == (
-        "the rows fit no format; got keys ['answer', 'question']; nearest: orca_dpo (lacks chosen, rejected). Write "
+    assert refusal([{"question": "a", "reply": "b"}]) == (
+        "the rows fit no format; got keys ['question', 'reply']; nearest: prompt_completion (lacks completion), "
+        "orca_dpo (lacks chosen, rejected), kto (lacks completion, label). Write "
         "the format, and map its fields to your keys with columns: {field: key}"
     )
     assert refusal([{}]).startswith("the rows fit no format; got keys []; Write the format, and map ")

@@ -99,5 +99,5 @@ def test_every_format_with_a_prompt_and_text_answers_is_held_to_it(row_format: s
     answers = {name: row[name] for name in ("completion", "chosen", "rejected", "output", "response") if name in row}
     if len(asked.split()) < 3 or not all(isinstance(answer, str) for answer in answers.values()):
         return
-    repeated = {name: f"{asked} {answer}" for name, answer in answers.items()}
+    repeated: dict[str, Any] = {name: f"{asked} {answer}" for name, answer in answers.items()}
     assert "read twice" in refusal(row_format, {**row, **repeated})

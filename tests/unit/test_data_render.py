@@ -163,3 +163,15 @@ def test_a_token_that_straddles_the_border_to_the_answer_is_refused() -> None:
         'differently; got "he"; remove the white space at the answer\'s beginning, or name another one in '
         "data.chat_template"
     )
+
+
+def test_an_empty_system_message_is_left_out_unless_the_template_writes_a_text_of_its_own_without_one() -> None:
+    plain, empty = chat("hi", "hello"), chat("hi", "hello", system="")
+    for tokenizer in (tokenizer_with(CHATML), mistral_like()):
+        renderer = Renderer(tokenizer, "the chat template")
+        assert renderer.render(empty).text == renderer.render(plain).text
+        assert [answer.message for answer in renderer.render(empty).answers] == [2]
+    first = "{%- if messages[0]['role'] != 'system' -%}<|im_start|>system\nYou are kind.<|im_end|>\n{%- endif -%}"
+    renderer = Renderer(tokenizer_with(first + CHATML), "the chat template")
+    assert "You are kind." in renderer.render(plain).text
+    assert renderer.render(empty).text.startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nhi<|im_end|>")

@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.data import prepare
 from finetune.data.formats import reader, recognise
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError
 from finetune.data.types import contents_of
+from finetune.recipe.row_formats import ROW_FORMATS
+from tests.support import tiny_tokenizer
+from tests.unit.test_data_prepare import settings, source
 
 QUESTION, GOOD, BAD = (
     {"role": role, "content": text}
@@ -145,19 +150,23 @@ def test_pairs_with_an_input_have_a_format() -> None:
     assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("It leaked.", "Boat.")
 
 
-@pytest.mark.parametrize("column", ["input", "context", "system", "system_prompt", "history", "tools", "functions"])
-def test_a_column_with_a_part_of_the_prompt_is_not_dropped(column: str) -> None:
+PART_OF_THE_PROMPT = [
+    *(("prompt_completion", column) for column in ("input", "context", "passage", "choices", "options")),
+    *(("dolly", column) for column in ("system", "system_prompt", "history", "tools", "functions")),
+]
+
+
+@pytest.mark.parametrize(("row_format", "column"), PART_OF_THE_PROMPT)
+def test_a_column_with_a_part_of_the_prompt_is_not_dropped(row_format: str, column: str) -> None:
     row = {"question": "q", "answer": "a", column: ["x"] if column in ("history", "tools") else "The boat had a hole."}
-    columns = {"prompt": "question", "completion": "answer"}
-    said = refusal("prompt_completion", row, columns)
-    assert said.startswith(f"{column}: is not read by the format prompt_completion; got ")
+    columns = dict(zip(ROW_FORMATS[row_format].required, ("question", "answer"), strict=True))
+    said = refusal(row_format, row, columns)
+    assert said.startswith(f"{column}: is not read by the format {row_format}; got ")
     assert said.endswith(f"or write ignore_columns: [{column}]")
     nothing: list[Any] = [None, "", " ", [], {}, "[]"]
     for empty in nothing:
-        reader("prompt_completion", columns)({**row, column: empty})
-    assert reader("prompt_completion", columns, [column])(row) == reader("prompt_completion", columns)(
-        {**row, column: None}
-    )
+        reader(row_format, columns)({**row, column: empty})
+    assert reader(row_format, columns, [column])(row) == reader(row_format, columns)({**row, column: None})
 
 
 def test_what_stands_in_the_example_anyway_is_not_dropped() -> None:
@@ -194,3 +203,20 @@ def test_ids_and_sources_are_ignored() -> None:
     reader("alpaca")(
         {"instruction": "a", "output": "b", "id": "7", "source": "x", "text": "a b", "prompt_id": 3, "date": "d"}
     )
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NULL", "null", "<NA>", "N/A"])
+@pytest.mark.parametrize(("row_format", "column"), [("alpaca", "input"), ("alpaca", "system"), ("dolly", "context")])
+def test_a_word_for_nothing_is_no_input(row_format: str, column: str, word: str) -> None:
+    row = {"instruction": "a", "output": "b", "response": "b"}
+    said = refusal(row_format, {**{name: row[name] for name in reader(row_format).format.required}, column: word})
+    assert said.startswith(f"{column}: is a word for nothing, and would be learned as a text; got ")
+
+
+def test_a_word_for_nothing_as_an_answer_is_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt,completion\nHow many?,None\nWho?,nan\nWhy?,Because.\n")
+    chosen = settings(source(file))
+    stats = prepare(chosen.sources("train"), tiny_tokenizer(), chosen, seed=0).stats
+    assert (stats.placeholders, stats.rows) == (2, 3)
+    assert "66.7 % with nan, None or NULL as a message" in stats.lines()[0]

@@ -1,4 +1,4 @@
-"""Pairs in three layouts: the same log-probabilities, gradients and balance term."""
+"""Pairs in four layouts: the same log-probabilities, gradients and balance term."""
 
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,27 @@ def test_flat_rows_have_the_documents_of_a_pair_side_by_side() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 0, 1, 2, 3]]
     assert batch["answer_index"].tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 0], [11, 12, 13]]
     assert batch.keys().isdisjoint({"attention_mask", "document", "branch"})
+
+
+def test_packed_rows_are_those_of_flat_ones_under_each_other_with_padding_of_one_token_documents() -> None:
+    apart = [{"pairs": [0], "split": "train"}, {"pairs": [1], "split": "train"}]
+    batch = pair_batch("packed", SMALL, apart)
+    assert batch["input_ids"].tolist() == [
+        [10, 11, 12, 13, 14, 10, 11, 12, 15],
+        [20, 21, 20, 22, 23, 24, PAD, PAD, PAD],
+    ]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0, 0, 0]]
+    assert batch["weight"].tolist() == [[1] * 9, [1] * 6 + [0] * 3]
+    assert batch["answer_index"].tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 0], [11, 12, 13]]
+    assert batch["pairs_by_feature"] == [1, 1]
+    assert batch.keys().isdisjoint({"attention_mask", "document", "branch"})
+
+
+def test_a_packed_row_alone_is_the_flat_one() -> None:
+    packed, flat = (pair_batch(layout, SMALL, TOGETHER) for layout in ("packed", "flat"))
+    assert packed.keys() == flat.keys()
+    for name, value in packed.items():
+        assert torch.equal(value, flat[name]) if isinstance(value, torch.Tensor) else value == flat[name], name
 
 
 def test_shared_rows_have_a_prompt_once_and_its_last_token_in_both_branches() -> None:
@@ -184,7 +205,7 @@ def test_the_balance_term_counts_the_tokens_of_the_plain_path(model: Any) -> Non
         (wanted[name] - value).abs().max() > 0.01 * value.abs().max()
         for name, value in gradients(model, term_of(model, "padded")[0]).items()
     )
-    for layout in ("flat", "shared"):
+    for layout in ("packed", "flat", "shared"):
         other_scores, other_extra, term = results[layout]
         assert term._last is not None
         assert torch.equal(term._last.count_LE, plain._last.count_LE)

@@ -46,7 +46,11 @@ def test_every_layout_gives_the_scores_and_gradients_of_one_document_at_a_time(s
     refusal = prompt_sharing_refusal(family, model.config, attention, LONGEST)
     alone = scores_alone(model)
     wanted = gradients(model, alone)
-    layouts: list[PairLayout] = ["padded", *(() if family.unpackable else ("flat",)), *(() if refusal else ("shared",))]
+    layouts: list[PairLayout] = [
+        "padded",
+        *(() if family.unpackable else ("packed", "flat")),
+        *(() if refusal else ("shared",)),
+    ]
     for layout in layouts:
         scores = score_pairs(model, pair_batch(layout), attention).log_probs
         torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-5)

@@ -11,8 +11,8 @@ import yaml
 from finetune.environment import wait_passively
 from finetune.errors import RecipeError, RunError, WeightsError
 from finetune.launcher import check_launcher, launch_command
-from finetune.methods.common import PreparedAudit, accumulation_steps
-from finetune.methods.sft import sft_config
+from finetune.methods.arguments import accumulation_steps, sft_config
+from finetune.methods.common import PreparedAudit
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.router import find_routers

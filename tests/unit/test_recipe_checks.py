@@ -118,6 +118,62 @@ CONFLICTS = {
         'recipe.yaml:21: training.optim: transformers has no such optimizer; got "adamw_troch"; '
         "did you mean adamw_torch?",
     ),
+    "an optimizer that cannot work": (
+        training("optim: galore_adamw"),
+        "recipe.yaml:21: training.optim: compresses the gradients of whole weight matrices, and here only the adapter, "
+        'which is small, is trained; got "galore_adamw"; write adamw_torch or another optimizer',
+    ),
+    "an optimizer without gradients": (
+        training("optim: lomo"),
+        "recipe.yaml:21: training.optim: changes the weights in the backward pass: no gradient is left to add up over "
+        'micro-batches or to clip; got "lomo"; write adamw_torch or another optimizer',
+    ),
+    "an optimizer that averages": (
+        training("optim: schedule_free_adamw"),
+        "recipe.yaml:21: training.optim: trains other weights than it averages: checkpoints and the adapter would hold "
+        'those that are not averaged; got "schedule_free_adamw"; write adamw_torch or another optimizer',
+    ),
+    "a schedule by evaluations that there are not": (
+        training("lr_scheduler_type: reduce_lr_on_plateau"),
+        "recipe.yaml:21: training.lr_scheduler_type: lets evaluations change the rate, and there are none; "
+        'got "reduce_lr_on_plateau"; add data.eval and training.eval_steps, or write another scheduler',
+    ),
+    "settings of a schedule that has none": (
+        training("lr_scheduler_type: constant", "trainer_args: {lr_scheduler_kwargs: '{\"min_lr\": 0}'}"),
+        "recipe.yaml:22: training.trainer_args.lr_scheduler_kwargs: the scheduler `constant` takes none; "
+        'got "{\\"min_lr\\": 0}"; remove it, or write another training.lr_scheduler_type',
+    ),
+    "settings of a schedule that are no JSON": (
+        training("trainer_args: {lr_scheduler_kwargs: min_lr=0}"),
+        "recipe.yaml:21: training.trainer_args.lr_scheduler_kwargs: not the JSON text of a mapping; "
+        """got "min_lr=0"; write JSON in single quotes, such as '{"min_lr_rate": 0.1}'""",
+    ),
+    "options of the optimizer": (
+        training("trainer_args: {optim_args: momentum}"),
+        'recipe.yaml:21: training.trainer_args.optim_args: not a list of name=value; got "momentum"; '
+        "write name=value, several with commas between them",
+    ),
+    "the best model without evaluations": (
+        training("trainer_args: {load_best_model_at_end: true}"),
+        "recipe.yaml:21: training.trainer_args.load_best_model_at_end: no evaluation before the end tells which model "
+        "is the best; got true; add data.eval, training.eval_steps and training.save_steps (the same number), "
+        "or remove it",
+    ),
+    "a value that would be taken for the default": (
+        training("trainer_args: {train_sampling_strategy: by_length}"),
+        'recipe.yaml:21: training.trainer_args.train_sampling_strategy: no such value; got "by_length"; '
+        "write one of random, sequential, group_by_length, batch_rebalance",
+    ),
+    "a number that the trainer does not check": (
+        training("trainer_args: {eval_accumulation_steps: 0}"),
+        "recipe.yaml:21: training.trainer_args.eval_accumulation_steps: out of range; got 0; "
+        "write a number of at least 1",
+    ),
+    "a first evaluation of nothing": (
+        training("trainer_args: {eval_on_start: true}"),
+        "recipe.yaml:21: training.trainer_args.eval_on_start: there is no data to evaluate on; got true; "
+        "add data.eval, or remove it",
+    ),
     "chat template": (
         changed(("max_length: 256", "max_length: 256\n  chat_template: llama-3")),
         'recipe.yaml:17: data.chat_template: neither a shipped template nor a .jinja file; got "llama-3"; '

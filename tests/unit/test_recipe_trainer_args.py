@@ -5,10 +5,12 @@ import typing
 from types import NoneType
 
 import pytest
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, SFTConfig
 
-from finetune.recipe.trainer_args import OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
+from finetune.recipe.settings import Scheduler
+from finetune.recipe.trainer_args import AT_LEAST, CHOICES, OPTIMIZERS, PASSED, TRAINER_CONFIGS, reserved
 
 CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig}
 SCALARS: dict[object, set[type]] = {bool: {bool}, int: {int}, float: {int, float}, str: {str}, NoneType: {NoneType}}
@@ -41,3 +43,15 @@ def test_a_field_takes_the_scalars_of_its_annotation(kind: str) -> None:
 
 def test_the_optimizers_are_those_of_the_installed_transformers() -> None:
     assert set(OPTIMIZERS) == {name.value for name in OptimizerNames}
+
+
+def test_the_schedulers_are_those_of_the_installed_transformers() -> None:
+    assert set(typing.get_args(Scheduler)) == {name.value for name in SchedulerType}
+
+
+def test_the_choices_are_those_that_transformers_documents() -> None:
+    fields = {field.name: field for field in dataclasses.fields(SFTConfig)}
+    assert (CHOICES.keys() | AT_LEAST.keys()) <= PASSED.keys()
+    for name, choices in CHOICES.items():
+        documented = fields[name].metadata.get("choices")
+        assert documented is None or set(choices) == set(documented), name

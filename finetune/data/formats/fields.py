@@ -5,27 +5,48 @@ from typing import Any
 
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
+from finetune.recipe.settings import Role
 
+PLACEHOLDERS = frozenset(
+    {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "NULL", "Null", "<NA>", "N/A", "n/a", "NaT"}
+)
+"""Words that exports write where there is nothing. As an answer one may be meant; it is counted then."""
 _ADD = "add it, map it with `columns`, or name the data's true format"
 
 
 class Fields:
-    """A row and the recipe's `columns` ({field of the format: column of the file}); null is the same as absent.
+    """A row, the recipe's `columns` ({field of the format: column of the file}) and `roles` ({the file's word: role}).
+
+    Null is the same as absent.
 
     Arrow and CSV have a column in every row or in none, so a value that is not there arrives as null or as "".
     """
 
-    def __init__(self, row: Mapping[str, Any], columns: Mapping[str, str], aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        row: Mapping[str, Any],
+        columns: Mapping[str, str],
+        aliases: Mapping[str, tuple[str, ...]],
+        roles: Mapping[str, Role],
+    ) -> None:
         self.row = row
+        self.roles = roles
         self._columns = columns
         self._aliases = aliases
 
     def name(self, field: str) -> str:
-        """The file's own name of a field."""
+        """The file's own name of a field; `RowError` if two columns with something in them could be it."""
         if field in self._columns:
             return self._columns[field]
-        alias = self._aliases.get(field)
-        return alias if alias is not None and alias in self.row and self.row.get(field) is None else field
+        if self.row.get(field) not in (None, ""):
+            return field
+        taken = self._columns.values()
+        names = [name for name in self._aliases.get(field, ()) if name in self.row and name not in taken]
+        filled = [name for name in names if self.row[name] not in (None, "")]
+        if len(filled) > 1:
+            do = f"say which in the recipe: `columns: {{{field}: {filled[0]}}}` or `columns: {{{field}: {filled[1]}}}`"
+            raise RowError(filled[0], f"this column and {filled[1]} could both be {field}", do)
+        return field if self.row.get(field) is not None and not filled else next(iter(filled or names), field)
 
     def optional(self, field: str) -> Any:
         """The value, or None."""
@@ -52,10 +73,16 @@ class Fields:
         return value if messages is None else messages
 
     def optional_text(self, field: str) -> str | None:
-        """The text of a field that may be missing, null or blank; None then."""
+        """The text of a field that may be missing, null or blank; None then.
+
+        `RowError` for a word for nothing, which some exports write into an empty cell.
+        """
         value = self.optional(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
+        if value in PLACEHOLDERS:
+            do = "leave it empty (pandas: fillna(''), or read_csv(..., keep_default_na=False) before)"
+            raise RowError(self.name(field), "is a word for nothing, and would be learned as a text", do, shown(value))
         return plain_text(value, self.name(field))
 
 

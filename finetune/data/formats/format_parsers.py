@@ -8,16 +8,12 @@ from typing import Any
 
 from finetune.data.formats.fields import Fields, checked_text
 from finetune.data.formats.messages import (
-    OPENAI,
-    OPENAI_ROLES,
+    SHAREGPT,
     Spelling,
     Turn,
-    checked_object,
     column_turn,
     read_message,
-    read_role,
     read_turns,
-    take_train,
     text_or_turns,
 )
 from finetune.data.formats.parsed import (
@@ -27,32 +23,15 @@ from finetune.data.formats.parsed import (
     ParsedText,
     check_prompt_not_repeated,
 )
-from finetune.data.formats.tools import read_call_text, read_tools
+from finetune.data.formats.tools import parse_json, read_tools, says_nothing
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message, Role
-
-SHAREGPT = Spelling("from", "value")
-CALLS = ("function_call", "tool_call")
-SHAREGPT_ROLES: dict[str, Role] = {
-    **OPENAI_ROLES,
-    "human": "user",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    **dict.fromkeys(CALLS, "assistant"),
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
+from finetune.data.types import Message
+from finetune.recipe.settings import Role
 
 
 def messages(row: Fields) -> ParsedConversation:
     """`messages`: OpenAI's chat, with `tools` (a list, or its JSON text) beside it."""
-    return ParsedConversation(read_turns(row.required("messages"), row.name("messages")), tools_of(row))
+    return ParsedConversation(read_turns(row, "messages"), tools_of(row))
 
 
 def sharegpt(row: Fields) -> ParsedConversation:
@@ -62,26 +41,19 @@ def sharegpt(row: Fields) -> ParsedConversation:
 
 def sharegpt_turns(row: Fields) -> list[Turn]:
     """The row's `system`, if it has one, and its turns."""
-    turns = read_turns(row.required("conversations"), row.name("conversations"), sharegpt_turn)
+    return _with_system(row, read_turns(row, "conversations", SHAREGPT))
+
+
+def _with_system(row: Fields, turns: list[Turn]) -> list[Turn]:
+    """The row's `system`, if it has one, and `turns`, which must have no other."""
     if row.optional_text("system") is None:
         return turns
     if turns[0].message["role"] == "system":
-        do = "keep one of the two"
-        raise RowError(row.name("system"), f"the row has a second system message in {turns[0].place}", do)
+        if turns[0].message["content"]:
+            do = "keep one of the two"
+            raise RowError(row.name("system"), f"the row has a second system message in {turns[0].place}", do)
+        turns = turns[1:]
     return [column_turn(row, "system", "system"), *turns]
-
-
-def sharegpt_turn(entry: object, place: str) -> Turn:
-    """One turn in either spelling; the text of a function call is JSON: one `{name, arguments}` or a list of them."""
-    spelling = OPENAI if isinstance(entry, dict) and entry.get("from") is None and "role" in entry else SHAREGPT
-    if not isinstance(entry, dict) or entry.get(spelling.role) not in CALLS:
-        return read_message(entry, place, spelling, SHAREGPT_ROLES)
-    checked = checked_object(entry, place, spelling)
-    text = checked_text(checked.get(spelling.content), f"{place}.{spelling.content}")
-    calls = read_call_text(text, f"{place}.{spelling.content}")
-    message = Message(role="assistant", content="", tool_calls=calls)
-    take_train(checked, message, place)
-    return Turn(message, place, spelling)
 
 
 def tools_of(row: Fields) -> list[dict[str, Any]] | None:
@@ -91,7 +63,7 @@ def tools_of(row: Fields) -> list[dict[str, Any]] | None:
 
 def alpaca(row: Fields) -> ParsedConversation:
     """`instruction`, and after an empty line `input`, -> user; `output` -> assistant; `history`: earlier pairs."""
-    return ParsedConversation([*_system(row), *_history(row), *_question_and_answer(row, "input", "output")])
+    return ParsedConversation(_with_system(row, [*_history(row), *_question_and_answer(row, "input", "output")]))
 
 
 def dolly(row: Fields) -> ParsedConversation:
@@ -100,19 +72,28 @@ def dolly(row: Fields) -> ParsedConversation:
 
 
 def prompt_completion(row: Fields) -> ParsedConversation:
-    """`prompt` and `completion`, each text or a list of messages; the prompt's assistant messages are not learned."""
+    """`prompt` and `completion`, each text or a list of messages; the prompt's assistant messages are not learned.
+
+    Before them `system`, and `history`: earlier pairs, which are learned.
+    """
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
     if completion[0].message["role"] != "assistant":
         what, do = "a completion must begin with the assistant", "move what precedes it to the prompt"
         raise RowError(completion[0].role_place, what, do, shown(completion[0].message["role"]))
     check_prompt_not_repeated(prompt, [completion], "prompt_completion")
-    return ParsedConversation([*(_given(turn) for turn in prompt), *completion])
+    turns = [*_history(row), *(_given(turn) for turn in prompt), *completion]
+    return ParsedConversation(_with_system(row, turns), tools_of(row))
 
 
 def text(row: Fields) -> ParsedText:
     """`text`: learned as a whole, without a chat template."""
     return ParsedText(row.text("text"))
+
+
+def rendered(row: Fields) -> ParsedText:
+    """`text` that already has its marks (`<s>[INST] ...`), which are read as tokens; never recognised by itself."""
+    return ParsedText(row.text("text"), rendered=True)
 
 
 def _question(row: Fields, further: str) -> Turn:
@@ -135,14 +116,12 @@ def _repeatable(row: Fields, question: Turn) -> list[Turn]:
     return [column_turn(row, "instruction", "user"), question] if has_material else [question]
 
 
-def _system(row: Fields) -> list[Turn]:
-    return [] if row.optional_text("system") is None else [column_turn(row, "system", "system")]
-
-
 def _history(row: Fields) -> list[Turn]:
     value, place, turns = row.optional("history"), row.name("history"), []
-    if value is None:
+    if says_nothing(value):
         return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, place)
     if not isinstance(value, list):
         raise RowError(place, "must be a list of pairs", "write [[instruction, output], ...]", shown(value))
     for i, pair in enumerate(value):
@@ -223,7 +202,9 @@ def alpaca_dpo(row: Fields) -> ParsedPair:
     """`instruction`, and after an empty line `input`, -> user; `chosen` and `rejected`: texts or one message each."""
     chosen, rejected = (text_or_turns(row, field, "assistant") for field in ("chosen", "rejected"))
     check_scores(row)
-    prompt = [*_system(row), *_history(row), _question(row, "input")]
+    question = _question(row, "input")
+    check_prompt_not_repeated(_repeatable(row, question), [chosen, rejected], "preference")
+    prompt = _with_system(row, [*_history(row), question])
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
@@ -236,30 +217,33 @@ def hh(row: Fields) -> ParsedPair:
 
 def orca_dpo(row: Fields) -> ParsedPair:
     """`system` (may be missing or empty), `question`, `chosen`, `rejected`: texts."""
-    system = [] if row.optional_text("system") is None else [column_turn(row, "system", "system")]
     chosen, rejected = ([column_turn(row, field, "assistant")] for field in ("chosen", "rejected"))
     check_scores(row)
-    prompt = [*system, column_turn(row, "question", "user")]
+    prompt = _with_system(row, [column_turn(row, "question", "user")])
     check_prompt_not_repeated(prompt, [chosen, rejected], "preference")
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 
 def sharegpt_dpo(row: Fields) -> ParsedPair:
     """`conversations` as in sharegpt, up to a user's turn or a tool's; `chosen` and `rejected`: one turn each."""
-    chosen, rejected = (
-        [sharegpt_turn(row.text_or_messages(field), row.name(field))] for field in ("chosen", "rejected")
-    )
+    chosen, rejected = ([_answer(row, field)] for field in ("chosen", "rejected"))
     check_scores(row)
     places = row.name("chosen"), row.name("rejected")
     return ParsedPair(sharegpt_turns(row), chosen, rejected, places, tools_of(row))
 
 
+def _answer(row: Fields, field: str) -> Turn:
+    return read_message(row.text_or_messages(field), row.name(field), row.roles, SHAREGPT)
+
+
 def kto(row: Fields) -> ParsedJudgement:
-    """`prompt`, `completion` (texts or messages), `label`: true if the completion is desirable."""
+    """`prompt`, `completion` (texts or messages), `label`: true if the completion is desirable; `system`, `history`."""
     prompt = text_or_turns(row, "prompt", "user")
     completion = text_or_turns(row, "completion", "assistant")
     check_prompt_not_repeated(prompt, [completion], "kto")
-    return ParsedJudgement(prompt, completion, _label(row), row.name("completion"))
+    return ParsedJudgement(
+        _with_system(row, [*_history(row), *prompt]), completion, _label(row), row.name("completion")
+    )
 
 
 def _split(chosen: list[Turn], rejected: list[Turn], places: tuple[str, str], row: Fields) -> ParsedPair:
@@ -393,7 +377,9 @@ def _node(value: object, place: str) -> Mapping[str, Any]:
 
 
 def _turn(node: Mapping[str, Any], place: str) -> Turn:
-    role = read_role(node, place, NODE, ROLES)
+    role = ROLES.get(node["role"]) if isinstance(node["role"], str) else None
+    if role is None:
+        raise RowError(f"{place}.role", "unknown role", f"use one of {', '.join(ROLES)}", shown(node["role"]))
     return Turn(Message(role=role, content=checked_text(node["text"], f"{place}.text")), place, NODE)
 
 

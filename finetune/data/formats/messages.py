@@ -6,16 +6,27 @@ Two messages of one speaker in a row are an error, not joined: nearly always an 
 chat templates do not agree on what to write for them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from finetune.data.formats.fields import Fields, checked_text
-from finetune.data.formats.tools import check_known_keys, parse_json, read_calls
+from finetune.data.formats.tools import (
+    check_known_keys,
+    json_text,
+    parse_json,
+    read_call_text,
+    read_calls,
+    says_nothing,
+)
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message, Role, ToolCall
+from finetune.data.types import ROLES, Message, ToolCall
+from finetune.recipe.settings import Role
+
+LEARNED = ("train", "loss", "weight")
+"""Keys that say whether a message is in the loss."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Spelling:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """All keys that a message may have."""
-        return self.role, self.content, "tool_calls", "tool_call_id", "name", "train", "weight"
+        return self.role, self.content, "tool_calls", "function_call", "tool_call_id", "name", *LEARNED
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -37,22 +48,32 @@ class Spelling:
 
 
 OPENAI = Spelling("role", "content")
-OPENAI_ROLES: dict[str, Role] = {
+SHAREGPT = Spelling("from", "value")
+
+Speaker = Role | Literal["call"]
+"""Who speaks: a role, or `call` for the assistant in a message whose content is the JSON text of its tool calls."""
+
+SPEAKERS: dict[str, Speaker] = {
     "system": "system",
     "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "tool",
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "chatbot", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("tool_call", "function_call"), "call"),
+    **dict.fromkeys(("tool", "tool_response", "function", "function_response", "observation", "ipython"), "tool"),
 }
-PART_KEYS = frozenset({"type", "text"})
+"""The words that files use for who speaks."""
 
 
 class Turn(NamedTuple):
-    """A message and its place in the file: a path to the object that holds it, or the column of its text."""
+    """A message and its place in the file: a path to the object that holds it, or the column of its text.
+
+    `call_places`: the place of each tool call's arguments.
+    """
 
     message: Message
     place: str
     spelling: Spelling | None = None
+    call_places: tuple[str, ...] = ()
 
     @property
     def role_place(self) -> str:
@@ -64,21 +85,76 @@ class Turn(NamedTuple):
         """The place of the content in the file."""
         return f"{self.place}.{self.spelling.content}" if self.spelling else self.place
 
+    @property
+    def calls_in_content(self) -> bool:
+        """Whether the calls are the content of the message."""
+        return any(place.startswith(self.content_place) for place in self.call_places)
+
 
 def column_turn(row: Fields, field: str, role: Role) -> Turn:
     """The turn of a column that holds one text."""
     return Turn(Message(role=role, content=row.text(field)), row.name(field))
 
 
-def read_turns(value: object, place: str, read: Callable[[object, str], Turn] | None = None) -> list[Turn]:
-    """A list of messages, or its text (CSV has nothing else), each through `read` (default: OpenAI's spelling)."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+def read_turns(row: Fields, field: str, spelling: Spelling = OPENAI) -> list[Turn]:
+    """A list of messages, an object of lists (a `Sequence` of `datasets`), one message, or the text of any of them.
+
+    `spelling` is what messages quote where a message has neither.
+    """
+    value, place = row.required(field), row.name(field)
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         written = written_messages(value, place)
         value = parse_json(value, place) if written is None else written
+    if isinstance(value, dict):
+        is_one = isinstance(value.get("role") or value.get("from"), str)
+        value = [value] if is_one else _by_message(value, place)
     if not isinstance(value, list) or not value:
-        raise RowError(place, "must be a list of messages", "write [{role, content}, ...]", shown(value))
-    read = read or read_message
-    return [read(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+        do = f"write [{{{spelling.role}, {spelling.content}}}, ...]"
+        raise RowError(place, "must be a list of messages", do, shown(value))
+    _check_words(value, place, row.roles)
+    turns: list[Turn] = []
+    for i, entry in enumerate(value):
+        turn = read_message(entry, f"{place}[{i}]", row.roles, spelling)
+        if turns and _is_further_call(turns[-1], turn):
+            turns[-1] = _with_calls(turns[-1], turn)
+        else:
+            turns.append(turn)
+    return turns
+
+
+def _by_message(columns: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The messages of `{role: [...], content: [...]}`."""
+    said = {key: entries for key, entries in columns.items() if not says_nothing(entries)}
+    if not said or not all(isinstance(entries, list) for entries in said.values()):
+        raise RowError(place, "must be a list of messages", "write [{role, content}, ...]", shown(columns))
+    lengths = {key: len(entries) for key, entries in said.items()}
+    if len(set(lengths.values())) > 1:
+        do = "write one entry a message in each of them (null for none)"
+        raise RowError(place, "the lists of this object are not of one length", do, shown(lengths))
+    return [dict(zip(said, entries, strict=True)) for entries in zip(*said.values(), strict=True)]
+
+
+def _is_further_call(before: Turn, turn: Turn) -> bool:
+    """Whether the turn only calls tools, and the assistant was already speaking: parallel calls, one a message.
+
+    An assistant's text may come before a call only if the call is a message of its own kind: formats that have such
+    messages cannot write text and call in one.
+    """
+    earlier, message = before.message, turn.message
+    if earlier["role"] != "assistant" or "tool_calls" not in message or message["content"]:
+        return False
+    return "tool_calls" in earlier or turn.calls_in_content
+
+
+def _with_calls(before: Turn, turn: Turn) -> Turn:
+    earlier, message = before.message, turn.message
+    if earlier.get("train", True) != message.get("train", True):
+        what = f"is not learned as {before.place} is, and both are one message of the assistant"
+        raise RowError(turn.place, what, f"write the same {', '.join(LEARNED[:-1])} or {LEARNED[-1]} in both")
+    calls = [*earlier.get("tool_calls", []), *message["tool_calls"]]
+    return before._replace(
+        message=Message(**{**earlier, "tool_calls": calls}), call_places=before.call_places + turn.call_places
+    )
 
 
 def text_or_turns(row: Fields, field: str, role: Role) -> list[Turn]:
@@ -86,30 +162,41 @@ def text_or_turns(row: Fields, field: str, role: Role) -> list[Turn]:
     value = row.text_or_messages(field)
     if isinstance(value, str):
         return [column_turn(row, field, role)]
-    if not isinstance(value, list):
+    if not isinstance(value, list | dict):
         name = row.name(field)
         raise RowError(name, "must be text or a list of messages", "write one of the two", shown(value))
-    return read_turns(value, row.name(field))
+    return read_turns(row, field)
 
 
 def read_message(
-    entry: object, place: str, spelling: Spelling = OPENAI, roles: Mapping[str, Role] = OPENAI_ROLES
+    entry: object, place: str, roles: Mapping[str, Role] | None = None, spelling: Spelling = OPENAI
 ) -> Turn:
-    """One message as OpenAI writes it, with the role and the content under the names of `spelling`."""
+    """One message in OpenAI's spelling or ShareGPT's; `roles` are the recipe's words for who speaks."""
+    if isinstance(entry, dict):
+        spelling = SHAREGPT if entry.get("from") is not None else OPENAI if "role" in entry else spelling
     checked = checked_object(entry, place, spelling)
-    role = read_role(checked, place, spelling, roles)
-    calls = _calls(checked, role, place)
-    content = _content(checked, spelling.content, place, may_be_empty=bool(calls))
+    speaker = _speaker(checked, place, spelling, roles or {})
+    role: Role = "assistant" if speaker == "call" else speaker
+    if speaker == "call":
+        for key in ("tool_calls", "function_call"):
+            if key in checked:
+                what = f"the call is already in {spelling.content}"
+                raise RowError(f"{place}.{key}", what, "keep one of the two", shown(checked[key]))
+        content = ""
+        calls, call_places = read_call_text(checked.get(spelling.content), f"{place}.{spelling.content}")
+    else:
+        calls, call_places = _calls(checked, role, place)
+        content = _content(checked, spelling.content, place, role, may_be_empty=bool(calls) or role == "system")
     message = Message(role=role, content=content)
     if calls:
         message["tool_calls"] = calls
     _take_tool_names(checked, message, place)
     take_train(checked, message, place)
-    return Turn(message, place, spelling)
+    return Turn(message, place, spelling, call_places)
 
 
 def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str, Any]:
-    """The entry, if it is an object with the keys of a message and no others."""
+    """The entry without keys that say nothing, if it is an object with the keys of a message and no others."""
     if not isinstance(entry, dict):
         do = f"write {{{spelling.role}, {spelling.content}}}"
         raise RowError(place, f"must be an object with {spelling.role} and {spelling.content}", do, shown(entry))
@@ -118,53 +205,103 @@ def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str
     if entry.get(spelling.role) is None:
         do = f"a message has {spelling.role} and {spelling.content}"
         raise RowError(f"{place}.{spelling.role}", "is missing", do, f"keys {sorted(entry)}")
-    return entry
+    kept = (spelling.role, spelling.content)
+    return {key: value for key, value in entry.items() if key in kept or not says_nothing(value)}
 
 
-def read_role(entry: Mapping[str, Any], place: str, spelling: Spelling, roles: Mapping[str, Role]) -> Role:
-    """The role that the file's word for it means."""
+def _speaker(entry: Mapping[str, Any], place: str, spelling: Spelling, roles: Mapping[str, Role]) -> Speaker:
+    """Who speaks, by the file's word for it; the recipe's own `roles` come first."""
     word = entry[spelling.role]
-    if not isinstance(word, str) or word not in roles:
-        raise RowError(f"{place}.{spelling.role}", "unknown role", f"use one of {', '.join(roles)}", shown(word))
-    return roles[word]
+    speaker = roles.get(word) or SPEAKERS.get(word) if isinstance(word, str) else None
+    if speaker is None:
+        raise _unknown_role(f"{place}.{spelling.role}", word, [word])
+    return speaker
+
+
+def _check_words(entries: Sequence[object], place: str, roles: Mapping[str, Role]) -> None:
+    """`RowError` with all words of the list for who speaks that are not known."""
+    known: set[object] = set()
+    unknown: dict[str, str] = {}
+    for i, entry in enumerate(entries):
+        key = "from" if isinstance(entry, dict) and entry.get("from") is not None else "role"
+        word = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(word, str) and word not in roles and word not in SPEAKERS:
+            unknown.setdefault(word, f"{place}[{i}].{key}")
+        elif isinstance(word, str):
+            known.add(roles.get(word) or SPEAKERS[word])
+    if unknown:
+        word, first = next(iter(unknown.items()))
+        raise _unknown_role(first, word, unknown, known)
+
+
+def _unknown_role(place: str, word: object, words: Iterable[object], known: Iterable[object] = ()) -> RowError:
+    """The error, which shows how the recipe names the roles: a guess, by the roles that the row lacks."""
+    do = f"use one of {', '.join(ROLES)}"
+    if isinstance(word, str):
+        free = [role for role in ("user", "assistant", "tool") if role not in known]
+        guesses = (f"{shown(each)}: {free.pop(0) if free else 'user'}" for each in words)
+        do += f", or write in the recipe, beside format, which of them is meant: `roles: {{{', '.join(guesses)}}}`"
+    return RowError(place, "unknown role", do, shown(word))
 
 
 def take_train(entry: Mapping[str, Any], message: Message, place: str) -> None:
-    """`train: bool` or `weight: 0|1` -> `train`; any turn can be left out, which matters under `loss_on: all`."""
-    train, weight = entry.get("train"), entry.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{place}.train", "must be true or false", "write true or false", shown(train))
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise RowError(f"{place}.weight", "must be 0 or 1", "a message counts or does not", shown(weight))
-    if train is not None and weight is not None and train != bool(weight):
-        raise RowError(f"{place}.weight", f"contradicts train: {str(train).lower()}", "keep one of them", shown(weight))
-    if train is None and weight is None:
+    """`train` or `loss: bool`, or `weight: 0|1` -> `train`; any turn can be left out, which matters under
+    `loss_on: all`."""
+    given = {key: _is_learned(key, entry[key], f"{place}.{key}") for key in LEARNED if entry.get(key) is not None}
+    if not given:
         return
-    learned = bool(weight) if train is None else train
+    first, learned = next(iter(given.items()))
+    for key, other in given.items():
+        if other != learned:
+            what = f"contradicts {first}: {shown(entry[first])}"
+            raise RowError(f"{place}.{key}", what, "keep one of them", shown(entry[key]))
     if message["role"] == "assistant" or not learned:
         message["train"] = learned
-    elif train:
+    elif first != "weight":
         do = "remove it: data.loss_on says whether all messages are learned"
-        raise RowError(f"{place}.train", "only the assistant's messages can be chosen to be learned", do, shown(train))
+        what = "only the assistant's messages can be chosen to be learned"
+        raise RowError(f"{place}.{first}", what, do, shown(entry[first]))
 
 
-def _content(entry: Mapping[str, Any], key: str, place: str, may_be_empty: bool) -> str:
+def _is_learned(key: str, value: object, place: str) -> bool:
+    if key == "weight":
+        if isinstance(value, bool) or value not in (0, 1):
+            raise RowError(place, "must be 0 or 1", "a message counts or does not", shown(value))
+    elif not isinstance(value, bool):
+        raise RowError(place, "must be true or false", "write true or false", shown(value))
+    return bool(value)
+
+
+def _content(entry: Mapping[str, Any], key: str, place: str, role: Role, may_be_empty: bool) -> str:
     place, value = f"{place}.{key}", entry.get(key)
     if may_be_empty and (value is None or value == "" or value == []):
         return ""
     if key not in entry:
         raise RowError(place, "is missing", "a message without tool_calls says something", f"keys {sorted(entry)}")
-    if isinstance(value, list):
+    if isinstance(value, list) and (role != "tool" or _are_parts(value)):
         value = "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(value))
+    if role == "tool" and value is not None and not isinstance(value, str):
+        return json_text(value, place)
     if may_be_empty and isinstance(value, str) and not value.strip():
-        return value
+        return "" if role == "system" else value
     return checked_text(value, place)
+
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
+PART_KEYS = frozenset({"type", "text"})
+
+
+def _are_parts(value: list[Any]) -> bool:
+    """Whether a list is a content in parts, and not a tool's result that is a list."""
+    kinds = [entry.get("type") if isinstance(entry, dict) else None for entry in value]
+    return bool(kinds) and all(kind in TEXT_PARTS + OTHER_PARTS for kind in kinds)
 
 
 def _part(part: object, place: str) -> str:
     if not isinstance(part, dict):
         raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
-    if part.get("type") != "text":
+    if part.get("type") not in TEXT_PARTS:
         do = "only text can be trained on: remove the row or the part"
         raise RowError(f"{place}.type", "is not a text part", do, shown(part.get("type")))
     check_known_keys(part, place, PART_KEYS, "a text part has type and text")
@@ -174,25 +311,31 @@ def _part(part: object, place: str) -> str:
     return text
 
 
-def _calls(entry: Mapping[str, Any], role: Role, place: str) -> list[ToolCall]:
-    calls = read_calls(entry.get("tool_calls"), f"{place}.tool_calls")
-    if calls and role != "assistant":
-        raise RowError(f"{place}.tool_calls", "only the assistant calls tools", "move the calls", shown(role))
-    return calls
+def _calls(entry: Mapping[str, Any], role: Role, place: str) -> tuple[list[ToolCall], tuple[str, ...]]:
+    """The tool calls, or the one `function_call` that OpenAI's messages had before."""
+    key = "function_call" if "function_call" in entry else "tool_calls"
+    if key not in entry:
+        return [], ()
+    if role != "assistant":
+        raise RowError(f"{place}.{key}", "only the assistant calls tools", "move the calls", shown(role))
+    if key == "tool_calls":
+        return read_calls(entry[key], f"{place}.{key}")
+    if "tool_calls" in entry:
+        raise RowError(f"{place}.{key}", "is beside tool_calls", "keep one of the two", shown(entry[key]))
+    return read_call_text(entry[key], f"{place}.{key}")
 
 
 def _take_tool_names(entry: Mapping[str, Any], message: Message, place: str) -> None:
-    if entry.get("name") is not None:
-        message["name"] = _of_a_tool(entry, "name", message["role"], place)
-    if entry.get("tool_call_id") is not None:
-        message["tool_call_id"] = _of_a_tool(entry, "tool_call_id", message["role"], place)
-
-
-def _of_a_tool(entry: Mapping[str, Any], key: str, role: Role, place: str) -> str:
-    if role != "tool":
-        do = "remove it, or write it into the content: chat templates leave it out"
-        raise RowError(f"{place}.{key}", f"only a tool's message has a {key}", do, shown(entry[key]))
-    return checked_text(entry[key], f"{place}.{key}")
+    for key in ("name", "tool_call_id"):
+        if key not in entry:
+            continue
+        if message["role"] != "tool":
+            do = "remove it, or write it into the content: chat templates leave it out"
+            raise RowError(f"{place}.{key}", f"only a tool's message has a {key}", do, shown(entry[key]))
+    if "name" in entry:
+        message["name"] = checked_text(entry["name"], f"{place}.name")
+    if "tool_call_id" in entry:
+        message["tool_call_id"] = checked_text(entry["tool_call_id"], f"{place}.tool_call_id")
 
 
 def roles_of(turns: Sequence[Turn]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from finetune.data.formats.messages import OPENAI, Turn, check_order, roles_of
+from finetune.data.formats.messages import Turn, check_order, roles_of
 from finetune.data.formats.tools import check_arguments
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Document, Judged, Message, Preference, RowContent
@@ -51,6 +51,7 @@ class ParsedText:
     """-> `Document`."""
 
     text: str
+    rendered: bool = False
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
@@ -59,7 +60,7 @@ class ParsedText:
 
     def content(self) -> Document:
         """See `Parsed`."""
-        return Document(self.text)
+        return Document(self.text, self.rendered)
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,7 @@ def _begins_with(answer: str, prompt: str) -> bool:
 def _check_calls(turns: Sequence[Turn], tools: Tools) -> None:
     for turn in turns if tools else ():
         for i, call in enumerate(turn.message.get("tool_calls", ())):
-            written = turn.spelling == OPENAI  # otherwise the call is the JSON text of the turn
-            place = f"{turn.place}.tool_calls[{i}].function.arguments" if written else turn.content_place
-            check_arguments(call, tools or [], place)
+            check_arguments(call, tools or [], turn.call_places[i])
 
 
 def _messages(turns: Sequence[Turn]) -> list[Message]:

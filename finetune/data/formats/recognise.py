@@ -21,6 +21,7 @@ from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.row_errors import RowError
 from finetune.data.types import Document, RowContent, contents_of
+from finetune.recipe.settings import Role
 
 SAMPLE_ROWS = 100
 _NEAREST = 3
@@ -54,13 +55,13 @@ class _Trial:
     def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
         fields = self.reader.fields(row)
-        for name in self.format.fields:
-            value = fields.optional(name)
-            if value is not None and value != "":
-                self.columns[name] = fields.name(name)
-                self.present[name] += 1
-                self.kinds.setdefault(name, Counter())[_kind(value)] += 1
         try:
+            for name in self.format.fields:
+                value = fields.optional(name)
+                if value is not None and value != "":
+                    self.columns[name] = fields.name(name)
+                    self.present[name] += 1
+                    self.kinds.setdefault(name, Counter())[_kind(value)] += 1
             example = self.reader.content(row)
         except RowError as error:
             self.error = self.error or error
@@ -70,16 +71,20 @@ class _Trial:
         return example
 
 
-def recognise(rows: Iterable[Mapping[str, Any] | RowError], columns: Mapping[str, str] | None = None) -> Recognition:
+def recognise(
+    rows: Iterable[Mapping[str, Any] | RowError],
+    columns: Mapping[str, str] | None = None,
+    roles: Mapping[str, Role] | None = None,
+) -> Recognition:
     """The format of the first `SAMPLE_ROWS` valid rows; `RowError` lists the candidates, or what comes nearest.
 
     With `columns` only formats that have all the fields named there are tried.
     """
     columns = columns or {}
     trials = [
-        _Trial(row_format, Reader(row_format, columns))
+        _Trial(row_format, Reader(row_format, columns, roles=roles))
         for row_format in FORMATS.values()
-        if columns.keys() <= set(row_format.fields)
+        if columns.keys() <= set(row_format.fields) and row_format.recognised
     ]
     if not trials:
         what, do = "no format has all the fields that columns names", "name fields of one format"

@@ -13,6 +13,7 @@ from finetune.data.row_errors import RowError
 from finetune.data.types import RowContent
 from finetune.errors import DataError, Problem
 from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
+from finetune.recipe.settings import Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,19 @@ _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 class Reader:
     """Rows of one format -> examples; `columns` is {field of the format: column of the file}.
 
-    `ignored`: columns that may hold what a prompt needs, and need not be read.
+    `ignored`: columns that may hold what a prompt needs, and need not be read. `roles`: {the file's word: role}.
     """
 
-    def __init__(self, row_format: Format, columns: Mapping[str, str], ignored: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        row_format: Format,
+        columns: Mapping[str, str],
+        ignored: Collection[str] = (),
+        roles: Mapping[str, Role] | None = None,
+    ) -> None:
         self.format = row_format
         self._columns = dict(columns)
+        self._roles = dict(roles or {})
         self._unread = UnreadColumns(row_format, columns, ignored)
         _check_columns(row_format, columns)
 
@@ -80,15 +88,20 @@ class Reader:
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row, seen by the names of the format."""
-        return Fields(row, self._columns, self.format.aliases)
+        return Fields(row, self._columns, self.format.aliases, self._roles)
 
 
-def reader(row_format: str, columns: Mapping[str, str] | None = None, ignored: Collection[str] = ()) -> Reader:
+def reader(
+    row_format: str,
+    columns: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+    roles: Mapping[str, Role] | None = None,
+) -> Reader:
     """The reader of a format by its name; `DataError` for unknown names."""
     if row_format not in FORMATS:
         do = f"use one of {', '.join(FORMATS)}"
         raise DataError(Problem(where="format", what="unknown format", got=repr(row_format), do=do))
-    return Reader(FORMATS[row_format], columns or {}, ignored)
+    return Reader(FORMATS[row_format], columns or {}, ignored, roles)
 
 
 def _check_columns(row_format: Format, columns: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ def _tool(entry: object, place: str) -> dict[str, Any]:
     if function.get("name") is None:
         raise RowError(f"{inner}.name", "is missing", TOOL, shown(sorted(function)))
     checked_text(function["name"], f"{inner}.name")
-    _check_json(function, inner)
+    json_text(function, inner)
     for name, schema in properties(function).items():
         if schema is None:
             do = "write tools as JSON text: columns of objects give each tool the keys of all"
@@ -65,29 +65,43 @@ def check_arguments(call: ToolCall, tools: list[dict[str, Any]], place: str) -> 
             raise RowError(below(place, name), "is null, and the tool has no such argument", do)
 
 
-def read_calls(value: object, place: str) -> list[ToolCall]:
-    """The `tool_calls` of an assistant message; an empty list is the same as none."""
-    if value is None:
-        return []
+Calls = tuple[list[ToolCall], tuple[str, ...]]
+"""Calls, and the place of each one's arguments."""
+
+
+def read_calls(value: object, place: str) -> Calls:
+    """The `tool_calls` of an assistant message, or their JSON text; an empty list is the same as none."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, place)
     if not isinstance(value, list):
         raise RowError(place, "must be a list of calls", f"{CALL} for each", shown(value))
-    return [_call(entry, f"{place}[{i}]") for i, entry in enumerate(value)]
+    places = [f"{place}[{i}]" for i in range(len(value))]
+    calls = [_call(entry, where) for entry, where in zip(value, places, strict=True)]
+    inner = (
+        f"{where}.function" if entry.get("function") else where for entry, where in zip(value, places, strict=True)
+    )
+    return calls, tuple(f"{where}.arguments" for where in inner)
 
 
 def _call(entry: object, place: str) -> ToolCall:
+    if isinstance(entry, dict) and entry.get("function") is None and entry.get("name") is not None:
+        function = {key: value for key, value in entry.items() if key not in ("id", "type", "function", "index")}
+        entry, inner = {**{key: entry.get(key) for key in ("id", "type")}, "function": function}, place
+    else:
+        inner = f"{place}.function"
     if not isinstance(entry, dict) or not isinstance(entry.get("function"), dict):
         raise RowError(place, "must be an object with function", CALL, shown(entry))
     check_known_keys(entry, place, CALL_KEYS, CALL)
     if entry.get("type") not in (None, "function"):
         raise RowError(f"{place}.type", "only functions can be called", CALL, shown(entry["type"]))
-    call = ToolCall(type="function", function=read_function(entry["function"], f"{place}.function"))
-    if entry.get("id") is not None:
+    call = ToolCall(type="function", function=read_function(entry["function"], inner))
+    if not says_nothing(entry.get("id")):
         call["id"] = checked_text(entry["id"], f"{place}.id")
     return call
 
 
 def read_function(entry: Mapping[str, Any], place: str) -> Function:
-    """`{name, arguments}`, the arguments as an object or as its JSON text."""
+    """`{name, arguments}`, the arguments as an object or as its JSON text; a blank text is no arguments."""
     check_known_keys(entry, place, FUNCTION_KEYS, CALL)
     for key in ("name", "arguments"):
         if entry.get(key) is None:
@@ -96,22 +110,23 @@ def read_function(entry: Mapping[str, Any], place: str) -> Function:
             )
     name, arguments, inner = entry["name"], entry["arguments"], f"{place}.arguments"
     if isinstance(arguments, str):
-        arguments = parse_json(arguments, inner)
+        arguments = parse_json(arguments, inner) if arguments.strip() else {}
     if not isinstance(arguments, dict):
         raise RowError(inner, "must be an object", "write {argument: value, ...} or its JSON text", shown(arguments))
-    _check_json(arguments, inner)
+    json_text(arguments, inner)
     return Function(name=checked_text(name, f"{place}.name"), arguments=dict(arguments))
 
 
-def read_call_text(text: str, place: str) -> list[ToolCall]:
-    """Calls written as JSON text: one `{name, arguments}`, or a list of them."""
-    value = parse_json(text, place)
-    entries = value if isinstance(value, list) else [value]
+def read_call_text(value: object, place: str) -> Calls:
+    """Calls that are the content of a message: one `{name, arguments}` or a list of them, mostly as JSON text."""
+    given = value if isinstance(value, dict | list) else parse_json(checked_text(value, place), place)
+    entries = given if isinstance(given, list) else [given]
     if not entries or not all(isinstance(entry, dict) for entry in entries):
         raise RowError(
-            place, "is not a tool call", "write {name, arguments} as JSON text, or a list of them", shown(text)
+            place, "is not a tool call", "write {name, arguments} as JSON text, or a list of them", shown(value)
         )
-    return [ToolCall(type="function", function=read_function(entry, place)) for entry in entries]
+    calls = [_call({"function": None, **entry}, place) for entry in entries]
+    return calls, (place,) * len(calls)
 
 
 def parse_json(text: str, place: str) -> Any:
@@ -123,22 +138,31 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def check_known_keys(entry: Mapping[str, Any], place: str, known: frozenset[str], do: str) -> None:
-    """Keys of messages and calls change what is trained, so none is ignored; null says nothing and is."""
+    """Keys of messages and calls change what is trained, so none is ignored that says something."""
     if entry.keys() <= known:
         return
     for key in sorted(entry.keys() - known):
-        if entry[key] is not None:
+        if not says_nothing(entry[key]):
             raise RowError(
                 below(place, key), "is not supported and must not be ignored", f"remove it: {do}", shown(entry[key])
             )
 
 
-def _check_json(value: Mapping[str, Any], place: str) -> None:
-    """Values from Arrow may hold dates or bytes; no template can write those."""
+def json_text(value: object, place: str) -> str:
+    """The value as JSON text; values from Arrow may be dates or bytes, which no template can write."""
     try:
-        check_utf8(_ENCODER.encode(value), place)
+        text = _ENCODER.encode(value)
     except (TypeError, ValueError) as error:
         raise RowError(place, f"cannot be written as JSON ({error})", "use what JSON has", shown(value)) from error
+    check_utf8(text, place)
+    return text
+
+
+def says_nothing(value: object) -> bool:
+    """Whether a value is null, a blank text, an empty list, or an object of such values (Arrow writes these)."""
+    if isinstance(value, dict):
+        return all(says_nothing(inner) for inner in value.values())
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from finetune.data.row_errors import RowError, shown
 from finetune.data.types import RowContent, contents_of
 from finetune.recipe.row_formats import RowFormat
 
-MEANINGFUL = frozenset({"input", "context", "system", "system_prompt", "history", "tools", "functions"})
+MEANINGFUL = frozenset(
+    {"input", "context", "passage", "choices", "options", "system", "system_prompt", "history", "tools", "functions"}
+)
 """Names under which published data sets hold a part of the prompt."""
 NEAR = 0.75
 """Similarity of two names from which one is taken for a misspelling of the other."""
@@ -45,7 +47,8 @@ class UnreadColumns:
     def _find(self, names: tuple[str, ...]) -> dict[str, str | None]:
         """The suspicious columns, each with the field that it may be meant to be."""
         read = {self._columns.get(field, field) for field in self._format.fields}
-        read |= set(self._format.aliases.values()) | self._ignored
+        aliases = (self._format.aliases.get(field, ()) for field in self._format.fields)
+        read |= {name for names in aliases for name in names} | self._ignored
         free = [name for name in self._format.optional if name not in self._columns and name not in names]
         suspects: dict[str, str | None] = {}
         for name in names:

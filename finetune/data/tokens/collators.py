@@ -1,4 +1,4 @@
-"""Rows, or pairs of answers in one of three layouts -> one micro-batch of tensors.
+"""Rows, or pairs of answers in one of four layouts -> one micro-batch of tensors.
 
 B rows or pairs, W tokens of the longest answer, T tokens of the longest row. A pair's documents are its prompt with the
 chosen answer and its prompt with the rejected one.
@@ -17,40 +17,49 @@ from finetune.data.render import IGNORED
 from finetune.data.types import Ints, TokenPair
 
 
+def needs_one_row(attn_implementation: str) -> bool:
+    """Whether the packed rows of a micro-batch must be laid one after the other into one row.
+
+    flash_attention_2 tells documents apart only there, without a mask; for the others the mask would have the square of
+    all tokens.
+    """
+    return attn_implementation == "flash_attention_2"
+
+
 class Collator:
     """Makes micro-batches; B rows, T tokens of the longest row. `rows` (list[str]) says where they come from,
     `file:line`, for messages.
 
     Unpacked: `input_ids`, `labels`, `attention_mask`, each [B, T], padded on the right.
-    Packed: `input_ids`, `labels`, `position_ids`, each [1, T], the B packed rows one after the other without padding.
+    Packed: `input_ids`, `labels`, `position_ids`, each [B, T], or with `in_one_row` [1, the sum of all lengths].
     There is no `attention_mask`: transformers keeps documents apart by the restarts in `position_ids` only where no
-    mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`.
-    Both: `supervised` [N], the flattened positions of `labels[:, 1:]` that are not -100.
+    mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`. Padding on
+    the right has position 0 throughout: each token is a document of its own.
+    Both: `weight`, as `input_ids`, 1 for a token and 0 for padding; `supervised` [N], the flattened positions of
+    `labels[:, 1:]` that are not -100.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._pad_token_id: int = tokenizer.pad_token_id
+    def __init__(self, tokenizer: Any, in_one_row: bool = False) -> None:
+        self._padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "weight": 0}
+        self._in_one_row = in_one_row
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows that are all packed or all unpacked."""
-        if "position_ids" in features[0]:
-            keys = ("input_ids", "labels", "position_ids")
-            batch = {key: torch.tensor([[x for row in features for x in row[key]]]) for key in keys}
-            return self._finished(batch, [where for row in features for where in row["row"]])
-        ids = [torch.tensor(row["input_ids"]) for row in features]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self._pad_token_id),
-            "labels": pad_sequence(
-                [torch.tensor(row["labels"]) for row in features], batch_first=True, padding_value=IGNORED
-            ),
-            "attention_mask": pad_sequence(
-                [torch.ones_like(row_ids) for row_ids in ids], batch_first=True, padding_value=0
-            ),
-        }
-        return self._finished(batch, [row["row"] for row in features])
-
-    def _finished(self, batch: dict[str, torch.Tensor], rows: list[str]) -> dict[str, Any]:
-        return {**batch, "supervised": supervised_positions(batch["labels"][:, 1:]), "rows": rows}
+        packed = "position_ids" in features[0]
+        keys = ("input_ids", "labels", *(("position_ids",) if packed else ()))
+        columns = {key: [torch.tensor(row[key]) for row in features] for key in keys}
+        columns["weight"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
+        if packed and self._in_one_row:
+            batch = {key: torch.cat(rows).unsqueeze(0) for key, rows in columns.items()}
+        else:
+            batch = {
+                key: pad_sequence(rows, batch_first=True, padding_value=self._padding[key])
+                for key, rows in columns.items()
+            }
+        if not packed:
+            batch["attention_mask"] = batch["weight"]
+        places = [place for row in features for place in (row["row"] if packed else [row["row"]])]
+        return {**batch, "supervised": supervised_positions(batch["labels"][:, 1:]), "rows": places}
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -58,7 +67,7 @@ def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
     return (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
 
 
-PairLayout = Literal["padded", "flat", "shared"]
+PairLayout = Literal["padded", "packed", "flat", "shared"]
 
 PROMPT, CHOSEN, REJECTED, PADDING = 0, 1, 2, 3
 """The parts of a pair that a token of a shared row can belong to (`branch`)."""
@@ -97,8 +106,10 @@ class PairCollator:
     Layouts:
 
     - padded: `input_ids` and `attention_mask` `[2B, T]`, a document a row, the chosen ones first, padded on the right.
-    - flat: `input_ids` and `position_ids` `[1, T]`, all documents in one row, those of a pair side by side. As with
-      `Collator` there is no `attention_mask`: the restarts of `position_ids` keep documents apart.
+    - packed: `input_ids` and `position_ids` `[rows, T]`, a feature a row, the documents of a pair side by side, padded
+      on the right. As with `Collator` there is no `attention_mask`: the restarts of `position_ids` keep documents
+      apart, and padding has position 0 throughout.
+    - flat: as packed, with the rows one after the other in one, `[1, T]`.
     - shared: `input_ids`, `position_ids`, `document` and `branch` `[rows, T]`, a feature a row, padded on the right.
       The prompt of a pair comes once, without its last token; then that token and the chosen answer, then that
       token and the rejected answer, so that every hidden state predicts one token. Positions go on from the prompt
@@ -115,6 +126,7 @@ class PairCollator:
     - `completion_mask` `[2B, W]`: 1 where the j-th token is supervised. `answer_length` `[2B]`, in tokens.
     - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
     - `pairs`: (split, index) of each pair; `rows` (list of str): its `file:line`, for messages.
+    - `pairs_by_feature` (list of int): how many pairs each feature has.
 
     The pairs of all features are numbered in order; of the `2B`, the chosen answers come first. Padded rows get
     `pad_to_multiple_of` tokens: CUDA's attention copies a mask in every layer whose rows are no multiple of 8.
@@ -138,7 +150,7 @@ class PairCollator:
         groups = [[self._tables[feature["split"]][index] for index in feature["pairs"]] for feature in features]
         batch_rows = _LAYOUTS[self.layout](groups)
         T = max(sum(len(segment.ids) for segment in row) for row in batch_rows.rows)
-        if self.layout != "flat":
+        if self.layout in ("padded", "shared"):
             T += -T % self._pad_to_multiple_of
         batch = _tokens(batch_rows.rows, T, self._pad_token_id)
         batch |= _answers([*batch_rows.chosen, *batch_rows.rejected], T)
@@ -150,6 +162,7 @@ class PairCollator:
             chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32)).unbind(1)
             batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
         named = [(feature["split"], index) for feature in features for index in feature["pairs"]]
+        batch["pairs_by_feature"] = [len(group) for group in groups]
         return {**batch, "pairs": named, "rows": [pair.row for pair in chain(*groups)]}
 
 
@@ -176,16 +189,23 @@ def _padded(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
     return _BatchRows(rows, *answers)
 
 
-def _flat(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
-    row: list[_Segment] = []
+def _packed(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
+    rows: list[list[_Segment]] = []
     answers: tuple[list[_AnswerPosition], list[_AnswerPosition]] = ([], [])
-    length = 0
-    for pair in chain(*groups):
-        for positions, branch, answer in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
-            positions.append(_AnswerPosition(0, length + len(pair.prompt_ids) - 1, answer[1]))
-            row.append(_document(pair, answer, len(row), branch))
-            length += len(row[-1].ids)
-    return _BatchRows([row], *answers)
+    for number, group in enumerate(groups):
+        row: list[_Segment] = []
+        length = 0
+        for pair in group:
+            for positions, branch, answer in zip(answers, (CHOSEN, REJECTED), pair.answers, strict=True):
+                positions.append(_AnswerPosition(number, length + len(pair.prompt_ids) - 1, answer[1]))
+                row.append(_document(pair, answer, len(row), branch))
+                length += len(row[-1].ids)
+        rows.append(row)
+    return _BatchRows(rows, *answers)
+
+
+def _flat(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
+    return _packed([list(chain(*groups))])
 
 
 def _shared(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
@@ -208,11 +228,13 @@ def _shared(groups: Sequence[Sequence[TokenPair]]) -> _BatchRows:
 
 _LAYOUTS: dict[PairLayout, Callable[[Sequence[Sequence[TokenPair]]], _BatchRows]] = {
     "padded": _padded,
+    "packed": _packed,
     "flat": _flat,
     "shared": _shared,
 }
 _UNUSED: dict[PairLayout, tuple[str, ...]] = {
     "padded": ("position_ids", "document", "branch"),
+    "packed": ("attention_mask", "document", "branch"),
     "flat": ("attention_mask", "document", "branch"),
     "shared": ("attention_mask",),
 }

@@ -16,7 +16,8 @@ class RowStats:
     `rows` read = `bad` (left out by `on_bad_row: drop`) + `dropped` (too long) + those that are kept, as one piece each
     or, if `split`, as several; `truncated` and `split` are among the kept. `pieces_left_out`: pieces in which nothing
     is supervised. `tokens` and `supervised_tokens` count what is kept. `lengths`: rows by their length in tokens before
-    anything is cut. `duplicates`: kept rows whose text came before.
+    anything is cut. `duplicates`: kept rows whose text came before. `placeholders`: kept rows with a message that is a
+    word for nothing (`nan`, `None`, `NULL`), as an empty cell becomes in some exports.
 
     A pair is one piece; its `tokens` are those of both conversations, its length is that of the longer one. Two rows of
     judged answers make one.
@@ -32,6 +33,7 @@ class RowStats:
     tokens: int = 0
     supervised_tokens: int = 0
     duplicates: int = 0
+    placeholders: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     longest_rows: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line), longest first
     duplicate_rows: list[tuple[str, str]] = field(default_factory=list)  # (file:line, file:line of the first)
@@ -123,6 +125,11 @@ class DataStats:
         return self._sum("duplicates")
 
     @property
+    def placeholders(self) -> int:
+        """Rows with a message that is a word for nothing."""
+        return self._sum("placeholders")
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row before anything is cut."""
         return max(set_stats.source.longest for set_stats in self.sets)
@@ -160,7 +167,7 @@ class DataStats:
         """As it is printed: what was read and is used; of each set its proportion, recognised format and bad rows."""
         total = max(self.rows, 1)
         counts = {"bad": self.bad, "truncated": self.truncated, "split": self.split, "dropped": self.dropped}
-        counts |= {"duplicate": self.duplicates}
+        counts |= {"duplicate": self.duplicates, "with nan, None or NULL as a message": self.placeholders}
         shares = [f"{100 * count / total:.1f} % {name}" for name, count in counts.items() if count or name in _ALWAYS]
         share = 100 * self.supervised_tokens / max(self.tokens, 1)
         first = (

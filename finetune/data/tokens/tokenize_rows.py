@@ -22,16 +22,19 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
-from finetune.data.render import Renderer
+from finetune.data.formats.fields import PLACEHOLDERS
+from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
 from finetune.data.tokens.examples import Example, ExampleType, RowProblem, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
-from finetune.data.types import Ints, TokenizedText, TokenPair
+from finetune.data.types import Ints, TokenizedText, TokenPair, contents_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
+
+TextRenderer = Renderer | RenderedText
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
@@ -39,7 +42,7 @@ _TOKENISERS = 2
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
-def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: Renderer) -> Iterator[Example]:
+def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer) -> Iterator[Example]:
     """Every example, in order, with its texts and tokens or its problem."""
     waiting: deque[tuple[list[Example], Future[list[TokenizedText | RowError]]]] = deque()
     with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
@@ -53,7 +56,7 @@ def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: 
 
 
 def _rendered_chunks(
-    examples: Iterable[Example], example_type: ExampleType, renderer: Renderer
+    examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer
 ) -> Iterator[list[Example]]:
     chunk: list[Example] = []
     characters = 0
@@ -68,7 +71,7 @@ def _rendered_chunks(
         yield chunk
 
 
-def _render(example: Example, example_type: ExampleType, renderer: Renderer) -> None:
+def _render(example: Example, example_type: ExampleType, renderer: TextRenderer) -> None:
     if example.content is None:
         return
     try:
@@ -133,7 +136,7 @@ def prepare_rows(
     source: DataSource,
     tokenizer: Any,
     settings: DataSettings,
-    renderer: Renderer,
+    renderer: TextRenderer,
     max_problems: int,
     example_type: ExampleType,
 ) -> RowSet:
@@ -163,7 +166,7 @@ class _Pass:
 
     source: DataSource
     settings: DataSettings
-    renderer: Renderer
+    renderer: TextRenderer
     example_type: ExampleType
     problems: Problems
     stats: RowStats = field(default_factory=RowStats)
@@ -176,7 +179,7 @@ class _Pass:
         """Read all of it; write `rows.arrow`, lengths and stats into the folder."""
         rows = self._recognised(islice(_with_progress(source), self.source.max_rows), source.name)
         examples = self.example_type.examples(
-            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns)
+            rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns, self.source.roles)
         )
         with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
             for example in tokenised(examples, self.example_type, self.renderer):
@@ -195,7 +198,7 @@ class _Pass:
             return rows
         first = list(islice(rows, SAMPLE_ROWS))
         try:
-            recognition = recognise((row.value for row in first), self.source.columns)
+            recognition = recognise((row.value for row in first), self.source.columns, self.source.roles)
         except RowError as error:
             for row in first:
                 if isinstance(row.value, RowError):
@@ -224,6 +227,8 @@ class _Pass:
             self.stats.supervised_tokens += piece.supervised
         if pieces and (first := texts.first("\0".join(text.text for text in example.texts), where)):
             self.stats.count_duplicate(where, first, rows)
+        if pieces and example.content is not None and not PLACEHOLDERS.isdisjoint(contents_of(example.content)):
+            self.stats.placeholders += rows
 
     def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
         """The rows of an example that are written, counted; none if it has a problem, which is set."""
