@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from finetune.recipe.other_tools import FOREIGN, FOREIGN_IN_SOURCE
 from finetune.recipe.schema import PATH_OR_ID, Setting, settings
-from finetune.recipe.source import Source, show
+from finetune.recipe.source import COMMAND_LINE, Source, show
 from finetune.recipe.yaml import Path, Value
 
 
@@ -31,12 +31,29 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
     return "unknown key", "write one of " + ", ".join(siblings)
 
 
+_TO_WRITE = re.compile(r"(?:remove it and )?write ([\w.]+(?: or [\w.]+)*)")
+
+
+def unless_given(source: Source, do: str, path: Path) -> str:
+    """The advice `do` on the key at `path`, except where it is to write a key that the recipe has already.
+
+    That key may be named in full or be one beside. An override of the command line may replace a key of the file.
+    """
+    names = match[1].split(" or ") if (match := _TO_WRITE.match(do)) else []
+    for name in names:
+        for given in (tuple(name.split(".")) if name in settings() else (), (*path[:-1], name)):
+            replaces = source.place(path)[0] > source.place(given)[0] and source.place(path)[1] == COMMAND_LINE
+            if given and source.get(given) is not None and not replaces:
+                return f"remove it: {name} is given"
+    return do
+
+
 def _elsewhere(section: str, key: str) -> tuple[str, str] | None:
     """(what, do) for a key that exists with another kind of this section, or in another section."""
     own = settings().get(f"{section}.{key}")
     if own is not None and own.kinds:
         kinds = " or ".join(own.kinds)
-        return f"a setting of {section}.kind: {kinds}", f"remove it, or write kind: {kinds}"
+        return f"a setting of {section}.kind: {kinds}", f"remove it, or train on pairs of answers with kind: {kinds}"
     elsewhere = _paths_of(key)
     place = f"in {section}" if section else "at the top level"
     return (f"this key does not belong {place}", "write " + " or ".join(elsewhere)) if elsewhere else None
@@ -98,7 +115,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         section, around = _place(source, location[:-1])
         what, do = unknown_key(section, str(location[-1]), source.get((*around, "kind")))
         path = (*around, location[-1])
-        source.report(path, what, do, got=show(source.get(path)))
+        source.report(path, what, unless_given(source, do, path), got=show(source.get(path)))
         return
     key, path = _place(source, location)
     setting = settings()[key]

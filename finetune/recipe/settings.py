@@ -377,9 +377,7 @@ class LoggingSettings(Section):
     """Where metrics are logged."""
 
     report_to: list[Dashboard] | Literal["auto", "none"] = Field(
-        default="auto",
-        description="Dashboards; auto: wandb where an account is set up, else trackio. W&B that cannot be used "
-        "is offline.",
+        default="auto", description="Dashboards; auto: wandb where an account is set up, else trackio."
     )
     project: Text = Field(default="moe-finetune", description="Project name in the dashboards.")
     run_name: Text | None = Field(default=None, description="Name of the run; null: the last part of output_dir.")
