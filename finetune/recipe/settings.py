@@ -5,14 +5,17 @@ over several fields are in `checks.py` and `section_checks.py`. Method settings,
 """
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
 from finetune.recipe.row_formats import FormatName
 
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one: `~` is the home folder."""
 
 
 class Section(BaseModel):
@@ -34,7 +37,7 @@ class DataSource(Section):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_A_FILE, _A_HUB_SET]})
 
-    path: Text | None = Field(
+    path: PathText | None = Field(
         default=None,
         description="A file, a glob, or a folder of `datasets.save_to_disk`; relative to the working directory. "
         "JSONL, JSON, CSV, Parquet and Arrow, recognised by the file extension, also followed by .gz or .zst. Exactly "
@@ -143,7 +146,7 @@ class DataSettings(Section):
         "several rows; drop: leave it out. All are counted. No row is left without supervised tokens. For pairs, "
         "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
     )
-    chat_template: Text | None = Field(
+    chat_template: PathText | None = Field(
         default=None,
         description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
         "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
@@ -270,11 +273,11 @@ MAX_SEED = 2**32 - 1
 class ModelSettings(Section):
     """The base model and how it is loaded."""
 
-    name_or_path: Text = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
+    name_or_path: PathText = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
     revision: Text | None = Field(
         default=None, description="Commit, tag or branch of a checkpoint on the hub; null: its main branch."
     )
-    adapter: Text | None = Field(
+    adapter: PathText | None = Field(
         default=None,
         description="Folder of a saved adapter to continue from; for dpo it is also the reference. Its base, "
         "quantization, chat template and `lora` section must match. null: a fresh adapter.",
@@ -470,7 +473,9 @@ class LoggingSettings(Section):
 class Recipe(Section):
     """A fine-tuning run: everything that decides its result, and nothing about the machine."""
 
-    output_dir: Text = Field(description="Folder of the run, created at its start; relative to the working directory.")
+    output_dir: PathText = Field(
+        description="Folder of the run, created at its start; relative to the working directory."
+    )
     seed: int = Field(
         default=42,
         ge=0,

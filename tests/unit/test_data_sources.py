@@ -66,16 +66,17 @@ def test_the_one_list_of_rows_of_an_object(tmp_path: Path, key: str, indent: int
 
 def test_objects_that_are_rows_are_not_taken_for_their_frame(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a"}]
-    for row in (
+    rows: list[dict[str, Any]] = [
         {"messages": turns},
         {"dialog": turns},
         {"tags": [{"name": "a"}], "prompt": "b"},
         {"tags": []},
         {"tags": [1]},
-    ):
+    ]
+    for row in rows:
         assert values(write(tmp_path / "r.json", json.dumps(row).encode())) == [row]
-    row = {"tags": [{"name": "a"}]}
-    assert values(write(tmp_path / "r.json", json_lines([row, row]))) == [row, row]
+    twice = [{"tags": [{"name": "a"}]}] * 2
+    assert values(write(tmp_path / "r.json", json_lines(twice))) == twice
 
 
 def test_an_object_with_several_lists_of_rows_or_a_broken_one(tmp_path: Path) -> None:
