@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
-from finetune.recipe.row_formats import FormatName
+from finetune.recipe.row_formats import FormatName, Role
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
@@ -25,8 +25,6 @@ class Section(BaseModel):
 
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
+from finetune.data.types import WrittenFloat
 from finetune.recipe.row_formats import ROW_FORMATS
 
 WHITE = " \t\r\n"
@@ -38,7 +39,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 # One decoder for all rows: json.loads with a hook makes a new one each time, which costs as much as a small row.
-DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=WrittenFloat, parse_constant=_no_constant)
 
 
 def parse_line(content: bytes) -> RowValue:
