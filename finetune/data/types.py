@@ -59,9 +59,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Document:
-    """ParsedText text: no turns, no chat template."""
+    """Plain text: no turns, no chat template. `rendered`: marks in it are read as tokens."""
 
     text: str
+    rendered: bool = False
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,8 @@ def _source(data: Path, count: int, recorded: dict[str, Any]) -> DataSource:
     same: dict[str, Any] = next(
         (source for source in known if source.get("path") and Path(source["path"]).resolve() == data.resolve()), {}
     )
-    how = {"format": same.get("format", "auto"), "columns": same.get("columns") or {}}
+    how = {key: same[key] for key in ("columns", "response_template", "response_end") if same.get(key)}
+    how["format"] = same.get("format", "auto")
     return DataSource(path=str(data), max_rows=count, **how)
 
 

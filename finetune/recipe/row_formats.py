@@ -24,7 +24,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
 class RowFormat:
     """One row format: the kind of example that it gives, and its fields.
 
-    `aliases`: {field: other names that files use for it}.
+    `aliases`: {field: other names that files use for it}. `recognised`: `format: auto` may choose it.
     """
 
     name: str
@@ -32,11 +32,12 @@ class RowFormat:
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ALIASES)
+    recognised: bool = True
 
     @property
     def has_messages(self) -> bool:
         """Whether a row may hold messages with roles of the usual kind."""
-        return self.name not in ("alpaca", "dolly", "oasst", "text", "hh", "orca_dpo")
+        return self.name not in ("alpaca", "dolly", "oasst", "text", "rendered", "hh", "orca_dpo")
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ _TABLE = (
     RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
     RowFormat("oasst", "conversation", ("prompt",)),
     RowFormat("text", "document", ("text",)),
+    RowFormat("rendered", "document", ("text",), recognised=False),
     RowFormat("preference", "preference", ("chosen", "rejected"), ("prompt", "tools")),
     RowFormat("ultrafeedback", "preference", ("prompt", "chosen", "rejected", *_SCORES)),
     RowFormat("alpaca_dpo", "preference", ("instruction", "chosen", "rejected"), ("input", "system", "history")),

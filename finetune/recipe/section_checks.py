@@ -123,12 +123,38 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
         got = f"text, and data.loss_on: {read(source, 'data.loss_on', str)}"
         what = "plain text has no answers: all of its tokens are supervised"
         source.report(where, what, "write data.loss_on: all, for all data sets of the recipe", got=got)
+    _response_marks(source, path, entry)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
     if entry.get("roles") and name in ROW_FORMATS and not ROW_FORMATS[name].has_messages:
         fitting = ", ".join(name for name, row_format in ROW_FORMATS.items() if row_format.has_messages)
         what = f"the format {name} has no messages that say who speaks"
         source.report((*path, "roles"), what, f"remove it; it is for {fitting}", got=show(entry["roles"]))
+
+
+def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:
+    """Marks of answers belong to rendered text, and say where its loss is."""
+    name, loss_on = entry.get("format"), read(source, "data.loss_on", str)
+    before, end = entry.get("response_template"), entry.get("response_end")
+    for key, value in (("response_template", before), ("response_end", end)):
+        if value is not None and name != "rendered":
+            do = "remove it, or write format: rendered"
+            source.report((*path, key), "only for text that already has its marks", do, got=show(value))
+    if name != "rendered" or loss_on is None:
+        return
+    where, all_tokens = (*path, "response_template"), "data.loss_on: all learns every token"
+    if loss_on == "all":
+        if before is not None:
+            do = "remove it, or write data.loss_on: assistant"
+            source.report(where, f"has no effect: {all_tokens}", do, got=show(before))
+    elif loss_on == "completion":
+        do = "write assistant (every answer), last_assistant or all"
+        source.report(key_path("data.loss_on"), "rendered text has no user messages to count from", do, got=loss_on)
+    elif before is None:
+        do = 'name the text before every answer, for example "[/INST]"; or write data.loss_on: all'
+        source.report(where, "missing: nothing says where the answers of rendered text begin", do)
+    if end is not None and before is None and loss_on == "all":
+        source.report((*path, "response_end"), f"has no effect: {all_tokens}", "remove it", got=show(end))
 
 
 def _pairs(source: Source) -> None:

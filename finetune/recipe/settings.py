@@ -54,8 +54,9 @@ class DataSource(Section):
     format: FormatName = Field(
         description="Format of a row; data/examples/ has a file of each. auto: recognised by the rows' columns, "
         "printed with the reason; an error if two formats fit. Conversations: messages (OpenAI chat, with tools), "
-        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text. Pairs of answers, for "
-        "method.kind: dpo: preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
+        "sharegpt, alpaca, prompt_completion, dolly, oasst (trees). Documents: text; rendered (text that "
+        "already has its marks, read as tokens; never recognised by auto). Pairs of answers, for method.kind: dpo: "
+        "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, and kto, whose rated "
         "answers are paired where a prompt has a good and a bad one."
     )
     columns: dict[str, Text] = Field(
@@ -68,6 +69,15 @@ class DataSource(Section):
         description="Columns that the format does not read, and that need not be read although their names (input, "
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
+    )
+    response_template: Text | None = Field(
+        default=None,
+        description="With format: rendered, the text before every answer, for example "
+        '"[/INST]" or "<|im_start|>assistant\\n"; the loss is on what follows, through response_end. null: only with '
+        "loss_on: all.",
+    )
+    response_end: Text | None = Field(
+        default=None, description="With response_template, the text that ends an answer; null: the EOS token."
     )
     roles: dict[str, Role] = Field(
         default_factory=dict,
@@ -126,8 +136,9 @@ class DataSettings(Section):
         default="assistant",
         description="Which tokens are in the loss. assistant: every answer of the assistant and its end token; "
         "last_assistant: the last answer of a row; completion: every answer after the last user message; all: every "
-        "token, required for format text. Messages with `train: false` or `weight: 0` are never supervised. With "
-        "method.kind: dpo the loss is on the two answers of a pair, and this stays assistant.",
+        "token, required for format text, and for rendered without response_template. Messages with `train: false` or "
+        "`weight: 0` are never supervised. With method.kind: dpo the loss is on the two answers of a pair, and this "
+        "stays assistant.",
     )
     system: Literal["error", "merge_into_first_user"] = Field(
         default="error",

@@ -22,6 +22,11 @@ EMPTY: dict[type, Any] = {str: " ", list: [], dict: {}}
 EXOTIC = "\U0001f469\u200d\U0001f467 e\u0301\r\n\x00\u05e9\u05dc\u05d5\u05dd\u200f\u2028{{ x }}\t "
 
 
+def recognised_as(row_format: str) -> str:
+    """`rendered` is the user's choice: its rows look like text."""
+    return row_format if FORMATS[row_format].recognised else "text"
+
+
 @every_format
 def test_the_example_file_has_at_least_five_rows_that_read_as_what_the_table_says(row_format: str) -> None:
     examples = [convert(row_format, row) for row in example_rows(row_format)]
@@ -31,12 +36,12 @@ def test_the_example_file_has_at_least_five_rows_that_read_as_what_the_table_say
 
 @every_format
 def test_the_example_file_is_recognised_as_its_own_format(row_format: str) -> None:
-    assert recognise(example_rows(row_format)).format == row_format
+    assert recognise(example_rows(row_format)).format == recognised_as(row_format)
 
 
 @every_row
 def test_each_row_of_an_example_alone_is_recognised_as_its_own_format(row_format: str, row: dict[str, Any]) -> None:
-    assert recognise([row]).format == row_format
+    assert recognise([row]).format == recognised_as(row_format)
 
 
 @every_format
@@ -56,7 +61,7 @@ def test_rows_that_went_through_arrow_with_a_null_for_every_missing_key_are_the_
     keys = {key for row in rows for key in row}
     back = pa.Table.from_pylist([{key: row.get(key) for key in keys} for row in rows]).to_pylist()
     assert [convert(row_format, row) for row in back] == [convert(row_format, row) for row in rows]
-    assert recognise(back).format == row_format
+    assert recognise(back).format == recognised_as(row_format)
 
 
 def spoilt(row_format: str, row: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

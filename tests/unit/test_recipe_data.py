@@ -12,7 +12,7 @@ from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 ONE = "{path: rows.jsonl, format: messages}"
 FORMATS = (
-    "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
+    "auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, rendered, "
     "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto"
 )
 TWO = "[{path: a.jsonl, format: messages}, {path: b.jsonl, format: alpaca}]"
@@ -196,6 +196,31 @@ MISTAKES = {
         "recipe.yaml:15: data.train[1].format: plain text has no answers: all of its tokens are supervised; "
         "got text, and data.loss_on: assistant; write data.loss_on: all, for all data sets of the recipe",
     ),
+    "rendered text without a mark": (
+        train("{path: a, format: rendered}"),
+        "recipe.yaml:15: data.train.response_template: missing: nothing says where the answers of rendered text begin; "
+        'name the text before every answer, for example "[/INST]"; or write data.loss_on: all',
+    ),
+    "rendered text with a mark that has no effect": (
+        train('{path: a, format: rendered, response_template: "[/INST]"}', "loss_on: all"),
+        "recipe.yaml:15: data.train.response_template: has no effect: data.loss_on: all learns every token; "
+        'got "[/INST]"; remove it, or write data.loss_on: assistant',
+    ),
+    "rendered text with an end that has no effect": (
+        train('{path: a, format: rendered, response_end: "</s>"}', "loss_on: all"),
+        "recipe.yaml:15: data.train.response_end: has no effect: data.loss_on: all learns every token; "
+        'got "</s>"; remove it',
+    ),
+    "rendered text and a loss on completions": (
+        train('{path: a, format: rendered, response_template: "[/INST]"}', "loss_on: completion"),
+        "recipe.yaml:17: data.loss_on: rendered text has no user messages to count from; got completion; "
+        "write assistant (every answer), last_assistant or all",
+    ),
+    "a mark of answers in messages": (
+        train('{path: a, format: messages, response_template: "[/INST]"}'),
+        "recipe.yaml:15: data.train.response_template: only for text that already has its marks; "
+        'got "[/INST]"; remove it, or write format: rendered',
+    ),
     "pairs of answers in SFT": (
         train("{path: a, format: orca_dpo}"),
         "recipe.yaml:15: data.train.format: pairs of answers are for preference tuning; "
@@ -206,18 +231,21 @@ MISTAKES = {
     "an empty list": (
         train("[]"),
         "recipe.yaml:15: data.train: empty list; got []; write a section with path, id, config, split, revision, "
-        "streaming, format, columns, ignore_columns, roles, weight, max_rows, or a list of such sections",
+        "streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, max_rows, or a "
+        "list of such sections",
     ),
     "a file name alone": (
         train("rows.jsonl"),
         'recipe.yaml:15: data.train: wrong type; got "rows.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, ignore_columns, roles, weight, max_rows, or a list of such sections; "
+        "revision, streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, "
+        "max_rows, or a list of such sections; "
         "for example {path: rows.jsonl, format: auto}",
     ),
     "file names in a list": (
         train("[{path: a, format: messages}, b.jsonl]"),
         'recipe.yaml:15: data.train[1]: wrong type; got "b.jsonl"; write a section with path, id, config, split, '
-        "revision, streaming, format, columns, ignore_columns, roles, weight, max_rows, or a list of such sections; "
+        "revision, streaming, format, columns, ignore_columns, roles, response_template, response_end, weight, "
+        "max_rows, or a list of such sections; "
         "for example {path: b.jsonl, format: auto}",
     ),
     "no data set at all": (

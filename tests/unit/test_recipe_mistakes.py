@@ -103,7 +103,7 @@ SINGLE_MISTAKES = {
     "unknown choice": (
         changed(("format: messages", "format: mesages")),
         'recipe.yaml:15: data.train.format: not one of the known values; got "mesages"; '
-        "write one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
+        "write one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, rendered, "
         "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto; did you mean messages?",
     ),
     "choice under another name": (

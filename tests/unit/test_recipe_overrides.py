@@ -68,7 +68,7 @@ def test_an_override_can_supply_what_the_file_leaves_out(recipe_file: RecipeFile
         (
             ["data.eval.path=x"],
             "command line: data.eval.format: required key is missing; "
-            "add it: one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, "
+            "add it: one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, rendered, "
             "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto",
         ),
         (["lora"], 'command line: not an override; got "lora"; write key.path=value, for example lora.r=32'),

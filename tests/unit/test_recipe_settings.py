@@ -30,9 +30,11 @@ method.f_divergence_type method.f_alpha_divergence_coef method.use_weighting met
 method.reference method.prompt_sharing
 data
 data.train data.train.path data.train.id data.train.config data.train.split data.train.revision data.train.streaming
-data.train.format data.train.columns data.train.ignore_columns data.train.roles data.train.weight data.train.max_rows
+data.train.format data.train.columns data.train.ignore_columns data.train.roles
+data.train.response_template data.train.response_end data.train.weight data.train.max_rows
 data.eval data.eval.path data.eval.id data.eval.config data.eval.split data.eval.revision data.eval.streaming
-data.eval.format data.eval.columns data.eval.ignore_columns data.eval.roles data.eval.weight data.eval.max_rows
+data.eval.format data.eval.columns data.eval.ignore_columns data.eval.roles
+data.eval.response_template data.eval.response_end data.eval.weight data.eval.max_rows
 data.on_bad_row data.max_bad_share data.stopping_strategy data.loss_on data.system
 data.max_length data.overlong data.chat_template data.packing
 training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size

@@ -91,6 +91,11 @@ def text(row: Fields) -> ParsedText:
     return ParsedText(row.text("text"))
 
 
+def rendered(row: Fields) -> ParsedText:
+    """`text` that already has its marks (`<s>[INST] ...`), which are read as tokens; never recognised by itself."""
+    return ParsedText(row.text("text"), rendered=True)
+
+
 def _question(row: Fields, further: str) -> Turn:
     turn, material = column_turn(row, "instruction", "user"), row.optional_text(further)
     if material is None:

@@ -51,6 +51,7 @@ class ParsedText:
     """-> `Document`."""
 
     text: str
+    rendered: bool = False
 
     @property
     def parts(self) -> Mapping[str, Sequence[Turn]]:
@@ -59,7 +60,7 @@ class ParsedText:
 
     def content(self) -> Document:
         """See `Parsed`."""
-        return Document(self.text)
+        return Document(self.text, self.rendered)
 
 
 @dataclass(frozen=True)

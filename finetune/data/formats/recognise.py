@@ -84,7 +84,7 @@ def recognise(
     trials = [
         _Trial(row_format, Reader(row_format, columns, roles=roles))
         for row_format in FORMATS.values()
-        if columns.keys() <= set(row_format.fields)
+        if columns.keys() <= set(row_format.fields) and row_format.recognised
     ]
     if not trials:
         what, do = "no format has all the fields that columns names", "name fields of one format"

@@ -1,6 +1,7 @@
 """An example -> text with its supervised places -> token ids and labels, through the tokenizer's chat template."""
 
 from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
+from finetune.data.render.rendered_text import Marks, RenderedText
 from finetune.data.render.renderer import LOSSES, Renderer
 from finetune.data.types import IGNORED, Answer, Rendering, TokenizedText
 from finetune.recipe.settings import LossOn
@@ -12,6 +13,8 @@ __all__ = [
     "Answer",
     "ChatTemplate",
     "LossOn",
+    "Marks",
+    "RenderedText",
     "Renderer",
     "Rendering",
     "System",

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from finetune.data.render.call_arguments import python_in
 from finetune.data.render.chat_template import ANOTHER_TEMPLATE, ChatTemplate
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
@@ -155,6 +156,10 @@ def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) ->
     if missing is not None:
         what = f"{chat.name} drops or changes a tool call"
         raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
+    for call in message["tool_calls"]:
+        if python := python_in(call, text):
+            what = f"{chat.name} writes the arguments of a call as Python, not as JSON"
+            raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(python))
 
 
 def _check_content(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:

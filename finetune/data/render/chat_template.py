@@ -3,6 +3,7 @@
 The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,13 +12,13 @@ from typing import Any, Literal
 
 from jinja2 import TemplateError
 
+from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
+from finetune.data.render.frame_marks import finder, frame_marks
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
 from finetune.upstream import private
-
-_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
 
 _compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
 
@@ -45,6 +46,7 @@ System = Literal["error", "merge_into_first_user"]
 
 ANOTHER_TEMPLATE = "name another one in data.chat_template"
 PROBE = "What is 2+2?"
+_PLAIN = frozenset(("role", "content", "train"))
 _SYSTEM_PROBE = "Count in base seven."
 
 
@@ -61,6 +63,7 @@ class ChatTemplate:
             raise DataError(Problem(where="data.chat_template", what="the tokenizer has no chat template", do=do))
         self.name = name
         self.eos: str = tokenizer.eos_token
+        self._bos: str | None = tokenizer.bos_token
         self._system = system
         sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
         try:
@@ -73,16 +76,14 @@ class ChatTemplate:
         common = {**tokenizer.special_tokens_map, "documents": None}
         self._variables = [{**template.globals, **common} for template in self._compiled]
         self.control = control_tokens(tokenizer)
-        self._by_first = _by_first_character(self.control)
+        self._by_first = by_first_character(self.control)
         self._has_system: bool | None = None
 
     def text(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
     ) -> str:
         """What the template writes; `generation` adds what makes the model answer. `RowError` if it fails."""
-        written: list[str] = []
-        self._write(written, [_without_train(message) for message in messages], tools, generation)
-        return "".join(written)
+        return self._rendered([self._taken(message) for message in messages], tools, generation)
 
     def text_and_prompts(
         self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
@@ -96,7 +97,7 @@ class ChatTemplate:
             text, starts = self.text(messages, tools), []
         else:
             written: list[str] = []
-            turns = Turns([_without_train(message) for message in messages], written)
+            turns = Turns([self._taken(message) for message in messages], written)
             self._write(written, turns, tools, False)
             text, starts = "".join(written), turns.starts()
         prompts: list[int | str] = []
@@ -132,10 +133,12 @@ class ChatTemplate:
             raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
 
     def conversation(self, given: Conversation) -> Conversation:
-        """The conversation as the template takes it: the system policy applied, an empty system message left out.
+        """The conversation as the template takes it: no content holds frame, and the system policy is applied.
 
-        It says nothing, unless the template has a system text of its own for conversations without one.
+        An empty system message is left out: it says nothing, unless the template has a system text of its own for
+        conversations without one.
         """
+        self._check_contents(given)
         first = given.messages[0]
         if first["role"] != "system":
             return given
@@ -177,6 +180,29 @@ class ChatTemplate:
                 self._has_system = False
         return self._has_system
 
+    def _check_contents(self, given: Conversation) -> None:
+        """Raise `RowError` where anything that the template writes of a row would be read as frame."""
+        for index, message in enumerate(given.messages):
+            found = self._frame_in(message["content"])
+            if found is None and not _PLAIN.issuperset(message):
+                found = next(filter(None, map(self._frame_in, strings({**message}))), None)
+            if found is not None:
+                field, got = f"messages[{index}].content", shown(message["content"])
+                raise RowError(field, f"contains {found}", "remove it or write it differently", got)
+        for text in strings(given.tools or []):
+            if found := self._frame_in(text):
+                raise RowError("tools", f"contain {found}", "remove it or write it differently", shown(text))
+
+    def _frame_in(self, content: str) -> str | None:
+        """What is wrong with a content that holds a part of the conversation's frame: `[INST]` or a special token."""
+        token = find_token(content, self._by_first)
+        if token is not None:
+            return f"the control token {token}, which would be read as the conversation's frame"
+        if self._marks is not None and (found := self._marks.search(content)):
+            mark = found[0].strip()
+            return f"{mark}, which {self.name} writes itself: it would be read as the conversation's frame"
+        return None
+
     @cached_property
     def _has_default_system(self) -> bool:
         """Whether the template writes more without a system message than with an empty one."""
@@ -186,39 +212,55 @@ class ChatTemplate:
         except RowError:
             return False
 
-    def forged(self, content: str) -> str | None:
-        """The control token inside a content, if any: it would be read as the conversation's frame."""
-        for first, tokens in self._by_first:
-            if first in content:
-                for token in tokens:
-                    if token in content:
-                        return token
-        return None
-
-
-def _without_train(message: Message) -> Message:
-    """The message as generation has it: a template that writes a whole message must not write our mark."""
-    if "train" not in message:
+    def _taken(self, message: Message) -> Message:
+        """The message as generation has it, without our `train`, and with arguments in the template's form."""
+        if "train" in message:
+            message = message.copy()
+            del message["train"]
+        if "tool_calls" in message and self.arguments_form == "text":
+            return with_arguments_as_text(message)
         return message
-    plain = message.copy()
-    del plain["train"]
-    return plain
+
+    @cached_property
+    def arguments_form(self) -> Form:
+        """Whether the template takes the arguments of a call as an object or as JSON text; tried once."""
+        return arguments_form(self._rendered)
+
+    def _rendered(self, messages: list[Any], tools: list[dict[str, Any]] | None, generation: bool = False) -> str:
+        written: list[str] = []
+        self._write(written, messages, tools, generation)
+        return "".join(written)
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str] | None:
+        return finder(frame_marks(self.text, self.control, [token for token in (self._bos, self.eos) if token]))
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens that frame a row: BOS, EOS, pad, and those that the chat template writes."""
-    framing = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    """The special tokens: text that says one of them is read as that token, whether the template writes it or not."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    templates = tokenizer.chat_template or ""
-    texts = list(templates.values()) if isinstance(templates, dict) else [templates]
-    return tuple(sorted(t for t in special if t in framing or any(t in text for text in texts)))
+    return tuple(sorted(special, key=lambda token: (-len(token), token)))
 
 
-def _by_first_character(tokens: Iterable[str]) -> list[tuple[str, list[str]]]:
+ByFirstCharacter = list[tuple[str, list[str]]]
+
+
+def by_first_character(tokens: Iterable[str]) -> ByFirstCharacter:
+    """Tokens by their first character, for `find_token`."""
     groups: dict[str, list[str]] = {}
     for token in tokens:
         groups.setdefault(token[:1], []).append(token)
     return list(groups.items())
+
+
+def find_token(text: str, groups: ByFirstCharacter) -> str | None:
+    """The first of the tokens that occurs in a text."""
+    for first, tokens in groups:
+        if first in text:
+            for token in tokens:
+                if token in text:
+                    return token
+    return None
 
 
 def strings(value: object) -> Iterator[str]:

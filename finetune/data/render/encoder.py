@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Ints
 
+_ANY_TEXT = "What is 2+2?"
 _STEPS = ("normalizer", "pre_tokenizer")
 _MODEL = ("dropout", "unk_token", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
 _ADDED = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -259,6 +260,21 @@ class Encoder:
             borders.append(border)
         return borders
 
+    def prompt_borders(
+        self, texts: Sequence[str], rows: Sequence[Ints], characters: Sequence[Sequence[int]]
+    ) -> list[list[int | None]]:
+        """For each text and character, where a prompt ends: how many tokens it becomes; None if a token straddles it.
+
+        What is not proven is tried: these prompts are tokenised and compared.
+        """
+        borders = [self.borders(*row) for row in zip(texts, rows, characters, strict=True)]
+        unproven = [(row, place) for row, places in enumerate(borders) for place, b in enumerate(places) if b is None]
+        prompts = [texts[row][: characters[row][place]] for row, place in unproven]
+        for (row, place), ids in zip(unproven, self.ids(prompts) if prompts else [], strict=True):
+            if np.array_equal(rows[row][: len(ids)], ids):
+                borders[row][place] = len(ids)
+        return borders
+
     def _after_tail(self, text: str, ids: Ints, character: int, places: dict[str, Ints | None]) -> int | None:
         for tail in self._tails:
             if text.endswith(tail.text, 0, character):
@@ -278,6 +294,12 @@ def _places(text: str, ids: Ints, tail: Tail) -> Ints | None:
     """The tokens that are the tail's special token; None if they are not one for each time it is written."""
     where = np.flatnonzero(ids == tail.ids[0]).astype(np.int32)
     return where if len(where) == text.count(tail.token) else None
+
+
+def own_bos(tokenizer: Any) -> list[int]:
+    """The ids that the tokenizer itself puts before a text: its BOS, or nothing."""
+    framed, bare = (list(tokenizer(_ANY_TEXT, add_special_tokens=add)["input_ids"]) for add in (True, False))
+    return framed[: framed.index(bare[0])]
 
 
 def _cuts_plainly(token: dict[str, Any]) -> bool:

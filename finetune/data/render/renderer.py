@@ -13,14 +13,20 @@ from typing import Any, get_args
 import numpy as np
 
 from finetune.data.render.answers import find_answers, find_holes
-from finetune.data.render.chat_template import PROBE, ChatTemplate, System, control_tokens, strings
-from finetune.data.render.encoder import Encoder
+from finetune.data.render.chat_template import (
+    PROBE,
+    ChatTemplate,
+    System,
+    by_first_character,
+    control_tokens,
+    find_token,
+)
+from finetune.data.render.encoder import Encoder, own_bos
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
 from finetune.errors import DataError, Problem
 from finetune.recipe.settings import LossOn
 
-_PLAIN = frozenset(("role", "content", "train"))
 LOSSES: tuple[LossOn, ...] = get_args(LossOn)
 
 
@@ -42,9 +48,10 @@ class Renderer:
         self._loss_on = loss_on
         self._system = system
         self._control = control_tokens(tokenizer)
+        self._by_first = by_first_character(self._control)
         self._encoder = Encoder(tokenizer, self._control)
         self._eos_id: int = tokenizer.eos_token_id
-        self._bos = self._own_bos(tokenizer)
+        self._bos = own_bos(tokenizer)
         self._checked = False
         if loss_on != "all":  # there may be no conversation otherwise, and no template
             self._check_template()
@@ -69,26 +76,15 @@ class Renderer:
 
     def tokenise(self, renderings: Sequence[Rendering]) -> list[TokenizedText | RowError]:
         """Ids and labels of each, or why not; one call of the Rust tokenizer, which lets other threads run."""
-        rows = self._encoder.ids([rendering.text for rendering in renderings])
-        borders = [
-            self._encoder.borders(rendering.text, ids, [answer.start for answer in rendering.answers])
-            for rendering, ids in zip(renderings, rows, strict=True)
-        ]
-        self._try_prompts(renderings, rows, borders)
-        return [
-            self._labelled(rendering, ids, row_borders)
-            for rendering, ids, row_borders in zip(renderings, rows, borders, strict=True)
-        ]
+        texts = [rendering.text for rendering in renderings]
+        rows = self._encoder.ids(texts)
+        starts = [[answer.start for answer in rendering.answers] for rendering in renderings]
+        borders = self._encoder.prompt_borders(texts, rows, starts)
+        return [self._labelled(*row) for row in zip(renderings, rows, borders, strict=True)]
 
     @cached_property
     def _chat(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer, self._name, self._system)
-
-    @staticmethod
-    def _own_bos(tokenizer: Any) -> list[int]:
-        """The ids that the tokenizer itself puts before a text: its BOS, or nothing."""
-        framed, bare = (list(tokenizer(PROBE, add_special_tokens=add)["input_ids"]) for add in (True, False))
-        return framed[: framed.index(bare[0])]
 
     def _check_template(self) -> None:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
@@ -111,49 +107,23 @@ class Renderer:
             return  # no tools, then
 
     def _document(self, document: Document) -> Rendering:
+        token = find_token(document.text, self._by_first)
+        if token is not None:
+            what = f"contains the control token {token}, which would be read as such"
+            rendered = "format: rendered" + ("" if self._loss_on == "all" else " with response_template")
+            do = f"write {rendered} if it is meant as such, or remove it or write it differently"
+            raise RowError("text", what, do, shown(document.text))
         if self._loss_on != "all":
             do = "set data.loss_on to all, or name a format with turns in the source"
             raise RowError("text", f"plain text has no answer, and data.loss_on is {self._loss_on}", do)
-        for token in self._control:
-            if token in document.text:
-                what = f"contains the control token {token}, which would be read as such"
-                raise RowError("text", what, "remove it or write it differently", shown(document.text))
         self._encoder.alphabet.check(document.text)
         return Rendering(document.text, everything=True, document=True)
 
     def _conversation(self, given: Conversation) -> Rendering:
-        self._check_contents(given)
         text, answers = find_answers(self._chat, given, self._loss_on)
         if self._loss_on != "all":
             return Rendering(text, answers)
         return Rendering(text, answers, everything=True, holes=find_holes(self._chat, given, text))
-
-    def _check_contents(self, given: Conversation) -> None:
-        for index, message in enumerate(given.messages):
-            token = self._chat.forged(message["content"])
-            if token is None and not _PLAIN.issuperset(message):
-                token = next(filter(None, map(self._chat.forged, strings({**message}))), None)
-            if token is not None:
-                what = f"contains the control token {token}, which would be read as the conversation's frame"
-                got = shown(message["content"])
-                raise RowError(f"messages[{index}].content", what, "remove it or write it differently", got)
-        for text in strings(given.tools or []):
-            token = self._chat.forged(text)
-            if token is not None:
-                what = f"contain the control token {token}, which would be read as the conversation's frame"
-                raise RowError("tools", what, "remove it or write it differently", shown(text))
-
-    def _try_prompts(
-        self, renderings: Sequence[Rendering], rows: Sequence[Ints], borders: Sequence[list[int | None]]
-    ) -> None:
-        """Fill in the borders that were not proven: tokenise these prompts and compare."""
-        open_ones = [(row, place) for row, places in enumerate(borders) for place, b in enumerate(places) if b is None]
-        if not open_ones:
-            return
-        prompts = [renderings[row].text[: renderings[row].answers[place].start] for row, place in open_ones]
-        for (row, place), ids in zip(open_ones, self._encoder.ids(prompts), strict=True):
-            if np.array_equal(rows[row][: len(ids)], ids):
-                borders[row][place] = len(ids)
 
     def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> TokenizedText | RowError:
         if rendering.document:

@@ -34,7 +34,10 @@ from finetune.recipe import DataSettings, DataSource, row_formats
 _LITTLE_SPACE = 1 << 16  # bytes
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # The settings that the token rows of one source depend on. The rest (weights, packing) is applied to them later.
-_SOURCE_KEYS = ("config", "split", "format", "columns", "ignore_columns", "roles", "max_rows")
+_SOURCE_KEYS = (
+    *("config", "split", "format", "columns", "ignore_columns", "roles"),
+    *("response_template", "response_end", "max_rows"),
+)
 _DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share")
 
 _CLOCK = "strftime_now"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from finetune.data.render import Renderer, read_template
+from finetune.data.render import Marks, RenderedText, Renderer, read_template
 from finetune.data.row_errors import MAX_PROBLEMS
 from finetune.data.tokens.cache import PACKED, Writer, digest, entry
 from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType
 from finetune.data.tokens.packing import Indices, best_fit_decreasing, mix
 from finetune.data.tokens.stats import DataStats, SetStats
-from finetune.data.tokens.tokenize_rows import RowSet, prepare_rows
+from finetune.data.tokens.tokenize_rows import RowSet, TextRenderer, prepare_rows
 from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
@@ -85,10 +85,10 @@ def prepare_mixture(
     example_type: ExampleType = SINGLE_ROWS,
 ) -> Mixture:
     """The first part of `prepare`: every row is read and checked, and those that are used are chosen."""
-    renderer = Renderer(tokenizer, _template_name(tokenizer, settings.chat_template), settings.loss_on, settings.system)
+    renderers = _renderers(sources, tokenizer, settings)
     sets: list[RowSet] = []
     problems: list[Problem] = []
-    for source in sources:
+    for source, renderer in zip(sources, renderers, strict=True):
         try:
             sets.append(prepare_rows(source, tokenizer, settings, renderer, max_problems, example_type))
         except DataError as error:
@@ -100,6 +100,21 @@ def prepare_mixture(
     chosen = mix(sizes, weights or None, settings.stopping_strategy, seed)
     _check_not_empty(sets, chosen)
     return Mixture(sets, sources, chosen)
+
+
+def _renderers(sources: Sequence[DataSource], tokenizer: Any, settings: DataSettings) -> list[TextRenderer]:
+    """What makes text of the rows of each source: the chat template, except where the rows are rendered already."""
+    name = _template_name(tokenizer, settings.chat_template)
+    renderers: list[TextRenderer] = []
+    by_template = None
+    for source in sources:
+        if source.format == "rendered":
+            marks = Marks(source.response_template, source.response_end)
+            renderers.append(RenderedText(tokenizer, settings.loss_on, marks))
+            continue
+        by_template = by_template or Renderer(tokenizer, name, settings.loss_on, settings.system)
+        renderers.append(by_template)
+    return renderers
 
 
 def _template_name(tokenizer: Any, name: str | None) -> str:

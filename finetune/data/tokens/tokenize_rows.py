@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.formats.fields import PLACEHOLDERS
-from finetune.data.render import Renderer
+from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
@@ -34,13 +34,15 @@ from finetune.data.types import Ints, TokenizedText, TokenPair, contents_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
 
+TextRenderer = Renderer | RenderedText
+
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
 _TOKENISERS = 2
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
-def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: Renderer) -> Iterator[Example]:
+def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer) -> Iterator[Example]:
     """Every example, in order, with its texts and tokens or its problem."""
     waiting: deque[tuple[list[Example], Future[list[TokenizedText | RowError]]]] = deque()
     with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
@@ -54,7 +56,7 @@ def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: 
 
 
 def _rendered_chunks(
-    examples: Iterable[Example], example_type: ExampleType, renderer: Renderer
+    examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer
 ) -> Iterator[list[Example]]:
     chunk: list[Example] = []
     characters = 0
@@ -69,7 +71,7 @@ def _rendered_chunks(
         yield chunk
 
 
-def _render(example: Example, example_type: ExampleType, renderer: Renderer) -> None:
+def _render(example: Example, example_type: ExampleType, renderer: TextRenderer) -> None:
     if example.content is None:
         return
     try:
@@ -134,7 +136,7 @@ def prepare_rows(
     source: DataSource,
     tokenizer: Any,
     settings: DataSettings,
-    renderer: Renderer,
+    renderer: TextRenderer,
     max_problems: int,
     example_type: ExampleType,
 ) -> RowSet:
@@ -164,7 +166,7 @@ class _Pass:
 
     source: DataSource
     settings: DataSettings
-    renderer: Renderer
+    renderer: TextRenderer
     example_type: ExampleType
     problems: Problems
     stats: RowStats = field(default_factory=RowStats)
