@@ -5,17 +5,19 @@ over several fields are in `checks.py` and the modules that it imports.
 """
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
 from finetune.recipe.method_settings import DpoSettings, Section, SftSettings, Text
-from finetune.recipe.row_formats import FormatName
+from finetune.recipe.row_formats import FormatName, Role
+
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one: `~` is the home folder."""
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
@@ -26,7 +28,7 @@ class DataSource(Section):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_A_FILE, _A_HUB_SET]})
 
-    path: Text | None = Field(
+    path: PathText | None = Field(
         default=None,
         description="A file, a glob, or a folder of `datasets.save_to_disk`; relative to the working directory. "
         "JSONL, JSON, CSV, Parquet and Arrow, recognised by the file extension, also followed by .gz or .zst. Exactly "
@@ -146,7 +148,7 @@ class DataSettings(Section):
         "several rows; drop: leave it out. All are counted. No row is left without supervised tokens. For pairs, "
         "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
     )
-    chat_template: Text | None = Field(
+    chat_template: PathText | None = Field(
         default=None,
         description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
         "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
@@ -191,11 +193,11 @@ MAX_SEED = 2**32 - 1
 class ModelSettings(Section):
     """The base model and how it is loaded."""
 
-    name_or_path: Text = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
+    name_or_path: PathText = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
     revision: Text | None = Field(
         default=None, description="Commit, tag or branch of a checkpoint on the hub; null: its main branch."
     )
-    adapter: Text | None = Field(
+    adapter: PathText | None = Field(
         default=None,
         description="Folder of a saved adapter to continue from; for dpo it is also the reference. Its base, "
         "quantization, chat template and `lora` section must match. null: a fresh adapter.",
@@ -389,7 +391,9 @@ class LoggingSettings(Section):
 class Recipe(Section):
     """A fine-tuning run: everything that decides its result, and nothing about the machine."""
 
-    output_dir: Text = Field(description="Folder of the run, created at its start; relative to the working directory.")
+    output_dir: PathText = Field(
+        description="Folder of the run, created at its start; relative to the working directory."
+    )
     seed: int = Field(
         default=42,
         ge=0,
