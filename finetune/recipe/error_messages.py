@@ -133,8 +133,8 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         what = "not one of the known values"
     else:
         what = "wrong type"
-    do = _as_text(str(path[-1]), value) if path else None
-    source.report(path, what, do or _write(setting, value, inside=_inside(setting, path)), got=show(value))
+    written = _as_text(str(path[-1]), value) if path else None
+    source.report(path, what, written or _write(setting, value, inside=_inside(setting, path)), got=show(value))
 
 
 def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
