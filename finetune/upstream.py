@@ -6,6 +6,7 @@ Nothing is imported before it is asked for: recipes are checked without torch, a
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from ctypes import c_longlong, c_void_p
 from functools import cache
@@ -261,3 +262,8 @@ def _small_block(function: Callable[..., None], name: str) -> tuple[Any, Any]:
         arguments = [code, packed, state.absmax, out, 256, 512]
     function(*(c_longlong(value) if isinstance(value, int) else c_void_p(value.data_ptr()) for value in arguments))
     return whole, expected.view(-1)
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without PEFT's and the launcher's wrapping."""
+    return re.sub(r"(^|\.)(base_model\.model|base_layer|token_adapter|module)(?=\.)", "", name).lstrip(".")

@@ -204,6 +204,11 @@ class CheckpointReader:
         return read_tensor(self.info(key).as_rows(), start, stop)
 
     @property
+    def quantized(self) -> frozenset[str]:
+        """Names of the tensors that read as what their NF4 stands for; none of a plain checkpoint."""
+        return frozenset()
+
+    @property
     def config(self) -> dict[str, Any]:
         """`config.json` of the folder."""
         return read_json(self.folder / "config.json")

@@ -8,16 +8,22 @@ from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
 from finetune.inspect.inspect_adapter import adapter_lines
 from finetune.inspect.inspect_checkpoint import checkpoint_lines
-from finetune.inspect.inspect_run import run_lines
 from finetune.inspect.lines import Line, as_text
 
 __all__ = ["inspect"]
+
+
+def _run_lines(folder: Path) -> list[Line]:
+    from finetune.inspect.inspect_run import run_lines  # with transformers' trainer, which a run's callbacks belong to
+
+    return run_lines(folder)
+
 
 # What tells each kind; the first that fits. A run holds an adapter in a folder of its own.
 _KINDS: Sequence[tuple[tuple[str, ...], Callable[[Path], list[Line]]]] = (
     ((ADAPTER_FILE,), adapter_lines),
     ((SINGLE_FILE, INDEX_FILE), checkpoint_lines),
-    (("recipe.yaml", "provenance.json"), run_lines),
+    (("recipe.yaml", "provenance.json"), _run_lines),
 )
 
 

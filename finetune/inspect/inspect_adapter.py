@@ -9,7 +9,6 @@ from finetune.checkpoint.reader import read_header, read_json
 from finetune.errors import WeightsError
 from finetune.inspect.lines import Line, checksum_line, figures, named, reading, recipe_lines, size
 from finetune.merge.job import Request, prepare
-from finetune.run import RunFolder
 
 _PROGRAMS = {"vllm": "vLLM"}
 
@@ -68,6 +67,8 @@ def adapter_lines(folder: Path) -> list[Line]:
 
 def _of_a_run(state: Path) -> str:
     """What the trainer's own folder is."""
+    from finetune.run import RunFolder
+
     step, run = read_json(state).get("global_step", "that is not recorded"), RunFolder(state.absolute().parent.parent)
     finished = f"its finished adapter is in {run.adapter}" if run.adapter.is_dir() else "the run is not finished"
     return f"training state of a run at step {step}; {finished}"

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,16 +25,15 @@ from finetune.checkpoint import (
 from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
-from finetune.merge.base_weights import INTO, DequantizedReader, reference_model
-from finetune.merge.compare import COMPARE_ROWS, Rows, layers_to_run
-from finetune.merge.compare import compare as measure
-from finetune.merge.compare import compare_rows as read_rows
+from finetune.merge.base_weights import INTO, reference_model
 from finetune.merge.copied_files import copy_files, end_generation_at
 from finetune.merge.job import DTYPES, Job, Request, prepare
-from finetune.merge.layerwise import LayerwiseModel
-from finetune.merge.report import Comparison, MergeReport, Proof, part_figures, report_card
+from finetune.merge.report import COMPARE_ROWS, Comparison, MergeReport, Proof, part_figures, report_card
 from finetune.merge.routing_replay import Routing
 from finetune.merge.stream import TensorLog, stream_merged
+
+if TYPE_CHECKING:
+    from finetune.merge.compare import Rows
 
 __all__ = ["DTYPES", "INTO", "LAYOUTS", "REPORT_FILE", "MergeReport", "merge"]
 
@@ -69,7 +68,7 @@ def merge(
     factors = tuple(weights or [1.0] * len(given))
     request = Request(given, factors, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
-    rows = [] if compare is None else read_rows(compare, compare_rows, given[-1], job.files[0].parent)
+    rows = [] if compare is None else _rows(compare, compare_rows, given[-1], job.files[0].parent)
     with new_folder(output) as folder:
         _require_disk(job, Path(output), show_progress)
         started = time.monotonic()
@@ -107,9 +106,17 @@ def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) 
     write_text(folder / "config.json", config)
 
 
-def _compare(job: Job, data: str, rows: Rows, show_progress: bool) -> Comparison:
+def _rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> "Rows":
+    from finetune.merge.compare import compare_rows
+
+    return compare_rows(data, count, adapter, tokenizer)
+
+
+def _compare(job: Job, data: str, rows: "Rows", show_progress: bool) -> Comparison:
+    from finetune.merge.compare import compare, layers_to_run
+
     with _bar("measure", "layer", layers_to_run(job), show_progress) as bar:
-        return measure(job, data, rows, bar.update)
+        return compare(job, data, rows, bar.update)
 
 
 def _require_disk(job: Job, output: Path, show_progress: bool) -> None:
@@ -133,6 +140,8 @@ def _announcement(job: Job, output: Path) -> str:
 
 def _prove(job: Job, log: TensorLog, folder: Path, whole: bool, show_progress: bool) -> Proof:
     """All proofs, cheapest first; the first that fails raises WeightsError. Not `whole`: those of the headers."""
+    from finetune.merge.layerwise import LayerwiseModel
+
     merged, sources = CheckpointReader(folder), job.sources
     used = proof.prove_usage(log, [weighted.adapter for weighted in job.adapters], sources.changes)
     tensors = proof.prove_keys(merged, job.specs)
@@ -177,7 +186,7 @@ def _report(
         base=str(job.base.folder),
         base_fingerprint=job.fingerprint,
         into=job.into,
-        through_nf4=len(job.opened.quantized) if isinstance(job.opened, DequantizedReader) else 0,
+        through_nf4=len(job.opened.quantized),
         output=str(output),
         fingerprint=fingerprint(folder),
         dtypes=tuple(sorted({spec.dtype for spec in job.specs})),

@@ -22,14 +22,14 @@ from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.data import load_tokenizer, prepare, prepare_pair_mixture, set_template_day
 from finetune.errors import DataError, WeightsError
-from finetune.merge.base_weights import DequantizedReader, reference_model, trained_dtype
+from finetune.merge.base_weights import reference_model, trained_dtype
+from finetune.merge.dequantized_base import DequantizedReader
 from finetune.merge.job import Job
 from finetune.merge.layerwise import LayerwiseModel
 from finetune.merge.report import Candidate, Comparison
 from finetune.merge.stream import Sources
 from finetune.recipe import DataSettings, DataSource
 
-COMPARE_ROWS = 128  # rows that are measured where the user does not say
 IGNORED = -100  # label of a token without a loss
 Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
 # Of an adapter that does not say how long its rows were: longer ones are cut.

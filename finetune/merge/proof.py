@@ -7,7 +7,7 @@ their logits are compared with those of base + adapter in stock transformers and
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,10 @@ from finetune.adapters.whole_tensors import TokenRows
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
 from finetune.errors import Problem, WeightsError
-from finetune.merge.layerwise import LayerwiseModel
 from finetune.merge.stream import TensorLog, TensorResult, blocks
+
+if TYPE_CHECKING:
+    from finetune.merge.layerwise import LayerwiseModel
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -168,7 +170,7 @@ def prompt_ids(tokenizer: Any, tokens: Sequence[int], texts: Sequence[str] | Non
 
 def measure_logits(
     reference: Mapping[str, torch.Tensor],
-    merged: LayerwiseModel,
+    merged: "LayerwiseModel",
     prompts: list[torch.Tensor],
     tokens: Sequence[int] = (),
     advance: Callable[[int], object] = lambda _: None,

@@ -161,6 +161,7 @@ def _logit_rows(logits: Facts | None) -> list[Row]:
     return rows
 
 
+COMPARE_ROWS = 128  # rows that are measured where the user does not say
 NOT_PROVEN = (
     "that no other tensor changed, and that each change survived rounding",
     "that the merged model gives the logits of base + adapter",

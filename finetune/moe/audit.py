@@ -3,7 +3,6 @@
 It counts the parameters in memory, never what a configuration says.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from finetune.errors import Problem, RunError
 from finetune.moe.families import QUANTIZED_PARTS, Family
 from finetune.moe.nf4 import Nf4Stack
 from finetune.recipe import LoraSettings, Recipe
+from finetune.upstream import clean_name
 
 PARTS = ("attention", "experts", "shared_experts", "mlp", "router", "embeddings", "norms", "head", "other")
 
@@ -210,11 +210,6 @@ def storage_of(parameter: torch.Tensor) -> tuple[str, int, int]:
 def _logical_shape(parameter: torch.Tensor) -> torch.Size:
     shape: torch.Size = parameter.quant_state.shape if isinstance(parameter, Params4bit) else parameter.shape
     return shape
-
-
-def clean_name(name: str) -> str:
-    """A parameter's name without PEFT's and the launcher's wrapping."""
-    return re.sub(r"(^|\.)(base_model\.model|base_layer|token_adapter|module)(?=\.)", "", name).lstrip(".")
 
 
 def _is_lora(name: str) -> bool:

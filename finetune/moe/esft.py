@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from finetune.errors import Problem, RunError, WeightsError
 from finetune.files import write_json
-from finetune.moe.audit import clean_name
 from finetune.moe.families import MoeLayout
 from finetune.moe.lora import FactoredStackLora
 from finetune.recipe import Recipe
+from finetune.upstream import clean_name
 
 SCORES = {"gate": "of the router weight", "token": "of the tokens' choices"}
 

@@ -21,9 +21,6 @@ from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.families import Family
-from finetune.moe.lora import add_adapter
-from finetune.moe.nf4_loading import is_expert_stack
-from finetune.moe.router import reached_routers
 from finetune.recipe import Recipe, RouterSettings
 from finetune.upstream import private
 
@@ -73,6 +70,9 @@ def check_router_term(folder: Path, family: Family, recipe: Recipe) -> None:
     coefficients = {} if recipe.router is None or family.moe is None else _coefficients(recipe.router)
     if not coefficients or recipe.model.added_tokens or "router" in recipe.lora.targets:
         return  # rows of the embedding come before all routers
+    from finetune.moe.lora import add_adapter
+    from finetune.moe.router import reached_routers
+
     adapted = add_adapter(_empty(family.transformers_class(), AutoConfig.from_pretrained(folder)), family, recipe.lora)
     if reached_routers(adapted, family):
         return
@@ -200,6 +200,8 @@ def _named(key: str | tuple[str, torch.Size, torch.Size]) -> str:
 
 def unreached_experts(model: nn.Module) -> list[str]:
     """Experts that 4-bit loading would leave in 16 bits: neither linear layers nor stacks that are dispatched."""
+    from finetune.moe.nf4_loading import is_expert_stack
+
     return [
         name
         for path, module in model.named_modules()

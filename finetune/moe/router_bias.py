@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import Problem, RecipeError, WeightsError
-from finetune.moe.audit import clean_name
 from finetune.moe.families import Family, MoeLayout
+from finetune.upstream import clean_name
 
 BIAS_FILE = "router_bias.safetensors"
 

@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from finetune.cli.main import COMMANDS, main
+from tests.support import save_tiny_mixtral
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTED = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -73,6 +74,41 @@ def test_a_recipe_can_be_checked_without_importing_torch(module: str) -> None:
     code = f"import sys, {module}; print([heavy for heavy in ('torch', 'transformers') if heavy in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "torch._dynamo",
+    "transformers.modeling_utils",
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "loaded"),
+    [
+        (["families"], []),
+        (["schema"], []),
+        (["upcycle", "--help"], []),
+        (["inspect", "CHECKPOINT"], ["torch", "transformers"]),
+    ],
+    ids=lambda value: value[0] if value else None,
+)
+def test_a_command_loads_the_packages_that_it_uses(words: list[str], loaded: list[str], tmp_path: Path) -> None:
+    """Half of a short command's time went to PEFT, bitsandbytes and torch's compiler, which it never used."""
+    folder = str(save_tiny_mixtral(tmp_path)) if "CHECKPOINT" in words else ""
+    words = [word.replace("CHECKPOINT", folder) for word in words]
+    code = (
+        "import contextlib, sys\nfrom finetune.cli.main import main\n"
+        f"with contextlib.suppress(SystemExit): main({words!r})\n"
+        f"print([heavy for heavy in {HEAVY!r} if heavy in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(loaded)
 
 
 @pytest.mark.parametrize("command", [command.__name__.rpartition(".")[2] for command in COMMANDS])

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from finetune.moe.audit import clean_name
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.recipe import LoraSettings, ModelSettings
+from finetune.upstream import clean_name
 from tests.bases import load_folder, with_lora
 
 IDS = torch.arange(4, 84).reshape(2, 40)

@@ -9,13 +9,14 @@ import torch
 from finetune.base import checkpoint_family
 from finetune.errors import RecipeError
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.audit import clean_name, part_of
+from finetune.moe.audit import part_of
 from finetune.moe.balance import token_sums
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import FAMILIES, Family
 from finetune.moe.router import capture, find_routers, reached_routers
 from finetune.recipe import LoraSettings, RouterSettings
+from finetune.upstream import clean_name
 from tests.bases import with_lora
 from tests.equivalence.sft_runs import recipe
 from tests.families import save_tiny, tiny_model

@@ -17,12 +17,13 @@ from finetune.adapters.adapter import read_adapter
 from finetune.adapters.deltas import plan
 from finetune.checkpoint import CheckpointReader
 from finetune.methods.router_term import RouterTerm
-from finetune.moe.audit import audit_model, clean_name, differences, part_of
+from finetune.moe.audit import audit_model, differences, part_of
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, Family, MoeLayout
 from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.router import RouterRecord, capture, find_routers
 from finetune.recipe import RouterSettings
+from finetune.upstream import clean_name
 from tests.families import CONFIGS, save_tiny
 from tests.unit.engine import IDS, dense_twin, logits, lora_settings, trained_model
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy, log_softmax
 
 from finetune.errors import FinetuneError
 from finetune.merge import merge
-from finetune.merge.base_weights import DequantizedReader
 from finetune.merge.compare import Rows, advice, compare_rows, divergence
+from finetune.merge.dequantized_base import DequantizedReader
 from finetune.merge.report import Candidate, MergeReport
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import factor_stacks

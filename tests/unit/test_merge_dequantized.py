@@ -14,7 +14,7 @@ from finetune.adapters.lineage import made_from
 from finetune.checkpoint import CheckpointReader, fingerprint
 from finetune.errors import WeightsError
 from finetune.merge import merge
-from finetune.merge.base_weights import DequantizedReader, Matrix, quantize
+from finetune.merge.dequantized_base import DequantizedReader, Matrix, quantize
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import factor_stacks
 from finetune.moe.nf4 import Nf4Stack
@@ -87,7 +87,7 @@ def test_rows_and_whole_tensors_are_the_same_from_any_thread(tmp_path: Path, mon
         fetched.append((matrix.weight, matrix.expert))
         return quantize(matrix, *args)
 
-    monkeypatch.setattr("finetune.merge.base_weights.quantize", counted)
+    monkeypatch.setattr("finetune.merge.dequantized_base.quantize", counted)
     folder = save_tiny("gpt_oss", tmp_path)
     wanted = {key: reader_of(folder).read(key) for key in reader_of(folder).keys}
     fetched.clear()
@@ -133,7 +133,7 @@ def test_values_that_training_did_not_see_do_not_pass_the_proof(
         stack.offset_E.zero_()
         return stack
 
-    monkeypatch.setattr("finetune.merge.base_weights.quantize", without_the_mean)
+    monkeypatch.setattr("finetune.merge.dequantized_base.quantize", without_the_mean)
     with pytest.raises(WeightsError, match=r"merged model differs from base \+ adapter"):
         merge(adapter, tmp_path / "out", into="dequantized", show_progress=False)
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import finetune.merge.job
 from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.merge.stream import stream_merged
-from finetune.moe.audit import clean_name
+from finetune.upstream import clean_name
 from tests.families import save_tiny
 from tests.unit.merge_adapters import adapter_on_all, load, logits, tensors
 
