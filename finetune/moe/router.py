@@ -17,9 +17,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune.errors import Problem, WeightsError
+from finetune.moe.audit import part_of
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.families import Family
-from finetune.upstream import clean_name, part_of, require_reads
+from finetune.upstream import clean_name, require_reads
 
 require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
 
