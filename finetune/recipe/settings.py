@@ -15,7 +15,7 @@ from finetune.recipe.row_formats import FormatName, Role
 
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
-"""A path, or a name that may be one: `~` is the home folder."""
+"""A path, or a name; `~` is the home folder."""
 
 
 class Section(BaseModel):
@@ -70,6 +70,11 @@ class DataSource(Section):
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
     )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="Roles (system, user, assistant, tool) by the words that this data set has for them, beyond the "
+        "usual ones, for example {customer: user, agent: assistant}.",
+    )
     response_template: Text | None = Field(
         default=None,
         description="With format: rendered, the text before every answer, for example "
@@ -78,12 +83,6 @@ class DataSource(Section):
     )
     response_end: Text | None = Field(
         default=None, description="With response_template, the text that ends an answer; null: the EOS token."
-    )
-    roles: dict[str, Role] = Field(
-        default_factory=dict,
-        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
-        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
-        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,
