@@ -169,6 +169,7 @@ def _training(record: Facts) -> list[str]:
     made_with = [
         ("versions", ", ".join(versions) or "not recorded"),
         *([("chat template (SHA-256)", f"`{template}`")] if template else []),
+        *([("date that the chat template wrote", record["template_day"])] if record.get("template_day") else []),
         ("quantisation of the base in training", record.get("quantization") or "none"),
     ]
     recipe = yaml.safe_dump(_without_places(record["recipe"]), sort_keys=False, allow_unicode=True)

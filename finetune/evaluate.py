@@ -14,7 +14,8 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from finetune.data import Conversation, load_tokenizer, read_conversations
+from finetune.adapters.lineage import trained_on_day
+from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, System
 from finetune.data.row_errors import Problems, RowError
 from finetune.errors import DataError, Problem, WeightsError
@@ -85,6 +86,7 @@ def evaluate(
     if calls:
         raise DataError(calls)
     tokenizer = load_tokenizer(str(model_path), None, None)
+    set_template_day(tokenizer, trained_on_day(model_path))
     tokenizer.padding_side = "left"
     model = _load_model(model_path, family, dtype)
     references = [conversation.messages[-1]["content"] for _, _, conversation in rows]

@@ -64,6 +64,7 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     initial_adapter = _initial_adapter(recipe, base)
 
     # 3. Rows -> token ids and labels
+    _set_template_day(base, run, recipe.training.resume_from_checkpoint)
     rows = method.prepare_rows(recipe, base)
     _check_same_rows(recipe, rows, run)
     for remark in check_schedule(recipe, recipe.training.optimizer_steps(len(rows.train)), state.num_processes):
@@ -130,6 +131,17 @@ def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
     return initial_adapter
 
 
+def _set_template_day(base: "Base", run: "RunFolder", resume: bool) -> None:
+    """A template that writes a date writes that of the run's first start, on every process and after every resume."""
+    from accelerate.utils import broadcast_object_list
+
+    from finetune.data import set_template_day, template_day
+    from finetune.run import recorded_template_day
+
+    days = [(recorded_template_day(run) if resume else None) or template_day(base.tokenizer)]
+    set_template_day(base.tokenizer, broadcast_object_list(days)[0])
+
+
 def _check_same_rows(recipe: Recipe, rows: "MethodRows", run: "RunFolder") -> None:
     """A resumed run must use the same rows as the original run."""
     from finetune.run import check_same_rows
@@ -165,11 +177,13 @@ def _load(
 
 def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "RunFolder", is_main: bool) -> None:
     """Print and write the audit; raise RunError where the model in memory differs from the recipe."""
+    from finetune.data import template_day
     from finetune.moe.audit import audit_model, audit_table, check_audit
 
     parts = audit_model(model, base.family)
     if is_main:
-        write_json(run.audit, {"parts": [part.as_dict() for part in parts.values()], "rows": rows.counts()})
+        audit = {"parts": [part.as_dict() for part in parts.values()], "rows": rows.counts()}
+        write_json(run.audit, {**audit, "template_day": template_day(base.tokenizer)})
         print(audit_table(parts))
         for split, stats in rows.stats.items():
             print(f"{split} rows: " + "\n".join(stats.lines()))
@@ -189,11 +203,12 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     """Write the adapter in PEFT's format, with its card and `finetune.json`, and draw the curves."""
     from finetune.cards import adapter_card
     from finetune.checkpoint import new_folder, write_sums
+    from finetune.data import template_day
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
     run, base, tokenizer = setup.run, setup.base, setup.base.tokenizer
-    facts = training_facts(run, setup.rows.counts(), tokenizer.chat_template)
+    facts = training_facts(run, setup.rows.counts(), tokenizer.chat_template, template_day(tokenizer))
     model = trainer.accelerator.unwrap_model(trainer.model)
     with new_folder(run.adapter) as folder:
         record = save_adapter(model, folder, setup.recipe, base, choice, setup.initial_adapter, facts)

@@ -42,6 +42,17 @@ def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
     return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
 
 
+def trained_on_day(checkpoint: Path) -> str | None:
+    """The date that the chat template wrote when the adapters of a merged checkpoint were trained, if it writes one.
+
+    Of several adapters that of the last. None for any other checkpoint.
+    """
+    if not (checkpoint / REPORT_FILE).is_file():
+        return None
+    days = [adapter.get("template_day") for adapter in read_json(checkpoint / REPORT_FILE)["adapters"]]
+    return next((day for day in reversed(days) if day), None)
+
+
 def check_related(base: Path, fingerprint: str, config: Mapping[str, Any], adapters: Sequence[Weighted]) -> None:
     """Raise WeightsError unless each adapter was trained on this base, or on what the ones before it make of it.
 

@@ -91,6 +91,7 @@ class AdapterRecord(_Part):
     data: dict[str, Any] | None = None
     metrics: dict[str, Any] | None = None
     template_sha256: str | None = None
+    template_day: str | None = None  # the date that the template wrote in training, YYYY-MM-DD
     recipe: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
 

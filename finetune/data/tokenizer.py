@@ -13,7 +13,8 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from finetune.data.render.chat_template import read_template
+from finetune.data.render.answers import template_problems
+from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate, read_template
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
@@ -66,18 +67,29 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
 
 
 def check_unended_answers(tokenizer: Any) -> None:
-    """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS."""
+    """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS.
+
+    Problems of the template that remain with that EOS are reported at once.
+    """
     end = _token_after_answer(tokenizer)
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if end is not None and end != tokenizer.eos_token and end in special:
-        raise DataError(
-            Problem(
-                where="model.eos_token",
-                what=f"the chat template ends an answer with {end}, so the model would never learn to stop",
-                got=str(tokenizer.eos_token),
-                do=f"write model.eos_token: {_quoted(end)}, or name another template in data.chat_template",
-            )
-        )
+    if end is None or end == tokenizer.eos_token or end not in special:
+        return
+    remaining = _remaining_problems(tokenizer, end)
+    name = "name another template in data.chat_template"
+    do = name if remaining else f"write model.eos_token: {_quoted(end)}, or {name}"
+    what = f"the chat template ends an answer with {end}, so the model would never learn to stop"
+    raise DataError([Problem("model.eos_token", what, do, str(tokenizer.eos_token)), *remaining])
+
+
+def _remaining_problems(tokenizer: Any, eos_token: str) -> list[Problem]:
+    """What would be wrong with the chat template if this were the EOS."""
+    own, tokenizer.eos_token = tokenizer.eos_token, eos_token
+    try:
+        problems = template_problems(ChatTemplate(tokenizer, "the chat template"), *PROBE_TURNS)
+    finally:
+        tokenizer.eos_token = own
+    return [Problem("data.chat_template", problem.what, problem.do, problem.got) for problem in problems]
 
 
 def _token_after_answer(tokenizer: Any) -> str | None:

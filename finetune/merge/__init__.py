@@ -168,6 +168,7 @@ def _report(
             {
                 "name_or_path": str(weighted.adapter.folder),
                 "sha256": weighted.digest,
+                "template_day": weighted.adapter.record.template_day,
                 "weight": weighted.weight,
                 "base_recorded": weighted.adapter.base_fingerprint is not None,
             }

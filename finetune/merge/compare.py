@@ -20,7 +20,7 @@ from finetune.adapters.deltas import Change, FactorReader
 from finetune.adapters.record import read_record
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
-from finetune.data import load_tokenizer, prepare, prepare_pair_mixture
+from finetune.data import load_tokenizer, prepare, prepare_pair_mixture, set_template_day
 from finetune.errors import DataError, WeightsError
 from finetune.merge.base_weights import DequantizedReader, reference_model, trained_dtype
 from finetune.merge.job import Job
@@ -47,6 +47,7 @@ def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> Rows
     recorded = _recorded(adapter)
     own = tokenizer == adapter  # then it carries the template that was trained with
     loaded = load_tokenizer(str(tokenizer), None, None if own else recorded.get("chat_template"))
+    set_template_day(loaded, read_record(adapter).template_day)
     source = _source(data, count, recorded)
     settings = DataSettings.model_validate(
         {

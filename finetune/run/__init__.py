@@ -4,7 +4,7 @@ from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_repo
 from finetune.run.metrics import MetricsCallback, draw_loss_curve, final_metrics, read_metrics, training_facts
 from finetune.run.provenance import collect_provenance
 from finetune.run.router_load import RouterLoadCallback, draw_router_load
-from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows, keep_aside
+from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows, keep_aside, recorded_template_day
 
 __all__ = [
     "Dashboards",
@@ -20,6 +20,7 @@ __all__ = [
     "keep_aside",
     "prepare_dashboards",
     "read_metrics",
+    "recorded_template_day",
     "resolve_report_to",
     "training_facts",
 ]

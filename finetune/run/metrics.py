@@ -151,7 +151,9 @@ def _draw_series(axis: Any, lines: list[dict[str, Any]], key: str, name: str) ->
 _NOT_OF_THE_MODEL = ("epoch", "time", "learning_rate", "grad_norm", "runtime", "per_second", "total_flos")
 
 
-def training_facts(run: RunFolder, rows: Mapping[str, Mapping[str, Any]], template: str | None) -> dict[str, Any]:
+def training_facts(
+    run: RunFolder, rows: Mapping[str, Mapping[str, Any]], template: str | None, template_day: str | None
+) -> dict[str, Any]:
     """For the adapter's `finetune.json`. `rows`: the counts of each split, as in the audit."""
     kept = ("name", "rows", "tokens", "supervised_tokens", "weight", "content", "digest")
     return {
@@ -161,6 +163,7 @@ def training_facts(run: RunFolder, rows: Mapping[str, Mapping[str, Any]], templa
         },
         "metrics": final_metrics(read_metrics(run.metrics) if run.metrics.exists() else []),
         "template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
+        "template_day": template_day,
     }
 
 

@@ -199,6 +199,14 @@ def check_same_rows(run: RunFolder, rows: Mapping[str, Any]) -> None:
         raise RunError([Problem(name, what, do) for name in dict.fromkeys(changed)])
 
 
+def recorded_template_day(run: RunFolder) -> str | None:
+    """The date that the chat template wrote when the run began; None where it writes none, or before it is known."""
+    if not run.audit.exists():
+        return None
+    day: str | None = json.loads(run.audit.read_text(encoding="utf-8")).get("template_day")
+    return day
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: value}

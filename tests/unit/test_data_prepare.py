@@ -6,18 +6,17 @@ import os
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tqdm import tqdm
 
-from finetune.data import Prepared, prepare
-from finetune.data.render import IGNORED, read_template
-from finetune.data.tokens import cache
+from finetune.data import Prepared, prepare, set_template_day, template_day
+from finetune.data.render import IGNORED, ChatTemplate, read_template
 from finetune.data.tokens.cache import cache_folder
 from finetune.errors import DataError
 from finetune.recipe import DataSettings, DataSource
+from tests.rendering import chat
 from tests.support import tiny_tokenizer
 
 SHORT = {"prompt": "set the timer", "completion": "done"}
@@ -374,17 +373,26 @@ def test_rows_that_bear_another_file_s_name_are_never_used(tmp_path: Path, fresh
 
 @pytest.mark.parametrize(("writes_the_day", "passes"), [(False, 1), (True, 2)])
 def test_rows_that_say_another_day_are_never_used(
-    tmp_path: Path, fresh_cache: None, monkeypatch: pytest.MonkeyPatch, writes_the_day: bool, passes: int
+    tmp_path: Path, fresh_cache: None, writes_the_day: bool, passes: int
 ) -> None:
     path = write(tmp_path / "rows.jsonl", [SHORT])
     chosen, tokenizer = settings(source(path)), tiny_tokenizer()
     if writes_the_day:
         tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.get_chat_template()
-    for day in (1, 2):
-        today = date(2025, 1, day)
-        monkeypatch.setattr(cache, "date", SimpleNamespace(today=lambda today=today: today))
-        prepare(chosen.sources("train"), tokenizer, chosen, seed=0)
+    for day in ("2025-01-01", "2025-01-02", "2025-01-01"):
+        set_template_day(tokenizer, day)
+        assert template_day(tokenizer) == (day if writes_the_day else None)
+        [row] = prepare(chosen.sources("train"), tokenizer, chosen, seed=0).dataset
+        written = f"{day[-2:]} Jan 2025" if writes_the_day else "<|im_start|>"
+        assert tokenizer.decode(row["input_ids"]).startswith(written)
     assert len(entries()) == passes
+
+
+def test_without_a_day_a_template_writes_today() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d') }}" + tokenizer.get_chat_template()
+    before, text, after = date.today(), ChatTemplate(tokenizer, "X").text(chat("a", "b").messages), date.today()
+    assert text[:10] in (before.isoformat(), after.isoformat())
 
 
 def test_a_set_with_bad_rows_leaves_nothing_in_the_cache(tmp_path: Path, fresh_cache: None) -> None:

@@ -128,14 +128,46 @@ def test_a_template_that_cannot_work_is_refused_by_name_before_any_row(template:
     assert str(caught.value).startswith(f"data.chat_template: {message}")
 
 
+DIFFERENTLY = "X renders what comes before an answer differently once the answer is there"
+
+
+def said_of(template: str) -> list[str]:
+    with pytest.raises(DataError) as caught:
+        Renderer(tokenizer_with(template), "X", "last_assistant")
+    return str(caught.value).split("\n")
+
+
+def test_a_prompt_that_no_loss_on_would_mend_gets_no_advice_to_set_it() -> None:
+    assert said_of(changed(GENERATION_PROMPT, "'<|im_start|>assistant\\n<think>\\n' -}}")) == [
+        f"data.chat_template: {DIFFERENTLY}: only generation is given "
+        r'"<think>\n"; got "t is 2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"; name another one in '
+        "data.chat_template"
+    ]
+
+
+def test_all_problems_of_a_template_are_listed_at_once() -> None:
+    template = changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}").replace("<|im_end|>", "<|pad|>")
+    assert [line.partition("; got ")[0] for line in said_of(template.replace(CONTENT, CONTENT + " + '!'"))] == [
+        f'data.chat_template: {DIFFERENTLY}: only generation is given "bot\\n"',
+        "data.chat_template: X does not end an answer with the EOS token <|im_end|>",
+        "data.chat_template: X changes the answer or writes its own words into it",
+    ]
+
+
 def test_a_template_that_rewrites_earlier_answers_is_refused_for_a_row_that_has_them() -> None:
     thinking = "('<think>' if loop.last and message.role == 'assistant' else '')"
     template = changed("+ '\\n' + message", f"+ '\\n' + {thinking} + message")
     template = template.replace("assistant\\n", "assistant\\n<think>")
     render = Renderer(tokenizer_with(template), "X").render
     assert render(chat("a", "b")).text.endswith("<|im_start|>assistant\n<think>b<|im_end|>\n")
-    with pytest.raises(RowError, match="X renders what comes before an answer differently once the answer is there"):
+    with pytest.raises(
+        RowError, match="X renders what comes before an answer differently once the answer is"
+    ) as caught:
         render(chat("a", "b", "c", "d"))
+    advice = "name another one in data.chat_template, or with method.kind: sft set data.loss_on to "
+    assert caught.value.do == f"{advice}last_assistant or completion"
+    for loss_on in ("last_assistant", "completion"):
+        assert Renderer(tokenizer_with(template), "X", loss_on).render(chat("a", "b", "c", "d"))
 
 
 def test_a_template_that_drops_the_system_message_is_refused_for_a_row_that_has_one() -> None:

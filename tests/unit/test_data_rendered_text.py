@@ -95,7 +95,7 @@ def test_an_end_mark_of_ones_own_ends_the_answer_and_an_eos_after_it_is_not_lear
             TWO.replace("Tay.<|im_end|>", "Tay.").replace("More?<|im_end|>", "More?"),
             ASSISTANT,
             'has an answer without "<|im_end|>" at its end; got "The Tay.\\n<|im_start|>user\\nMore?\\n<|im_start|>'
-            "assistant\\nThe...; write it at the end of every answer, or name the true one in response_end of the data "
+            "assistant\\nT...; write it at the end of every answer, or name the true one in response_end of the data "
             "set",
         ),
         (
@@ -107,7 +107,7 @@ def test_an_end_mark_of_ones_own_ends_the_answer_and_an_eos_after_it_is_not_lear
         (
             CHATML.replace("The Tay.", " "),
             ASSISTANT,
-            f"has an empty answer; got {'{}'}; fill it in or remove the row",
+            "has an empty answer; got {}; fill it in or remove the row",
         ),
         (
             "[INST] a [/INST] kitchen</s>",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune.data.render import SHIPPED, read_template
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import check_unended_answers, load_tokenizer
 from finetune.errors import DataError, WeightsError
 from finetune.recipe.section_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
@@ -79,3 +79,28 @@ def test_a_template_that_is_neither_is_refused() -> None:
 def test_the_shipped_templates_are_these() -> None:
     assert SHIPPED == ("alpaca", "chatml", "mistral", "mistral-v3", "mistral-v3-tekken")
     assert sorted(SHIPPED_TEMPLATES) == list(SHIPPED), "the recipe's own list"
+
+
+NEXT_MARK = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + WORDS + m.content }}{% endfor %}<|im_start|>"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("''", 'write model.eos_token: "<|im_start|>", or name another template in data.chat_template'),
+        ("('' if m.role == 'user' else '<think></think>')", "name another template in data.chat_template"),
+    ],
+)
+def test_an_eos_is_advised_only_where_the_template_works_with_it(words: str, advice: str) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    tokenizer.chat_template = NEXT_MARK.replace("WORDS", words) + prompt
+    with pytest.raises(DataError) as caught:
+        check_unended_answers(tokenizer)
+    first, *others = caught.value.problems
+    assert (first.where, first.got, first.do) == ("model.eos_token", "<|im_end|>", advice)
+    assert tokenizer.eos_token == "<|im_end|>"
+    if "think" not in words:
+        assert others == []
+    else:
+        assert "changes the answer or writes its own words into it" in str(others[-1])

@@ -135,9 +135,9 @@ def test_answers_that_the_template_makes_the_same(tmp_path: Path, row_format: st
 
 
 def test_a_template_that_renders_two_prompts(tmp_path: Path) -> None:
-    """One that writes the time of day, for example: the second conversation is rendered later than the first."""
+    """One that writes another number each time, for example."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ strftime_now('%f') }}" + CHATML
+    tokenizer.chat_template = "{{ range(99999) | random }}" + CHATML
     assert refusal(tmp_path, [SHORT], tokenizer=tokenizer) == [
         "rows.jsonl:1: rejected: the template renders another prompt before this answer than before the chosen one; "
         "name another one in data.chat_template"

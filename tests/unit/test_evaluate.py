@@ -44,6 +44,16 @@ def test_a_batch_of_prompts_is_answered_as_each_alone(tmp_path: Path, held_out: 
     assert all(sum(shares) == pytest.approx(1.0) for shares in together.load)
 
 
+def test_prompts_say_the_date_of_the_adapters_training(tmp_path: Path, held_out: Path) -> None:
+    folder, tokenizer = save_tiny_mistral(tmp_path / "model"), tiny_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + str(tokenizer.chat_template)
+    tokenizer.save_pretrained(folder)
+    days = [{"template_day": "2024-02-01"}, {"template_day": "2025-03-01"}, {"sha256": "of an older version"}]
+    (folder / "merge-report.json").write_text(json.dumps({"adapters": days}))
+    answers = evaluate(folder, held_out, "prompt_completion").answers
+    assert {answer.prompt[:11] for answer in answers} == {"01 Mar 2025"}
+
+
 def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path, held_out: Path) -> None:
     """A head that always writes one token, then the end token after it: the reference is that token."""
     folder = save_tiny_mistral(tmp_path / "model")

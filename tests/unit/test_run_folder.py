@@ -2,15 +2,21 @@
 
 import json
 import subprocess
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 
+from finetune.data import set_template_day, template_day
 from finetune.errors import RunError
 from finetune.recipe import dump_recipe
 from finetune.run.provenance import _toolkit_commit, collect_provenance
 from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows
+from finetune.train import _set_template_day
+from tests.support import tiny_tokenizer
 from tests.unit.recipe_writing import SOUND, RecipeFile
 
 
@@ -100,6 +106,24 @@ def test_a_run_is_continued_only_on_the_rows_that_it_began_with(tmp_path: Path) 
         f"b.jsonl: its rows are not those that the run in {tmp_path} began with; "
         "put the data back as it was to continue that run, or name another output_dir"
     )
+
+
+def test_a_resumed_run_writes_the_date_of_its_first_start(tmp_path: Path) -> None:
+    base: Any = SimpleNamespace(tokenizer=tiny_tokenizer())
+    base.tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + base.tokenizer.chat_template
+    run, today = RunFolder(tmp_path), date.today().isoformat()
+    PartialState()
+    for audit, resume, day in (
+        (None, True, today),
+        ({"rows": {}}, True, today),  # of an earlier version
+        ({"template_day": "2025-03-01"}, True, "2025-03-01"),
+        ({"template_day": "2025-03-01"}, False, today),
+    ):
+        if audit is not None:
+            run.audit.write_text(json.dumps(audit))
+        set_template_day(base.tokenizer, None)
+        _set_template_day(base, run, resume)
+        assert template_day(base.tokenizer) == day
 
 
 def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(

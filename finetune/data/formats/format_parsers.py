@@ -203,8 +203,9 @@ def alpaca_dpo(row: Fields) -> ParsedPair:
     chosen, rejected = (text_or_turns(row, field, "assistant") for field in ("chosen", "rejected"))
     check_scores(row)
     question = _question(row, "input")
-    check_prompt_not_repeated(_repeatable(row, question), [chosen, rejected], "preference")
     prompt = _with_system(row, [*_history(row), question])
+    asked = [turn for turn in prompt if turn.message["role"] == "system"] + _repeatable(row, question)
+    check_prompt_not_repeated(asked, [chosen, rejected], "alpaca_dpo")
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 

@@ -13,6 +13,7 @@ from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
 from finetune.recipe.settings import LossOn
 
+_OTHERS: tuple[LossOn, ...] = ("last_assistant", "completion")
 TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
 
 
@@ -108,29 +109,53 @@ def find_holes(chat: ChatTemplate, given: Conversation, text: str) -> tuple[tupl
             before = chat.text(given.messages[:index], given.tools) if index else ""
             until = chat.text(given.messages[: index + 1], given.tools)
             if not (text.startswith(until) and until.startswith(before)):
-                raise _differently(chat, index, until)
+                raise _differently(chat, given, index, text, until)
             holes.append((len(before), len(until)))
     return tuple(holes)
 
 
+def template_problems(chat: ChatTemplate, question: Message, answer: Message) -> list[RowError]:
+    """Everything for which no answer could be supervised, seen in one question and its answer."""
+    given = Conversation([question, answer])
+    try:
+        text, [start] = chat.text_and_prompts(given.messages, None, [1])
+    except RowError as error:
+        return [error]
+    return _answer_problems(chat, given, 1, text, start)
+
+
 def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str, start: int | str) -> Answer:
     """The place of answer `index`: behind what generation would be given, through its EOS."""
-    message, field = given.messages[index], f"messages[{index}]"
+    message = given.messages[index]
     if isinstance(start, str):
-        raise _differently(chat, index, start)
+        raise _differently(chat, given, index, text, start)
+    if problems := _answer_problems(chat, given, index, text, start):
+        raise problems[0]
+    end = text.find(chat.eos, start)
+    if "tool_calls" in message:
+        _check_calls(chat, message, text[start:end], f"messages[{index}]")
+    return Answer(index, start, end + len(chat.eos))
+
+
+def _answer_problems(
+    chat: ChatTemplate, given: Conversation, index: int, text: str, prompt: int | str
+) -> list[RowError]:
+    """What is wrong with an answer: its prompt, its end, its words."""
+    message, field, problems = given.messages[index], f"messages[{index}]", []
+    if isinstance(prompt, str):
+        problems.append(_differently(chat, given, index, text, prompt))
+    start = _common(text, prompt) if isinstance(prompt, str) else prompt
     end = text.find(chat.eos, start)
     is_last = index == len(given.messages) - 1
     if end < 0 or (is_last and text[end + len(chat.eos) :].strip()) or _runs_on(chat, given, index, text, end):
         what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
         do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
-        raise RowError(field, what, do, shown(text[start:][-60:]))
-    answer = text[start:end]
-    if "tool_calls" in message:
-        _check_calls(chat, message, answer, field)
-    elif answer.strip() != message["content"].strip():
+        problems.append(RowError(field, what, do, shown(text[start:][-60:])))
+    answer = text[start:end] if end >= 0 else text[start:]
+    if "tool_calls" not in message and answer.strip() != message["content"].strip():
         what = f"{chat.name} changes the answer or writes its own words into it"
-        raise RowError(field, what, ANOTHER_TEMPLATE, shown(answer))
-    return Answer(index, start, end + len(chat.eos))
+        problems.append(RowError(field, what, ANOTHER_TEMPLATE, shown(answer)))
+    return problems
 
 
 def _runs_on(chat: ChatTemplate, given: Conversation, index: int, text: str, end: int) -> bool:
@@ -143,10 +168,33 @@ def _runs_on(chat: ChatTemplate, given: Conversation, index: int, text: str, end
     return not chat.text(given.messages[: index + 1], given.tools).startswith(text[: end + len(chat.eos)])
 
 
-def _differently(chat: ChatTemplate, index: int, prompt: str) -> RowError:
+def _differently(chat: ChatTemplate, given: Conversation, index: int, text: str, prompt: str) -> RowError:
+    """The error of a prompt that does not stand in the text, with the `loss_on` that would do without it."""
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"
-    do = f"{ANOTHER_TEMPLATE}, or with method.kind: sft set data.loss_on to last_assistant or completion"
-    return RowError(f"messages[{index}]", what, do, shown(prompt[-60:]))
+    rest = prompt[_common(text, prompt) :]
+    if rest and prompt.removesuffix(rest).strip() and len(rest) < 40:
+        what += f": only generation is given {shown(rest)}"
+    helping = [choice for choice in _OTHERS if _can_do(chat, given, index, choice)]
+    do = ANOTHER_TEMPLATE
+    if helping:
+        do += f", or with method.kind: sft set data.loss_on to {' or '.join(helping)}"
+    return RowError(f"messages[{index}]", what, do, shown(prompt[-50:], limit=100))
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    length = min(len(one), len(other))
+    return next((place for place in range(length) if one[place] != other[place]), length)
+
+
+def _can_do(chat: ChatTemplate, given: Conversation, index: int, loss_on: LossOn) -> bool:
+    """Whether the row could be learned with this `loss_on`, which leaves out answer `index`."""
+    try:
+        indices = supervised(given.messages, loss_on)
+        prompts = [] if index in indices else chat.text_and_prompts(given.messages, given.tools, indices)[1]
+    except RowError:
+        return False
+    return bool(prompts) and all(isinstance(prompt, int) for prompt in prompts)
 
 
 def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) -> None:

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.frame_marks import finder, frame_marks
 from finetune.data.render.prompt_ends import Turns, ending
+from finetune.data.render.template_day import clock_of
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
@@ -46,6 +47,7 @@ System = Literal["error", "merge_into_first_user"]
 
 ANOTHER_TEMPLATE = "name another one in data.chat_template"
 PROBE = "What is 2+2?"
+PROBE_TURNS = (Message(role="user", content=PROBE), Message(role="assistant", content="It is four!"))
 _PLAIN = frozenset(("role", "content", "train"))
 _SYSTEM_PROBE = "Count in base seven."
 
@@ -73,7 +75,7 @@ class ChatTemplate:
             raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
         self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
-        common = {**tokenizer.special_tokens_map, "documents": None}
+        common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None}
         self._variables = [{**template.globals, **common} for template in self._compiled]
         self.control = control_tokens(tokenizer)
         self._by_first = by_first_character(self.control)

@@ -12,9 +12,10 @@ from typing import Any, get_args
 
 import numpy as np
 
-from finetune.data.render.answers import find_answers, find_holes
+from finetune.data.render.answers import find_answers, find_holes, template_problems
 from finetune.data.render.chat_template import (
     PROBE,
+    PROBE_TURNS,
     ChatTemplate,
     System,
     by_first_character,
@@ -89,14 +90,12 @@ class Renderer:
     def _check_template(self) -> None:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
         chat, self._checked = self._chat, True
-        question, call = Message(role="user", content=PROBE), Message(role="assistant", content="It is four!")
-        try:
-            rendered = self.tokenise([self._conversation(Conversation([question, call]))])[0]
-            if isinstance(rendered, RowError):
-                raise rendered
-        except RowError as error:
-            where = "data.chat_template"
-            raise DataError(Problem(where=where, what=error.what, do=error.do, got=error.got)) from error
+        question, answer = PROBE_TURNS
+        problems = template_problems(chat, question, answer)
+        if not problems:
+            problems = self._probe_problems(Conversation([question, answer]))
+        if problems:
+            raise DataError([Problem("data.chat_template", error.what, error.do, error.got) for error in problems])
         self._encoder.learn(chat.text([question], generation=True), PROBE)
         result = Message(role="tool", content="probe-7351", tool_call_id="abcdefghi", name="probe")
         calls: list[Any] = [{"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}]
@@ -105,6 +104,13 @@ class Renderer:
             self._encoder.learn(chat.text([question, called, result], generation=True), "probe-7351")
         except RowError:
             return  # no tools, then
+
+    def _probe_problems(self, probe: Conversation) -> list[RowError]:
+        try:
+            rendered = self.tokenise([self._conversation(probe)])[0]
+        except RowError as error:
+            return [error]
+        return [rendered] if isinstance(rendered, RowError) else []
 
     def _document(self, document: Document) -> Rendering:
         token = find_token(document.text, self._by_first)

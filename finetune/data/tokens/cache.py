@@ -17,7 +17,6 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from finetune.data.render import template_day
 from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource, row_formats
@@ -39,8 +39,6 @@ _SOURCE_KEYS = (
     *("response_template", "response_end", "max_rows"),
 )
 _DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share")
-
-_CLOCK = "strftime_now"
 
 
 def cache_folder() -> Path:
@@ -68,8 +66,7 @@ def rows_fingerprint(
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
-        # Templates of Llama 3.1 and later write the day on which they run.
-        "day": date.today().isoformat() if _CLOCK in str(tokenizer.chat_template) else None,
+        "day": template_day(tokenizer),
         "code": _code(),
         "versions": {library: version(library) for library in _LIBRARIES},
     }
