@@ -35,11 +35,6 @@ class RowFormat:
     recognised: bool = True
 
     @property
-    def has_messages(self) -> bool:
-        """Whether a row may hold messages with roles of the usual kind."""
-        return self.name not in ("alpaca", "dolly", "oasst", "text", "rendered", "hh", "orca_dpo")
-
-    @property
     def fields(self) -> tuple[str, ...]:
         """All fields that `columns` may map."""
         return self.required + self.optional
@@ -68,6 +63,10 @@ _TABLE = (
 
 ROW_FORMATS: dict[str, RowFormat] = {row_format.name: row_format for row_format in _TABLE}
 CONVERSATION_FORMATS = tuple(name for name, row_format in ROW_FORMATS.items() if row_format.gives == "conversation")
+MESSAGE_FORMATS = tuple(
+    name for name in ROW_FORMATS if name not in ("alpaca", "dolly", "oasst", "text", "rendered", "hh", "orca_dpo")
+)
+"""Formats in which messages may name their roles in words of the file."""
 PAIR_FORMATS = tuple(name for name, row_format in ROW_FORMATS.items() if row_format.gives in ("preference", "judged"))
 
 if TYPE_CHECKING:

@@ -3,7 +3,15 @@
 import json
 from typing import Any, TypeAlias, TypeVar
 
-from finetune.recipe.row_formats import PAIR_FORMATS, ROW_FORMATS, hub_id_in_url, is_hub_id, is_url, looks_like_path
+from finetune.recipe.row_formats import (
+    MESSAGE_FORMATS,
+    PAIR_FORMATS,
+    ROW_FORMATS,
+    hub_id_in_url,
+    is_hub_id,
+    is_url,
+    looks_like_path,
+)
 from finetune.recipe.schema import settings
 from finetune.recipe.settings import DataSource
 from finetune.recipe.source import Source, show, spell
@@ -130,10 +138,10 @@ def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     _response_marks(source, path, entry)
     if isinstance(columns, dict) and columns:
         _columns(source, (*path, "columns"), str(name), columns)
-    if entry.get("roles") and name in ROW_FORMATS and not ROW_FORMATS[name].has_messages:
-        fitting = ", ".join(name for name, row_format in ROW_FORMATS.items() if row_format.has_messages)
+    if entry.get("roles") and name in ROW_FORMATS and name not in MESSAGE_FORMATS:
         what = f"the format {name} has no messages that say who speaks"
-        source.report((*path, "roles"), what, f"remove it; it is for {fitting}", got=show(entry["roles"]))
+        do = f"remove it; it is for {', '.join(MESSAGE_FORMATS)}"
+        source.report((*path, "roles"), what, do, got=show(entry["roles"]))
 
 
 def _response_marks(source: Source, path: Path, entry: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from finetune.recipe.method_settings import DpoSettings, Section, SftSettings, T
 from finetune.recipe.row_formats import FormatName, Role
 
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
-"""A path, or a name that may be one: `~` is the home folder."""
+"""A path, or a name; `~` is the home folder."""
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
 

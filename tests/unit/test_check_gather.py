@@ -118,7 +118,7 @@ def test_packed_sequences_are_those_of_the_run(model: Path) -> None:
 
 
 def test_bad_rows_of_all_sets_are_listed_at_once(model: Path) -> None:
-    write("train.jsonl", [turns("light"), turns("light", None), "{", turns("light", 3)])
+    write("train.jsonl", [turns("light"), turns("light", None), "{", turns("light", True)])
     write("eval.jsonl", [{"messages": []}])
     report = check(recipe(model, eval={"path": "eval.jsonl", "format": "messages"}))
     assert report.exit_code == DataError.exit_code

@@ -128,3 +128,15 @@ def test_rows_that_are_broken_do_not_count_and_a_hundred_sound_ones_are_enough()
     assert refusal([RowError(None, "not valid JSON", "fix it")]) == (
         "no valid row to recognise a format by; name the format, and fix the rows"
     )
+
+
+def test_question_and_answer_beside_messages_or_a_pair_are_not_what_the_rows_are_recognised_by() -> None:
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a"}]
+    beside = {"question": "a", "answer": "b"}
+    for row, row_format in (
+        ({**beside, "messages": [*chat, {"role": "assistant", "content": "c"}]}, "messages"),
+        ({"prompt": "a", "response": "b", "chosen": "b", "rejected": "c"}, "preference"),
+        ({**beside, "text": "a b"}, "prompt_completion"),
+        ({"question": "a", "answer": "b"}, "prompt_completion"),
+    ):
+        assert recognise([row]).format == row_format

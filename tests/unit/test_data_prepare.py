@@ -315,6 +315,7 @@ def test_prepared_rows_are_used_again(tmp_path: Path, fresh_cache: None) -> None
         {"max_bad_share": 0.5, "on_bad_row": "drop"},
         {"chat_template": "alpaca"},
         {"train": {"columns": {"prompt": "question"}}},
+        {"train": {"roles": {"customer": "user"}}},
         {"train": {"max_rows": 2}},
         {"train": {"format": "auto"}},
     ],

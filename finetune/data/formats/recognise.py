@@ -6,6 +6,7 @@ format's, and its problems are shown with their lines. Of two that fit, one give
 
 - if the other needs all its fields and more, and finds them (`prompt`, `completion` gives way to those with a `label`);
 - if both made the same examples of the rows (the first of the table stays);
+- if its answers are in a column of another name (`answer`, `response`), and the other is no plain text;
 - if it takes one plain text, and the other's contents occur in that text: the text is the same row, rendered.
 
 If more than one is left, the user must choose.
@@ -51,6 +52,10 @@ class _Trial:
     """Formats that made another example of a row than this one, or read one that this one did not."""
     elsewhere: set[str] = field(default_factory=set)
     """Formats with a content that does not occur in this one's text."""
+
+    def by_another_name(self) -> bool:
+        """Whether the answers are in a column whose name other data sets use beside messages or pairs."""
+        return self.columns.get("completion") in self.format.aliases.get("completion", ())
 
     def try_row(self, row: Mapping[str, Any]) -> RowContent | None:
         """Count the row's fields and read it."""
@@ -156,6 +161,8 @@ def _gives_way(one: _Trial, other: _Trial) -> bool:
         return True
     if not one.read or not other.read:
         return not one.read
+    if one.by_another_name() and not other.by_another_name() and other.format.gives != "document":
+        return True
     if name not in one.unlike and not others_needs < needs:
         names = list(FORMATS)
         return names.index(name) < names.index(one.format.name)
