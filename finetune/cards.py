@@ -168,12 +168,19 @@ def _training(record: Facts) -> list[str]:
     template = record.get("template_sha256")
     made_with = [
         ("versions", ", ".join(versions) or "not recorded"),
-        *([("chat template (SHA-256)", f"`{template}`")] if template else []),
+        *([("chat template (SHA-256)", f"`{template}`{_unused_template(record)}")] if template else []),
         *([("date that the chat template wrote", record["template_day"])] if record.get("template_day") else []),
         ("quantisation of the base in training", record.get("quantization") or "none"),
     ]
     recipe = yaml.safe_dump(_without_places(record["recipe"]), sort_keys=False, allow_unicode=True)
     return [*sections, "### Made with", _table(("", ""), made_with), "### Recipe", f"```yaml\n{recipe}```"]
+
+
+def _unused_template(record: Facts) -> str:
+    """That training did not go through the chat template, where every row had its marks already."""
+    train = (record["recipe"].get("data") or {}).get("train") or []
+    formats = {source.get("format") for source in (train if isinstance(train, list) else [train])}
+    return ", not used in training: the rows were already rendered" if formats == {"rendered"} else ""
 
 
 def _data_rows(data: Facts) -> list[tuple[str, ...]]:

@@ -71,9 +71,8 @@ class DataSource(Section):
     )
     response_template: Text | None = Field(
         default=None,
-        description="With format: rendered, the text before every answer, for example "
-        '"[/INST]" or "<|im_start|>assistant\\n"; the loss is on what follows, through response_end. null: only with '
-        "loss_on: all.",
+        description="With format: rendered, the text before each answer, for example `[/INST]`; the loss is on what "
+        "follows, through response_end. null: only with loss_on: all.",
     )
     response_end: Text | None = Field(
         default=None, description="With response_template, the text that ends an answer; null: the EOS token."

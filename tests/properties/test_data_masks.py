@@ -120,6 +120,8 @@ def refused_rightly(error: RowError, conversation: Conversation, template: str) 
         return True
     if "contains the control token" in error.what:
         return True
+    if "writes itself" in error.what:  # these frame turns with text
+        return template.startswith(("mistral", "alpaca"))
     if "differently once the answer is there" in error.what:  # Mistral moves the tools to the last question
         return template.startswith("mistral-v3") and conversation.tools is not None
     # White space at an answer's beginning that the tokenizer merges with the prompt's end.

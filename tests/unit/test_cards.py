@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.cards import adapter_name
+from finetune.cards import adapter_card, adapter_name
 from finetune.merge.report import names_and_shapes, report_card, report_lines
 
 LOGITS = {"tokens": 9, "adapter_effect_mean": 0.5, "merged_error_mean": 0.0114, "merged_error_max": 0.04}
@@ -118,3 +118,19 @@ def test_what_was_compared_is_shown() -> None:
 def test_an_adapter_is_called_by_its_run(folder: str, name: str) -> None:
     assert adapter_name(str(Path(folder))) == name
     assert f"| name | {name} |" in card(adapters=[{**REPORT["adapters"][0], "name_or_path": folder}])
+
+
+@pytest.mark.parametrize(
+    ("formats", "said"),
+    [
+        (["rendered"], "`ab`, not used in training: the rows were already rendered |"),
+        (["rendered", "messages"], "`ab` |"),
+        (["messages"], "`ab` |"),
+    ],
+)
+def test_the_card_says_where_training_did_not_go_through_the_template(formats: list[str], said: str) -> None:
+    train = [{"path": f"{name}.jsonl", "format": name} for name in formats]
+    record = {"base": {"name_or_path": "b"}, "recipe": {"data": {"train": train if len(train) > 1 else train[0]}}}
+    text = adapter_card({**record, "template_sha256": "ab", "template_day": "2025-03-01"})
+    assert f"| chat template (SHA-256) | {said}" in text
+    assert "| date that the chat template wrote | 2025-03-01 |" in text

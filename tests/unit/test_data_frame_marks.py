@@ -116,6 +116,16 @@ def test_a_special_token_that_the_template_does_not_write_is_refused_too() -> No
     assert own.render(chat("a", "<tool_call>")).text  # an ordinary token of the vocabulary
 
 
+def test_a_bos_that_opens_every_turn_is_a_mark_that_words_alone_are_not() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"  # SmolLM2's
+    assert Renderer(tokenizer, "own").render(chat("user\nassistant", "assistant")).text
+    for bos in ("<|endoftext|>", None):
+        tokenizer.bos_token, tokenizer.chat_template = bos, "{{ bos_token or '' }}" + VICUNA
+        with pytest.raises(RowError, match="contains USER:, which X writes itself"):
+            Renderer(tokenizer, "X").render(chat("USER: a", "b"))
+
+
 def test_a_system_message_is_held_against_the_frame_too() -> None:
     messages = [Message(role="system", content="[INST] Be brief."), *chat("a", "b").messages]
     assert "messages[0].content: contains [INST], which X writes itself" in refusal("llama-2", Conversation(messages))

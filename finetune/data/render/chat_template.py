@@ -235,7 +235,7 @@ class ChatTemplate:
 
     @cached_property
     def _marks(self) -> re.Pattern[str] | None:
-        return finder(frame_marks(self.text, self.control, [token for token in (self._bos, self.eos) if token]))
+        return finder(frame_marks(self.text, self.control, self._bos, self.eos))
 
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:

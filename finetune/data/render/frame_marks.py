@@ -14,8 +14,8 @@ from finetune.data.types import Message
 
 Render = Callable[[Sequence[Message]], str]
 
-_CONTENTS = ("qhxa0", "qhxb1", "qhxc2", "qhxd3", "qhxs4")
-_CONTENT = re.compile("|".join(_CONTENTS))
+_CONTENTS, _SYSTEM = ("qhxa0", "qhxb1", "qhxc2", "qhxd3"), "qhxs4"
+_CONTENT = re.compile("|".join((*_CONTENTS, _SYSTEM)))
 _TAG = re.compile(r"<+[^<>\s][^<>\n]{0,40}>+|\[/?[A-Z_]{2,40}\]|\{/?[A-Z_]{2,40}\}")
 _LONGEST = 60  # a longer line is a sentence, not a mark
 
@@ -35,16 +35,19 @@ class Mark(NamedTuple):
         return rf"^[ \t]*{text}" + (r"[ \t]*$" if self.place == "whole line" else "")
 
 
-def frame_marks(render: Render, control: Sequence[str], ends: Sequence[str]) -> list[Mark]:
-    """The marks of a template; `control`: special tokens; `ends`: those of them that open no turn (BOS and EOS)."""
+def frame_marks(render: Render, control: Sequence[str], bos: str | None, eos: str) -> list[Mark]:
+    """The marks of a template; `control`: the special tokens."""
     marks: dict[str, Mark] = {}
-    for roles in (("user", "assistant", "user", "assistant"), ("system", "user", "assistant", "user", "assistant")):
-        names = [_CONTENTS[4], *_CONTENTS[:4]] if roles[0] == "system" else list(_CONTENTS)
-        messages = [Message(role=role, content=name) for role, name in zip(roles, names, strict=False)]  # type: ignore[typeddict-item]
+    turns = [Message(role="assistant" if place % 2 else "user", content=text) for place, text in enumerate(_CONTENTS)]
+    for messages in (turns, [Message(role="system", content=_SYSTEM), *turns]):
         try:
-            first, *pieces = _CONTENT.split(render(messages))
+            text = render(messages)
         except RowError:
             continue  # no such role
+        # A BOS that the template writes before every turn opens it (SmolLM2's is ChatML's `<|im_start|>`).
+        before_answer = text.partition(_CONTENTS[0])[2].partition(_CONTENTS[1])[0]
+        ends = [eos] if bos is None or bos in before_answer else [eos, bos]
+        first, *pieces = _CONTENT.split(text)
         for piece in pieces[:-1]:
             for mark in _marks(piece, control, ends):
                 marks.setdefault(mark.text, mark)
