@@ -119,7 +119,7 @@ def _local(source: Source, path: Path, entry: dict[str, Any], name: str) -> None
 def _format(source: Source, path: Path, entry: dict[str, Any]) -> None:
     name, columns = entry.get("format"), entry.get("columns")
     where = (*path, "format")
-    if source.is_broken(where):
+    if source.is_broken(where) or name not in ("auto", *ROW_FORMATS):
         return
     method = read(source, "method.kind", str)
     if name in PAIR_FORMATS and method == "sft":
