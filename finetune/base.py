@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from transformers import AutoConfig
 
 from finetune.adapters.lineage import made_from
@@ -109,11 +109,14 @@ def resolve_checkpoint(settings: ModelSettings, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(folder), revision=settings.revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
+        do = "check the path or hub id, the network and, for gated models, `hf auth login`"
+        if is_offline_mode():
+            do = "check the path or hub id; HF_HUB_OFFLINE is set: unset it, or fetch the model first"
         raise WeightsError(
             Problem(
                 "model.name_or_path",
                 f"neither a folder here nor a model that can be fetched ({type(error).__name__})",
-                "check the path or hub id, the network and, for gated models, `hf auth login`",
+                do,
                 got=settings.name_or_path,
             )
         ) from error

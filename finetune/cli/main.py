@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 
 import finetune
 from finetune.cli import check, evaluate, export, families, inspect, merge, schema, train, upcycle
@@ -27,11 +28,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _expanded(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with `~` in paths replaced by the home folder, which shells leave as it is in `--output=~/a`."""
+
+    def expanded(value: object) -> object:
+        if isinstance(value, list):
+            return [expanded(each) for each in value]
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+    return argparse.Namespace(**{name: expanded(value) for name, value in vars(args).items()})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; expected errors are printed one a line, without a traceback."""
     wait_passively()
     hush()
-    args = build_parser().parse_args(argv)
+    args = _expanded(build_parser().parse_args(argv))
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every row
     try:

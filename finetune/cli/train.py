@@ -68,7 +68,7 @@ def _cores() -> int:
 
 
 def _existing_file(text: str) -> Path:
-    path = Path(text)
+    path = Path(os.path.expanduser(text))
     if not path.is_file():
         message = f"there is no such file: {text}; accelerate_configs/ holds one a kind of machine"
         raise argparse.ArgumentTypeError(message)

@@ -6,9 +6,21 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, get_args
 import numpy as np
 import numpy.typing as npt
 
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import Role
 
 ROLES: tuple[Role, ...] = get_args(Role)
+
+
+class WrittenFloat(float):
+    """A number of a JSON file with its spelling there: as an answer, 1.10 is not 1.1."""
+
+    def __new__(cls, text: str) -> "WrittenFloat":
+        """The number that `text` spells."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
 
 
 class Function(TypedDict):

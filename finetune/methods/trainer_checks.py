@@ -282,6 +282,6 @@ def _check_rates(rates: _Rates, recipe: Recipe, where: str, steps: int) -> None:
         got = f"down to {rates.lowest * rate:g}"
         raise RecipeError(Problem(where, "the schedule falls below 0", "write other values", got))
     if rates.highest <= 0:
-        what = f"the rate is 0 in each of the run's {_steps(steps)}: it would train nothing"
+        what = f"the rate is 0 in {'the only step' if steps == 1 else f'all {steps:,} steps'}: nothing would be trained"
         got = str(recipe.training.warmup_steps)
         raise RecipeError(Problem("training.warmup_steps", what, "write 0, or give the run more steps", got))

@@ -16,7 +16,7 @@ keeps them separately and substitutes them for the base's rows, so that a saved 
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -46,22 +46,20 @@ def lora_config(lora: LoraSettings, family: Family) -> LoraConfig:
     parameters: list[str] = []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    _check_known(lora.targets, family)
+    moe = family.moe
     for target in lora.targets:
-        if target in ("embed_tokens", "lm_head"):
-            what = "embeddings and head take no adapter"
-            raise RecipeError(Problem("lora.targets", what, f"use {_choices(family)}", got=target))
-        if target == "router":
-            parameters.append((family.moe or _unsupported(family, target)).router_parameter)
-        elif target == "experts":
-            moe = family.moe or _unsupported(family, target)
+        if target == "router" and moe is not None:
+            parameters.append(moe.router_parameter)
+        elif target == "experts" and moe is not None:
             for stack in moe.stacks:
                 name = f"{moe.experts_module}.{stack.parameter}"
                 parameters.append(name)
                 ranks[name] = lora.expert_r or lora.r
                 alphas[name] = lora.expert_lora_alpha or lora.lora_alpha
         else:
-            for name in linear_modules(target, family) or _unsupported(family, target):
-                renamed = family.moe is not None and name.rpartition(".")[2] in _PEFT_RENAMES
+            for name in linear_modules(target, family):
+                renamed = moe is not None and name.rpartition(".")[2] in _PEFT_RENAMES
                 (parameters if renamed else modules).append(f"{name}.weight" if renamed else name)
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -88,17 +86,28 @@ def linear_modules(target: str, family: Family) -> tuple[str, ...]:
     return friendly.get(target, (target,))
 
 
-def _choices(family: Family) -> str:
-    return f"{', '.join(family.targets[:-1])} or {family.targets[-1]}"
+def _instead(family: Family, given: Collection[str]) -> str:
+    """What to do about a wrong target: use another one that is not given yet."""
+    others = [target for target in family.targets if target not in given]
+    return f"remove it, or use {' or '.join(others)}" if others else "remove it"
 
 
-def _unsupported(family: Family, target: str) -> NoReturn:
-    """Raise RecipeError: this architecture has no such part."""
-    what = f"{family.model_type} has no {target}"
-    raise RecipeError(Problem("lora.targets", what, f"use {_choices(family)}", got=target))
+def _check_known(targets: Sequence[str], family: Family) -> None:
+    """Raise RecipeError for each part that this architecture lacks or that takes no adapter."""
+    problems = []
+    for target in targets:
+        if target in ("embed_tokens", "lm_head"):
+            what = "embeddings and head take no adapter"
+        elif target in FRIENDLY_TARGETS and target not in family.targets:
+            what = f"{family.model_type} has no {target}"
+        else:
+            continue
+        problems.append(Problem("lora.targets", what, _instead(family, targets), got=target))
+    if problems:
+        raise RecipeError(problems)
 
 
-def check_targets(targets: Iterable[str], family: Family, modules: Collection[str]) -> None:
+def check_targets(targets: Collection[str], family: Family, modules: Collection[str]) -> None:
     """Raise RecipeError where a target of linear modules matches none of `modules`; PEFT would only warn.
 
     `modules`: paths in the model, or names of tensors on disk without `.weight`.
@@ -110,10 +119,11 @@ def check_targets(targets: Iterable[str], family: Family, modules: Collection[st
         names = linear_modules(target, family)
         if any(_matches(path, names) for path in modules):
             continue
-        what = "matches no module of this model"
+        what, do = "matches no module of this model", _instead(family, targets)
         if target in FRIENDLY_TARGETS:
             what = f"this checkpoint has no {target}, though other models of type {family.model_type} may have"
-        do = f"use {_choices(family)}, or a module name that exists"
+        else:
+            do += ", or a module name that exists"
         problems.append(Problem("lora.targets", what, do, got=target))
     if problems:
         raise RecipeError(problems)

@@ -2,17 +2,16 @@
 
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.lora_targets import FRIENDLY_TARGETS
+from finetune.recipe.method_settings import DpoSettings, SftSettings
 from finetune.recipe.schema import json_schema, reference
 from finetune.recipe.settings import (
     DataSettings,
     DataSource,
-    DpoSettings,
     LoggingSettings,
     LoraSettings,
     ModelSettings,
     Recipe,
     RouterSettings,
-    SftSettings,
     TrainingSettings,
 )
 

@@ -81,26 +81,28 @@ def _experts_choice(source: Source) -> None:
     if source.is_broken(key_path("lora.experts")):
         return
     names, share = _target_names(source), source.get(key_path("lora.experts_share"))
+    choice = ("lora.experts_share", "lora.experts_score", "lora.experts_tokens")
+    given = [key for key in choice if source.get(key_path(key)) not in (None, settings()[key].default)]
     if read(source, "lora.experts", str) == "auto":
         if names and "experts" not in names:
-            do = "add experts to lora.targets or remove this key"
+            do = f"add experts to lora.targets or remove {' and '.join(['this key', *given])}"
             source.report(key_path("lora.experts"), "no experts are adapted", do, got="auto")
         elif share is None:
             do = "add lora.experts_share: the share of each layer's score that the adapted experts must reach (0 to 1)"
             source.report(key_path("lora.experts_share"), "required with lora.experts: auto", do)
         return
-    for key in ("lora.experts_share", "lora.experts_score", "lora.experts_tokens"):
-        value = source.get(key_path(key))
-        if value is not None and value != settings()[key].default:
-            what = "has no effect: every expert is adapted"
-            source.report(key_path(key), what, "write lora.experts: auto or remove this key", got=show(value))
+    auto = "lora.experts: auto" if share is not None else "lora.experts: auto with lora.experts_share"
+    for key in given:
+        what, do = "has no effect: every expert is adapted", f"write {auto}, or remove this key"
+        source.report(key_path(key), what, do, got=show(source.get(key_path(key))))
 
 
 def _dropout(source: Source) -> None:
     dropout = real(source, "lora.lora_dropout")
-    if dropout and "router" in (_target_names(source) or []):
+    targets = _target_names(source) or []
+    if dropout and "router" in targets:
         what = "the router's adapter has no dropout: it is added to the weight, not to the output"
-        do = "write 0, or take router out of lora.targets"
+        do = "write 0" if set(targets) == {"router"} else "write 0, or take router out of lora.targets"
         source.report(key_path("lora.lora_dropout"), what, do, got=show(dropout))
 
 

@@ -1,12 +1,13 @@
 """pydantic's errors as problems of a recipe: the key as typed, what is wrong, what to write. Unknown keys, too."""
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 
 from finetune.recipe.other_tools import FOREIGN, FOREIGN_IN_SOURCE
 from finetune.recipe.schema import PATH_OR_ID, Setting, settings
-from finetune.recipe.source import Source, show
+from finetune.recipe.source import COMMAND_LINE, Source, show
 from finetune.recipe.yaml import Path, Value
 
 
@@ -30,12 +31,29 @@ def unknown_key(section: str, key: str, kind: object = None) -> tuple[str, str]:
     return "unknown key", "write one of " + ", ".join(siblings)
 
 
+_TO_WRITE = re.compile(r"(?:remove it and )?write ([\w.]+(?: or [\w.]+)*)")
+
+
+def unless_given(source: Source, do: str, path: Path) -> str:
+    """The advice `do` on the key at `path`, except where it is to write a key that the recipe has already.
+
+    That key may be named in full or be one beside. An override of the command line may replace a key of the file.
+    """
+    names = match[1].split(" or ") if (match := _TO_WRITE.match(do)) else []
+    for name in names:
+        for given in (tuple(name.split(".")) if name in settings() else (), (*path[:-1], name)):
+            replaces = source.place(path)[0] > source.place(given)[0] and source.place(path)[1] == COMMAND_LINE
+            if given and source.get(given) is not None and not replaces:
+                return f"remove it: {name} is given"
+    return do
+
+
 def _elsewhere(section: str, key: str) -> tuple[str, str] | None:
     """(what, do) for a key that exists with another kind of this section, or in another section."""
     own = settings().get(f"{section}.{key}")
     if own is not None and own.kinds:
         kinds = " or ".join(own.kinds)
-        return f"a setting of {section}.kind: {kinds}", f"remove it, or write kind: {kinds}"
+        return f"a setting of {section}.kind: {kinds}", f"remove it, or train on pairs of answers with kind: {kinds}"
     elsewhere = _paths_of(key)
     place = f"in {section}" if section else "at the top level"
     return (f"this key does not belong {place}", "write " + " or ".join(elsewhere)) if elsewhere else None
@@ -97,7 +115,7 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         section, around = _place(source, location[:-1])
         what, do = unknown_key(section, str(location[-1]), source.get((*around, "kind")))
         path = (*around, location[-1])
-        source.report(path, what, do, got=show(source.get(path)))
+        source.report(path, what, unless_given(source, do, path), got=show(source.get(path)))
         return
     key, path = _place(source, location)
     setting = settings()[key]
@@ -115,7 +133,8 @@ def report_invalid(source: Source, kind: str, location: tuple[int | str, ...]) -
         what = "not one of the known values"
     else:
         what = "wrong type"
-    source.report(path, what, _write(setting, value, inside=_inside(setting, path)), got=show(value))
+    written = _as_text(str(path[-1]), value) if path else None
+    source.report(path, what, written or _write(setting, value, inside=_inside(setting, path)), got=show(value))
 
 
 def _place(source: Source, location: tuple[int | str, ...]) -> tuple[str, Path]:
@@ -145,6 +164,17 @@ def _inside(setting: Setting, path: Path) -> bool:
     return [part for part in path if isinstance(part, str)] != setting.path.split(".") or isinstance(path[-1], int)
 
 
+def _as_text(name: str, value: Value) -> str | None:
+    """How a field of `trainer_args` that holds a mapping is written: as the text that transformers parses."""
+    if not isinstance(value, dict):
+        return None
+    if name == "lr_scheduler_kwargs":
+        return f"write it as JSON text: '{json.dumps(value)}'"
+    if name == "optim_args":
+        return "write it as text: " + ", ".join(f"{option}={setting}" for option, setting in value.items())
+    return None
+
+
 def _add(setting: Setting) -> str:
     if setting.section:
         inner = [path for path, below in settings().items() if path.startswith(f"{setting.path}.") and _always(below)]
@@ -164,7 +194,9 @@ def _write(setting: Setting, value: Value, *, inside: bool) -> str:
         slip = _misspelt(setting, value) if inside and not setting.many else _slip_in_text(setting, value)
     else:
         slip = None if inside else _slip(setting, value)
-    return f"write {setting.expects}" + (f"; {slip}" if slip else "")
+    field = inside and setting.path == "training.trainer_args"
+    expects = setting.expects.removeprefix("a mapping of names to ") if field else setting.expects
+    return f"write {expects}" + (f"; {slip}" if slip else "")
 
 
 def _slip(setting: Setting, value: Value) -> str | None:

@@ -19,7 +19,6 @@ class Foreign:
 _RENAMED = {
     "model.name_or_path": ("model_name_or_path", "base_model"),
     "model.dtype": ("torch_dtype", "bf16"),
-    "model.attn_implementation": ("flash_attention",),
     "lora.targets": ("lora_target_modules", "target_modules"),
     "lora.r": ("lora_r", "lora_rank", "rank"),
     "data.train.id": ("dataset_name",),
@@ -33,7 +32,6 @@ _RENAMED = {
     "logging.project": ("wandb_project",),
     "logging.run_name": ("wandb_name",),
     "method.kind": ("rl",),
-    "method.reference": ("precompute_ref_log_probs",),
 }
 _RENAMED_IN_SOURCE = {"format": ("type",), "config": ("name",)}
 
@@ -51,7 +49,7 @@ _OTHER = {
         "no rows are split off automatically", "write data.eval with path (or id) and format of a held-out set"
     ),
     "assistant_only_loss": Foreign(
-        "another tool's name for the supervised tokens", "write data.loss_on: assistant, which is the default"
+        "another tool's name for the supervised tokens", "remove it: assistant is the default of data.loss_on"
     ),
     "train_on_inputs": Foreign(
         "another tool's name for the supervised tokens",
@@ -63,8 +61,14 @@ _OTHER = {
     ),
     "warmup_ratio": Foreign("warm-up is counted in steps here", "write training.warmup_steps"),
     "adapter": Foreign(_ALWAYS_LORA, "remove it; an earlier adapter to start from is named in model.adapter"),
+    "flash_attention": Foreign(
+        "another tool's name for a setting", "write model.attn_implementation: flash_attention_2, or remove it"
+    ),
+    "precompute_ref_log_probs": Foreign(
+        "another tool's name for a setting", "write method.reference: precomputed, or method.reference: live for false"
+    ),
     "use_peft": Foreign(_ALWAYS_LORA, "remove it"),
-    "modules_to_save": Foreign("no module is trained in full here", "name what to adapt in lora.targets"),
+    "modules_to_save": Foreign("no module is trained in full here", "remove it: lora.targets names what is adapted"),
     "ref_model": Foreign(
         "the reference is the base as it is loaded, or the adapter that the run starts from",
         "remove it; a run starts from an earlier adapter with model.adapter",

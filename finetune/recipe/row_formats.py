@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+Role = Literal["system", "user", "assistant", "tool"]
 Gives = Literal["conversation", "document", "preference", "judged"]
 
 

@@ -86,7 +86,7 @@ def _hub_id(source: Source, where: Path, name: str) -> None:
     if is_url(name) and in_url:
         source.report(where, "a URL, not a name", f"write id: {in_url}", got=show(name))
     elif looks_like_path(name):
-        source.report(where, "looks like a path of files", f"write path: {name}", got=show(name))
+        source.report(where, "looks like a path of files", f"write path: {name} in place of id", got=show(name))
     elif not is_hub_id(name):
         do = "write owner/name, as on its page; files are given with path"
         source.report(where, "not the name of a data set on the hub", do, got=show(name))
@@ -95,12 +95,16 @@ def _hub_id(source: Source, where: Path, name: str) -> None:
 def _local(source: Source, path: Path, entry: dict[str, Any], name: str) -> None:
     if is_url(name):
         in_url = hub_id_in_url(name)
-        do = f"write id: {in_url}" if in_url else "download it first, and write the path of the file"
+        do = f"write id: {in_url} in place of path" if in_url else "download it first, and write the path of the file"
         source.report((*path, "path"), "a URL, not a path", do, got=show(name))
     for key in ONLY_WITH_ID:
         value = entry.get(key)
         if value is not None and value != _DEFAULTS[key]:
-            do = "remove it, or write id in place of path"
+            do = (
+                "remove it, or write id in place of path"
+                if is_hub_id(name) and not looks_like_path(name)
+                else "remove it"
+            )
             source.report((*path, key), "only for data sets on the hub", do, got=show(value))
 
 
@@ -230,7 +234,8 @@ def _unused(source: Source) -> None:
     weighted = any(entry.get("weight") is not None for _, entry in _entries(source, "train"))
     if strategy not in (None, settings()["data.stopping_strategy"].default) and not weighted:
         what = "has no effect: no data set has a weight, so each row is used once per epoch"
-        do = "add a weight to every data set of data.train, or remove this key"
+        several = len(_entries(source, "train")) > 1
+        do = "add a weight to every data set of data.train, or remove this key" if several else "remove this key"
         source.report(where, what, do, got=show(strategy))
     where = key_path("data.max_bad_share")
     share = source.get(where)
@@ -299,7 +304,7 @@ def _smoothing(source: Source, losses: list[str]) -> None:
         )
     if smoothing and not set(losses) & set(_SMOOTHED):
         what = f"has no effect: {', '.join(losses)} does not use it"
-        do = f"remove it, or add one of {', '.join(_SMOOTHED)} to method.loss_type"
+        do = "remove it, or add robust or exo_pair to method.loss_type"
         source.report(where, what, do, got=show(smoothing))
 
 
@@ -309,7 +314,8 @@ def _divergence(source: Source, losses: list[str]) -> None:
     others = [loss for loss in losses if loss not in _ANY_DIVERGENCE]
     if name and name != "reverse_kl" and others:
         what = f"the losses {', '.join(others)} are defined for reverse_kl only"
-        source.report(where, what, "write reverse_kl, or take them out of method.loss_type", got=show(name))
+        do = "write reverse_kl" + (", or take them out of method.loss_type" if set(losses) > set(others) else "")
+        source.report(where, what, do, got=show(name))
 
 
 def _pair_weights(source: Source, losses: list[str]) -> None:
@@ -322,7 +328,7 @@ def _pair_weights(source: Source, losses: list[str]) -> None:
             what = "sft is a mean over tokens, so a pair cannot be weighted"
         else:
             continue
-        do = "write false, or take it out of method.loss_type"
+        do = "write false" + (", or take it out of method.loss_type" if len(losses) > 1 else "")
         source.report(key_path("method.use_weighting"), what, do, got="true")
 
 
@@ -332,7 +338,10 @@ def _sorted_pairs(source: Source, losses: list[str]) -> None:
     for loss in losses:
         if loss in _SORTING and alone:
             what = f"the loss {loss} sorts the pairs of a micro-batch: with one pair it equals sigmoid"
-            source.report(where, what, "write at least 2, better 8, or method.loss_type: [sigmoid]", got="1")
+            rows = read(source, "training.global_batch_size", int) or 1
+            sizes = [size for size in range(2, min(rows, 4096) + 1) if rows % size == 0]
+            fitting = f"write {min(sizes, key=lambda size: abs(size - 8))}" if sizes else "enlarge global_batch_size"
+            source.report(where, what, f"{fitting}, or write method.loss_type: [sigmoid]", got="1")
 
 
 def _of_another_loss(source: Source, losses: list[str]) -> None:

@@ -1,29 +1,23 @@
 """The settings of a recipe. Each field's description, with its unit, is the documentation (see `schema.py`).
 
 Strict: no value is converted, except an integer to a float. Settings that decide the result have no default. Checks
-over several fields are in `checks.py` and `section_checks.py`. Method settings, selected by `kind`, have TRL's names.
+over several fields are in `checks.py` and the modules that it imports.
 """
 
 import math
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic.config import JsonDict
 
-from finetune.recipe.row_formats import FormatName
+from finetune.recipe.method_settings import DpoSettings, Section, SftSettings, Text
+from finetune.recipe.row_formats import FormatName, Role
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Strict, frozen, no unknown keys, no infinities."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
+PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
+"""A path, or a name that may be one: `~` is the home folder."""
 
 LossOn = Literal["assistant", "last_assistant", "completion", "all"]
-
-Role = Literal["system", "user", "assistant", "tool"]
 
 _A_FILE: JsonDict = {"properties": {"path": {"type": "string"}}, "required": ["path"]}
 _A_HUB_SET: JsonDict = {"properties": {"id": {"type": "string"}}, "required": ["id"]}
@@ -34,7 +28,7 @@ class DataSource(Section):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [_A_FILE, _A_HUB_SET]})
 
-    path: Text | None = Field(
+    path: PathText | None = Field(
         default=None,
         description="A file, a glob, or a folder of `datasets.save_to_disk`; relative to the working directory. "
         "JSONL, JSON, CSV, Parquet and Arrow, recognised by the file extension, also followed by .gz or .zst. Exactly "
@@ -69,6 +63,12 @@ class DataSource(Section):
         "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
         "Without it a row with such a column is refused.",
     )
+    roles: dict[str, Role] = Field(
+        default_factory=dict,
+        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
+        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
+        "gpt, tool_call, observation, ...) are known without it.",
+    )
     response_template: Text | None = Field(
         default=None,
         description="With format: rendered, the text before each answer, for example `[/INST]`; the loss is on what "
@@ -76,12 +76,6 @@ class DataSource(Section):
     )
     response_end: Text | None = Field(
         default=None, description="With response_template, the text that ends an answer; null: the EOS token."
-    )
-    roles: dict[str, Role] = Field(
-        default_factory=dict,
-        description="What the words that the messages of this data set use for who speaks mean, as {word of the file: "
-        "system, user, assistant or tool}, for example {customer: user, agent: assistant}. The usual words (human, "
-        "gpt, tool_call, observation, ...) are known without it.",
     )
     weight: float | None = Field(
         default=None,
@@ -153,7 +147,7 @@ class DataSettings(Section):
         "several rows; drop: leave it out. All are counted. No row is left without supervised tokens. For pairs, "
         "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
     )
-    chat_template: Text | None = Field(
+    chat_template: PathText | None = Field(
         default=None,
         description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
         "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
@@ -170,88 +164,6 @@ class DataSettings(Section):
         if given is None:
             return ()
         return tuple(given) if isinstance(given, list) else (given,)
-
-
-PairLoss = Literal[
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
-Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
-
-
-class SftSettings(Section):
-    """Supervised fine-tuning: cross entropy on the assistant's tokens."""
-
-    kind: Literal["sft"] = Field(description="The training method.")
-
-
-class DpoSettings(Section):
-    """Direct preference optimisation (arXiv 2305.18290) on pairs of answers to one prompt."""
-
-    kind: Literal["dpo"] = Field(description="The training method.")
-    beta: float = Field(
-        gt=0,
-        description="Strength of the KL penalty to the reference; for the loss ipo its regularisation (tau). The "
-        "paper and most recipes use 0.1.",
-    )
-    loss_type: list[PairLoss] = Field(
-        default=["sigmoid"],
-        min_length=1,
-        description="TRL's losses by its names; several are summed with `loss_weights`. sft: the mean cross entropy of "
-        "the chosen answers (the RPO term); sigmoid_norm and ipo: log-probabilities per token. aot and aot_unpaired "
-        "sort the pairs of a micro-batch, so only they depend on how a step is split into micro-batches.",
-    )
-    loss_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
-        default=None, description="One weight per entry of `loss_type`; null: 1 each."
-    )
-    label_smoothing: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="For robust the assumed share of pairs with swapped labels (below 0.5), for exo_pair its epsilon "
-        "(above 0; the paper uses 1e-3), for aot and aot_unpaired as in cDPO.",
-    )
-    ld_alpha: float | None = Field(
-        default=None,
-        ge=0,
-        le=1,
-        description="Weight of the tokens beyond the length of the shorter answer (LD-DPO, arXiv 2409.06411); null: 1.",
-    )
-    f_divergence_type: Divergence = Field(
-        default="reverse_kl", description="Divergence from the reference (f-DPO, arXiv 2309.16240)."
-    )
-    f_alpha_divergence_coef: float = Field(
-        default=0.5, gt=0, description="Alpha of f_divergence_type: alpha_divergence."
-    )
-    use_weighting: bool = Field(
-        default=False, description="Weigh each pair by the model's own probability of it (WPO, arXiv 2406.11827)."
-    )
-    discopop_tau: float = Field(default=0.05, gt=0, description="Temperature of the loss discopop.")
-    reference: Literal["precomputed", "live"] = Field(
-        default="precomputed",
-        description="When the reference's log-probabilities are computed. precomputed: once, before the first step, "
-        "and kept in the run folder, where an interrupted pass continues; live: in every step, which takes nearly 1.5 "
-        "times as long. The reference is the model before training: the base, with `model.adapter` if given.",
-    )
-    prompt_sharing: Literal["auto", "off"] = Field(
-        default="auto",
-        description="auto: compute the prompt of a pair once for both answers (arXiv 2410.20305) if the architecture's "
-        "attention supports it and the prompts are long enough to gain from it; the run prints its choice. The "
-        "gradients are the same.",
-    )
 
 
 Scalar = bool | int | float | str | None
@@ -280,11 +192,11 @@ MAX_SEED = 2**32 - 1
 class ModelSettings(Section):
     """The base model and how it is loaded."""
 
-    name_or_path: Text = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
+    name_or_path: PathText = Field(description="Folder of a Hugging Face checkpoint, or its name on the hub.")
     revision: Text | None = Field(
         default=None, description="Commit, tag or branch of a checkpoint on the hub; null: its main branch."
     )
-    adapter: Text | None = Field(
+    adapter: PathText | None = Field(
         default=None,
         description="Folder of a saved adapter to continue from; for dpo it is also the reference. Its base, "
         "quantization, chat template and `lora` section must match. null: a fresh adapter.",
@@ -466,9 +378,7 @@ class LoggingSettings(Section):
     """Where metrics are logged."""
 
     report_to: list[Dashboard] | Literal["auto", "none"] = Field(
-        default="auto",
-        description="Dashboards; auto: wandb where an account is set up, else trackio. W&B that cannot be used "
-        "is offline.",
+        default="auto", description="Dashboards; auto: wandb where an account is set up, else trackio."
     )
     project: Text = Field(default="moe-finetune", description="Project name in the dashboards.")
     run_name: Text | None = Field(default=None, description="Name of the run; null: the last part of output_dir.")
@@ -480,7 +390,9 @@ class LoggingSettings(Section):
 class Recipe(Section):
     """A fine-tuning run: everything that decides its result, and nothing about the machine."""
 
-    output_dir: Text = Field(description="Folder of the run, created at its start; relative to the working directory.")
+    output_dir: PathText = Field(
+        description="Folder of the run, created at its start; relative to the working directory."
+    )
     seed: int = Field(
         default=42,
         ge=0,

@@ -214,7 +214,6 @@ _NAMED = {
     "fp16_full_eval": "model.dtype",
     "gradient_accumulation_steps": "training.global_batch_size",
     "auto_find_batch_size": "training.global_batch_size",
-    "model_init_kwargs": "the section model",
 }
 
 _TOKENS = "this program tokenises, pads and masks the rows"
@@ -284,6 +283,7 @@ _SET_BY_US = {
         ),
         _HUB,
     ),
+    "model_init_kwargs": "the section model says how the model is loaded",
     "trust_remote_code": "code from a checkpoint is never run",
     "logging_nan_inf_filter": "a non-finite loss stops the run",
     "per_device_eval_batch_size": "it follows from data.max_length, and no figure depends on it",

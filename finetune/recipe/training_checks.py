@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from finetune.recipe.error_messages import closest
+from finetune.recipe.error_messages import closest, unless_given
 from finetune.recipe.other_tools import FOREIGN
 from finetune.recipe.schema import settings
 from finetune.recipe.section_checks import key_path, read
@@ -95,10 +95,10 @@ def _trainer_args(source: Source) -> None:
         where = (*_ARGUMENTS, name)
         if name in own:
             what, do = own[name]
-            source.report(where, what, do, got=show(value))
+            source.report(where, what, unless_given(source, do, where), got=show(value))
         elif name not in PASSED:
             what, do = _unknown_argument(name, {*PASSED, *own}, config)
-            source.report(where, what, do, got=show(value))
+            source.report(where, what, unless_given(source, do, where), got=show(value))
         elif not PASSED[name].takes(value):
             do = f"write a value of {config}'s type: {PASSED[name].annotation}"
             source.report(where, "wrong type", do, got=show(value))

@@ -71,7 +71,7 @@ def spoilt(row_format: str, row: dict[str, Any]) -> Iterator[tuple[str, str, dic
         column = next(key for key in (name, *each.aliases.get(name, ())) if key in row)
         yield "removed", name, {key: value for key, value in row.items() if key != column}
         yield "nulled", column, {**row, column: None}
-        other_kind = 7 if type(row[column]) in EMPTY else "seven"
+        other_kind = True if type(row[column]) in EMPTY else "seven"
         yield "of another kind", column, {**row, column: other_kind}
         if type(row[column]) in EMPTY:
             yield "emptied", column, {**row, column: EMPTY[type(row[column])]}
@@ -96,7 +96,7 @@ def test_columns_may_have_any_name_and_errors_use_it(row_format: str, row: dict[
     assert convert(row_format, renamed, **columns) == convert(row_format, row)
     for name, column in columns.items():
         with pytest.raises(RowError) as caught:
-            convert(row_format, {**renamed, column: "seven" if isinstance(row[name], int | float) else 7}, **columns)
+            convert(row_format, {**renamed, column: "seven" if isinstance(row[name], int | float) else True}, **columns)
         assert str(caught.value.field).startswith(column)
 
 

@@ -51,18 +51,26 @@ def found(name: str, content: bytes) -> list[tuple[int, Any]]:
         return [(row.number, row.value) for row in read(write(Path(folder, name), content))]
 
 
+def not_a_frame(rows: list[Any]) -> list[Any]:
+    """The rows; a single one with a key of rows, because a .json file of one object may be the frame of its rows."""
+    return rows if len(rows) > 1 else [{**rows[0], "text": ""}]
+
+
 @few
 @given(objects, st.sampled_from(["", ".gz", ".zst"]), st.sampled_from([None, 0, 3]), st.booleans())
 def test_lines_an_array_and_packed_files_give_the_same_rows(
     rows: list[Any], packed: str, indent: int | None, escaped: bool
 ) -> None:
+    rows = not_a_frame(rows)
     lines = json_lines(rows)
     assert found(f"r.jsonl{packed}", pack(lines, packed)) == list(enumerate(rows, 1))
     assert found(f"r.json{packed}", pack(lines, packed)) == list(enumerate(rows, 1))
     array = json.dumps(rows, indent=indent, ensure_ascii=escaped)
     assert [row for _, row in found(f"r.json{packed}", pack(array.encode(), packed))] == rows
     if indent is not None:
-        rows = [row for row in rows if row] or [{"a": 1}]  # {} looks like a line of its own, whatever follows
+        rows = not_a_frame(
+            [row for row in rows if row] or [{"a": 1}]
+        )  # {} looks like a line of its own, whatever follows
     one_after_another = "\n".join(json.dumps(row, indent=indent, ensure_ascii=escaped) for row in rows)
     numbered = found(f"r.json{packed}", pack(one_after_another.encode(), packed))
     assert [row for _, row in numbered] == rows

@@ -124,7 +124,7 @@ def test_the_routers_that_training_reaches_are_those_whose_logits_have_a_gradien
 
 def test_a_coefficient_of_a_term_without_gradient_is_refused_before_loading(tmp_path: Path) -> None:
     """One layer with experts, or experts in the last layer alone: nothing that is trained comes before the router."""
-    last = {"num_hidden_layers": 3, "first_k_dense_replace": 2}
+    last: dict[str, Any] = {"num_hidden_layers": 3, "first_k_dense_replace": 2}
     tiny = save_tiny_mixtral(tmp_path / "tiny", num_hidden_layers=1)
     deep = save_tiny("deepseek_v3", tmp_path / "deep", **last)
     both = {"router_aux_loss_coef": 0.02, "router_z_loss_coef": 0.1}

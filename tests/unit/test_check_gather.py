@@ -218,3 +218,20 @@ def test_of_a_checkpoint_on_the_hub_only_the_small_files_are_needed(
     assert problems(check(recipe("owner/name"))) == []
     messages = problems(check(recipe("owner/name", "router=null", "lora.targets=[attention]")))
     assert [line.partition(": ")[0] for line in messages] == ["router"]
+
+
+def test_the_trainer_s_settings_are_checked_and_the_schedule_held_against_the_steps(model: Path) -> None:
+    write("train.jsonl", [turns(f"turn on light {n}") for n in range(9)])
+    report = check(recipe(model, "training.trainer_args={adam_beta1: 1.5}", "training.warmup_steps=60"))
+    assert problems(report) == [
+        "training.trainer_args.adam_beta1: refused: Invalid beta parameter at index 0: 1.5; got 1.5; "
+        "write another value, or remove it"
+    ]
+    assert report.exit_code == 2
+    report = check(recipe(model, "training.warmup_steps=60", "training.save_steps=6"))
+    assert (report.problems, report.remarks) == (
+        [],
+        ["training.warmup_steps: 60 of a run of 6 steps: the rate reaches 0.000833, not 0.01"],
+    )
+    report = check(recipe(model, "training.warmup_steps=60", "training.max_steps=1", "training.num_train_epochs=null"))
+    assert problems(report)[0].startswith("training.warmup_steps: the rate is 0 in the only step")

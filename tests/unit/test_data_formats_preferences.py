@@ -125,7 +125,7 @@ HH = "\n\nHuman: hi\n\nAssistant: "
         ("hh", {"chosen": HH + "a", "rejected": HH + " "}, 'rejected: is empty; got " "'),
         ("hh", {"chosen": HH + "a", "rejected": "\n\nHuman: ho\n\nAssistant: b"}, "rejected: does not begin with the"),
         ("hh", {"chosen": HH + "a\n\nAssistant: b", "rejected": HH + "c"}, "chosen: two assistant messages in a row;"),
-        ("orca_dpo", {"question": "a", "chosen": "b", "rejected": 3}, "rejected: must be text; got 3"),
+        ("orca_dpo", {"question": "a", "chosen": "b", "rejected": True}, "rejected: must be text; got true"),
         (
             "sharegpt_dpo",
             {"conversations": [USER, GOOD], "chosen": GOOD, "rejected": BAD},

@@ -32,6 +32,8 @@ BRIEF = "Answer in one word."
         ),
         ("preference", {"prompt": ASKED, **PAIR}, "chosen", "prompt"),
         ("preference", {"prompt": [user(ASKED)], **PAIR}, "chosen", "prompt[0].content"),
+        ("alpaca_dpo", {"instruction": ASKED, **PAIR}, "chosen", "instruction"),
+        ("alpaca_dpo", {"instruction": ASKED, "input": "Divide.", **PAIR}, "chosen", "instruction"),
         ("orca_dpo", {"question": ASKED, **PAIR}, "chosen", "question"),
         (
             "orca_dpo",
@@ -88,6 +90,7 @@ def test_the_advice_reads_an_answer_that_is_to_repeat_its_prompt() -> None:
     convert("prompt_completion", {**row, "completion": [assistant(NO)]})
     convert("kto", {**row, "completion": [assistant(NO)], "label": True})
     convert("preference", {"prompt": ASKED, **lists})
+    convert("alpaca_dpo", {"instruction": ASKED, **lists})
     convert("messages", {"messages": [user(ASKED), assistant(NO)]})
     assert "; remove it from chosen and rejected; " in refusal("orca_dpo", {"question": ASKED, **PAIR})
     assert "messages (format messages)" in refusal("alpaca", {"instruction": ASKED, "output": NO})

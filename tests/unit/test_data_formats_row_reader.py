@@ -25,8 +25,10 @@ def test_a_column_that_the_row_lacks_is_named_even_where_the_field_is_optional()
 
 
 def test_errors_name_the_files_own_columns() -> None:
-    row = {"question": "hi", "answer": 3}
-    assert refusal("prompt_completion", row, **MAPPED).startswith("answer: must be text or a list of messages; got 3")
+    row = {"question": "hi", "answer": True}
+    assert refusal("prompt_completion", row, **MAPPED).startswith(
+        "answer: must be text or a list of messages; got true"
+    )
     turns = {"dialog": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}
     assert refusal("sharegpt", turns, conversations="dialog").startswith("dialog[1].value: is empty; ")
 

@@ -6,10 +6,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from finetune.data.formats import reader, recognise
+from finetune.data.formats import FORMATS, reader, recognise
+from finetune.data.sources.json_files import parse_line
 from finetune.data.sources.tables import rows_of
 from finetune.data.types import Judged
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import Role
 from tests.row_formats import assistant, convert, refusal, system, talk, user
 
 USER, ANSWER, RESULT = user("hi"), assistant("done"), {"role": "tool", "content": "3"}
@@ -271,3 +272,33 @@ def test_all_unknown_words_of_a_row_are_named_with_what_to_write() -> None:
 def test_a_word_that_the_recipe_names_is_no_longer_what_it_usually_means() -> None:
     row = said(USER, {"role": "tool_call", "content": "done"})
     assert reader("messages", roles={"tool_call": "assistant"})(row) == convert("messages", said(USER, ANSWER))
+
+
+@pytest.mark.parametrize("number", ["42", "-7", "1.10", "1e3", "0.0", "12345678901234567890"])
+def test_a_number_of_json_is_read_as_the_text_that_the_file_has_for_it(number: str) -> None:
+    row: Any = parse_line(f'{{"number": {number}, "text": "{number}"}}'.encode())
+    written, text = row["number"], row["text"]
+    assert talk("messages", said(USER, {**ANSWER, "content": written})) == [USER, assistant(number)]
+    for row_format in ("alpaca", "prompt_completion", "text", "preference", "orca_dpo"):
+        fields = dict.fromkeys(FORMATS[row_format].required, "a")
+        last = FORMATS[row_format].required[-1]
+        with_prompt = {"prompt": "q", **fields} if row_format == "preference" else fields
+        assert convert(row_format, {**with_prompt, last: written}) == convert(row_format, {**with_prompt, last: text})
+
+
+def test_a_float_of_a_table_has_no_spelling() -> None:
+    (row,) = rows_of(pa.table({"prompt": ["a"], "completion": [7.0]}))
+    assert isinstance(row, dict)
+    assert refusal("prompt_completion", row) == (
+        "completion: is a number of a float column, which does not say how the text spells it; got 7.0; make it a "
+        "column of texts, such as 7 or 7.50"
+    )
+    (row,) = rows_of(pa.table({"prompt": ["a"], "completion": [7]}))
+    assert isinstance(row, dict)
+    assert talk("prompt_completion", row)[1] == assistant("7")
+
+
+def test_scores_and_labels_stay_numbers() -> None:
+    row = parse_line(b'{"prompt": "a", "completion": "b", "label": 0}')
+    assert isinstance(row, dict)
+    assert convert("kto", row) == Judged([user("a")], [assistant("b")], False)

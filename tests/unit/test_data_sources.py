@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, Json
 
+from finetune.data.row_errors import FileError, RowError
 from finetune.data.sources import open_source
 from finetune.errors import DataError
 from finetune.recipe import DataSource
@@ -49,6 +50,47 @@ def test_objects_of_several_lines_one_after_another(tmp_path: Path) -> None:
     rows = read(write(tmp_path / "rows.json", content))
     assert [row.value for row in rows] == ROWS
     assert [content.split(b"\n")[row.number - 1] for row in rows] == [b"{"] * 3
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("key", ["data", "rows", "x"])
+def test_the_one_list_of_rows_of_an_object(tmp_path: Path, key: str, indent: int | None, packed: str) -> None:
+    around = {"version": "1.0", "about": {"by": ["a", "]}"], "n": [1, 2]}, "names": ["a"], key: ROWS, "count": 3}
+    content = json.dumps(around, indent=indent).encode()
+    rows = read(write(tmp_path / f"rows.json{packed}", pack(content, packed)))
+    assert [row.value for row in rows] == ROWS
+    begins = [n for n, line in enumerate(content.split(b"\n"), 1) if line == b"    {"] or [1, 1, 1]
+    assert [row.number for row in rows] == begins[: len(ROWS)]
+
+
+def test_objects_that_are_rows_are_not_taken_for_their_frame(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}]
+    rows: list[dict[str, Any]] = [
+        {"messages": turns},
+        {"dialog": turns},
+        {"tags": [{"name": "a"}], "prompt": "b"},
+        {"tags": []},
+        {"tags": [1]},
+    ]
+    for row in rows:
+        assert values(write(tmp_path / "r.json", json.dumps(row).encode())) == [row]
+    twice = [{"tags": [{"name": "a"}]}] * 2
+    assert values(write(tmp_path / "r.json", json_lines(twice))) == twice
+
+
+def test_an_object_with_several_lists_of_rows_or_a_broken_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.json", json.dumps({"train": [{"a": 1}], "test": [{"a": 2}]}).encode())
+    (row,) = read(path)
+    assert isinstance(row.value, FileError)
+    assert str(row.value.problem(str(path), row.number)) == (
+        f"{path}: the file is one object with several lists of rows: train, test; write each list into a file of its "
+        "own"
+    )
+    broken = read(write(tmp_path / "r.json", b'{"data": [{"a": 1}, 3, {"a": 1, "a": 2}]}'))
+    assert [isinstance(row.value, RowError) for row in broken] == [False, True, True]
+    (cut,) = read(write(tmp_path / "r.json", b'{"data": [{"a": 1}, {"a": '))
+    assert isinstance(cut.value, RowError)
 
 
 @pytest.mark.parametrize("packed", ["", ".gz", ".zst"])

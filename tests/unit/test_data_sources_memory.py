@@ -31,6 +31,7 @@ CONTENT: dict[str, Callable[[int], bytes]] = {
     "r.jsonl.gz": lambda count: pack(json_lines(rows(count)), ".gz"),
     "r.jsonl.zst": lambda count: pack(json_lines(rows(count)), ".zst"),
     "r.json": lambda count: json.dumps(rows(count)).encode(),
+    "in_an_object.json": lambda count: json.dumps({"data": rows(count)}).encode(),
     "r.csv": to_csv,
 }
 

@@ -11,7 +11,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from finetune.methods.dpo_losses import LOSSES, PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.recipe import DpoSettings
-from finetune.recipe.settings import Divergence, PairLoss
+from finetune.recipe.method_settings import Divergence, PairLoss
 from tests.support import save_tiny_mixtral, tiny_tokenizer
 
 TOLERANCE = 2e-6

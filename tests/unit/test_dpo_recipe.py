@@ -91,7 +91,7 @@ MISTAKES = {
     "smoothing that nothing uses": (
         dpo("label_smoothing: 0.1"),
         "recipe.yaml:15: method.label_smoothing: has no effect: sigmoid does not use it; got 0.1; remove it, or add "
-        "one of robust, exo_pair, aot, aot_unpaired to method.loss_type",
+        "robust or exo_pair to method.loss_type",
     ),
     "a divergence without a reading": (
         dpo("loss_type: [sigmoid, apo_zero]", "f_divergence_type: js_divergence"),
@@ -101,12 +101,12 @@ MISTAKES = {
     "pairs that are sorted one by one": (
         dpo("loss_type: [aot]"),
         "recipe.yaml:19: training.per_device_train_batch_size: the loss aot sorts the pairs of a micro-batch: "
-        "with one pair it equals sigmoid; got 1; write at least 2, better 8, or method.loss_type: [sigmoid]",
+        "with one pair it equals sigmoid; got 1; write 8, or write method.loss_type: [sigmoid]",
     ),
     "weighted pairs that are sorted": (
         dpo("loss_type: [aot]", "use_weighting: true", after="  per_device_train_batch_size: 2\n"),
         "recipe.yaml:16: method.use_weighting: aot sorts the pairs, so a pair cannot be weighted; got true; "
-        "write false, or take it out of method.loss_type",
+        "write false",
     ),
     "a weight of pairs on tokens": (
         dpo("loss_type: [sigmoid, sft]", "use_weighting: true"),
@@ -125,7 +125,7 @@ MISTAKES = {
     "TRL's name of the reference": (
         dpo("precompute_ref_log_probs: true"),
         "recipe.yaml:15: method.precompute_ref_log_probs: unknown key: another tool's name for a setting; got true; "
-        "write method.reference",
+        "write method.reference: precomputed, or method.reference: live for false",
     ),
     "a second model": (
         dpo("ref_model: some/model"),
@@ -139,8 +139,8 @@ MISTAKES = {
     ),
     "a setting of the method among the trainer's": (
         dpo(after="  trainer_args: {beta: 0.2}\n"),
-        "recipe.yaml:22: training.trainer_args.beta: the recipe has its own key for this; got 0.2; remove it and write "
-        "method.beta",
+        "recipe.yaml:22: training.trainer_args.beta: the recipe has its own key for this; got 0.2; remove it: "
+        "method.beta is given",
     ),
     "a reference that moves": (
         dpo(after="  trainer_args: {sync_ref_model: true}\n"),

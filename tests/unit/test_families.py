@@ -127,12 +127,13 @@ def test_a_part_that_this_checkpoint_lacks_though_its_architecture_has_it(
     folder = save_tiny(model_type, tmp_path, **overrides)
     found = complaint(folder, lora={"targets": ["attention", target]})
     what = f"this checkpoint has no {target}, though other models of type {model_type} may have"
-    assert found.startswith(f"lora.targets: {what}; got {target}; use attention, experts, router")
+    assert found.startswith(f"lora.targets: {what}; got {target}; remove it, or use experts or router")
 
 
 def test_a_part_that_the_architecture_lacks(tmp_path: Path) -> None:
     assert complaint(save_tiny("olmoe", tmp_path), lora={"targets": ["shared_experts"]}) == (
-        "lora.targets: olmoe has no shared_experts; got shared_experts; use attention, experts or router"
+        "lora.targets: olmoe has no shared_experts; got shared_experts; "
+        "remove it, or use attention or experts or router"
     )
 
 

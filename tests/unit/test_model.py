@@ -56,7 +56,7 @@ def test_a_hub_id_that_cannot_be_had() -> None:
     message = complaint(Path("somebody/some-model"))
     assert message.startswith("model.name_or_path: neither a folder here nor a model that can be fetched (")
     assert message.endswith(
-        "got somebody/some-model; check the path or hub id, the network and, for gated models, `hf auth login`"
+        "got somebody/some-model; check the path or hub id; HF_HUB_OFFLINE is set: unset it, or fetch the model first"
     )
 
 

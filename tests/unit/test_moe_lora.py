@@ -126,9 +126,17 @@ def test_friendly_names_on_a_dense_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("w7", "lora.targets: matches no module of this model; got w7; use attention, experts or router, or a"),
-        ("mlp", "lora.targets: mixtral has no mlp; got mlp; use attention, experts or router"),
-        ("embed_tokens", "lora.targets: embeddings and head take no adapter; got embed_tokens; use attention, experts"),
+        (
+            "w7",
+            "lora.targets: matches no module of this model; got w7; "
+            "remove it, or use attention or experts or router, or a",
+        ),
+        ("mlp", "lora.targets: mixtral has no mlp; got mlp; remove it, or use attention or experts or router"),
+        (
+            "embed_tokens",
+            "lora.targets: embeddings and head take no adapter; got embed_tokens; "
+            "remove it, or use attention or experts",
+        ),
     ],
 )
 def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, message: str) -> None:
@@ -138,7 +146,7 @@ def test_a_target_that_this_model_lacks_is_refused(base: Path, target: str, mess
 
 
 def test_experts_on_a_dense_model_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="mistral has no experts; got experts; use attention or mlp"):
+    with pytest.raises(RecipeError, match="mistral has no experts; got experts; remove it, or use attention or mlp"):
         with_lora(base_model(save_tiny_mistral(tmp_path)), lora_settings(targets=["experts"]))
 
 

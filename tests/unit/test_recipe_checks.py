@@ -59,7 +59,8 @@ CONFLICTS = {
     ),
     "a choice of experts that are not adapted": (
         changed((TARGETS, "[attention]"), ("  r: 8", "  r: 8\n  experts: auto\n  experts_share: 0.5")),
-        "recipe.yaml:9: lora.experts: no experts are adapted; got auto; add experts to lora.targets or remove this key",
+        "recipe.yaml:9: lora.experts: no experts are adapted; got auto; add experts to lora.targets "
+        "or remove this key and lora.experts_share",
     ),
     "a choice of experts without its share": (
         changed(("  r: 8", "  r: 8\n  experts: auto")),
@@ -70,12 +71,12 @@ CONFLICTS = {
     "a share of experts that are all adapted": (
         changed(("  r: 8", "  r: 8\n  experts_share: 0.5")),
         "recipe.yaml:9: lora.experts_share: has no effect: every expert is adapted; got 0.5; "
-        "write lora.experts: auto or remove this key",
+        "write lora.experts: auto, or remove this key",
     ),
     "a score for experts that are all adapted": (
         changed(("  r: 8", "  r: 8\n  experts: all\n  experts_score: token")),
         'recipe.yaml:10: lora.experts_score: has no effect: every expert is adapted; got "token"; '
-        "write lora.experts: auto or remove this key",
+        "write lora.experts: auto with lora.experts_share, or remove this key",
     ),
     "a share above the whole": (
         changed(("  r: 8", "  r: 8\n  experts: auto\n  experts_share: 1.5")),
@@ -260,12 +261,20 @@ def test_checks_do_not_repeat_reported_problems(recipe_file: RecipeFile) -> None
         ("zzz: 1", "SFTConfig has no such field; got 1; write one of SFTConfig's fields"),
         ('adam_beta2: "0.9"', 'wrong type; got "0.9"; write a value of SFTConfig\'s type: float'),
         ("save_total_limit: true", "wrong type; got true; write a value of SFTConfig's type: int | None"),
-        ("bf16: true", "the recipe has its own key for this; got true; remove it and write model.dtype"),
-        ("max_steps: 3", "the recipe has its own key for this; got 3; remove it and write training.max_steps"),
+        ("bf16: true", "the recipe has its own key for this; got true; remove it: model.dtype is given"),
+        ("max_steps: 3", "the recipe has its own key for this; got 3; remove it: training.max_steps is given"),
         ("push_to_hub: true", "set by this program: a run uploads nothing; got true; remove it"),
-        ("lora_alpha: 3", "the recipe has this key itself; got 3; write lora.lora_alpha"),
+        ("lora_alpha: 3", "the recipe has this key itself; got 3; remove it: lora.lora_alpha is given"),
         ("num_epochs: 3", "another tool's name for a setting; got 3; write training.num_train_epochs"),
-        ("adam_beta2: [1]", "wrong type; got [1]; write a mapping of names to text, numbers, true, false or null"),
+        ("adam_beta2: [1]", "wrong type; got [1]; write text, numbers, true, false or null"),
+        (
+            "lr_scheduler_kwargs: {min_lr: 0}",
+            """wrong type; got {"min_lr": 0}; write it as JSON text: '{"min_lr": 0}'""",
+        ),
+        (
+            "optim_args: {momentum: 0.9, dampening: 0}",
+            'wrong type; got {"momentum": 0.9, "dampening": 0}; write it as text: momentum=0.9, dampening=0',
+        ),
     ],
 )
 def test_trainer_args_are_checked_against_the_trainers_fields(

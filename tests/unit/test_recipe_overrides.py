@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.cli.main import main
 from tests.unit.recipe_writing import SOUND, RecipeFile, changed
 
 
@@ -101,3 +102,23 @@ def test_a_wrong_override_gives_exactly_this_line(
 def test_a_list_that_is_not_closed_is_an_error(recipe_file: RecipeFile) -> None:
     (line,) = recipe_file.problems(SOUND, "lora.targets=[attention")
     assert line.startswith("command line: lora.targets: not valid YAML: ")
+
+
+def test_the_home_folder_in_every_path_of_the_recipe_and_of_the_command_line(
+    recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/people/ann")
+    there = changed(("runs/test", "~/runs"), ("some/model", "~/model"), ("path: rows.jsonl", "path: ~/rows/*.jsonl"))
+    recipe = recipe_file.load(
+        there,
+        "model.adapter=~/adapter",
+        "data.chat_template=~/chat.jinja",
+        "data.eval={path: ~/eval.jsonl, format: messages}",
+    )
+    paths = [recipe.output_dir, recipe.model.name_or_path, recipe.model.adapter, recipe.data.chat_template]
+    paths += [source.path for which in ("train", "eval") for source in recipe.data.sources(which)]
+    assert paths == [
+        f"/people/ann/{name}" for name in ("runs", "model", "adapter", "chat.jinja", "rows/*.jsonl", "eval.jsonl")
+    ]
+    assert main(["inspect", "~/nothing"]) != 0
+    assert "/people/ann/nothing" in capsys.readouterr().err

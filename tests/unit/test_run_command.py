@@ -98,8 +98,10 @@ def test_a_run_that_fails_hands_its_exit_code_on_without_the_launchers_traceback
 def test_a_run_leaves_the_whole_run_folder(tmp_path: Path) -> None:
     recipe = recipe_for(save_tiny_mixtral(tmp_path / "model"), tmp_path)
     config = Path(__file__).parents[2] / "accelerate_configs" / "cpu.yaml"
-    done = finetune_train(recipe, "training.max_steps=3", "--config_file", config)
+    done = finetune_train(recipe, "training.max_steps=3", "training.save_steps=1000", "--config_file", config)
     assert done.returncode == 0, done.stderr
+    remark = "training.save_steps: 1,000 of a run of 3 steps: there is no checkpoint before the end"
+    assert done.stdout.splitlines().count(remark) == 1
 
     run = tmp_path / "run"
     names = {path.name for path in run.iterdir()}

@@ -178,7 +178,7 @@ def test_warm_up_evaluations_and_checkpoints_beyond_the_run_are_said_with_number
     with pytest.raises(RecipeError) as raised:
         check_schedule(settings, 1)
     assert str(raised.value) == (
-        "training.warmup_steps: the rate is 0 in each of the run's 1 step: it would train nothing; got 10; "
+        "training.warmup_steps: the rate is 0 in the only step: nothing would be trained; got 10; "
         "write 0, or give the run more steps"
     )
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.recipe.settings import Role
+from finetune.data.types import WrittenFloat
+from finetune.recipe.row_formats import Role
 
 PLACEHOLDERS = frozenset(
     {"nan", "NaN", "NAN", "None", "none", "NONE", "null", "NULL", "Null", "<NA>", "N/A", "n/a", "NaT"}
@@ -68,7 +69,7 @@ class Fields:
 
     def text_or_messages(self, field: str) -> Any:
         """The value of a required field that holds a text or a list of messages, be that a list or its text."""
-        value = self.required(field)
+        value = written_number(self.required(field), self.name(field))
         messages = written_messages(value, self.name(field)) if isinstance(value, str) else None
         return value if messages is None else messages
 
@@ -80,7 +81,7 @@ class Fields:
         value = self.optional(field)
         if value is None or (isinstance(value, str) and not value.strip()):
             return None
-        if value in PLACEHOLDERS:
+        if isinstance(value, str) and value in PLACEHOLDERS:
             do = "leave it empty (pandas: fillna(''), or read_csv(..., keep_default_na=False) before)"
             raise RowError(self.name(field), "is a word for nothing, and would be learned as a text", do, shown(value))
         return plain_text(value, self.name(field))
@@ -88,12 +89,27 @@ class Fields:
 
 def plain_text(value: object, place: str) -> str:
     """As `checked_text`; `RowError` also for a list of messages written as text."""
-    text = checked_text(value, place)
+    text = checked_text(written_number(value, place), place)
     if written_messages(text, place) is not None:
         what = "is a list of messages written as text, where this format has a plain text"
         do = "name a format that takes messages (messages, sharegpt, prompt_completion, preference)"
         raise RowError(place, what, do, shown(text))
     return text
+
+
+def written_number(value: object, place: str) -> object:
+    """A number as the text that the file has for it; any other value as it is.
+
+    `RowError` for a float of a table: its column does not say whether 7 was written as 7, 7.0 or 7.00.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, WrittenFloat):
+        return value.text
+    if isinstance(value, float):
+        what = "is a number of a float column, which does not say how the text spells it"
+        raise RowError(place, what, "make it a column of texts, such as 7 or 7.50", shown(value))
+    return str(value)
 
 
 def checked_text(value: object, place: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from finetune.data.formats.fields import Fields, checked_text
+from finetune.data.formats.fields import Fields, checked_text, plain_text
 from finetune.data.formats.messages import (
     SHAREGPT,
     Spelling,
@@ -26,7 +26,7 @@ from finetune.data.formats.parsed import (
 from finetune.data.formats.tools import parse_json, read_tools, says_nothing
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import Role
 
 
 def messages(row: Fields) -> ParsedConversation:
@@ -128,7 +128,7 @@ def _history(row: Fields) -> list[Turn]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"{place}[{i}]", "must be a pair", "write [instruction, output]", shown(pair))
         for j, text in enumerate(pair):
-            content = checked_text(text, f"{place}[{i}][{j}]")
+            content = plain_text(text, f"{place}[{i}][{j}]")
             turns.append(Turn(Message(role="assistant" if j else "user", content=content), f"{place}[{i}][{j}]"))
     return turns
 
@@ -203,8 +203,9 @@ def alpaca_dpo(row: Fields) -> ParsedPair:
     chosen, rejected = (text_or_turns(row, field, "assistant") for field in ("chosen", "rejected"))
     check_scores(row)
     question = _question(row, "input")
-    check_prompt_not_repeated(_repeatable(row, question), [chosen, rejected], "preference")
     prompt = _with_system(row, [*_history(row), question])
+    asked = [turn for turn in prompt if turn.message["role"] == "system"] + _repeatable(row, question)
+    check_prompt_not_repeated(asked, [chosen, rejected], "alpaca_dpo")
     return ParsedPair(prompt, chosen, rejected, (row.name("chosen"), row.name("rejected")))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from finetune.data.formats.fields import Fields, checked_text
+from finetune.data.formats.fields import Fields, checked_text, written_number
 from finetune.data.formats.tools import (
     check_known_keys,
     json_text,
@@ -23,7 +23,7 @@ from finetune.data.formats.tools import (
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import ROLES, Message, ToolCall
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import Role
 
 LEARNED = ("train", "loss", "weight")
 """Keys that say whether a message is in the loss."""
@@ -280,11 +280,11 @@ def _content(entry: Mapping[str, Any], key: str, place: str, role: Role, may_be_
         raise RowError(place, "is missing", "a message without tool_calls says something", f"keys {sorted(entry)}")
     if isinstance(value, list) and (role != "tool" or _are_parts(value)):
         value = "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(value))
-    if role == "tool" and value is not None and not isinstance(value, str):
+    if role == "tool" and isinstance(value, dict | list | bool):
         return json_text(value, place)
     if may_be_empty and isinstance(value, str) and not value.strip():
         return "" if role == "system" else value
-    return checked_text(value, place)
+    return checked_text(written_number(value, place), place)
 
 
 TEXT_PARTS = ("text", "input_text", "output_text")

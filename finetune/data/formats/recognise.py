@@ -21,7 +21,7 @@ from finetune.data.formats.format_parsers import UnusableRowError
 from finetune.data.formats.row_reader import FORMATS, Format, Reader
 from finetune.data.row_errors import RowError
 from finetune.data.types import Document, RowContent, contents_of
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import Role
 
 SAMPLE_ROWS = 100
 _NEAREST = 3
@@ -166,7 +166,7 @@ def _kind(value: object) -> str:
     if isinstance(value, bool):
         return "true or false"
     names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    return next((name for kind, name in names.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def _why(trial: _Trial, count: int) -> str:

@@ -12,8 +12,7 @@ from finetune.data.formats.unread_columns import UnreadColumns
 from finetune.data.row_errors import RowError
 from finetune.data.types import RowContent
 from finetune.errors import DataError, Problem
-from finetune.recipe.row_formats import ROW_FORMATS, RowFormat
-from finetune.recipe.settings import Role
+from finetune.recipe.row_formats import ROW_FORMATS, Role, RowFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
+from finetune.data.types import WrittenFloat
+from finetune.recipe.row_formats import ROW_FORMATS
 
 WHITE = " \t\r\n"
 WHITE_BYTES = WHITE.encode()
@@ -37,7 +39,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 # One decoder for all rows: json.loads with a hook makes a new one each time, which costs as much as a small row.
-DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=WrittenFloat, parse_constant=_no_constant)
 
 
 def parse_line(content: bytes) -> RowValue:
@@ -146,6 +148,12 @@ class JsonStream:
         self._broken: FileError | None = None
 
     def array(self) -> Iterator[RowValue]:
+        """The rows of an array whose opening bracket was taken, with nothing after it."""
+        yield from self.elements()
+        if self._next():
+            raise FileError("text after the end of the array", _FIX, self._rest())
+
+    def elements(self) -> Iterator[RowValue]:
         """The rows of an array whose opening bracket was taken."""
         if (following := self._next()) != "]":
             while True:
@@ -159,13 +167,45 @@ class JsonStream:
         if following != "]":
             raise FileError("a comma or ] was expected after the row", _FIX, self._rest())
         self._take(self._position + 1)
-        if self._next():
-            raise FileError("text after the end of the array", _FIX, self._rest())
 
     def objects(self) -> Iterator[RowValue]:
         """The rows of objects one after another."""
         while self._next():
             yield self._value()
+
+    def members(self) -> Iterator[str]:
+        """The keys of an object whose opening brace was taken; `value` or `elements` takes the value of each."""
+        while self._next() == '"':
+            while (end := self._end_by_brackets()) is None:
+                if not self._more():
+                    raise FileError("the object does not end", COPY_AGAIN)
+            key = str(json.loads(self._text[self._position : end]))
+            self._take(end)
+            if self._next() == ":":
+                self._take(self._position + 1)
+            yield key
+            if self._next() != ",":
+                break
+            self._take(self._position + 1)
+        if self._next() != "}":
+            raise FileError("a key or } was expected", _FIX, self._rest())
+        self._take(self._position + 1)
+
+    def begins_array(self) -> bool:
+        """Take the opening bracket of the value that follows, if it is an array."""
+        is_array = self._next() == "["
+        if is_array:
+            self._take(self._position + 1)
+        return is_array
+
+    def value(self) -> RowValue:
+        """Take the value that follows: the row if it is an object, otherwise an error."""
+        self._next()
+        return self._value()
+
+    def is_at_end(self) -> bool:
+        """Whether nothing follows."""
+        return not self._next()
 
     def _next(self) -> str:
         """The next character that is not white space, not taken; "" at the end. The place is its line."""
@@ -271,17 +311,84 @@ def read_json_lines(file: DataFile, place: Place) -> Iterator[RowValue]:
 
 
 def read_json(file: DataFile, place: Place) -> Iterator[RowValue]:
-    """An array of objects, or objects one after another, each on one line or on several."""
+    """An array of objects, the one array of an object that is not a row itself (`{"data": [...]}`), or objects one
+    after another, each on one line or on several."""
+    key = _key_of_rows(file)
     with opened(file.path, file.packed, place) as stream:
         if _first_byte(stream, place) == b"[":
             stream.read(1)
             yield from JsonStream(stream, place).array()
+            return
+        if key is not None:
+            yield from _rows_below(key, stream, place)
             return
         first = stream.readline(MAX_ROW_BYTES)
         if _is_indented(first, stream):
             yield from JsonStream(stream, place, first).objects()
         else:
             yield from _lines(first, stream, place)
+
+
+def _rows_below(key: str, stream: ByteStream, place: Place) -> Iterator[RowValue]:
+    """The rows of the array under `key` in the object that the file consists of."""
+    stream.read(1)
+    json_stream = JsonStream(stream, place)
+    for name in json_stream.members():
+        if name == key and json_stream.begins_array():
+            yield from json_stream.elements()
+        else:
+            json_stream.value()
+
+
+FIELDS = frozenset(
+    name
+    for row_format in ROW_FORMATS.values()
+    for field in row_format.fields
+    for name in (field, *row_format.aliases.get(field, ()))
+)
+"""Keys of rows: an object that has one of them is a row."""
+
+
+def _key_of_rows(file: DataFile) -> str | None:
+    """The key under which the one object of a file holds its rows; None for files of other shapes, broken ones too.
+
+    The file is read once more for it, unless it is an array; one that begins with a row only up to that row's end.
+    """
+    place = Place()
+    try:
+        with opened(file.path, file.packed, place) as stream:
+            if _first_byte(stream, place) != b"{":
+                return None
+            stream.read(1)
+            keys = _keys_of_rows(JsonStream(stream, place))
+    except (FileError, ValueError, RecursionError):
+        return None
+    if len(keys) > 1:
+        what = f"the file is one object with several lists of rows: {', '.join(keys)}"
+        raise FileError(what, "write each list into a file of its own")
+    return keys[0] if keys else None
+
+
+def _keys_of_rows(stream: JsonStream) -> list[str]:
+    """The keys of an object that hold lists of rows; none if the object is a row, or not the only one."""
+    keys: list[str] = []
+    for key in stream.members():
+        if key in FIELDS:
+            return []
+        if not stream.begins_array():
+            stream.value()
+            continue
+        kinds = {_is_row(element) for element in stream.elements()}
+        if True in kinds:
+            keys.append(key)
+    return keys if stream.is_at_end() else []
+
+
+def _is_row(element: RowValue) -> bool:
+    """Whether an element may be a row: an object, sound or not, that is no message."""
+    if isinstance(element, RowError):
+        return not element.what.startswith("a row must be")
+    return bool(element) and not element.keys() & {"role", "from"}
 
 
 def _first_byte(stream: ByteStream, place: Place) -> bytes:
