@@ -94,7 +94,8 @@ def _source(data: Path, count: int, recorded: dict[str, Any]) -> DataSource:
     same: dict[str, Any] = next(
         (source for source in known if source.get("path") and Path(source["path"]).resolve() == data.resolve()), {}
     )
-    how = {key: same[key] for key in ("columns", "response_template", "response_end") if same.get(key)}
+    kept = ("columns", "ignore_columns", "roles", "response_template", "response_end")
+    how = {key: same[key] for key in kept if same.get(key)}
     how["format"] = same.get("format", "auto")
     return DataSource(path=str(data), max_rows=count, **how)
 
