@@ -127,9 +127,9 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
     Raises RecipeError where the recipe does not fit it, WeightsError where the checkpoint would not load.
     """
-    _architecture(folder)  # before its files: an unsupported architecture is not helped by other files
+    config, family = _architecture(folder)  # before its files: an unsupported architecture is not helped by others
     reader = CheckpointReader(folder)
-    family = config_family(folder, recipe, partial(_check_targets, reader))
+    _check_fit(folder, recipe, config, family, partial(_check_targets, reader))
     check_loads(reader, family, recipe.model)
     return family
 
@@ -145,9 +145,17 @@ def check_loads(reader: CheckpointReader, family: Family, settings: ModelSetting
     check_loadable(reader, family.transformers_class(), settings.load_in_4bit, **loading_options(settings))
 
 
-def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Recipe], None]) -> Family:
+def config_family(folder: Path, recipe: Recipe) -> Family:
     """The architecture, from `config.json` alone. Raises RecipeError where the recipe does not fit it."""
     config, family = _architecture(folder)
+    _check_fit(folder, recipe, config, family)
+    return family
+
+
+def _check_fit(
+    folder: Path, recipe: Recipe, config: dict[str, Any], family: Family, *further: Callable[[Family, Recipe], None]
+) -> None:
+    """Raise RecipeError with everything in which the recipe does not fit the architecture."""
     checks: list[Callable[[Family, Recipe], None]] = [_check_router_section, _check_bias_balance, *further]
     checks += [_check_attention, _check_packing, partial(_check_length, config)]
     problems: list[Problem] = []
@@ -159,7 +167,6 @@ def config_family(folder: Path, recipe: Recipe, *further: Callable[[Family, Reci
     if problems:
         raise RecipeError(problems)
     check_router_term(folder, family, recipe)
-    return family
 
 
 def _check_router_section(family: Family, recipe: Recipe) -> None:
