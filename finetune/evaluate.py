@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.adapters.lineage import trained_on_day
+from finetune.checkpoint import verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, System
 from finetune.data.row_errors import Problems, RowError
@@ -85,6 +86,7 @@ def evaluate(
     ]
     if calls:
         raise DataError(calls)
+    verify_sums(model_path)
     tokenizer = load_tokenizer(str(model_path), None, None)
     set_template_day(tokenizer, trained_on_day(model_path))
     tokenizer.padding_side = "left"

@@ -14,7 +14,7 @@ from finetune.base import Base, checkpoint_family, config_family, recipe_tokeniz
 from finetune.check.check_report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.duplicates import find_duplicates, words_of
 from finetune.check.samples import draw
-from finetune.checkpoint import fingerprint, forward_settings
+from finetune.checkpoint import fingerprint, forward_settings, verify_sums
 from finetune.data.formats import reader, recognise
 from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
@@ -136,6 +136,8 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     if folder is None:
         return None, None
     local = Path(recipe.model.name_or_path).is_dir()
+    if local:
+        _attempt(report, lambda: verify_sums(folder))
     # The headers of a checkpoint on the hub cannot be read before its weights are fetched.
     family = _attempt(report, lambda: (checkpoint_family if local else config_family)(folder, recipe))
     found = _attempt(report, lambda: recipe_tokenizer(folder, recipe))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.checkpoint import CheckpointReader
+from finetune.checkpoint import CheckpointReader, verify_sums
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
 from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor, write_generation_config
@@ -51,6 +51,7 @@ class HuggingFaceSource:
     """See `DenseSource`. `dtype` (as in safetensors) converts every tensor; None keeps each tensor's own."""
 
     def __init__(self, folder: Path, dtype: str | None) -> None:
+        verify_sums(folder)
         self.path = folder
         self._reader = CheckpointReader(folder)
         self.settings = read_settings(folder, self._reader.config)

@@ -14,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.adapter import read_adapter
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.base import check_resumed_base, read_base
+from finetune.check import gather
 from finetune.checkpoint import differing_settings, forward_settings, write_sums
 from finetune.errors import RunError, WeightsError
+from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.inspect import inspect
 from finetune.merge import merge
 from finetune.model import save_adapter
 from finetune.run import RunFolder
+from finetune.upcycle import open_source
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
 from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter as save_foreign
@@ -202,11 +205,25 @@ def test_a_run_does_not_continue_on_another_base(base: Path, tmp_path: Path) -> 
         check_resumed_base(read_base(recipe_for(base)), run)
 
 
-def test_a_base_with_checksums_is_verified_before_training(base: Path) -> None:
+def test_a_checkpoint_with_checksums_is_verified_by_every_reader(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}')
     write_sums(base)
     edit_config(base, use_cache=True)
-    with pytest.raises(WeightsError, match=r"config.json: differs from its sum in SHA256SUMS"):
-        read_base(recipe_for(base))
+    readers: list[Callable[[], object]] = [
+        lambda: read_base(recipe_for(base)),
+        lambda: evaluate(base, rows, "prompt_completion"),
+        lambda: open_source(base, None),
+        lambda: merge(save_foreign(base, tmp_path / "foreign"), tmp_path / "merged", show_progress=False),
+        lambda: inspect(base),
+    ]
+    for read in readers:
+        with pytest.raises(WeightsError, match=r"config.json: differs from its sum in SHA256SUMS"):
+            read()
+    problems = gather(recipe_for(base), "recipe.yaml", 0).problems
+    assert [problem.what for problem in problems if problem.where.endswith("config.json")] == [
+        "differs from its sum in SHA256SUMS"
+    ]
 
 
 def test_an_adapter_of_another_tool_with_dropout_on_stacks_is_merged_and_proven(base: Path, tmp_path: Path) -> None:
