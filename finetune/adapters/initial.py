@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict
 
 from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest, read_adapter
 from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, read_record
-from finetune.checkpoint import differing_settings, verify_sums
+from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
 from finetune.moe.esft import ExpertChoice
@@ -57,14 +57,13 @@ def read_initial_adapter(folder: Path) -> InitialAdapter:
         inside = folder / "adapter" / WEIGHTS_FILE
         do = f"write {inside.parent}" if inside.is_file() else "name the folder adapter/ of a finished run"
         raise WeightsError(Problem(where, f"no adapter here: {WEIGHTS_FILE} is missing", do, got=str(folder)))
-    verify_sums(folder)
     try:
         initial = _from_record(folder, read_record(folder))
     except (WeightsError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"the adapter does not say what it was made on: its {RECORD_FILE} is missing or damaged"
         do = "use an adapter of this toolkit; merge another tool's and name the merged model as the base"
         raise WeightsError(Problem(where, what, do, got=str(folder))) from error
-    read_adapter(folder)  # raises where settings or weights are not those of the training
+    read_adapter(folder)  # raises where checksums, settings or weights are not those of the training
     return initial
 
 
