@@ -245,7 +245,15 @@ def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
     Raises what `load_tokenizer` raises, and WeightsError where the tokenizer has ids beyond the embedding's rows.
     """
     settings = recipe.model
-    tokenizer = load_tokenizer(str(folder), None, recipe.data.chat_template, settings.added_tokens, settings.eos_token)
+    tokenizer = load_tokenizer(
+        str(folder),
+        None,
+        recipe.data.chat_template,
+        settings.added_tokens,
+        settings.eos_token,
+        settings.pad_token,
+        recipe.data.template_args,
+    )
     new_tokens = added_ids(tokenizer, settings.added_tokens)
     rows = int(read_json(folder / "config.json")["vocab_size"])
     check_vocabulary(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))

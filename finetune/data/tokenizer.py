@@ -6,7 +6,7 @@ its spelling, a user can type it, and no server stops at it.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate, read_template
+from finetune.data.render.template_settings import set_template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
@@ -112,10 +113,12 @@ def load_tokenizer(
     chat_template: str | None,
     added_tokens: Sequence[str] = (),
     eos_token: str | None = None,
+    pad_token: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Any:
     """The tokenizer of a checkpoint, with `chat_template` (a shipped name or a file) in place of its own if given.
 
-    `added_tokens` and `eos_token` are those of the recipe's model. Raises `WeightsError` for a tokenizer that cannot be
+    `added_tokens`, `eos_token` and `pad_token` are those of the recipe's model, `template_args` those of its data. Raises `WeightsError` for a tokenizer that cannot be
     used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or that needs
     special tokens which the vocabulary lacks.
     """
@@ -123,6 +126,7 @@ def load_tokenizer(
     tokenizer = _load(name_or_path, revision)
     _add(tokenizer, added_tokens)
     _set_eos(tokenizer, eos_token, name_or_path)
+    set_template_args(tokenizer, template_args or {})
     if template is not None:
         tokenizer.chat_template = template
         check_split_tokens(tokenizer, str(chat_template), added_tokens)

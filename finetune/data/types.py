@@ -39,10 +39,14 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """One turn. `content` is text, empty only beside `tool_calls`; `train: False` takes it out of the loss."""
+    """One turn. `content` is text, empty only beside `tool_calls`; `train: False` takes it out of the loss.
+
+    `reasoning` is what an assistant wrote before its content, without white space around it; absent if there is none.
+    """
 
     role: Role
     content: str
+    reasoning: NotRequired[str]
     tool_calls: NotRequired[list[ToolCall]]
     name: NotRequired[str]
     tool_call_id: NotRequired[str]

@@ -152,6 +152,17 @@ class DataSettings(Section):
         description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
         "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
     )
+    template_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Variables for the chat template beside the messages, for example {enable_thinking: false} or "
+        "{reasoning_effort: low}, as `chat_template_kwargs` of a server. Recorded with the adapter; the prompts of the "
+        "trained model must be rendered with the same ones.",
+    )
+    train_on_reasoning: bool = Field(
+        default=True,
+        description="Whether the text of `reasoning_content` (`reasoning`, `thinking`) of a supervised message is in "
+        "the loss. false: the model reads it before the answer and learns the answer alone.",
+    )
     packing: bool = Field(
         default=False,
         description="Pack several rows into one sequence of at most max_length tokens; rows do not attend to each "
@@ -220,6 +231,11 @@ class ModelSettings(Section):
         default=None,
         description="Special token that ends an answer, from the vocabulary or `added_tokens`; null: the "
         "checkpoint's own.",
+    )
+    pad_token: Text | None = Field(
+        default=None,
+        description="Token that fills up batches; null: the tokenizer's own, or its EOS. Places that are filled up are "
+        "known by the length of each row, never by this token, so that an EOS is learned even where both are one.",
     )
 
 

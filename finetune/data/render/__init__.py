@@ -3,7 +3,14 @@
 from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
 from finetune.data.render.rendered_text import Marks, RenderedText
 from finetune.data.render.renderer import LOSSES, Renderer
-from finetune.data.render.template_day import set_template_day, template_day
+from finetune.data.render.template_settings import (
+    set_stop_tokens,
+    set_template_args,
+    set_template_day,
+    stop_tokens,
+    template_args,
+    template_day,
+)
 from finetune.data.types import IGNORED, Answer, Rendering, TokenizedText
 from finetune.recipe.settings import LossOn
 
@@ -21,6 +28,10 @@ __all__ = [
     "System",
     "TokenizedText",
     "read_template",
+    "set_stop_tokens",
+    "set_template_args",
     "set_template_day",
+    "stop_tokens",
+    "template_args",
     "template_day",
 ]

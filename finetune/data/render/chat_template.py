@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.frame_marks import finder, frame_marks
 from finetune.data.render.prompt_ends import Turns, ending
-from finetune.data.render.template_day import clock_of
+from finetune.data.render.template_settings import clock_of
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem

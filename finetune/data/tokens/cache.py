@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from finetune.data.render import template_day
+from finetune.data.render import stop_tokens, template_args, template_day
 from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource, row_formats
@@ -38,7 +38,7 @@ _SOURCE_KEYS = (
     *("config", "split", "format", "columns", "ignore_columns", "roles"),
     *("response_template", "response_end", "max_rows"),
 )
-_DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share")
+_DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share", "train_on_reasoning")
 
 
 def cache_folder() -> Path:
@@ -67,6 +67,8 @@ def rows_fingerprint(
         "special": {key: str(value) for key, value in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
         "day": template_day(tokenizer),
+        "template_args": template_args(tokenizer),
+        "stop_tokens": stop_tokens(tokenizer),
         "code": _code(),
         "versions": {library: version(library) for library in _LIBRARIES},
     }
