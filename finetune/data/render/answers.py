@@ -188,7 +188,8 @@ def _located(
     reasoning = message.get("reasoning")
     place = start + rest.find(reasoning) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
-    alone = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
+    own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
+    alone = chat.prompt_alone or own_space
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
 
