@@ -127,7 +127,8 @@ class ChatTemplate(CompiledTemplate):
         behind, before_result = last.rpartition(_VALUE)[2], followed.partition(_VALUE)[2].partition(_RESULT)[0]
         if self.text_end_is_appended:
             return next_speaker(behind, before_result, "", self.control)
-        return find_end(behind, before_result, "", self.stops, self.control)
+        prompt = self._tried([question], generation=True).rpartition(PROBE)[2]
+        return find_end(behind, before_result, prompt, self.stops, self.control)
 
     @property
     def text_end_is_appended(self) -> bool:
