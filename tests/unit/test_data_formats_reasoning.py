@@ -260,7 +260,7 @@ def test_reasoning_before_calls_that_are_messages_of_their_own() -> None:
         )
 
 
-COLUMNS = [
+COLUMNS: list[tuple[str, dict[str, Any]]] = [
     ("alpaca", {"instruction": "Is 91 prime?", "output": "No."}),
     ("dolly", {"instruction": "Is 91 prime?", "response": "No."}),
     ("prompt_completion", {"prompt": "Is 91 prime?", "completion": "No."}),
@@ -305,11 +305,10 @@ def test_other_columns_whose_names_are_near() -> None:
 
 @pytest.mark.parametrize("column", ["reasoning", "thinking", "cot"])
 def test_a_column_of_reasoning_beside_messages_pairs_or_a_text_is_not_dropped(column: str) -> None:
-    value: Any
-    for value in (THOUGHT, {"style": "freetext", "content": THOUGHT}):
-        for row_format, row, _ in [*rows_with(assistant_of("No.")), ("text", {"text": "a"}, None)]:
-            if row_format == "prompt_completion":
-                continue
+    values: list[Any] = [THOUGHT, {"style": "freetext", "content": THOUGHT}]
+    rows = [(name, row) for name, row, _ in rows_with(dict(assistant("No."))) if name != "prompt_completion"]
+    for value in values:
+        for row_format, row in [*rows, ("text", {"text": "a"})]:
             assert refusal(row_format, {**row, column: value}).startswith(f"{column}: is not read by the format ")
             assert reader(row_format, {}, [column])({**row, column: value}) == convert(row_format, row)
     assert refusal("messages", {**talked(USER, OTHER), column: THOUGHT}).endswith(
@@ -318,10 +317,6 @@ def test_a_column_of_reasoning_beside_messages_pairs_or_a_text_is_not_dropped(co
     )
     convert("messages", {**talked(USER, ANSWER), column: THOUGHT})
     convert("messages", {**talked(USER, OTHER), column: "off"})
-
-
-def assistant_of(content: str) -> dict[str, Any]:
-    return dict(assistant(content))
 
 
 def test_a_column_of_reasoning_beside_a_completion_of_messages() -> None:
