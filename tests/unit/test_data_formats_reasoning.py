@@ -333,6 +333,9 @@ def test_a_column_of_reasoning_beside_a_completion_of_messages() -> None:
 
 def test_a_column_of_reasoning_that_is_no_text() -> None:
     row = COLUMNS[0][1]
+    assert refusal("alpaca", {**row, "mode": "on"}, reasoning="mode") == (
+        'mode: is a label, not reasoning; got "on"; map the column that has the text, or remove it from columns'
+    )
     assert refusal("alpaca", {**row, "reasoning": ["a"]}).startswith('reasoning: must be text; got ["a"]; ')
     assert refusal("alpaca", {**row, "reasoning": "nan"}).startswith("reasoning: is a word for nothing, ")
 

@@ -8,6 +8,7 @@ from finetune.data.formats.fields import PLACEHOLDERS, below, checked_text
 from finetune.data.formats.tools import check_known_keys, parse_json, says_nothing
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message
+from finetune.recipe.row_formats import REASONING
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message under which published data sets and APIs write the reasoning."""
@@ -50,8 +51,16 @@ def check_same_reasoning(text: str, other: str, place: str, others_place: str) -
 
 
 def column_reasoning(value: object, place: str) -> str | None:
-    """The reasoning in a column of its own; None if it is empty or a label."""
-    return None if says_nothing(value) or is_label(value) else _text(value, place)
+    """The reasoning in a column of its own; None if it is empty, or a label in one that only happens to be called so.
+
+    `RowError` for a label in a column that the recipe names.
+    """
+    if says_nothing(value) or (is_label(value) and place == REASONING):
+        return None
+    if is_label(value):
+        what, do = "is a label, not reasoning", "map the column that has the text, or remove it from columns"
+        raise RowError(place, what, do, shown(value))
+    return _text(value, place)
 
 
 def is_label(value: object) -> bool:
