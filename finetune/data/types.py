@@ -92,7 +92,7 @@ RowContent = Conversation | Document | Preference | Judged
 
 
 def contents_of(example: RowContent) -> list[str]:
-    """The texts of all messages, or the document."""
+    """The texts of all messages, the reasoning among them, or the document."""
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, Conversation):
@@ -102,7 +102,7 @@ def contents_of(example: RowContent) -> list[str]:
     else:
         assert isinstance(example, Judged)
         messages = [*example.prompt, *example.completion]
-    return [message["content"] for message in messages]
+    return [text for message in messages for text in (message.get("reasoning"), message["content"]) if text is not None]
 
 
 Ints = npt.NDArray[np.int32]
