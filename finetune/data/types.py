@@ -23,6 +23,10 @@ class WrittenFloat(float):
     text: str
 
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""The names under which messages have reasoning and chat templates read it."""
+
+
 class Function(TypedDict):
     """The function of a tool call: `arguments` is the parsed object, never its JSON text."""
 

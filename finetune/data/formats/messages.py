@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from finetune.data.formats.content_parts import are_text_parts, text_of_parts
 from finetune.data.formats.fields import Fields, checked_text, written_number
-from finetune.data.formats.reasoning import DETAILS, REASONING_KEYS, take_reasoning
+from finetune.data.formats.reasoning import DETAILS, take_reasoning
 from finetune.data.formats.tools import (
     check_known_keys,
     json_text,
@@ -24,7 +24,7 @@ from finetune.data.formats.tools import (
 )
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import ROLES, Message, ToolCall
+from finetune.data.types import REASONING_KEYS, ROLES, Message, ToolCall
 from finetune.recipe.row_formats import Role
 
 LEARNED = ("train", "loss", "weight")

@@ -7,11 +7,9 @@ from finetune.data.formats.content_parts import reasoning_of_parts
 from finetune.data.formats.fields import PLACEHOLDERS, below, checked_text
 from finetune.data.formats.tools import check_known_keys, parse_json, says_nothing
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message
+from finetune.data.types import REASONING_KEYS, Message
 from finetune.recipe.row_formats import REASONING
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which published data sets and APIs write the reasoning."""
 DETAILS = "reasoning_details"
 """OpenRouter's key for it, a list."""
 DETAIL_KEYS = frozenset({"type", "text", "signature", "format", "id", "index"})
