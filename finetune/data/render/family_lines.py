@@ -1,8 +1,10 @@
 """The table of published chat templates as lines for the terminal and for docs/chat-templates.md."""
 
+import json
+
 from finetune.data.render.family_templates import FAMILY_TEMPLATES, PublishedTemplate
 
-_COLUMNS = ("family", "models", "prompt opens a block", "split", "reasoning", "tool calls", "checked")
+_COLUMNS = ("family", "models", "prompt opens a block", "split", "reasoning", "tool calls", "template")
 
 
 def template_lines(model_type: str) -> list[str]:
@@ -27,39 +29,40 @@ def templates_page() -> str:
 
 
 def _overview(name: str, template: PublishedTemplate) -> tuple[str, ...]:
-    if template.ends is None:
-        return (f"`{name}`", template.models, *("not seen",) * 4, "")
+    if not template.calls:
+        return f"`{name}`", template.models, *("unknown",) * 4, "no"
     return (
         f"`{name}`",
         template.models,
         "yes" if template.closing else "no",
         ", ".join(template.splits) or "no",
         f"`{template.reasoning}`" if template.reasoning else "no field",
-        (template.calls + (", several" if template.parallel else "")) or "unknown",
-        "yes" if template.checked else "read",
+        template.calls + (", several" if template.parallel else ""),
+        "compared" if template.trl or template.mistral else "read",
     )
 
 
 def _facts(template: PublishedTemplate) -> list[tuple[str, str]]:
-    """Names and values; for a template that was not seen only that."""
+    """Names and values of what is known."""
     if template.ends is None:
-        return [("read in", "not seen: finetune check shows what begins and ends its answers")]
-    facts = [("read in", _source(template)), ("prompt ends in", _visible(template.prompt))]
-    if template.header:
-        facts.append(("answer begins with", _visible(template.header)))
-    if template.closing:
-        facts.append(("opened block ends in", _visible(template.closing)))
+        return [("template", "not seen: finetune check shows what begins and ends its answers")]
     answer, call = template.ends
-    facts.append(("answer ends in", answer + (f", a call in {call}" if call not in ("", answer) else "")))
-    facts.append(("loss_on", _loss_on(template)))
-    facts.append(("reasoning", template.reasoning or "reads no field"))
-    facts.append(("tool calls", _calls(template)))
-    facts.append(("template_args", ", ".join(template.variables) or "none"))
-    facts.append(("pad token", template.pad or "not looked up"))
-    return [*facts, *([("to know", _visible(template.note))] if template.note else [])]
+    ends = _shown(answer) + (f", a call in {_shown(call)}" if call not in ("", answer) else "")
+    facts = [("template", _source(template)), ("prompt ends in", _shown(template.prompt))]
+    facts += [("answer begins with", _shown(template.header))] * bool(template.header)
+    facts += [("opened block ends in", _shown(template.closing))] * bool(template.closing)
+    facts.append(("answer ends in", ends))
+    if template.calls:  # the template itself was seen
+        facts.append(("loss_on", _loss_on(template)))
+        facts.append(("reasoning", f"read from {template.reasoning}" if template.reasoning else "reads no field"))
+        facts.append(("tool calls", _calls(template)))
+    facts += [("template_args", ", ".join(template.variables))] * bool(template.variables)
+    facts += [("pad token", template.pad)] * bool(template.pad)
+    return [*facts, *([("to know", template.note)] * bool(template.note))]
 
 
 def _source(template: PublishedTemplate) -> str:
+    """Where the template was read, and whether the tests compare the row with it."""
     sources = [template.source] if template.source else []
     if template.trl:
         sources.append(f"TRL: {template.trl}.jinja, compared by the tests")
@@ -77,11 +80,9 @@ def _loss_on(template: PublishedTemplate) -> str:
 def _calls(template: PublishedTemplate) -> str:
     if template.calls == "content only":
         return "not written: rows with calls are refused"
-    if not template.calls:
-        return "unknown"
     return template.calls + (", several in one message" if template.parallel else ", one in a message")
 
 
-def _visible(text: str) -> str:
-    """The text with its line breaks as backslash and n."""
-    return text.replace("\n", "\\n")
+def _shown(text: str) -> str:
+    """The text in quotes, a line break as backslash and n."""
+    return json.dumps(text, ensure_ascii=False)

@@ -29,16 +29,11 @@ class PublishedTemplate:
     closing: str = ""  # what closes the block that the prompt opens
     reasoning: str = ""  # the key that an assistant message's reasoning is read from
     splits: tuple[Split, ...] = ()  # conversations that become one example for each answer with loss_on: assistant
-    calls: Calls = ""  # form of a call's arguments; content only: calls and their results are not written
+    calls: Calls = ""  # form of arguments; content only: calls are not written; empty: the template was not seen
     parallel: bool = False  # several calls in one message
     variables: tuple[str, ...] = ()  # for data.template_args
     pad: str = ""  # pad token of the published tokenizer
     note: str = ""
-
-    @property
-    def checked(self) -> bool:
-        """Whether the tests compare the row with the template itself."""
-        return bool(self.trl or self.mistral)
 
 
 _ALWAYS: tuple[Split, ...] = ("several answers",)
@@ -58,6 +53,7 @@ _MISTRAL_V1 = PublishedTemplate(
     mistral="v1 spm",
     ends=("</s>", "</s>"),
     prompt=" [/INST]",
+    header=" ",
     calls="content only",
     pad=_NO_PAD,
 )
@@ -76,6 +72,7 @@ _MISTRAL_V7 = replace(
     models="Mistral Small 3 (tokenizer v7)",
     source="",
     mistral="v7 tekken",
+    header="",
     splits=("tools",),
     pad="<pad>",
     note="tools are written before the last user message only; ids of calls have 9 characters",
@@ -166,6 +163,13 @@ _LLAMA31 = replace(
     calls="JSON object",
     variables=("builtin_tools", "custom_tools", "date_string", "tools_in_user_message"),
     note="arguments are written under the key parameters; several calls in one message are an error",
+)
+_LLAMA32 = replace(
+    _LLAMA31,
+    models="Llama-3.2-3B-Instruct",
+    trl="llama3_2",
+    variables=("custom_tools", "date_string", "tools_in_user_message"),
+    note=f"writes the day; {_LLAMA31.note}",
 )
 _GRANITE = PublishedTemplate(
     models="granite-3.0-1b-a400m-instruct, granite-3.0-3b-a800m-instruct",
@@ -258,7 +262,7 @@ FAMILY_TEMPLATES: dict[str, tuple[PublishedTemplate, ...]] = {
             ends=("<|endofturn|>", ""),
             prompt="<|assistant|>\n",
             variables=("enable_thinking",),
-            note="enable_thinking: false writes <think>\n\n</think>\n\n before the answer",
+            note="enable_thinking: false writes an empty think block before the answer",
         ),
     ),
     "mimo_v2_flash": (
@@ -364,11 +368,11 @@ FAMILY_TEMPLATES: dict[str, tuple[PublishedTemplate, ...]] = {
             variables=("model_identity",),
         ),
     ),
-    "llama": (_LLAMA3, _LLAMA31, replace(_LLAMA31, models="Llama-3.2-3B-Instruct", trl="llama3_2")),
+    "llama": (_LLAMA3, _LLAMA31, _LLAMA32),
     "mistral": (
         _MISTRAL_V1,
         _MISTRAL_V3,
-        replace(_MISTRAL_V3, models="Mistral-Nemo-Instruct-2407", mistral="v3 tekken"),
+        replace(_MISTRAL_V3, models="Mistral-Nemo-Instruct-2407", mistral="v3 tekken", header="", pad="<pad>"),
         _MISTRAL_V7,
         _MISTRAL_V13,
     ),
