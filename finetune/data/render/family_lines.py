@@ -73,8 +73,9 @@ def _source(template: PublishedTemplate) -> str:
 
 def _loss_on(template: PublishedTemplate) -> str:
     if not template.splits:
-        return "any; a conversation is one example"
-    return f"any; with assistant one example for each answer where a conversation has {' or '.join(template.splits)}"
+        return "any: a conversation is one example"
+    one_each = f"assistant: where a conversation has {' or '.join(template.splits)}, one example for each answer"
+    return f"{one_each} (all: refused); last_assistant, completion: one example"
 
 
 def _calls(template: PublishedTemplate) -> str:
