@@ -78,11 +78,12 @@ def conversation_with(what: str) -> Conversation:
     return Conversation(given.messages, SCHEMAS if what == "tools" else None)
 
 
-def calling(*cities: str) -> Conversation:
-    """A question, and an answer that calls a tool for each city."""
+def calling(row: PublishedTemplate, *cities: str) -> Conversation:
+    """A question, and an answer that calls a tool for each city; with the tool's definition where it is written."""
     calls = [tool_call("get_weather", call_id=f"abcdefgh{place}", city=city) for place, city in enumerate(cities)]
     answer = Message(role="assistant", content="", tool_calls=calls)
-    return Conversation([Message(role="user", content="How is it?"), answer], SCHEMAS)
+    question = Message(role="user", content="How is it?")
+    return Conversation([question, answer], SCHEMAS if row.lists_tools else None)
 
 
 def read_variables(row: PublishedTemplate) -> set[str]:
@@ -122,7 +123,8 @@ def test_a_row_says_how_prompts_and_answers_begin_and_end(name: str) -> None:
 def test_a_row_says_which_conversations_become_several_examples(name: str) -> None:
     row, renderer = ROWS[name], renderer_of(name)
     kinds = ["several answers", "a system message"]
-    kinds += ["reasoning"] * bool(row.reasoning or row.closing) + ["tools"] * (row.calls != "content only")
+    kinds += ["reasoning"] * bool(row.reasoning or row.closing)
+    kinds += ["tools"] * (row.calls != "content only" and row.lists_tools)
     split = {kind for kind in kinds if len(renderer.examples(conversation_with(kind))) == 2}
     assert split == set(kinds if "several answers" in row.splits else row.splits)
 
@@ -132,17 +134,20 @@ def test_a_row_says_how_calls_are_written(name: str) -> None:
     row, renderer = ROWS[name], renderer_of(name)
     if row.calls == "content only":
         with pytest.raises(RowError):
-            renderer.examples(calling("Oslo"))
+            renderer.examples(calling(row, "Oslo"))
         return
-    (example,) = renderer.examples(calling("Oslo"))
+    (example,) = renderer.examples(calling(row, "Oslo"))
     assert (json.dumps({"city": "Oslo"}) in example.text) == row.calls.startswith("JSON")
     assert renderer.chat.arguments_form == ("text" if row.calls == "JSON text" else "object")
     assert renderer.chat.parallel_calls == row.parallel
     if row.parallel:
-        assert len(renderer.examples(calling("Oslo", "Rome"))) == 1
+        assert len(renderer.examples(calling(row, "Oslo", "Rome"))) == 1
     else:
         with pytest.raises(RowError):
-            renderer.examples(calling("Oslo", "Rome"))
+            renderer.examples(calling(row, "Oslo", "Rome"))
+    if not row.lists_tools:
+        with pytest.raises(RowError, match="drops the tools"):
+            renderer.examples(conversation_with("tools"))
 
 
 @pytest.mark.parametrize("name", ROWS)

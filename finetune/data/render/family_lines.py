@@ -81,7 +81,9 @@ def _loss_on(template: PublishedTemplate) -> str:
 def _calls(template: PublishedTemplate) -> str:
     if template.calls == "content only":
         return "not written: rows with calls are refused"
-    return template.calls + (", several in one message" if template.parallel else ", one in a message")
+    number = "several in one message" if template.parallel else "one in a message"
+    dropped = "" if template.lists_tools else "; definitions of tools are not written: rows with them are refused"
+    return f"{template.calls}, {number}{dropped}"
 
 
 def _shown(text: str) -> str:

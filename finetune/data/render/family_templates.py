@@ -31,6 +31,7 @@ class PublishedTemplate:
     splits: tuple[Split, ...] = ()  # conversations that become one example for each answer with loss_on: assistant
     calls: Calls = ""  # form of arguments; content only: calls are not written; empty: the template was not seen
     parallel: bool = False  # several calls in one message
+    lists_tools: bool = True  # whether the definitions of a row's tools are written
     variables: tuple[str, ...] = ()  # for data.template_args
     pad: str = ""  # pad token of the published tokenizer
     note: str = ""
@@ -145,6 +146,7 @@ _DEEPSEEK_R1 = PublishedTemplate(
     splits=_ALWAYS,
     calls="JSON text",
     parallel=True,
+    lists_tools=False,
     pad=_PAD_IS_EOS,
     note="reads no reasoning field: the row's reasoning is written into the block that the prompt opens",
 )
