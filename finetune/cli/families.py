@@ -13,13 +13,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Print the table of architectures, or the lines of one."""
-    from finetune.data.render.family_lines import template_lines, templates_page
     from finetune.moe.families import families_table, family_lines, family_of
+
+    if args.name is None and not args.markdown:
+        print(families_table())
+        return 0
+    from finetune.data.render.family_lines import template_lines, templates_page  # not for the list: it is slower
 
     if args.markdown:
         print(templates_page(), end="")
-    elif args.name is None:
-        print(families_table())
     else:
         family = family_of(args.name, "finetune families")
         print("\n".join([*family_lines(family), "", *template_lines(family.model_type)]))
