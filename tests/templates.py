@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from finetune.data.render import set_stop_tokens, set_template_args
+from finetune.data.render import LossOn, Renderer, set_stop_tokens, set_template_args
+from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation
 
 _FOLDER = files("trl") / "chat_templates"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -168,6 +170,18 @@ def family_tokenizer(
     set_template_args(tokenizer, args or {})
     set_stop_tokens(tokenizer, TOKENS[family].stops if stops is None else stops)
     return tokenizer
+
+
+def trained(tokenizer: Any, given: Conversation, loss_on: LossOn = "assistant") -> list[str]:
+    """The text of each example of a conversation, what is supervised between « and »; raises the first error."""
+    renderer = Renderer(tokenizer, "its template", loss_on)
+    texts = []
+    for tokens in renderer.tokenise(renderer.examples(given)):
+        if isinstance(tokens, RowError):
+            raise tokens
+        pieces = marked(tokenizer, tokens.input_ids.tolist(), tokens.labels.tolist())
+        texts.append("".join(f"«{piece[1:]}»" if piece.startswith("*") else piece for piece in pieces))
+    return texts
 
 
 def marked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[str]:

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from finetune.data.render import Renderer, set_template_day
+from finetune.data.render import set_template_day
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from tests.rendering import chat
-from tests.templates import family_tokenizer, marked, trl_template, wide
+from tests.templates import family_tokenizer, trained, trl_template, wide
 
 ONE = chat("One?", "It is one.")
 THREE = chat("One?", "It is one.", "Two?", "It is two.", "Three?", "It is three.")
@@ -316,41 +316,36 @@ TRAINED = [
     ),
 ]
 CASES = [
-    pytest.param(name, trained, id=" ".join([name, *(f"{key}={value}" for key, value in trained.args.items())]))
-    for name, trained in TRAINED
+    pytest.param(name, case, id=" ".join([name, *(f"{key}={value}" for key, value in case.args.items())]))
+    for name, case in TRAINED
 ]
 
 
-@pytest.mark.parametrize(("name", "trained"), CASES)
-def test_one_turn(name: str, trained: Trained) -> None:
-    assert _examples(name, trained, ONE) == [trained.one]
+@pytest.mark.parametrize(("name", "expected"), CASES)
+def test_one_turn(name: str, expected: Trained) -> None:
+    assert _examples(name, expected, ONE) == [expected.one]
 
 
-@pytest.mark.parametrize(("name", "trained"), CASES)
-def test_three_turns(name: str, trained: Trained) -> None:
-    assert _examples(name, trained, THREE) == list(trained.three)
+@pytest.mark.parametrize(("name", "expected"), CASES)
+def test_three_turns(name: str, expected: Trained) -> None:
+    assert _examples(name, expected, THREE) == list(expected.three)
 
 
-@pytest.mark.parametrize(("name", "trained"), CASES)
-def test_reasoning_in_the_last_answer(name: str, trained: Trained) -> None:
-    if trained.reasoned is None:
+@pytest.mark.parametrize(("name", "expected"), CASES)
+def test_reasoning_in_the_last_answer(name: str, expected: Trained) -> None:
+    if expected.reasoned is None:
         with pytest.raises(RowError, match="reasoning"):
-            _examples(name, trained, REASONED)
+            _examples(name, expected, REASONED)
     else:
-        assert _examples(name, trained, REASONED) == list(trained.reasoned)
+        assert _examples(name, expected, REASONED) == list(expected.reasoned)
 
 
-def _examples(name: str, trained: Trained, given: Conversation) -> list[str]:
-    tokenizer = family_tokenizer(trained.tokens, trl_template(name), trained.args)
+def _examples(name: str, expected: Trained, given: Conversation) -> list[str]:
+    tokenizer = family_tokenizer(expected.tokens, trl_template(name), expected.args)
     set_template_day(tokenizer, "2026-01-31")
-    renderer = Renderer(tokenizer, "its template")
     texts = []
-    for tokens in renderer.tokenise(renderer.examples(given)):
-        if isinstance(tokens, RowError):
-            raise tokens
-        pieces = marked(tokenizer, tokens.input_ids.tolist(), tokens.labels.tolist())
-        text = "".join(f"«{piece[1:]}»" if piece.startswith("*") else piece for piece in pieces)
-        begin = text.index(trained.begin)
+    for text in trained(tokenizer, given):
+        begin = text.index(expected.begin)
         assert "«" not in text[:begin]
         texts.append(text[begin:])
     return texts
