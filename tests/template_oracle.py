@@ -39,6 +39,11 @@ class Written(NamedTuple):
     answer: str
     rest: str
 
+    @property
+    def apart(self) -> bool:
+        """Whether prompt and answer meet in white space, and so are tokenised apart, in a text of their own."""
+        return self.prompt[-1:].isspace() and self.answer[:1].isspace()
+
 
 class Example(NamedTuple):
     """Token ids and labels."""
@@ -63,7 +68,7 @@ class Oracle:
         written, number = [self.written(index) for index in supervised(self._given, loss_on)], 0
         while written:
             number, last = number + 1, written.pop()
-            written = [each for each in written if not self._holds(last.prompt, each)]
+            written = [each for each in written if last.apart or not self._holds(last.prompt, each)]
         return number
 
     def example(self, answers: Sequence[int]) -> Example:
@@ -139,7 +144,7 @@ class Oracle:
 
     def _holds(self, prompt: str, other: Written) -> bool:
         """Whether a prompt holds another prompt and its answer, as text and as tokens."""
-        if not prompt.startswith(other.prompt + other.answer):
+        if not prompt.startswith(other.prompt + other.answer) or other.apart:
             return False
         ids = self._ids(other.prompt) + self._ids(other.answer)
         return self._ids(prompt)[: len(ids)] == ids
