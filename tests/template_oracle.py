@@ -33,8 +33,9 @@ class Family(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A prompt, the answer to it through its end token, and what the template writes after that."""
+    """A message's number, the prompt before it, the answer through its end token, and what the template writes then."""
 
+    index: int
     prompt: str
     answer: str
     rest: str
@@ -71,7 +72,7 @@ class Oracle:
             written = [each for each in written if last.apart or not self._holds(last.prompt, each)]
         return number
 
-    def example(self, answers: Sequence[int]) -> Example:
+    def example(self, answers: Sequence[int], train_on_reasoning: bool = True) -> Example:
         """One example with these answers: their messages' numbers."""
         *others, last = [self.written(index) for index in answers]
         ids = self._ids(last.prompt) + self._ids(last.answer) + self._ids(last.rest)
@@ -81,7 +82,20 @@ class Oracle:
             start = len(self._ids(each.prompt))
             end = start + len(self._ids(each.answer))
             labels[start:end] = ids[start:end]
+            for place in () if train_on_reasoning else self._reasoning(each):
+                labels[start + place] = IGNORED
         return Example(ids, labels)
+
+    def _reasoning(self, written: Written) -> list[int]:
+        """Which tokens of an answer hold characters of its reasoning."""
+        reasoning = self._given.messages[written.index].get("reasoning")
+        if reasoning is None:
+            return []
+        start = self._write(written.index, _SIGN).answer.index(_SIGN)
+        end = start + len(reasoning)
+        assert written.answer[start:end] == reasoning
+        spans = self.tokenizer(written.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [place for place, (first, last) in enumerate(spans) if first < end and last > start]
 
     def written(self, index: int) -> Written:
         """What generation is given for answer `index`, and what it must write."""
@@ -89,26 +103,31 @@ class Oracle:
             self._written[index] = self._write(index)
         return self._written[index]
 
-    def _write(self, index: int) -> Written:
+    def _write(self, index: int, reasoning: str | None = None) -> Written:
+        """The same, with another reasoning if one is given."""
         message, family = self._messages[index], self._family
+        if reasoning is not None:
+            message = {**message, family.reasoning or "reasoning": reasoning}
         prompt = self._text(self._messages[:index], True)
         end = family.call_end if message.get("tool_calls") else family.end
         assert end is not None
-        whole = self._text(self._messages[: index + 1])
+        whole = self._text([*self._messages[:index], message])
         if not whole.startswith(prompt):
-            whole = self._unlike(prompt, whole, index)
+            whole = self._unlike(prompt, whole, index, message)
         answer = whole[len(prompt) :]
         rest = ""
         if not family.appended:
             answer, found, rest = answer.rpartition(end)
             assert found, (end, whole)
+        if reasoning is not None:
+            return Written(index, prompt, answer + end, rest)
         lost = [key for key in ("content", "reasoning") if str(self._given.messages[index].get(key, "")) not in answer]
         assert not lost, (lost, answer)
-        return Written(prompt, answer + end, rest)
+        return Written(index, prompt, answer + end, rest)
 
-    def _unlike(self, prompt: str, whole: str, index: int) -> str:
+    def _unlike(self, prompt: str, whole: str, index: int, message: dict[str, Any]) -> str:
         """The finished text where it does not begin with the prompt."""
-        family, message = self._family, self._messages[index]
+        family = self._family
         if family.closing is not None:
             start = prompt.rindex("<think>")
             assert whole.startswith(prompt[:start])

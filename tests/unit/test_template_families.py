@@ -4,18 +4,19 @@
 """
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
-from finetune.data.render import LossOn, Renderer, TokenizedText
+from finetune.data.render import LossOn, Renderer, Rendering, TokenizedText
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError
 from tests.rendering import chat, tool_call, tool_schema
 from tests.template_oracle import Family, Oracle, supervised
-from tests.templates import TOKENS, family_tokenizer, marked, trl_template, trl_templates, wide
+from tests.templates import TOKENS, family_tokenizer, marked, trained, trl_template, trl_templates, wide
 
 LOSSES: tuple[LossOn, ...] = ("assistant", "last_assistant", "completion")
 
@@ -74,6 +75,7 @@ CONVERSATIONS = {
     ),
     "empty answer": chat("One?", "It is one.", "Two?", ""),
 }
+REASONING = tuple(name for name, given in CONVERSATIONS.items() if any("reasoning" in each for each in given.messages))
 CALLS = tuple(name for name in CONVERSATIONS if "call" in name)
 
 
@@ -107,7 +109,9 @@ SUPERVISED_REASONING = (
 NO_SYSTEM = {"system": "has no system role", "call of a tool in the system message": "has no system role"}
 NO_REASONING = dict.fromkeys(SUPERVISED_REASONING, "drops the reasoning of this answer")
 CLOSED = dict.fromkeys(SUPERVISED_REASONING, "the generation prompt closes the block for it")
-ONE_CALL = {"parallel calls": "writes one call of an answer and drops the others"}
+ONE_CALL = {
+    "parallel calls": "writes one call of an answer and drops the others|only supports single tool-calls at once"
+}
 # The reason depends on the row: the tools, the calls, a result, or reasoning beside a call.
 NO_TOOLS = dict.fromkeys(
     CALLS,
@@ -231,10 +235,28 @@ def test_masks_are_those_of_the_oracle(name: str, use: Use, conversation: str) -
     for loss_on, stops in {("assistant", ()), *((loss_on, published) for loss_on in LOSSES)}:
         renderer = _renderer(name, _frozen(use.args), loss_on, stops)
         if refused := use.refused.get(conversation) or use.refused.get(f"{conversation}/{loss_on}"):
-            with pytest.raises((DataError, RowError), match=refused):
-                _examples(renderer, given)
+            with pytest.raises((DataError, RowError)) as error:
+                _tokens(renderer, renderer.examples(given))
+            assert re.search(refused, f"{error.value} {getattr(error.value, 'got', '')}")
         else:
             _check(renderer, given, loss_on, _oracle(name, _frozen(use.args), conversation))
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation"),
+    [
+        (name, conversation)
+        for name, template in TEMPLATES.items()
+        for conversation in REASONING
+        if not {conversation, f"{conversation}/assistant"} & template.uses[0].refused.keys()
+    ],
+)
+def test_reasoning_is_left_out_of_the_loss(name: str, conversation: str) -> None:
+    """`data.train_on_reasoning: false`: its text is not supervised, its marks are."""
+    template, given = TEMPLATES[name], CONVERSATIONS[conversation]
+    use = template.uses[0]
+    renderer = Renderer(_tokenizer(name, _frozen(use.args), ()), "its template", train_on_reasoning=False)
+    _check(renderer, given, "assistant", _oracle(name, _frozen(use.args), conversation), False)
 
 
 def test_three_turns_become_as_many_examples_as_the_template_needs() -> None:
@@ -250,7 +272,7 @@ def test_three_turns_become_as_many_examples_as_the_template_needs() -> None:
 def test_a_template_for_images_is_refused(name: str) -> None:
     tokens = {"idefics3": "idefics", "llava_next": "mistral", "smolvlm": "smolvlm"}[name]
     with pytest.raises((DataError, RowError), match=IMAGES_ONLY[name]):
-        _examples(Renderer(family_tokenizer(tokens, trl_template(name)), "its template"), CONVERSATIONS["one turn"])
+        trained(family_tokenizer(tokens, trl_template(name)), CONVERSATIONS["one turn"])
 
 
 def _frozen(args: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -273,23 +295,26 @@ def _oracle(name: str, args: tuple[tuple[str, Any], ...], conversation: str) -> 
     return Oracle(tokenizer, family, dict(args), CONVERSATIONS[conversation])
 
 
-def _examples(renderer: Renderer, given: Conversation) -> list[TokenizedText]:
-    """The examples of a conversation; raises the first error."""
-    found = []
-    for tokens in renderer.tokenise(renderer.examples(given)):
+def _tokens(renderer: Renderer, renderings: Sequence[Rendering]) -> list[TokenizedText]:
+    """The tokens of each example; raises the first error."""
+    found = renderer.tokenise(renderings)
+    for tokens in found:
         if isinstance(tokens, RowError):
             raise tokens
-        found.append(tokens)
-    return found
+    return [tokens for tokens in found if isinstance(tokens, TokenizedText)]
 
 
-def _check(renderer: Renderer, given: Conversation, loss_on: LossOn, oracle: Oracle) -> None:
+def _check(
+    renderer: Renderer, given: Conversation, loss_on: LossOn, oracle: Oracle, train_on_reasoning: bool = True
+) -> None:
     """Every answer is supervised once, in as few examples as can be; ids and labels are the oracle's."""
-    groups = [[answer.message for answer in rendering.answers] for rendering in renderer.examples(given)]
+    renderings = renderer.examples(given)
+    groups = [[answer.message for answer in rendering.answers] for rendering in renderings]
     assert sorted(index for group in groups for index in group) == supervised(given, loss_on)
     assert len(groups) == oracle.fewest(loss_on)
-    for found, group in zip(_examples(renderer, given), groups, strict=True):
-        expected = oracle.example(group)
-        pieces = marked(oracle.tokenizer, found.input_ids.tolist(), found.labels.tolist())
-        assert pieces == marked(oracle.tokenizer, expected.ids, expected.labels)
-        assert (found.input_ids.tolist(), found.labels.tolist()) == (expected.ids, expected.labels)
+    for found, group in zip(_tokens(renderer, renderings), groups, strict=True):
+        expected = oracle.example(group, train_on_reasoning)
+        if (found.input_ids.tolist(), found.labels.tolist()) != (expected.ids, expected.labels):
+            pieces = marked(oracle.tokenizer, found.input_ids.tolist(), found.labels.tolist())
+            assert pieces == marked(oracle.tokenizer, expected.ids, expected.labels)
+            raise AssertionError("the same text, cut into other tokens")
