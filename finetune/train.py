@@ -204,6 +204,8 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     from finetune.cards import adapter_card
     from finetune.checkpoint import new_folder, write_sums
     from finetune.data import template_day
+    from finetune.data.generation_config import FILE, generation_settings
+    from finetune.data.tokenizer import end_ids
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
@@ -213,6 +215,7 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     with new_folder(run.adapter) as folder:
         record = save_adapter(model, folder, setup.recipe, base, choice, setup.initial_adapter, facts)
         tokenizer.save_pretrained(folder)
+        write_json(folder / FILE, generation_settings(base.folder, end_ids(tokenizer), tokenizer.pad_token_id))
         write_text(folder / "README.md", adapter_card(record.as_dict()))
         write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)

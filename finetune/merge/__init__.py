@@ -26,7 +26,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base_weights import INTO, reference_model
-from finetune.merge.copied_files import copy_files, end_generation_at
+from finetune.merge.copied_files import copy_files, write_generation
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.report import COMPARE_ROWS, Comparison, MergeReport, Proof, part_figures, report_card
 from finetune.merge.routing_replay import Routing
@@ -77,7 +77,7 @@ def merge(
         streamed = time.monotonic()
         sync_files(folder)
         copy_files(job.files, folder)
-        end_generation_at(folder, job.eos)
+        write_generation(folder, job.generation)
         proven = _prove(job, log, folder, prove, show_progress)
         compared = _compare(job, str(compare), rows, show_progress) if rows else None
         report = _report(job, log, proven, compared, folder, Path(output), started, streamed)

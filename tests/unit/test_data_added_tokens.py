@@ -167,22 +167,6 @@ def test_a_checkpoint_that_was_trained_on_marks_in_pieces_keeps_its_template(tmp
     assert load_tokenizer(saved(tmp_path, template), None, None).chat_template == template
 
 
-def test_a_pad_token_that_the_template_writes_is_not_used(tmp_path: Path, turns: str) -> None:
-    folder = saved(tmp_path, pad_token="<|im_start|>", unk_token="<|endoftext|>")
-    assert load_tokenizer(folder, None, None).pad_token == "<|endoftext|>"
-    assert load_tokenizer(folder, None, turns, MARKS, MARKS[1]).pad_token == "<|im_start|>", "now no mark"
-
-
-def test_the_unknown_token_pads_only_where_no_text_is_unknown(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["model"]["vocab"]["Í"]  # bytes of rare characters
-    state["model"]["unk_token"] = "<|endoftext|>"
-    folder = saved(tmp_path, pad_token=None, unk_token="<|endoftext|>")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    assert "the tokenizer has no pad token other than its EOS" in complaint(WeightsError, folder, None, None)
-
-
 def test_a_tokenizer_that_is_longer_than_the_embedding_is_refused(tmp_path: Path) -> None:
     base = save_tiny_mixtral(tmp_path / "base", vocab_size=KNOWN)
     recipe = recipe_for(base, tmp_path / "turns.jinja")

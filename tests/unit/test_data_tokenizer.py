@@ -1,13 +1,14 @@
-"""Loading a tokenizer: a pad token that is not the EOS, no token added, the template that the recipe names."""
+"""Loading a tokenizer: its pad token, where generation stops, no token added, the template that the recipe names."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.data.render import SHIPPED, read_template
-from finetune.data.tokenizer import check_unended_answers, load_tokenizer
-from finetune.errors import DataError, WeightsError
+from finetune.data.tokenizer import check_unended_answers, end_tokens, load_tokenizer
+from finetune.errors import DataError, RecipeError, WeightsError
 from finetune.recipe.section_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
 
@@ -24,23 +25,93 @@ def test_a_pad_token_of_its_own_is_kept(tmp_path: Path) -> None:
     assert load_tokenizer(saved(tmp_path), None, None).pad_token == "<|pad|>"
 
 
-@pytest.mark.parametrize("pad", [None, "<|im_end|>"])
-def test_where_pad_would_be_the_eos_the_unknown_token_pads(tmp_path: Path, pad: str | None) -> None:
-    tokenizer = load_tokenizer(saved(tmp_path, pad_token=pad, unk_token="<|endoftext|>"), None, None)
-    assert tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+@pytest.mark.parametrize(
+    ("special", "pad"),
+    [
+        ({"pad_token": "<|im_end|>"}, "<|im_end|>"),
+        ({"pad_token": "<|im_start|>"}, "<|im_start|>"),
+        ({"pad_token": None}, "<|im_end|>"),
+        ({"pad_token": None, "unk_token": "<|endoftext|>"}, "<|endoftext|>"),
+    ],
+    ids=["the EOS", "of the template", "none", "none, and an unknown token"],
+)
+def test_every_tokenizer_can_fill_up_batches(tmp_path: Path, special: dict[str, str | None], pad: str) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path, **special), None, None)
+    assert tokenizer.pad_token == pad
     assert len(tokenizer) == len(tiny_tokenizer()), "no token may be added"
 
 
-@pytest.mark.parametrize("unk", [None, "<|im_end|>"])
-def test_where_nothing_can_pad_the_tokenizer_is_refused(tmp_path: Path, unk: str | None) -> None:
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "<|im_end|>", "<|fill|>"])
+def test_the_recipe_may_name_the_pad_token(tmp_path: Path, pad: str) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path / "base"), None, None, ["<|fill|>"], None, pad)
+    assert (tokenizer.pad_token, tokenizer.eos_token) == (pad, "<|im_end|>")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    again = load_tokenizer(str(tmp_path / "adapter"), None, None)
+    assert (again.pad_token, again.get_vocab()) == (pad, tokenizer.get_vocab())
+
+
+@pytest.mark.parametrize(
+    ("pad", "line"),
+    [
+        (
+            "<|fill|>",
+            "model.pad_token: not a token of the vocabulary; got <|fill|>; "
+            "write a special token of the vocabulary, or add it to model.added_tokens; the EOS may be used, too",
+        ),
+        (
+            "turn",
+            "model.pad_token: an ordinary token, which any text may contain; got turn; "
+            "write a special token of the vocabulary; the EOS may be used, too",
+        ),
+    ],
+)
+def test_a_pad_token_that_cannot_be_one(tmp_path: Path, pad: str, line: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_tokenizer(saved(tmp_path), None, None, [], None, pad)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "stops"),
+    [
+        (None, None, ()),
+        ({"eos_token_id": [2, 0, 999]}, {"eos_token_id": 1}, ("<|endoftext|>",)),
+        ({"eos_token_id": 0}, None, ("<|endoftext|>",)),
+        ({"temperature": 0.5}, {"eos_token_id": [0, 1]}, ("<|endoftext|>", "<|im_start|>")),
+        (None, {"text_config": {"eos_token_id": [1]}}, ("<|im_start|>",)),
+    ],
+)
+def test_the_tokens_at_which_the_checkpoint_stops_are_known(
+    tmp_path: Path, generation: dict[str, Any] | None, config: dict[str, Any] | None, stops: tuple[str, ...]
+) -> None:
+    folder = saved(tmp_path)
+    for name, settings in (("generation_config.json", generation), ("config.json", config)):
+        if settings is not None:
+            (tmp_path / name).write_text(json.dumps({**settings, "model_type": "mixtral"}))
+    assert end_tokens(load_tokenizer(folder, None, None)) == ("<|im_end|>", *stops)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            '{"eos_token_id": ["</s>"]}',
+            ': eos_token_id: is neither a token\'s id nor a list of them; got ["</s>"]; '
+            "write the ids at which generation stops",
+        ),
+        (
+            "{",
+            ": not JSON; got Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
+            "fetch the checkpoint again",
+        ),
+    ],
+)
+def test_a_generation_config_that_cannot_be_read(tmp_path: Path, text: str, line: str) -> None:
+    folder = saved(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(WeightsError) as caught:
-        load_tokenizer(saved(tmp_path, pad_token="<|im_end|>", unk_token=unk), None, None)
-    assert str(caught.value) == (
-        f"{tmp_path}: the tokenizer has no pad token other than its EOS and the special tokens of the chat template; "
-        f"got pad '<|im_end|>', unk {unk!r}, eos '<|im_end|>'; "
-        "set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains"
-    )
+        load_tokenizer(folder, None, None)
+    assert str(caught.value) == f"{tmp_path}/generation_config.json{line}"
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
