@@ -50,13 +50,13 @@ def copy_files(files: list[Path], folder: Path) -> None:
 
 
 def merged_generation(base: Path, files: Sequence[Path], tokenizer: Any) -> dict[str, Any]:
-    """`generation_config.json` of the merged model: it stops where base and adapter do, and pads as the tokenizer.
+    """`generation_config.json` of the merged model: it stops where base and adapter do.
 
     `files` are those that are copied, `tokenizer` is the adapter's.
     """
     source = next((file.parent for file in files if file.name == GENERATION_FILE), base)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return generation_settings(source, [*eos, *stop_ids(base)], tokenizer.pad_token_id)
+    return generation_settings(source, [*eos, *stop_ids(base)])
 
 
 def write_generation(folder: Path, settings: Mapping[str, Any] | None) -> None:

@@ -141,7 +141,7 @@ def test_what_stands_beside_the_weights_knows_the_tokens(tmp_path: Path) -> None
     assert (tokenizer.eos_token_id, tokenizer.chat_template) == (NEW[1], TURNS)
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == NEW[1]
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"eos_token_id": [NEW[1], 2], "pad_token_id": 3, "temperature": 0.7, "do_sample": True}
+    assert generation == {"eos_token_id": [NEW[1], 2], "temperature": 0.7, "do_sample": True}
 
 
 def test_settings_that_stop_there_already_stay_as_they_are(tmp_path: Path) -> None:
