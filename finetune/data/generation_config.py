@@ -34,8 +34,8 @@ def stop_ids(folder: Path) -> list[int]:
 def generation_settings(folder: Path, ends: Sequence[int], pad: int | None = None) -> dict[str, Any]:
     """`generation_config.json` of a model that was trained from the one in `folder`, with all its settings.
 
-    It stops at `ends`, too, and pads with `pad` if it is given. The folder's own ids all stay; nothing generates one that the
-    vocabulary lacks.
+    It stops at `ends`, too, and pads with `pad` if it is given. The folder's own ids all stay: nothing generates one
+    that the vocabulary lacks.
     """
     before = _settings(folder / FILE)
     own = stop_ids(folder)
