@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from finetune.data.generation_config import stop_ids
 from finetune.data.render.answers import template_problems
-from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate, read_template
+from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
+from finetune.data.render.compiled_template import read_template
 from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
@@ -70,29 +71,23 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
 
 
 def check_unended_answers(tokenizer: Any) -> None:
-    """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS.
+    """Raise DataError where the recipe's template ends an answer with a token at which the checkpoint does not stop.
 
-    Problems of the template that remain with that EOS are reported at once.
+    Programs that serve the adapter stop at the checkpoint's tokens. Of its own template they know the end, and
+    `generation_config.json` beside the adapter says it. All other problems of the template are reported, too.
     """
-    end = _token_after_answer(tokenizer)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if end is None or end == tokenizer.eos_token or end not in special:
+    chat = ChatTemplate(tokenizer, "the chat template")
+    end = chat.text_end
+    if end is None or end.token in chat.stops:
         return
-    remaining = _remaining_problems(tokenizer, end)
+    remaining = [
+        Problem("data.chat_template", problem.what, problem.do, problem.got)
+        for problem in template_problems(chat, *PROBE_TURNS)
+    ]
     name = "name another template in data.chat_template"
-    do = name if remaining else f"write model.eos_token: {_quoted(end)}, or {name}"
-    what = f"the chat template ends an answer with {end}, so the model would never learn to stop"
-    raise DataError([Problem("model.eos_token", what, do, str(tokenizer.eos_token)), *remaining])
-
-
-def _remaining_problems(tokenizer: Any, eos_token: str) -> list[Problem]:
-    """What would be wrong with the chat template if this were the EOS."""
-    own, tokenizer.eos_token = tokenizer.eos_token, eos_token
-    try:
-        problems = template_problems(ChatTemplate(tokenizer, "the chat template"), *PROBE_TURNS)
-    finally:
-        tokenizer.eos_token = own
-    return [Problem("data.chat_template", problem.what, problem.do, problem.got) for problem in problems]
+    do = name if remaining else f"write model.eos_token: {_quoted(end.token)}, or {name}"
+    what = f"the chat template ends an answer with {end.token}, at which this checkpoint does not stop"
+    raise DataError([Problem("model.eos_token", what, do, ", ".join(chat.stops)), *remaining])
 
 
 def _token_after_answer(tokenizer: Any) -> str | None:
@@ -128,10 +123,10 @@ def load_tokenizer(
     _set_pad(tokenizer, pad_token)
     set_stop_tokens(tokenizer, _tokens_of(tokenizer, stop_ids(Path(name_or_path))))
     set_template_args(tokenizer, template_args or {})
-    if template is not None:
+    if template is not None and template != tokenizer.chat_template:
         tokenizer.chat_template = template
         check_split_tokens(tokenizer, str(chat_template), added_tokens)
-    check_unended_answers(tokenizer)
+        check_unended_answers(tokenizer)
     return tokenizer
 
 
@@ -219,10 +214,16 @@ def _tokens_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def end_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens that end an answer or a call, with which generation is to stop: the EOS first."""
-    return stop_tokens(tokenizer)
+    """The tokens at which the trained model is to stop: the EOS, the checkpoint's, and the ends of the template."""
+    stops = stop_tokens(tokenizer)
+    try:
+        ends = ChatTemplate(tokenizer, "the chat template").end_tokens
+    except DataError:  # No template, or none that can be read: rows that are rendered already need none.
+        ends = ()
+    return tuple(dict.fromkeys([*stops, *ends]))
 
 
 def end_ids(tokenizer: Any) -> list[int]:
     """The ids of `end_tokens`."""
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in end_tokens(tokenizer)]
+    vocabulary = tokenizer.get_vocab()
+    return [int(vocabulary[token]) for token in end_tokens(tokenizer)]
