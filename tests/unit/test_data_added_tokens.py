@@ -154,12 +154,12 @@ def test_marks_that_a_template_puts_together_are_seen_as_well(tmp_path: Path) ->
 
 def test_answers_that_end_with_another_token_than_the_eos_are_refused(tmp_path: Path, turns: str) -> None:
     assert complaint(DataError, saved(tmp_path), None, turns, MARKS) == (
-        "model.eos_token: the chat template ends an answer with <|over|>, so the model would never learn to stop; "
+        "model.eos_token: the chat template ends an answer with <|over|>, at which this checkpoint does not stop; "
         'got <|im_end|>; write model.eos_token: "<|over|>", or name another template in data.chat_template'
     )
-    own = saved(tmp_path / "own", eos_token="<|endoftext|>")
-    assert 'got <|endoftext|>; write model.eos_token: "<|im_end|>"' in complaint(DataError, own, None, None)
-    assert load_tokenizer(own, None, None, [], "<|im_end|>").eos_token == "<|im_end|>"
+    other = saved(tmp_path / "other", eos_token="<|endoftext|>")
+    assert 'got <|endoftext|>; write model.eos_token: "<|im_end|>"' in complaint(DataError, other, None, "chatml")
+    assert load_tokenizer(other, None, "chatml", [], "<|im_end|>").eos_token == "<|im_end|>"
 
 
 def test_a_checkpoint_that_was_trained_on_marks_in_pieces_keeps_its_template(tmp_path: Path) -> None:

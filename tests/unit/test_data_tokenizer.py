@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from finetune.data.generation_config import generation_settings
 from finetune.data.render import SHIPPED, read_template
-from finetune.data.tokenizer import check_unended_answers, end_tokens, load_tokenizer
+from finetune.data.tokenizer import end_ids, end_tokens, load_tokenizer
 from finetune.errors import DataError, RecipeError, WeightsError
 from finetune.recipe.section_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
@@ -152,26 +153,66 @@ def test_the_shipped_templates_are_these() -> None:
     assert sorted(SHIPPED_TEMPLATES) == list(SHIPPED), "the recipe's own list"
 
 
-NEXT_MARK = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + WORDS + m.content }}{% endfor %}<|im_start|>"
+OTHER_END = "{% for m in messages %}{{ m.role + '\\n' + CONTENT + '<|endoftext|>' }}{% endfor %}"
+OTHER_END += "{% if add_generation_prompt %}assistant\n{% endif %}"
 
 
 @pytest.mark.parametrize(
-    ("words", "advice"),
+    ("content", "advice"),
     [
-        ("''", 'write model.eos_token: "<|im_start|>", or name another template in data.chat_template'),
-        ("('' if m.role == 'user' else '<think></think>')", "name another template in data.chat_template"),
+        ("m.content", 'write model.eos_token: "<|endoftext|>", or name another template in data.chat_template'),
+        ("m.content + ', dear'", "name another template in data.chat_template"),
     ],
 )
-def test_an_eos_is_advised_only_where_the_template_works_with_it(words: str, advice: str) -> None:
-    tokenizer = tiny_tokenizer()
-    prompt = "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
-    tokenizer.chat_template = NEXT_MARK.replace("WORDS", words) + prompt
+def test_an_eos_is_advised_only_where_the_template_works_with_it(tmp_path: Path, content: str, advice: str) -> None:
+    (tmp_path / "mine.jinja").write_text(OTHER_END.replace("CONTENT", content), encoding="utf-8")
     with pytest.raises(DataError) as caught:
-        check_unended_answers(tokenizer)
-    first, *others = caught.value.problems
-    assert (first.where, first.got, first.do) == ("model.eos_token", "<|im_end|>", advice)
-    assert tokenizer.eos_token == "<|im_end|>"
-    if "think" not in words:
-        assert others == []
-    else:
-        assert "changes the answer or writes its own words into it" in str(others[-1])
+        load_tokenizer(saved(tmp_path), None, str(tmp_path / "mine.jinja"))
+    first, *others = map(str, caught.value.problems)
+    assert first == (
+        "model.eos_token: the chat template ends an answer with <|endoftext|>, at which this checkpoint does not stop; "
+        f"got <|im_end|>; {advice}"
+    )
+    assert len(others) == ("dear" in content), "all problems of the template at once"
+    assert all("changes the answer or writes its own words into it" in other for other in others)
+
+
+@pytest.mark.parametrize("stops", [None, [0]])
+def test_the_checkpoints_own_template_may_end_answers_with_another_token(
+    tmp_path: Path, stops: list[int] | None
+) -> None:
+    folder = saved(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(OTHER_END.replace("CONTENT", "m.content"), encoding="utf-8")
+    if stops is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+    tokenizer = load_tokenizer(folder, None, None)
+    assert end_tokens(tokenizer) == ("<|im_end|>", "<|endoftext|>")
+    assert generation_settings(tmp_path, end_ids(tokenizer))["eos_token_id"] == [2, 0]
+
+
+def test_a_named_template_may_end_answers_where_the_checkpoint_stops(tmp_path: Path) -> None:
+    (tmp_path / "mine.jinja").write_text(OTHER_END.replace("CONTENT", "m.content"), encoding="utf-8")
+    folder = saved(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
+    assert load_tokenizer(folder, None, str(tmp_path / "mine.jinja")).eos_token == "<|im_end|>"
+
+
+def test_rows_that_are_rendered_already_need_no_template(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(saved(tmp_path), None, None)
+    tokenizer.chat_template = None
+    assert end_tokens(tokenizer) == ("<|im_end|>",)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"eos_token_id": 2, "_from_model_config": True}, {"eos_token_id": 2, "_from_model_config": True}),
+        ({"eos_token_id": [2], "top_p": 0.5}, {"eos_token_id": [2], "top_p": 0.5}),
+        ({"eos_token_id": 9, "_from_model_config": True}, {"eos_token_id": [2, 9]}),
+        ({}, {"eos_token_id": 2}),
+    ],
+)
+def test_generation_settings_stop_there_too(tmp_path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(before))
+    assert generation_settings(tmp_path, [2]) == after
+    assert generation_settings(tmp_path, [2], 3)["pad_token_id"] == 3
