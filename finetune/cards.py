@@ -1,5 +1,6 @@
 """Model cards: `README.md` of merged folders, adapters and exports; from plain facts, without this machine's paths."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -160,6 +161,11 @@ def _training(record: Facts) -> list[str]:
     if not record.get("recipe"):
         return ["How it was trained is not recorded."]
     sections = []
+    if args := record.get("template_args"):
+        sections += [
+            f"Prompts must be rendered with `chat_template_kwargs={json.dumps(args)}`, as in training: in requests to "
+            "a server, or as keyword arguments of `apply_chat_template`."
+        ]
     if data := record.get("data"):
         sections += ["### Data", _table(("set", "rows", "tokens", "fingerprint (SHA-256)"), _data_rows(data))]
     if metrics := record.get("metrics"):

@@ -76,7 +76,7 @@ def _from_record(folder: Path, record: AdapterRecord) -> InitialAdapter:
 
 
 def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, template: str) -> None:
-    """To continue from an adapter, its base, quantization, chat template and `lora` section must match.
+    """To continue from an adapter, its base, quantization, chat template with its variables, and `lora` must match.
 
     `base`: this run's, without a fingerprint while its weights are not on this machine; `template`: the run's chat
     template. Raises WeightsError with everything that differs.
@@ -105,6 +105,8 @@ def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, 
         what = f"the adapter in {initial.folder} was trained with another chat template"
         do = f"write data.chat_template: {saved}, or what the adapter's recipe has there"
         problems.append(Problem("data.chat_template", what, do, got=str(recipe.data.chat_template)))
+    if (its_args := record.template_args or {}) != recipe.data.template_args:
+        differs("data.template_args", "the variables of the chat template", its_args, recipe.data.template_args)
     before, now = list(record.added_tokens), list(recipe.model.added_tokens)
     if before != now:
         differs("model.added_tokens", "the added tokens of the adapter", before, now)

@@ -178,6 +178,7 @@ def _report(
                 "name_or_path": str(weighted.adapter.folder),
                 "sha256": weighted.digest,
                 "template_day": weighted.adapter.record.template_day,
+                **_template_args(weighted.adapter.record.template_args),
                 "weight": weighted.weight,
                 "base_recorded": weighted.adapter.base_fingerprint is not None,
             }
@@ -201,6 +202,11 @@ def _report(
         stream_seconds=round(streamed - started, 3),
         proof_seconds=round(time.monotonic() - streamed, 3),
     )
+
+
+def _template_args(args: dict[str, Any] | None) -> dict[str, Any]:
+    """What the report says about an adapter that was trained with variables of the chat template."""
+    return {"template_args": args} if args else {}
 
 
 @contextmanager
