@@ -44,7 +44,7 @@ def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class TrainedTemplate:
-    """With what the chat template of a merged checkpoint was rendered in training: the date that it wrote, variables."""
+    """What the chat template of a merged checkpoint was given in training: the date that it wrote, and variables."""
 
     day: str | None
     args: Mapping[str, Any]
