@@ -5,6 +5,7 @@ A special token (`<|im_start|>`) that the vocabulary lacks is split into pieces 
 its spelling, a user can type it, and no server stops at it.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from finetune.data.generation_config import stop_ids
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
 from finetune.data.render.compiled_template import read_template
-from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens
+from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens, template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
@@ -90,6 +91,21 @@ def check_unended_answers(tokenizer: Any) -> None:
     raise DataError([Problem("model.eos_token", what, do, ", ".join(chat.stops)), *remaining])
 
 
+def check_template_args(tokenizer: Any) -> None:
+    """Raise RecipeError for variables that the chat template does not read: they would change nothing."""
+    if not (args := template_args(tokenizer)):
+        return
+    known = ChatTemplate(tokenizer, "the chat template").variables
+    do = f"write one that it reads: {', '.join(known)}" if known else "remove it: the template reads none"
+    problems = [
+        Problem(f"data.template_args.{name}", "the chat template reads no such variable", do, got=json.dumps(value))
+        for name, value in args.items()
+        if name not in known
+    ]
+    if problems:
+        raise RecipeError(problems)
+
+
 def _token_after_answer(tokenizer: Any) -> str | None:
     after = _probe(tokenizer).rpartition(_ANSWER)[2]
     match = _SPECIAL_TOKEN.match(after.lstrip())
@@ -127,6 +143,7 @@ def load_tokenizer(
         tokenizer.chat_template = template
         check_split_tokens(tokenizer, str(chat_template), added_tokens)
         check_unended_answers(tokenizer)
+    check_template_args(tokenizer)
     return tokenizer
 
 
