@@ -90,6 +90,7 @@ def vllm_card(record: Facts, exported: Facts) -> str:
         ("made from", adapter_name(exported["adapter"]["name_or_path"])),
         ("SHA-256 of its weights", f"`{exported['adapter']['sha256']}`"),
         ("fingerprint of the base", f"`{exported['base']['fingerprint']}`"),
+        *([("`stop_token_ids` of requests", str(ends))] if (ends := exported.get("stop_token_ids")) else []),
     ]
     rank = exported["max_lora_rank"]
     sections = [

@@ -216,7 +216,8 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     with new_folder(run.adapter) as folder:
         record = save_adapter(model, folder, setup.recipe, base, choice, setup.initial_adapter, facts)
         tokenizer.save_pretrained(folder)
-        write_json(folder / FILE, generation_settings(base.folder, end_ids(tokenizer), tokenizer.pad_token_id))
+        ends = end_ids(tokenizer, (source.response_end for source in setup.recipe.data.sources("train")))
+        write_json(folder / FILE, generation_settings(base.folder, ends, tokenizer.pad_token_id))
         write_text(folder / "README.md", adapter_card(record.as_dict()))
         write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)

@@ -7,7 +7,7 @@ its spelling, a user can type it, and no server stops at it.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,8 @@ def end_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*stops, *ends]))
 
 
-def end_ids(tokenizer: Any) -> list[int]:
-    """The ids of `end_tokens`."""
+def end_ids(tokenizer: Any, marks: Iterable[str | None] = ()) -> list[int]:
+    """The ids of `end_tokens`, and of further marks as far as they are one token each."""
     vocabulary = tokenizer.get_vocab()
-    return [int(vocabulary[token]) for token in end_tokens(tokenizer)]
+    ends = [*end_tokens(tokenizer), *(mark.strip() for mark in marks if mark is not None)]
+    return list(dict.fromkeys(int(vocabulary[token]) for token in ends if token in vocabulary))

@@ -201,6 +201,7 @@ def test_rows_that_are_rendered_already_need_no_template(tmp_path: Path) -> None
     tokenizer = load_tokenizer(saved(tmp_path), None, None)
     tokenizer.chat_template = None
     assert end_tokens(tokenizer) == ("<|im_end|>",)
+    assert end_ids(tokenizer, [None, "<|endoftext|>\n", "### End"]) == [2, 0], "their own marks, of one token each"
 
 
 @pytest.mark.parametrize(
