@@ -1,0 +1,201 @@
+"""The shipped Mistral templates give, token for token, what Mistral's own library gives."""
+
+from typing import Any
+
+import pytest
+from jinja2 import TemplateError
+from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+from finetune.data.types import Conversation, Message
+from tests.real_tokenizers import SENTENCEPIECE, TEKKEN, mistral_renderer, mistral_tokenizer, oracle
+from tests.rendering import chat, labelled, tool_call, tool_schema, weather
+
+VERSIONS = [*SENTENCEPIECE, *TEKKEN]
+WITH_TOOLS = [version for version in VERSIONS if version not in ("v1", "v2")]
+FROM_V7 = [version for version in WITH_TOOLS if version not in ("v3", "tekken")]
+every_version = pytest.mark.parametrize("version", VERSIONS)
+with_tools = pytest.mark.parametrize("version", WITH_TOOLS)
+from_v7 = pytest.mark.parametrize("version", FROM_V7)
+with_reasoning = pytest.mark.parametrize("version", ["v13", "v15"])
+TEXTS = [
+    "Hello, how are you?",
+    "   three spaces, a tab\t, and two at the end  ",
+    "one\r\ntwo\n\n\nthree",
+    "\U0001f469\u200d\U0001f467 \U0001f1f3\U0001f1f4 e\u0301",
+    "\u05e9\u05dc\u05d5\u05dd\u200f \u0645\u0631\u062d\u0628\u0627",
+    "nul \x00 and \x1b and \ufffd and \ue000",
+    "def f(x):\n    return x ** 2  # 12345678",
+    "<|im_start|> [INST is not a token",
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002" * 3,
+    "x" * 300,
+]
+
+
+def openai(conversation: Conversation) -> list[dict[str, Any]]:
+    """The messages as Mistral's library and the templates take them."""
+    messages: list[Any] = [{k: v for k, v in message.items() if k != "name" and v} for message in conversation.messages]
+    for message in messages:
+        if "reasoning" in message:
+            message["reasoning_content"] = message.pop("reasoning")
+    return messages
+
+
+def mistral_ids(version: str, conversation: Conversation, **settings: Any) -> list[int]:
+    """What `mistral_common` makes of a conversation that ends with an answer."""
+    request = ChatCompletionRequest.from_openai(openai(conversation), tools=conversation.tools, **settings)
+    ids: list[int] = oracle(version).encode_chat_completion(request).tokens
+    return ids
+
+
+def template_ids(version: str, conversation: Conversation, **variables: Any) -> list[int]:
+    """What the shipped template makes of it."""
+    tokenizer = mistral_tokenizer(version)
+    given = {"tools": conversation.tools, **variables}
+    ids: list[int] = tokenizer.apply_chat_template(openai(conversation), **given)["input_ids"]
+    return ids
+
+
+@every_version
+def test_the_tokenizers_that_the_tests_build_are_mistrals_own(version: str) -> None:
+    space = " " * (version in SENTENCEPIECE)  # SentencePiece's own; transformers adds it at a text's beginning only
+    for text in TEXTS:
+        own = oracle(version).instruct_tokenizer.tokenizer.encode(text, bos=False, eos=False)
+        assert mistral_tokenizer(version)("</s>" + space + text, add_special_tokens=False)["input_ids"][1:] == own
+
+
+@every_version
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_conversation_has_mistrals_ids(version: str, turns: int) -> None:
+    for text in TEXTS:
+        conversation = chat(*[text, "Well: " + text] * turns)
+        assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+@every_version
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_system_message_has_mistrals_ids(version: str, turns: int) -> None:
+    conversation = chat(*["Hi", "Hello"] * turns, system="Be brief.")
+    if version == "v1":  # no system role: merged by data.system, as Mistral's library does of itself
+        merging = mistral_renderer(version, system="merge_into_first_user")
+        assert labelled(merging, conversation).input_ids.tolist() == mistral_ids(version, conversation)
+    else:
+        assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+RESULTS = [
+    "22 degrees",
+    '{"degrees": 22, "sky": "clear"}',
+    "[1, 2]",
+    "22",
+    "-2.5",
+    "true",
+    "null",
+    'say "hi"',
+    "nan",
+    "1_0",
+    "{x",
+]
+
+
+@with_tools
+def test_a_tool_its_call_and_the_result_have_mistrals_ids(version: str) -> None:
+    for conversation in map(weather, RESULTS):
+        assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+def two_calls(results: tuple[str, ...] = ("aaaaaaaaa", "bbbbbbbbb"), text: str = "") -> Conversation:
+    """Two calls at once, and a question after their results."""
+    calls = [tool_call("get_weather", "aaaaaaaaa", city="Oslo"), tool_call("get_weather", "bbbbbbbbb", city="\u00c5s")]
+    messages = [
+        Message(role="system", content="Use the tools."),
+        Message(role="user", content="Oslo and \u00c5s?"),
+        Message(role="assistant", content=text, tool_calls=calls),
+        *(Message(role="tool", content=f"cold: {call}", tool_call_id=call) for call in results),
+        Message(role="assistant", content="Cold and wet."),
+        Message(role="user", content="Thanks"),
+        Message(role="assistant", content="Welcome."),
+    ]
+    return Conversation(messages, [tool_schema("get_weather")])
+
+
+@with_tools
+def test_two_calls_at_once_and_a_question_after_them_have_mistrals_ids(version: str) -> None:
+    assert template_ids(version, two_calls()) == mistral_ids(version, two_calls())
+
+
+@from_v7
+def test_text_before_a_call_has_mistrals_ids(version: str) -> None:
+    conversation = two_calls(text="I look it up. ")
+    assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+@with_tools
+def test_results_in_another_order_than_the_calls_have_mistrals_ids(version: str) -> None:
+    conversation = two_calls(("bbbbbbbbb", "aaaaaaaaa"))
+    assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        {"parameters": {"type": "object", "properties": {}}, "strict": True, "name": "get_weather", "returns": "text"},
+        {"name": "get_weather", "description": None, "parameters": None},
+        {"description": "\u00c5s & <b>", "name": "get_weather", "parameters": {"required": [], "type": "object"}},
+    ],
+)
+@with_tools
+def test_a_tool_is_described_as_mistral_describes_it(version: str, function: dict[str, Any]) -> None:
+    conversation = Conversation(weather().messages, [{"function": function, "type": "function"}])
+    assert template_ids(version, conversation) == mistral_ids(version, conversation)
+
+
+def reasoned(conversation: Conversation) -> Conversation:
+    """The same, with reasoning before every answer and every call."""
+    messages = [
+        Message(**message, reasoning=f"Turn {i}:\n\nso.") if message["role"] == "assistant" else message  # type: ignore[typeddict-item]
+        for i, message in enumerate(conversation.messages)
+    ]
+    return Conversation(messages, conversation.tools)
+
+
+@pytest.mark.parametrize("conversation", [chat("Hi", " Hello  ", "And?", "Nothing."), two_calls(), chat("Hi", "")])
+@with_reasoning
+def test_reasoning_has_mistrals_ids(version: str, conversation: Conversation) -> None:
+    assert template_ids(version, reasoned(conversation)) == mistral_ids(version, reasoned(conversation))
+
+
+@pytest.mark.parametrize("variables", [{}, {"reasoning_effort": "none"}, {"reasoning_effort": "high"}])
+@pytest.mark.parametrize("conversation", [chat("Hi", "Hello", "And?", "Nothing."), two_calls()])
+def test_the_reasoning_effort_has_mistrals_ids(conversation: Conversation, variables: dict[str, str]) -> None:
+    ids = template_ids("v15", reasoned(conversation), **variables)
+    assert ids == mistral_ids("v15", reasoned(conversation), **variables)
+
+
+def test_another_reasoning_effort_is_refused_as_mistral_refuses_it() -> None:
+    with pytest.raises(MistralCommonException, match="reasoning_effort should be one of"):
+        mistral_ids("v15", chat("Hi", "Hello"), reasoning_effort="low")
+    with pytest.raises(TemplateError, match="reasoning_effort must be none or high, not low"):
+        template_ids("v15", chat("Hi", "Hello"), reasoning_effort="low")
+
+
+ROLES = "roles must alternate user/assistant/user/assistant/..., after a system message if any; "
+NINE = "a tool result needs the tool_call_id of its call: 9 letters or digits"
+
+
+@pytest.mark.parametrize(
+    ("versions", "conversation", "message"),
+    [
+        (WITH_TOOLS, chat("Hi", ""), "an answer has content, reasoning or tool calls|an answer has content or tool"),
+        (FROM_V7, two_calls(("aaaaaaaaa",)), ROLES + "each tool call has one result"),
+        (["v11", "v13", "v15"], two_calls(("aaaaaaaaa", "aaaaaaaaa")), "each tool call needs one result with its id"),
+        (["v13", "v15"], two_calls(("aaaaaaaaa", "ccccccccc")), "each tool call needs one result with its id"),
+        (["v7", "v7-tekken", "v11"], two_calls(("aaaaaaaaa", "b")), NINE),
+    ],
+)
+def test_what_mistral_refuses_is_refused(versions: list[str], conversation: Conversation, message: str) -> None:
+    for version in versions:
+        with pytest.raises((MistralCommonException, ValueError)):
+            mistral_ids(version, conversation)
+        with pytest.raises(TemplateError, match=message):
+            template_ids(version, conversation)
