@@ -7,9 +7,11 @@ from jinja2 import TemplateError
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from finetune.data.types import Conversation, Message
+from finetune.data.render import Renderer
+from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation, Message, TokenizedText
 from tests.real_tokenizers import SENTENCEPIECE, TEKKEN, mistral_renderer, mistral_tokenizer, oracle
-from tests.rendering import chat, labelled, tool_call, tool_schema, weather
+from tests.rendering import chat, labelled, supervised, tool_call, tool_schema, weather
 
 VERSIONS = [*SENTENCEPIECE, *TEKKEN]
 WITH_TOOLS = [version for version in VERSIONS if version not in ("v1", "v2")]
@@ -177,6 +179,68 @@ def test_another_reasoning_effort_is_refused_as_mistral_refuses_it() -> None:
         mistral_ids("v15", chat("Hi", "Hello"), reasoning_effort="low")
     with pytest.raises(TemplateError, match="reasoning_effort must be none or high, not low"):
         template_ids("v15", chat("Hi", "Hello"), reasoning_effort="low")
+
+
+def check_examples(version: str, conversation: Conversation, expected: list[list[str]], **settings: Any) -> None:
+    """The supervised texts of each example, which has the ids that Mistral gives the conversation up to its end."""
+    renderer = Renderer(mistral_tokenizer(version), "the template", **settings)
+    examples = renderer.examples(conversation)
+    for example, tokens in zip(examples, renderer.tokenise(examples), strict=True):
+        assert isinstance(tokens, TokenizedText)
+        until = Conversation(conversation.messages[: example.answers[-1].message + 1], conversation.tools)
+        assert tokens.input_ids.tolist() == mistral_ids(version, until)
+        assert supervised(mistral_tokenizer(version), tokens) == expected.pop(0)
+    assert not expected
+
+
+@with_tools
+def test_answers_after_a_system_message_are_supervised(version: str) -> None:
+    answers = ["Hello</s>", "Fine</s>", "Bye</s>"]
+    moved = version in ("v3", "tekken")  # the system message is in the last question
+    expected = [[answer] for answer in answers] if moved else [answers]
+    check_examples(version, chat("Hi", "Hello", "So?", "Fine", "Bye", "Bye", system="Be brief."), expected)
+
+
+def calls_of(version: str) -> str:
+    """What the model writes for `two_calls`."""
+    oslo, as_ = '{"city": "Oslo"}', '{"city": "\u00c5s"}'
+    if version in ("v13", "v15"):
+        return f"[TOOL_CALLS]get_weather[ARGS]{oslo}[TOOL_CALLS]get_weather[ARGS]{as_}</s>"
+    if version == "v11":
+        named = "[TOOL_CALLS]get_weather[CALL_ID]"
+        return f"{named}aaaaaaaaa[ARGS]{oslo}{named}bbbbbbbbb[ARGS]{as_}</s>"
+    name, space = '{"name": "get_weather", "arguments": ', " " * (version in SENTENCEPIECE)
+    return f'[TOOL_CALLS]{space}[{name}{oslo}, "id": "aaaaaaaaa"}}, {name}{as_}, "id": "bbbbbbbbb"}}]</s>'
+
+
+@pytest.mark.parametrize("results", [("aaaaaaaaa", "bbbbbbbbb"), ("bbbbbbbbb", "aaaaaaaaa")])
+@with_tools
+def test_calls_and_answers_are_supervised(version: str, results: tuple[str, str]) -> None:
+    first, last = [calls_of(version), "Cold and wet.</s>"], ["Welcome.</s>"]
+    together = version in ("v13", "v15")  # others move the tools to the last question
+    check_examples(version, two_calls(results), [first + last] if together else [first, last])
+
+
+@from_v7
+def test_text_before_calls_is_supervised(version: str) -> None:
+    conversation = two_calls(text="I look it up. ")
+    asked = Conversation(conversation.messages[:3], conversation.tools)
+    check_examples(version, asked, [["I look it up." + calls_of(version)]])
+
+
+@with_reasoning
+def test_reasoning_is_supervised_by_choice(version: str) -> None:
+    thought = [f"[THINK]Turn {i}:\n\nso.[/THINK]" for i in (2, 5, 7)]
+    texts = [calls_of(version), "Cold and wet.</s>", "Welcome.</s>"]
+    check_examples(version, reasoned(two_calls()), [[mark + text for mark, text in zip(thought, texts, strict=True)]])
+    without = [part for text in texts for part in ("[THINK]", "[/THINK]" + text)]
+    check_examples(version, reasoned(two_calls()), [without], train_on_reasoning=False)
+
+
+@pytest.mark.parametrize("version", [version for version in VERSIONS if version not in ("v13", "v15")])
+def test_reasoning_is_refused_where_mistral_has_no_mark_for_it(version: str) -> None:
+    with pytest.raises(RowError, match="drops the reasoning of this answer"):
+        mistral_renderer(version).examples(reasoned(chat("Hi", "Hello")))
 
 
 ROLES = "roles must alternate user/assistant/user/assistant/..., after a system message if any; "
