@@ -60,7 +60,7 @@ def mistral_renderer(version: str, loss_on: LossOn = "assistant", system: System
 @functools.cache
 def oracle(version: str) -> Any:
     """What Mistral itself encodes with."""
-    file = _tekken_file(version) if version in TEKKEN else FILES / SENTENCEPIECE[version]
+    file = tekken_file(version) if version in TEKKEN else FILES / SENTENCEPIECE[version]
     return MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
 
 
@@ -76,7 +76,8 @@ def _tekken_data() -> dict[str, Any]:
     return data
 
 
-def _tekken_file(version: str) -> Path:
+def tekken_file(version: str) -> Path:
+    """The `tekken.json` of a checkpoint."""
     data = _tekken_data()
     settings = {"model_settings_builder": {"reasoning_effort": _EFFORT}} if version == "v15" else {}
     file = Path(_made.name) / f"tekken-{version}.json"
@@ -117,7 +118,7 @@ def _sentencepiece(name: str) -> Any:
 def _tekken() -> Any:
     """One for all versions: only Mistral's library reads what differs between their files."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=MistralConverter(str(_tekken_file("v13"))).converted(),
+        tokenizer_object=MistralConverter(str(tekken_file("v13"))).converted(),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",

@@ -7,11 +7,14 @@ its spelling, a user can type it, and no server stops at it.
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
@@ -137,8 +140,12 @@ def load_tokenizer(
 
 
 def _load(name_or_path: str, revision: str | None) -> Any:
+    # mistral_format: not mistral-common's own class, which is no fast tokenizer, where that package is installed.
+    load = partial(AutoTokenizer.from_pretrained, name_or_path, revision=revision, mistral_format=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        tokenizer = load()
+        if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
+            tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
     except (OSError, ValueError) as error:
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
@@ -147,6 +154,9 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         do = "use a checkpoint with a tokenizer.json"
         got = type(tokenizer).__name__
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
+    file = getattr(tokenizer, "vocab_file", None)
+    if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
+        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
     return tokenizer
 
 

@@ -1,16 +1,21 @@
 """The shipped Mistral templates give, token for token, what Mistral's own library gives."""
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import Renderer
 from finetune.data.row_errors import RowError
+from finetune.data.tokenizer import load_tokenizer
 from finetune.data.types import Conversation, Message, TokenizedText
-from tests.real_tokenizers import SENTENCEPIECE, TEKKEN, mistral_renderer, mistral_tokenizer, oracle
+from tests.real_tokenizers import SENTENCEPIECE, TEKKEN, mistral_renderer, mistral_tokenizer, oracle, tekken_file
 from tests.rendering import chat, labelled, supervised, tool_call, tool_schema, weather
 
 VERSIONS = [*SENTENCEPIECE, *TEKKEN]
@@ -263,3 +268,39 @@ def test_what_mistral_refuses_is_refused(versions: list[str], conversation: Conv
             mistral_ids(version, conversation)
         with pytest.raises(TemplateError, match=message):
             template_ids(version, conversation)
+
+
+CONFIG = {"model_type": "mistral3", "transformers_version": "4.50.0"}
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside tokenizer.json", "alone"])
+def test_a_checkpoint_with_tekken_json_is_loaded(beside: bool, tmp_path: Path) -> None:
+    if beside:
+        mistral_tokenizer("v13").save_pretrained(tmp_path)
+    shutil.copy(tekken_file("v13"), tmp_path / "tekken.json")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    loaded = load_tokenizer(str(tmp_path), None, "mistral-v13")
+    named = [loaded.bos_token, loaded.eos_token, loaded.pad_token, loaded.unk_token]
+    assert named == ["<s>", "</s>", "<pad>", "<unk>"]
+    ids: list[int] = loaded.apply_chat_template(openai(chat("Hi", "Hello")))["input_ids"]
+    assert ids == mistral_ids("v13", chat("Hi", "Hello"))
+
+
+def test_a_tokenizer_published_with_another_expression_than_mistrals_has_mistrals_ids(tmp_path: Path) -> None:
+    """transformers only warns, and only of vocabularies with more than 100,000 tokens."""
+    mistral_tokenizer("v13").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    file = tmp_path / "tokenizer.json"
+    state = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary) + 1000, 101_000)}
+    state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
+    file.write_text(json.dumps(state), encoding="utf-8")
+    published = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    loaded = load_tokenizer(str(tmp_path), None, "mistral-v13")
+    text = "Don't   STOP camelCaseWords\n\n\n/x"
+    assert published(text)["input_ids"] != mistral_tokenizer("v13")(text)["input_ids"]
+    assert loaded(text)["input_ids"] == mistral_tokenizer("v13")(text)["input_ids"]
+    loaded.save_pretrained(tmp_path / "adapter")
+    again = load_tokenizer(str(tmp_path / "adapter"), None, None)
+    assert again(text)["input_ids"] == loaded(text)["input_ids"]
