@@ -293,7 +293,7 @@ def test_a_tokenizer_published_with_another_expression_than_mistrals_has_mistral
     file = tmp_path / "tokenizer.json"
     state = json.loads(file.read_text(encoding="utf-8"))
     vocabulary = state["model"]["vocab"]
-    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary) + 1000, 101_000)}
+    vocabulary |= {f"unused {number}": number for number in range(len(vocabulary) + 1000, 110_000)}
     state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
     file.write_text(json.dumps(state), encoding="utf-8")
     published = PreTrainedTokenizerFast(tokenizer_file=str(file))
