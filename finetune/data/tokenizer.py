@@ -18,13 +18,14 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
-from finetune.data.render.compiled_template import read_template
+from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.template_settings import set_template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
 _SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
+_MISTRAL_TOKEN = re.compile(r"\[/?[A-Z_]+\]")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
 _PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
@@ -53,7 +54,10 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     A checkpoint's own template is left alone: some checkpoints were trained with split ones (Zephyr).
     `added`: tokens that the recipe has already added.
     """
-    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in template_tokens(tokenizer)}
+    tokens = template_tokens(tokenizer)
+    if name in SHIPPED and name != "mistral":  # that of tokenizers in which [INST] is text
+        tokens += dict.fromkeys(_MISTRAL_TOKEN.findall(_COMMENT.sub("", str(tokenizer.chat_template))))
+    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in tokens}
     split = [token for token, length in lengths.items() if length > 1]
     if not split:
         return

@@ -13,9 +13,18 @@ from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import Renderer
 from finetune.data.row_errors import RowError
-from finetune.data.tokenizer import load_tokenizer
+from finetune.data.tokenizer import check_split_tokens, load_tokenizer
 from finetune.data.types import Conversation, Message, TokenizedText
-from tests.real_tokenizers import SENTENCEPIECE, TEKKEN, mistral_renderer, mistral_tokenizer, oracle, tekken_file
+from finetune.errors import DataError
+from tests.real_tokenizers import (
+    SENTENCEPIECE,
+    TEKKEN,
+    TEMPLATES,
+    mistral_renderer,
+    mistral_tokenizer,
+    oracle,
+    tekken_file,
+)
 from tests.rendering import chat, labelled, supervised, tool_call, tool_schema, weather
 
 VERSIONS = [*SENTENCEPIECE, *TEKKEN]
@@ -268,6 +277,29 @@ def test_what_mistral_refuses_is_refused(versions: list[str], conversation: Conv
             mistral_ids(version, conversation)
         with pytest.raises(TemplateError, match=message):
             template_ids(version, conversation)
+
+
+@pytest.mark.parametrize(
+    ("version", "template", "missing"),
+    [
+        ("v1", "mistral-v3", "[AVAILABLE_TOOLS] in "),
+        ("v3", "mistral-v7", "[SYSTEM_PROMPT] in "),
+        ("v7", "mistral-v11", "[CALL_ID] in "),
+        ("v7", "mistral-v13", "[THINK] in "),
+    ],
+)
+def test_a_template_of_another_version_is_refused(version: str, template: str, missing: str, tmp_path: Path) -> None:
+    mistral_tokenizer(version).save_pretrained(tmp_path)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(str(tmp_path), None, template)
+    what = f"{template} writes special tokens that this vocabulary lacks and would split into pieces"
+    assert str(caught.value).startswith(f"data.chat_template: {what}; got {missing}")
+    assert str(caught.value).endswith(", or name another template")
+
+
+@every_version
+def test_the_template_of_a_version_fits_its_tokenizer(version: str) -> None:
+    check_split_tokens(mistral_tokenizer(version), TEMPLATES.get(version, f"mistral-{version}"), [])
 
 
 CONFIG = {"model_type": "mistral3", "transformers_version": "4.50.0"}
