@@ -136,8 +136,11 @@ class Oracle:
         signed = self._text([*self._messages[:index], {**message, family.reasoning: _SIGN}])
         if signed.startswith(prompt + _SIGN):
             return prompt + (message.get(family.reasoning) or "") + signed[len(prompt + _SIGN) :]
-        # Without earlier reasoning both are alike: the template drops it only once the answer is there.
-        bare = [{**each, family.reasoning: ""} for each in self._messages[:index]]
+        # Without earlier reasoning, and words beside calls, both are alike: they are dropped once the answer is there.
+        bare = [
+            {**each, family.reasoning: "", **({"content": ""} if each.get("tool_calls") else {})}
+            for each in self._messages[:index]
+        ]
         whole = self._text([*bare, message])
         assert whole.startswith(self._text(bare, True)), whole
         return prompt + whole[len(self._text(bare, True)) :]
@@ -148,7 +151,7 @@ class Oracle:
         if "reasoning" in taken and self._family.reasoning is not None:
             taken[self._family.reasoning] = taken.pop("reasoning")
         for call in taken.get("tool_calls", ()) if self._family.text_arguments else ():
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         return dict(taken)
 
     def _text(self, messages: Sequence[dict[str, Any]], generation: bool = False) -> str:
