@@ -8,23 +8,26 @@ its spelling, a user can type it, and no server stops at it.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from finetune.data.generation_config import stop_ids
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
-from finetune.data.render.compiled_template import read_template
+from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens, template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
 _SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
+_MISTRAL_TOKEN = re.compile(r"\[/?[A-Z_]+\]")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
 _PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
@@ -53,7 +56,10 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     A checkpoint's own template is left alone: some checkpoints were trained with split ones (Zephyr).
     `added`: tokens that the recipe has already added.
     """
-    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in template_tokens(tokenizer)}
+    tokens = template_tokens(tokenizer)
+    if name in SHIPPED and name != "mistral":  # that of tokenizers in which [INST] is text
+        tokens += dict.fromkeys(_MISTRAL_TOKEN.findall(_COMMENT.sub("", str(tokenizer.chat_template))))
+    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in tokens}
     split = [token for token, length in lengths.items() if length > 1]
     if not split:
         return
@@ -148,8 +154,12 @@ def load_tokenizer(
 
 
 def _load(name_or_path: str, revision: str | None) -> Any:
+    # mistral_format: not mistral-common's own class, which is no fast tokenizer, where that package is installed.
+    load = partial(AutoTokenizer.from_pretrained, name_or_path, revision=revision, mistral_format=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        tokenizer = load()
+        if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
+            tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
     except (OSError, ValueError) as error:
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
@@ -158,6 +168,9 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         do = "use a checkpoint with a tokenizer.json"
         got = type(tokenizer).__name__
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
+    file = getattr(tokenizer, "vocab_file", None)
+    if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
+        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
     return tokenizer
 
 

@@ -144,12 +144,13 @@ def test_a_template_that_is_neither_is_refused() -> None:
         read_template("chatlm")
     assert str(caught.value) == (
         "data.chat_template: no such template; got 'chatlm' (FileNotFoundError); "
-        "name a shipped template (alpaca, chatml, mistral, mistral-v3, mistral-v3-tekken) or the path of a .jinja file"
+        f"name a shipped template ({', '.join(SHIPPED)}) or the path of a .jinja file"
     )
 
 
 def test_the_shipped_templates_are_these() -> None:
-    assert SHIPPED == ("alpaca", "chatml", "mistral", "mistral-v3", "mistral-v3-tekken")
+    mistral = ("", "-v11", "-v13", "-v15", "-v3", "-v3-tekken", "-v7", "-v7-tekken")
+    assert list(SHIPPED) == ["alpaca", "chatml", *(f"mistral{version}" for version in mistral)]
     assert sorted(SHIPPED_TEMPLATES) == list(SHIPPED), "the recipe's own list"
 
 
