@@ -251,6 +251,13 @@ def test_reasoning_is_supervised_by_choice(version: str) -> None:
     check_examples(version, reasoned(two_calls()), [without], train_on_reasoning=False)
 
 
+@with_reasoning
+def test_a_think_block_in_the_content_is_reasoning(version: str) -> None:
+    renderer = mistral_renderer(version)
+    [inline] = renderer.examples(chat("Hi", "<think>\nSo.\n</think>\n\nHello"))
+    assert inline.text.endswith("[/INST][THINK]So.[/THINK]Hello</s>")
+
+
 @pytest.mark.parametrize("version", [version for version in VERSIONS if version not in ("v13", "v15")])
 def test_reasoning_is_refused_where_mistral_has_no_mark_for_it(version: str) -> None:
     with pytest.raises(RowError, match="drops the reasoning of this answer"):
