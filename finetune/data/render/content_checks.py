@@ -14,7 +14,7 @@ from finetune.data.render.compiled_template import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
 
-TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
+TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3 or later"
 
 
 def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
