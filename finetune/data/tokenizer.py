@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
-from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from finetune.data.generation_config import stop_ids
 from finetune.data.render.answers import template_problems
@@ -170,7 +169,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
     file = getattr(tokenizer, "vocab_file", None)
     if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
-        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
+        # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed.
+        from transformers.integrations.mistral import convert_tekken_tokenizer  # it imports mistral-common
+
+        return convert_tekken_tokenizer(file)
     return tokenizer
 
 

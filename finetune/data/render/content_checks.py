@@ -14,7 +14,7 @@ from finetune.data.render.compiled_template import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
 
-TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
+TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3 or later"
 
 
 def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
@@ -172,15 +172,21 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
 
 
 def _find_turn(messages: Sequence[Message], text: str, end: int, end_of_calls: int) -> int:
-    """Where the last of these messages ends in `text`; the results of one answer may stand in its calls' order."""
+    """Where the last of these messages ends in `text`; -1 if nowhere.
+
+    A result that comes after that of a later call may stand before it: some templates write results in the order of
+    their calls. Among equal results it does not matter which is found.
+    """
     *before, message = messages
-    found = find_content(message, text, end)
-    if found >= 0 or message["role"] != "tool":
-        return found
-    results = takewhile(lambda earlier: earlier["role"] == "tool", reversed(before))
-    if any(result["content"] == message["content"] for result in results):
-        return -1  # what is found would be the other one
-    return find_content(message, text, end_of_calls)
+    if message["role"] == "tool":
+        earlier = list(takewhile(lambda other: other["role"] == "tool", reversed(before)))
+        calls = before[-len(earlier) - 1].get("tool_calls", [])
+        order = {call.get("id"): place for place, call in enumerate(calls)}
+        place = order.get(message.get("tool_call_id"), len(calls))
+        moved = any(order.get(other.get("tool_call_id"), -1) > place for other in earlier)
+        if moved and all(other["content"] != message["content"] for other in earlier):
+            end = end_of_calls
+    return find_content(message, text, end)
 
 
 def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:
