@@ -10,11 +10,11 @@ from transformers import AutoConfig
 
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.adapters.record import BaseRecord
-from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
+from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer
 from finetune.check.check_report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.duplicates import find_duplicates, words_of
 from finetune.check.samples import draw
-from finetune.checkpoint import fingerprint, forward_settings, verify_sums
+from finetune.checkpoint import fingerprint, forward_settings, resolve_checkpoint, verify_sums
 from finetune.data.formats import reader, recognise
 from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
@@ -132,10 +132,11 @@ def _attempt(report: Report, work: Callable[[], T]) -> T | None:
 
 def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     """The base without its weights, None where something is wrong with it, and the tokenizer if that can be had."""
-    folder = _attempt(report, lambda: resolve_checkpoint(recipe.model, weights=False))
+    model = recipe.model
+    folder = _attempt(report, lambda: resolve_checkpoint(model.name_or_path, model.revision, weights=False))
     if folder is None:
         return None, None
-    local = Path(recipe.model.name_or_path).is_dir()
+    local = Path(model.name_or_path).is_dir()
     if local:
         _attempt(report, lambda: verify_sums(folder))
     # The headers of a checkpoint on the hub cannot be read before its weights are fetched.
@@ -144,8 +145,8 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     tokenizer, new_tokens = found or (None, [])
     if family is None or tokenizer is None:
         return None, tokenizer
-    digest = fingerprint(folder) if local and recipe.model.adapter else None
-    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest, config=forward_settings(folder))
+    digest = fingerprint(folder) if local and model.adapter else None
+    provenance = BaseRecord(name_or_path=model.name_or_path, fingerprint=digest, config=forward_settings(folder))
     config = AutoConfig.from_pretrained(folder)
     return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
 

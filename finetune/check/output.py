@@ -16,6 +16,8 @@ from jinja2 import Environment, StrictUndefined
 from finetune.check.check_report import Batches, Bin, Report, Schedule, Split
 from finetune.check.duplicates import NEAR, Duplicates
 from finetune.check.samples import Piece, Sample, shown
+from finetune.check.shown_template import ShownTemplate
+from finetune.check.template_summary import visible
 from finetune.data.tokens.stats import RowStats, SetStats
 from finetune.files import write_text
 
@@ -195,14 +197,30 @@ def _bar(part: float, style: Style) -> str:
 
 
 def _samples(report: Report, style: Style) -> Iterator[str]:
-    if not report.samples:
+    yield from _listed_samples(
+        "samples", [(f"{name} {sample.where}", sample) for name, sample in report.samples], style
+    )
+
+
+def _listed_samples(title: str, samples: Sequence[tuple[str, Sample]], style: Style) -> Iterator[str]:
+    if not samples:
         return
     marks = "green" if style.colour else "[[in double brackets]]"
-    yield from ("", style(_BOLD, "samples") + f"  (supervised tokens are {marks})")
-    for split_name, sample in report.samples:
-        yield f"--- {split_name} {sample.where}: {of(sample.supervised, sample.tokens)} supervised ".ljust(WIDTH, "-")
+    yield from ("", style(_BOLD, title) + f"  (supervised tokens are {marks})")
+    for heading, sample in samples:
+        yield f"--- {heading}: {of(sample.supervised, sample.tokens)} supervised ".ljust(WIDTH, "-")
         yield from _text(sample, style).removesuffix("\n").split("\n")
     yield "-" * WIDTH
+
+
+def template_lines(template: ShownTemplate, title: str, style: Style) -> Iterator[str]:
+    """A template, top to bottom: how it frames an answer, its examples, and what it refuses."""
+    yield style(_BOLD, visible(title))
+    yield from (_field(name, value) for name, value in template.fields())
+    yield from _listed_samples("examples", [(visible(sample.where), sample) for sample in template.samples], style)
+    if template.refused:
+        yield from ("", style(_BOLD, "refused"))
+        yield from (_field(name, visible(reason)) for name, reason in template.refused)
 
 
 def _text(sample: Sample, style: Style) -> str:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from finetune.base import checkpoint_family
-from finetune.check import Report, gather
+from finetune.check import Report
+from finetune.check.gather import gather
 from finetune.errors import DataError, RecipeError
 from finetune.recipe import Recipe, load_recipe
 from tests.support import save_tiny_mixtral

@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import save_file
 
 from finetune.base import recipe_tokenizer
-from finetune.check import Report, Style, gather, lines
+from finetune.check import Report, Style, lines
+from finetune.check.gather import gather
 from finetune.check.output import page
 from finetune.recipe import Recipe, load_recipe
 from tests.pairs import prepare_pairs
