@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 
 from finetune.data.formats import Reader, pairs
+from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import Row, RowError
 from finetune.data.tokens.cache import PAIRS, ROWS
 from finetune.data.tokens.truncation import ANSWERS, fit, fit_pair
@@ -24,6 +25,7 @@ from finetune.data.types import (
 )
 from finetune.recipe import DataSettings
 
+TextRenderer = Renderer | RenderedText
 _MESSAGE = re.compile(r"messages\[(\d+)\](.*)", re.DOTALL)
 
 
@@ -145,7 +147,11 @@ class ExampleType(Protocol):
         ...
 
     def conversations(self, content: RowContent) -> tuple[Conversation | Document, ...]:
-        """The texts to render; `RowError` for the content of another type."""
+        """What is rendered; `RowError` for the content of another type."""
+        ...
+
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """The texts of one of them."""
         ...
 
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
@@ -178,14 +184,17 @@ class SingleRows:
         do = "write method.kind: dpo, or name the file's true data format"
         raise RowError(field, f"{what}, and method.kind: sft learns one answer a row", do)
 
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """See `ExampleType`."""
+        return renderer.examples(conversation)
+
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
         """See `ExampleType`."""
         return field
 
     def fit(self, example: Example, settings: DataSettings) -> Sequence[TokenizedText | TokenPair]:
         """See `ExampleType`."""
-        [row] = example.tokens
-        return fit(row, settings)
+        return [piece for text in example.tokens for piece in fit(text, settings)]
 
 
 class PairedRows:
@@ -210,6 +219,10 @@ class PairedRows:
         )
         do = "name a format of two answers (preference, ...), or write method.kind: sft"
         raise RowError(field, f"{what}, and method.kind: dpo compares two answers to one prompt", do)
+
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """See `ExampleType`."""
+        return (renderer.render(conversation),)
 
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
         """See `ExampleType`."""

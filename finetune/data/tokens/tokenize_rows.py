@@ -23,18 +23,15 @@ from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.formats.fields import PLACEHOLDERS
-from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
-from finetune.data.tokens.examples import Example, ExampleType, RowProblem, place_of
+from finetune.data.tokens.examples import Example, ExampleType, RowProblem, TextRenderer, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
-from finetune.data.types import Ints, TokenizedText, TokenPair, contents_of
+from finetune.data.types import Ints, Rendering, TokenizedText, TokenPair, contents_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
-
-TextRenderer = Renderer | RenderedText
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
@@ -79,10 +76,10 @@ def _render(example: Example, example_type: ExampleType, renderer: TextRenderer)
     except RowError as error:
         example.fail(error)
         return
-    texts = []
+    texts: list[Rendering] = []
     for index, conversation in enumerate(conversations):
         try:
-            texts.append(renderer.render(conversation))
+            texts += example_type.renderings(renderer, conversation)
         except RowError as error:
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)
