@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from tests.real_tokenizers import mistral_renderer, mistral_tokenizer, oracle
 from tests.rendering import CALL_ID, chat, labelled, supervised, tool_call, tool_schema, weather

@@ -159,10 +159,25 @@ def _rest(chat: ChatTemplate, given: Conversation, index: int, prompt: str, text
         written = chat.text(turns, given.tools)
         if written.startswith(prompt) and PLACEHOLDER in written[len(prompt) :]:
             return written[len(prompt) :].replace(PLACEHOLDER, "", 1)
+    turns = [*map(_without_analysis, given.messages[:index]), message]
+    if turns[:-1] != given.messages[:index]:
+        # gpt-oss gives generation the reasoning before a call, and drops it once the answer is there.
+        bare, written = chat.text(turns[:-1], given.tools, generation=True), chat.text(turns, given.tools)
+        if written.startswith(bare):
+            return written[len(bare) :]
     before, reasoning = prompt.removesuffix(opened), message.get("reasoning", "")
     if opened and text.startswith(before) and not (reasoning and reasoning in text[len(before) :]):
         return reasoning + closing_mark(opened) + without_empty_block(text[len(before) :], opened)
     raise _differently(chat, given, index, text, prompt, loss_on)
+
+
+def _without_analysis(message: Message) -> Message:
+    """An earlier turn without its reasoning, and without what it says beside calls."""
+    bare: Message = {**message}
+    bare.pop("reasoning", None)
+    if "tool_calls" in message:
+        bare["content"] = ""
+    return bare
 
 
 def _located(
@@ -188,7 +203,8 @@ def _located(
     reasoning = message.get("reasoning")
     place = start + rest.find(reasoning) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
-    alone = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
+    own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
+    alone = chat.prompt_alone or own_space
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
 

@@ -57,6 +57,8 @@ class ChatTemplate(CompiledTemplate):
         self._bos: str | None = tokenizer.bos_token
         self._system = system
         self._by_first = by_first_character(self.control)
+        self.prompt_alone = False
+        """Set where the tokenizer reads the end of a prompt otherwise once an answer follows."""
 
     def conversation(self, given: Conversation) -> Conversation:
         """The conversation as the template takes it: no content holds frame, and the system policy is applied.
@@ -64,10 +66,8 @@ class ChatTemplate(CompiledTemplate):
         An empty system message is left out: it says nothing, unless the template has a system text of its own for
         conversations without one. A `<think>` block in an answer is its reasoning where the template knows reasoning.
         """
-        if self._knows_think and any(
-            CLOSE in message["content"] or "reasoning" in message for message in given.messages
-        ):
-            given = replace(given, messages=[self._split(*numbered) for numbered in enumerate(given.messages)])
+        if self._knows_think:
+            given = _with_inline_reasoning(given)
         self._check_contents(given)
         first = given.messages[0]
         if first["role"] != "system":
@@ -127,7 +127,8 @@ class ChatTemplate(CompiledTemplate):
         behind, before_result = last.rpartition(_VALUE)[2], followed.partition(_VALUE)[2].partition(_RESULT)[0]
         if self.text_end_is_appended:
             return next_speaker(behind, before_result, "", self.control)
-        return find_end(behind, before_result, "", self.stops, self.control)
+        prompt = self._tried([question], generation=True).rpartition(PROBE)[2]
+        return find_end(behind, before_result, prompt, self.stops, self.control)
 
     @property
     def text_end_is_appended(self) -> bool:
@@ -152,9 +153,8 @@ class ChatTemplate(CompiledTemplate):
 
     @cached_property
     def opened(self) -> str:
-        """The block that the generation prompt opens and a finished answer is written without; empty if none."""
-        prompt, finished = self._tried([PROBE_TURNS[0]], generation=True), self._tried(PROBE_TURNS)
-        return "" if finished.startswith(prompt) and not opened_block(prompt) else opened_block(prompt)
+        """The block of reasoning that the generation prompt opens; empty if it opens none."""
+        return opened_block(self._tried([PROBE_TURNS[0]], generation=True))
 
     @cached_property
     def closing_arg(self) -> tuple[str, bool] | None:

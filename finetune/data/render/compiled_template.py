@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 
 from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.control_tokens import control_tokens
@@ -129,7 +129,7 @@ class CompiledTemplate:
         known = {*_GIVEN, *self._tokenizer.special_tokens_map, *self._compiled[0].globals}
         names: set[str] = set()
         for template, source in zip(self._compiled, self._sources, strict=True):
-            names |= meta.find_undeclared_variables(template.environment.parse(source))
+            names |= read_variables(template.environment.parse(source))
         return tuple(sorted(names - known))
 
     @cached_property
@@ -193,6 +193,18 @@ class CompiledTemplate:
         written: list[str] = []
         self._write(written, messages, tools, generation, args)
         return "".join(written)
+
+
+def read_variables(tree: nodes.Template) -> set[str]:
+    """The names that a template reads from outside: it never sets them, or it asks whether they are defined, or gives
+    them a default at its beginning."""
+    tests = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    outside = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
+    for node in tree.body:
+        if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
+            outside |= {name.name for name in node.node.find_all(nodes.Name)} & {node.target.name}
+    set_here = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
+    return {name for name in meta.find_undeclared_variables(tree) if name in outside or name not in set_here}
 
 
 def with_placeholder(message: Message) -> Message:

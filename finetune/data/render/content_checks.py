@@ -84,7 +84,7 @@ def answer_problem(chat: ChatTemplate, message: Message, answer: str, field: str
         return call_problem(chat, message, answer, field, whole=True)
     content = message["content"].strip()
     start = answer.find(content, place)
-    if start >= 0 and chat.is_frame(answer[:start], answer[start + len(content) :]):
+    if not content or (start >= 0 and chat.is_frame(answer[:start], answer[start + len(content) :])):
         return None
     what = f"{chat.name} changes the answer or writes its own words into it"
     return RowError(field, what, ANOTHER_TEMPLATE, _around(content, answer))
@@ -104,7 +104,7 @@ def _around(content: str, answer: str) -> str:
 def _dropped_reasoning(chat: ChatTemplate, message: Message, field: str) -> RowError:
     what, do = f"{chat.name} drops the reasoning of this answer", "remove it from the row"
     if chat.reasoning_key is not None or chat.opened:
-        what += ", written here"
+        what += ", which it writes only in others"
     elif chat.opening_arg is not None:
         name, value = chat.opening_arg
         do = f"write data.template_args: {{{name}: {str(value).lower()}}}, or remove it from the row"

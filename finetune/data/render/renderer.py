@@ -143,11 +143,23 @@ class Renderer:
             return  # no tools, then
 
     def _probe_problems(self, probe: Conversation) -> list[RowError]:
-        try:
-            rendered = self.tokenise(self._conversation(probe))[0]
-        except RowError as error:
-            return [error]
-        return [rendered] if isinstance(rendered, RowError) else []
+        """What is wrong with the probe as tokens.
+
+        Where a token straddles the end of the prompt (GPT-2's tokenizer reads two line breaks as one token, but not
+        before a word), prompt and answer are tokenised one by one, as generation does it, and each answer has a text
+        of its own.
+        """
+        problems: list[RowError] = []
+        for alone in (False, True):
+            self.chat.prompt_alone = alone
+            try:
+                rendered = self.tokenise(self._conversation(probe))[0]
+            except RowError as error:
+                return [error]
+            problems = [rendered] if isinstance(rendered, RowError) else []
+            if not problems:
+                break
+        return problems
 
     def _document(self, document: Document) -> Rendering:
         token = find_token(document.text, self._by_first)

@@ -11,7 +11,7 @@ from finetune.data.formats import Reader, pairs
 from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import Row, RowError
 from finetune.data.tokens.cache import PAIRS, ROWS
-from finetune.data.tokens.truncation import ANSWERS, fit, fit_pair
+from finetune.data.tokens.truncation import ANSWERS, TooLongError, fit, fit_pair
 from finetune.data.types import (
     Conversation,
     Document,
@@ -50,6 +50,7 @@ class Example:
     problem: RowProblem | None = None
     texts: tuple[Rendering, ...] = ()
     tokens: tuple[TokenizedText, ...] = ()
+    left_out: int = 0  # of several texts, those that are too long
 
     @property
     def where(self) -> str:
@@ -138,6 +139,11 @@ class ExampleType(Protocol):
         ...
 
     @property
+    def splits(self) -> bool:
+        """Whether a conversation may become several examples."""
+        ...
+
+    @property
     def schema(self) -> pa.Schema:
         """The token columns that are written, then `row`."""
         ...
@@ -166,7 +172,7 @@ class ExampleType(Protocol):
 class SingleRows:
     """One answer, conversation or document a row, learned by itself."""
 
-    name, schema = "rows", ROWS
+    name, splits, schema = "rows", True, ROWS
 
     def examples(self, rows: Iterable[Row], reader: Reader) -> Iterator[Example]:
         """See `ExampleType`."""
@@ -194,13 +200,26 @@ class SingleRows:
 
     def fit(self, example: Example, settings: DataSettings) -> Sequence[TokenizedText | TokenPair]:
         """See `ExampleType`."""
-        return [piece for text in example.tokens for piece in fit(text, settings)]
+        pieces: list[TokenizedText] = []
+        problem = None
+        for text in example.tokens:
+            try:
+                kept = fit(text, settings)
+            except TooLongError:
+                raise
+            except RowError as error:
+                kept, problem = [], error
+            example.left_out += not kept
+            pieces += kept
+        if problem is not None and not pieces:
+            raise problem
+        return pieces
 
 
 class PairedRows:
     """Two answers to one prompt, each rendered with it. Only the answers' own turns carry a loss."""
 
-    name, schema = "pairs", PAIRS
+    name, splits, schema = "pairs", False, PAIRS
 
     def examples(self, rows: Iterable[Row], reader: Reader) -> Iterator[Example]:
         """See `ExampleType`."""

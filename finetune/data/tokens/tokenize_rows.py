@@ -213,6 +213,8 @@ class _Pass:
         if example.problem is not None:
             self._report(example, example.problem)
             return
+        if pieces:
+            self._count_examples(example)
         for piece in pieces:
             writer.append(*piece.columns, where)
             for column in piece.columns:
@@ -226,6 +228,16 @@ class _Pass:
             self.stats.count_duplicate(where, first, rows)
         if pieces and example.content is not None and not PLACEHOLDERS.isdisjoint(contents_of(example.content)):
             self.stats.placeholders += rows
+
+    def _count_examples(self, example: Example) -> None:
+        """Count what a conversation became where its answers are learned one by one."""
+        self.stats.without_reasoning += sum(
+            answer.reasoning is None for text in example.texts for answer in text.answers
+        )
+        if self.example_type.splits and len(example.texts) > 1:
+            self.stats.split_conversations += 1
+            self.stats.split_examples += len(example.texts) - example.left_out
+            self.stats.examples_left_out += example.left_out
 
     def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
         """The rows of an example that are written, counted; none if it has a problem, which is set."""
@@ -247,7 +259,8 @@ class _Pass:
         self.stats.truncated += rows if too_long and self.settings.overlong == "truncate" else 0
         if too_long and self.settings.overlong == "split":
             self.stats.split += 1
-            self.stats.pieces_left_out += -(-length // self.settings.max_length) - len(pieces)
+            cut = sum(-(-text.tokens // self.settings.max_length) for text in example.tokens)
+            self.stats.pieces_left_out += cut - len(pieces)
         return pieces
 
     def _report(self, example: Example, problem: RowProblem) -> None:
