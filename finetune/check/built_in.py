@@ -45,12 +45,12 @@ _QUESTIONS = (
     *("Which planet is closest to the sun?", "Mercury.", "Which is the largest?", "Jupiter."),
     *("How many moons does Mars have?", "Two: Phobos and Deimos."),
 )
-THREE_TURNS = Conversation(_turns(*_QUESTIONS))
-SYSTEM = Conversation([Message(role="system", content="Answer in one short sentence."), *_turns(*_QUESTIONS[:2])])
-CALLS = _calls(["Bergen"], "It is raining in Bergen.")
-PARALLEL_CALLS = _calls(["Bergen", "Oslo"], "It is raining in both.")
+_THREE_TURNS = Conversation(_turns(*_QUESTIONS))
+_SYSTEM = Conversation([Message(role="system", content="Answer in one short sentence."), *_turns(*_QUESTIONS[:2])])
+_CALL = _calls(["Bergen"], "It is raining in Bergen.")
+_PARALLEL = _calls(["Bergen", "Oslo"], "It is raining in both.")
 _first, _thought, _second, _thought_too = _turns(*_QUESTIONS[:4])
-REASONING = Conversation(
+_REASONING = Conversation(
     [
         _first,
         {**_thought, "reasoning": "The order is Mercury, Venus, Earth."},
@@ -58,3 +58,9 @@ REASONING = Conversation(
         {**_thought_too, "reasoning": "Jupiter and Saturn are the giants; Jupiter is larger."},
     ]
 )
+
+CALL, TWO_CALLS = "a call", "two calls"
+SHOWN = {"three turns": _THREE_TURNS, CALL: _CALL, "reasoning": _REASONING}
+"""Each is shown, unless the template refuses it."""
+TRIED = {"system": _SYSTEM, TWO_CALLS: _PARALLEL}
+"""Only what the template refuses of these is said."""

@@ -126,6 +126,11 @@ def shown(pieces: Sequence[Piece]) -> list[str]:
     return ["".join(islice(dotted, len(text))).replace("\n", "⏎\n") for text in texts]
 
 
+def printable(text: str) -> str:
+    """A text on one line that changes nothing on a terminal: its control characters are replaced by visible ones."""
+    return "".join(map(_visible, text)).replace("\n", "⏎")
+
+
 _UNSEEN_SPACES = re.compile(r"^ +| +$|  +", re.MULTILINE)
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 

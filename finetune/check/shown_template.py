@@ -1,20 +1,23 @@
 """`finetune template`: conversations as a chat template renders them, and what is supervised of each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from finetune.check.built_in import CALLS, PARALLEL_CALLS, REASONING, SYSTEM, THREE_TURNS
+from finetune.check.built_in import CALL, SHOWN, TRIED, TWO_CALLS
 from finetune.check.samples import Sample, sample_of
 from finetune.check.single_row import SingleRow, read_single_row
 from finetune.check.template_summary import Fields, TemplateSummary, summarise
 from finetune.checkpoint import resolve_checkpoint
 from finetune.data.render import LossOn, Marks, RenderedText, Renderer, System
+from finetune.data.render.read_variables import check_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.tokenizer import load_tokenizer
-from finetune.data.types import Conversation, Document
+from finetune.data.tokens.examples import TextRenderer
+from finetune.data.types import Document, Rendering
 
 PLAIN_TEXT = "none: the row is plain text, and the loss is on all of it"
+REWRITES = "because the template rewrites earlier answers"
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,23 @@ class Choices:
 
 @dataclass
 class ShownTemplate:
-    """A template's summary (None for plain text, which needs none), examples, and what it refuses with the reason."""
+    """A template's summary (None for plain text, which needs none), examples, and what it refuses with the reason.
+
+    `counts`: each conversation with the number of examples that it became.
+    """
 
     summary: TemplateSummary | None
+    counts: dict[str, int] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
 
     def fields(self) -> Fields:
         """The summary as it is printed."""
-        return [("template", PLAIN_TEXT)] if self.summary is None else self.summary.fields()
+        if self.summary is None:
+            return [("template", PLAIN_TEXT)]
+        split = [f"{title}: {count}, {REWRITES}" for title, count in self.counts.items() if count > 1]
+        whole = "one of each conversation" if len(self.counts) > 1 else "one"
+        return [*self.summary.fields(), ("examples", "; ".join(split) or whole), *self.summary.details()]
 
 
 def show_template(choices: Choices, place: str | None, row_format: str = "auto") -> ShownTemplate:
@@ -65,52 +76,58 @@ def show_template(choices: Choices, place: str | None, row_format: str = "auto")
         template_args=choices.template_args,
     )
     if row is not None and isinstance(document := row.texts[0][1], Document):
-        renderer = _document_renderer(tokenizer, choices, document)
-        return ShownTemplate(None, _row_samples(renderer, tokenizer, row))
-    shown = ShownTemplate(summarise(tokenizer, choices.template_name, choices.system))
-    renderer = Renderer(tokenizer, choices.template_name, choices.loss_on, choices.system)
-    if row is not None:
-        shown.samples = _row_samples(renderer, tokenizer, row)
+        shown = ShownTemplate(None)
+        _add_row(shown, _document_renderer(tokenizer, choices, document), tokenizer, row)
         return shown
-    for title, conversation in (("three turns", THREE_TURNS), ("a call of a tool", CALLS), ("reasoning", REASONING)):
-        try:
-            shown.samples += _samples(renderer, tokenizer, title, conversation)
-        except RowError as error:
-            shown.refused.append((title, _reason(error)))
-    for title, conversation in (("a system message", SYSTEM), ("calls in parallel", PARALLEL_CALLS)):
-        try:
-            renderer.render(conversation)
-        except RowError as error:
-            shown.refused.append((title, _reason(error)))
+    renderer = Renderer(tokenizer, choices.template_name, choices.loss_on, choices.system)
+    check_template_args(renderer.chat)
+    shown = ShownTemplate(summarise(renderer, tokenizer))
+    if row is None:
+        _add_built_in(shown, renderer, tokenizer)
+    else:
+        _add_row(shown, renderer, tokenizer, row)
     return shown
 
 
-def _document_renderer(tokenizer: Any, choices: Choices, document: Document) -> Renderer | RenderedText:
+def _document_renderer(tokenizer: Any, choices: Choices, document: Document) -> TextRenderer:
     if document.rendered:
         return RenderedText(tokenizer, "all", Marks(None, None))
     return Renderer(tokenizer, choices.template_name, "all", choices.system)
 
 
-def _row_samples(renderer: Renderer | RenderedText, tokenizer: Any, row: SingleRow) -> list[Sample]:
-    samples = []
+def _add_row(shown: ShownTemplate, renderer: TextRenderer, tokenizer: Any, row: SingleRow) -> None:
     for index, (title, text) in enumerate(row.texts):
         try:
-            samples += _samples(renderer, tokenizer, title, text)
+            _add(shown, renderer, tokenizer, title, row.example_type.renderings(renderer, text))
         except RowError as error:
             raise row.refusal(index, error) from error
-    return samples
 
 
-def _samples(
-    renderer: Renderer | RenderedText, tokenizer: Any, title: str, text: Conversation | Document
-) -> Iterator[Sample]:
-    """The examples that a conversation is trained as; `RowError` where it cannot be."""
-    renderings = [renderer.render(text)]
+def _add_built_in(shown: ShownTemplate, renderer: Renderer, tokenizer: Any) -> None:
+    for title, conversation in SHOWN.items():
+        try:
+            _add(shown, renderer, tokenizer, title, renderer.examples(conversation))
+        except RowError as error:
+            shown.refused.append((title, _reason(error)))
+    for title, conversation in TRIED.items():
+        if title == TWO_CALLS and any(refused == CALL for refused, _ in shown.refused):
+            continue
+        try:
+            renderer.examples(conversation)
+        except RowError as error:
+            shown.refused.append((title, _reason(error)))
+
+
+def _add(
+    shown: ShownTemplate, renderer: TextRenderer, tokenizer: Any, title: str, renderings: Sequence[Rendering]
+) -> None:
+    """The examples that a conversation is trained as; `RowError` where the tokens of one cannot be."""
+    shown.counts[title] = len(renderings)
     for number, tokens in enumerate(renderer.tokenise(renderings), start=1):
         if isinstance(tokens, RowError):
             raise tokens
         where = title if len(renderings) == 1 else f"{title}, example {number} of {len(renderings)}"
-        yield sample_of(where, tokens.input_ids, tokens.labels, tokenizer)
+        shown.samples.append(sample_of(where, tokens.input_ids, tokens.labels, tokenizer))
 
 
 def _reason(error: RowError) -> str:

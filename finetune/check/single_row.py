@@ -6,7 +6,7 @@ from itertools import islice
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.row_errors import FileError, Row, RowError
 from finetune.data.sources import Source, open_files
-from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example
+from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.types import Conversation, Document, Judged, Preference, RowContent
 from finetune.errors import DataError, Problem
 
@@ -30,6 +30,11 @@ class SingleRow:
             titles = (f"{where} chosen", f"{where} rejected")
             return list(zip(titles, PAIRED_ROWS.conversations(given), strict=True))
         return [(where, text) for text in SINGLE_ROWS.conversations(given)]
+
+    @property
+    def example_type(self) -> ExampleType:
+        """How its texts are rendered: an answer of a pair as one text, a conversation as several where need be."""
+        return PAIRED_ROWS if isinstance(self._content(), Preference | Judged) else SINGLE_ROWS
 
     def refusal(self, index: int, error: RowError) -> DataError:
         """The error of text `index`, at its place in the file."""

@@ -1,15 +1,21 @@
 """`finetune template`: what it prints of a template, of a row in each format, and its errors, one line each."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 
+from finetune.check.template_summary import summarise
 from finetune.cli.main import main
+from finetune.data.render import Renderer
+from finetune.data.tokenizer import template_tokens
 from finetune.recipe.row_formats import ROW_FORMATS
 from tests.support import tiny_tokenizer
 
+TRL = Path(trl.__file__).parent / "chat_templates"
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "data" / "examples"
 
@@ -39,6 +45,11 @@ def write_row(path: Path, *rows: Any) -> str:
     return str(path)
 
 
+def unwrapped(output: str) -> str:
+    """The output with each field on one line."""
+    return output.replace("\n               ", " ")
+
+
 def turns(user: str, assistant: str = "Yes.") -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
@@ -54,7 +65,7 @@ def test_built_in_conversations_show_what_frames_an_answer_and_what_is_supervise
     assert "<|im_start|>user⏎\nWhich is the largest?<|im_end|>⏎\n" in output
     assert output.count("[[Jupiter.<|im_end|>]]⏎\n") >= 1
     refused = output.partition("\nrefused\n")[2]
-    assert "a call of a tool the tokenizer's own chat template drops or changes a tool" in refused
+    assert "a call     the tokenizer's own chat template drops or changes a tool call;" in refused
 
 
 def test_another_template_and_another_loss(printed: Any) -> None:
@@ -65,13 +76,73 @@ def test_another_template_and_another_loss(printed: Any) -> None:
     assert "[[Two: Phobos and Deimos.<|im_end|>]]" in output
 
 
-def test_a_template_with_tools_shows_calls_and_refuses_nothing(printed: Any) -> None:
+def test_a_template_with_tools_shows_calls_and_says_what_it_refuses(printed: Any) -> None:
     output = printed("--as", "chatml")
-    assert "--- a call of a tool: " in output
+    assert "--- a call: " in output
     assert (
         '[[<tool_call>⏎\n{"name": "get_weather", "arguments": {"city": "Bergen"}}⏎\n</tool_call><|im_end|>]]' in output
     )
-    assert "\nrefused\n" not in output
+    refused = unwrapped(output.partition("\nrefused\n")[2])
+    assert refused == (
+        "    reasoning  the chat template chatml drops the reasoning of this answer; got "
+        '"The order is Mercury, Venus, Earth."; remove it from the row, or name another one in data.chat_template\n'
+    )
+
+
+def test_a_template_that_rewrites_earlier_answers_shows_one_example_for_each(printed: Any) -> None:
+    output = printed("--as", str(TRL / "qwen3.jinja"))
+    said = unwrapped(output)
+    assert "\n    header     <think>⏎⏎</think>⏎⏎ (supervised: the model writes it before the answer)\n" in said
+    assert "\n    examples   three turns: 3, because the template rewrites earlier answers; a call: " in said
+    assert "\n    variables  not set: enable_thinking\n" in said
+    assert "\n    reasoning  read from the message as reasoning_content\n" in said
+    second = output.partition("--- three turns, example 2 of 3: ")[2].partition("\n---")[0]
+    assert "assistant⏎\nMercury.<|im_end|>⏎\n" in second
+    assert second.endswith("assistant⏎\n[[<think>⏎\n⏎\n</think>⏎\n⏎\nJupiter.<|im_end|>]]⏎")
+    assert "[[<think>⏎\nThe order is Mercury, Venus, Earth.⏎\n</think>⏎\n⏎\nMercury.<|im_end|>]]" in output
+
+
+def test_a_variable_decides_where_the_answer_begins(printed: Any) -> None:
+    opened = printed("--as", str(TRL / "nemotron_3_nano.jinja"), "--row", f"{EXAMPLES / 'messages.jsonl'}:1")
+    assert "    opens      <|im_start|>assistant⏎<think>⏎ (not supervised: the generation" in opened
+    assert "assistant⏎\n<think>⏎\n[[⏎\n</think>⏎\nMercury.<|im_end|>]]⏎\n" in opened
+    assert "data.template_args: {enable_thinking: false} opens none" in unwrapped(opened)
+    closed = printed(
+        *("--as", str(TRL / "nemotron_3_nano.jinja"), "--row", f"{EXAMPLES / 'messages.jsonl'}:1"),
+        *("--set", "enable_thinking=false"),
+    )
+    assert "    opens      <|im_start|>assistant⏎<think></think> (not supervised: the" in closed
+    assert "<think></think>[[Mercury.<|im_end|>]]⏎\n" in closed
+    assert "variables  enable_thinking = false; not set: system_message" in unwrapped(closed)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(printed: Any) -> None:
+    said = printed("--as", str(TRL / "qwen3.jinja"), "--set", "enable_thinkng=false", "xyz=1", code=2)
+    name = f"the chat template {TRL / 'qwen3.jinja'}"
+    assert said.splitlines() == [
+        f"data.template_args.enable_thinkng: {name} reads no such variable; got False; did you mean enable_thinking?",
+        f"data.template_args.xyz: {name} reads no such variable; got 1; remove it, or write one of enable_thinking",
+    ]
+    said = printed("--set", "enable_thinking=false", code=2)
+    assert said.endswith("reads no such variable; got False; remove it\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("glm4moe", {"ends": "<|user|> (supervised); a call of a tool: <|observation|>"}),
+        ("phi3_5", {"opens": "<|assistant|>⏎ (not ", "ends": "<|end|> (supervised)", "after": "⏎<|im_end|> (not "}),
+        ("gemma3", {"opens": "<start_of_turn>model⏎ (not ", "ends": "<end_of_turn> (supervised)"}),
+        ("muse_glimmer", {"header": "·to=user<|message|> (supervised", "day": f"{date.today()}: the template writes"}),
+    ],
+)
+def test_summaries_of_published_templates(template: str, expected: dict[str, str]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (TRL / f"{template}.jinja").read_text(encoding="utf-8")
+    tokenizer.add_tokens(template_tokens(tokenizer), special_tokens=True)
+    summary = summarise(Renderer(tokenizer, template), tokenizer)
+    shown = dict([*summary.fields(), *summary.details()])
+    assert {name: shown[name][: len(text)] for name, text in expected.items()} == expected
 
 
 @pytest.mark.parametrize("name", [name for name in ROW_FORMATS if name != "rendered"])
@@ -118,6 +189,11 @@ def test_control_characters_of_a_row_do_not_reach_the_terminal(printed: Any, tmp
     assert "␛]0;title␇␛[31m red" in output
     assert "a<U+009B>31m<U+202E>b" in output
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(output)
+    row = write_row(tmp_path / "a\x1b[31m.jsonl", turns("light", "\x9b31m\u202e<|im_end|>"))
+    said = printed("--row", f"{row}:1", code=1)
+    assert "a\\u001b[31m.jsonl:1: messages[1].content: " in said
+    assert '"\\u009b31m\\u202e<|im_end|>"' in said
+    assert said[:-1].isprintable()
 
 
 @pytest.mark.parametrize(
