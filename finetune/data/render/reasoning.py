@@ -10,10 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message
-
-KEYS = ("reasoning_content", "reasoning", "thinking")
-"""The names under which templates read reasoning, and data sets have it."""
+from finetune.data.types import REASONING_KEYS, Message
 
 OPEN, CLOSE = "<think>", "</think>"
 PLACEHOLDER = "qhxr9"
@@ -29,7 +26,7 @@ _INLINE = re.compile(rf"\s*(?:{OPEN})?(.*?){CLOSE}(.*)", re.DOTALL)
 
 def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str], probes: list[Any]) -> str | None:
     """The key that a template reads; `probes`: (messages, tools) that end with the assistant."""
-    for key in KEYS:
+    for key in REASONING_KEYS:
         for messages, tools in probes:
             try:
                 if PLACEHOLDER in render([*messages[:-1], {**messages[-1], key: PLACEHOLDER}], tools):
