@@ -139,9 +139,10 @@ def load_tokenizer(
 def _load(name_or_path: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers run into
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
+        got = got if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {got}"
         raise WeightsError(Problem(where=name_or_path, what="no tokenizer could be loaded", got=got, do=do)) from error
     if not tokenizer.is_fast:
         do = "use a checkpoint with a tokenizer.json"

@@ -253,10 +253,16 @@ def test_a_template_that_cannot_be_used_is_one_line(
     assert said.count("\n") == 1
 
 
-def test_a_missing_tokenizer_is_one_line(printed: Any, tmp_path: Path) -> None:
+def test_a_missing_or_damaged_tokenizer_is_one_line(printed: Any, tmp_path: Path) -> None:
     said = printed(of=str(tmp_path), code=1)
     assert said.startswith(f"{tmp_path}: no tokenizer could be loaded; got ")
     assert said.count("\n") == 1
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for damaged in ("{}", "{", '{"added_tokens": [], "model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(damaged)
+        said = printed(of=str(tmp_path), code=1)
+        assert said.startswith(f"{tmp_path}: no tokenizer could be loaded; got ")
+        assert said.count("\n") == 1
     said = printed(of="missing", code=1)
     assert said == "MODEL: no such folder; got missing; give a checkpoint folder or a hub id owner/name\n"
 
