@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import ANOTHER_TEMPLATE, Prompt, with_placeholder
-from finetune.data.render.content_checks import answer_problem, check_content
+from finetune.data.render.content_checks import answer_problem, check_content, find_reasoning
 from finetune.data.render.ends import common_length
-from finetune.data.render.reasoning import PLACEHOLDER, closing_mark, opened_block, without_empty_block
+from finetune.data.render.reasoning import PLACEHOLDER, closed_block, closing_mark, opened_block, without_empty_block
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message
 from finetune.recipe.settings import LossOn
@@ -182,6 +182,9 @@ def _rest(chat: ChatTemplate, given: Conversation, index: int, prompt: str, text
     before, reasoning = prompt.removesuffix(opened), message.get("reasoning", "")
     if opened and text.startswith(before) and not (reasoning and reasoning in text[len(before) :]):
         return reasoning + closing_mark(opened) + without_empty_block(text[len(before) :], opened)
+    before = prompt.removesuffix(closed_block(prompt))
+    if before != prompt and not reasoning and text.startswith(before):
+        return text[len(before) :]  # the prompt says that there is no reasoning, and a finished answer does not
     raise _differently(chat, given, index, text, prompt, loss_on)
 
 
@@ -215,7 +218,7 @@ def _located(
         return None, problems
     start = len(prompt)
     reasoning = message.get("reasoning")
-    place = start + rest.find(reasoning) if reasoning else 0
+    place = start + find_reasoning(chat, message, words) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
     own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
     alone = chat.prompt_alone or own_space

@@ -5,7 +5,7 @@ The template is compiled once, by the same function and in the same sandbox as `
 
 from collections.abc import Mapping, Sequence
 from datetime import time
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class CompiledTemplate:
             what, got = f"{name} cannot be read", str(error)
             raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
         pairs = zip(self._compiled, self._sources, strict=True)
-        self._endings = [ending(template, source) for template, source in pairs]
+        self._endings = [_ending(template, source) for template, source in pairs]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None, **self.args}
         self._variables = [{**template.globals, **common} for template in self._compiled]
@@ -129,7 +129,7 @@ class CompiledTemplate:
         known = {*_GIVEN, *self._tokenizer.special_tokens_map, *self._compiled[0].globals}
         names: set[str] = set()
         for template, source in zip(self._compiled, self._sources, strict=True):
-            names |= read_variables(template.environment.parse(source))
+            names |= _variables(template, source)
         return tuple(sorted(names - known))
 
     @cached_property
@@ -193,6 +193,16 @@ class CompiledTemplate:
         written: list[str] = []
         self._write(written, messages, tools, generation, args)
         return "".join(written)
+
+
+@lru_cache(maxsize=64)
+def _ending(template: Any, source: str) -> str | None:
+    return ending(template, source)
+
+
+@lru_cache(maxsize=64)
+def _variables(template: Any, source: str) -> frozenset[str]:
+    return frozenset(read_variables(template.environment.parse(source)))
 
 
 def read_variables(tree: nodes.Template) -> set[str]:

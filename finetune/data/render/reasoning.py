@@ -20,6 +20,7 @@ _NAMES = "think|thinking|thought|reasoning|reason|analysis|cot"
 _OPENED = re.compile(
     rf"(?:<((?:\w+:)?(?:{_NAMES}))>|\[(THINK)\]|<\|START_(THINKING)\|>|\u25c1(think)\u25b7|<\|channel>(thought))(\n*)\Z"
 )
+_CLOSED = re.compile(rf"<({_NAMES})>\s*</\1>\s*\Z")
 _CLOSERS = ("</{}>", "[/{}]", "<|END_{}|>", "\u25c1/{}\u25b7", "<channel|>")
 _INLINE = re.compile(rf"\s*(?:{OPEN})?(.*?){CLOSE}(.*)", re.DOTALL)
 
@@ -39,6 +40,12 @@ def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str
 def opened_block(prompt: str) -> str:
     """The block that the end of a prompt opens, with the line breaks behind it; empty if it opens none."""
     match = _OPENED.search(prompt)
+    return match[0] if match else ""
+
+
+def closed_block(prompt: str) -> str:
+    """The block without reasoning that ends a prompt; empty if there is none."""
+    match = _CLOSED.search(prompt)
     return match[0] if match else ""
 
 
