@@ -1,6 +1,7 @@
 """`finetune template`: what it prints of a template, of a row in each format, and its errors, one line each."""
 
 import json
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,30 @@ def test_a_variable_that_the_template_does_not_read_is_refused(printed: Any) -> 
     ]
     said = printed("--set", "enable_thinking=false", code=2)
     assert said.endswith("reads no such variable; got False; remove it\n")
+
+
+def test_the_advice_for_missing_tokens_can_be_followed(printed: Any, tmp_path: Path) -> None:
+    path = tmp_path / "turns.jinja"
+    path.write_text(
+        "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|over|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant: {% endif %}"
+    )
+    said = printed("--as", str(path), code=1)
+    assert 'write model.added_tokens: ["<|turn|>", "<|over|>"] and model.eos_token: "<|over|>"' in said
+    tokens = ("--added-tokens", "<|turn|>", "<|over|>", "--eos-token", "<|over|>")
+    output = printed("--as", str(path), *tokens)
+    assert "<|turn|>assistant:·[[Mercury.<|over|>]]<|turn|>" in output
+
+
+def test_colour_on_a_terminal_and_brackets_elsewhere(printed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ("--row", f"{EXAMPLES / 'messages.jsonl'}:1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = printed(*row)
+    assert "\x1b[32mMercury.\x1b[0m\x1b[32m\x1b[1m<|im_end|>\x1b[0m" in coloured
+    assert "[[" not in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "[[Mercury.<|im_end|>]]" in printed(*row)
 
 
 @pytest.mark.parametrize(
