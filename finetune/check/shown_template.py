@@ -10,7 +10,6 @@ from finetune.check.single_row import SingleRow, read_single_row
 from finetune.check.template_summary import Fields, TemplateSummary, summarise
 from finetune.checkpoint import resolve_checkpoint
 from finetune.data.render import LossOn, Marks, RenderedText, Renderer, System
-from finetune.data.render.read_variables import check_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.tokenizer import load_tokenizer
 from finetune.data.tokens.examples import TextRenderer
@@ -80,7 +79,6 @@ def show_template(choices: Choices, place: str | None, row_format: str = "auto")
         _add_row(shown, _document_renderer(tokenizer, choices, document), tokenizer, row)
         return shown
     renderer = Renderer(tokenizer, choices.template_name, choices.loss_on, choices.system)
-    check_template_args(renderer.chat)
     shown = ShownTemplate(summarise(renderer, tokenizer))
     if row is None:
         _add_built_in(shown, renderer, tokenizer)

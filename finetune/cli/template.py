@@ -5,9 +5,9 @@ import os
 import sys
 from typing import get_args
 
+from finetune.cli.arguments import variable
 from finetune.recipe.row_formats import ROW_FORMATS
 from finetune.recipe.settings import LossOn
-from finetune.recipe.yaml import resolve
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,7 +41,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set",
         dest="template_args",
-        type=_variable,
+        type=variable,
         nargs="+",
         action="extend",
         default=[],
@@ -75,11 +75,3 @@ def run(args: argparse.Namespace) -> int:
     for line in template_lines(template, f"{args.model}: {choices.template_name}", Style.of(sys.stdout, os.environ)):
         print(line)
     return 0
-
-
-def _variable(text: str) -> tuple[str, bool | int | float | str]:
-    name, equals, written = text.partition("=")
-    value = resolve(written)
-    if not name.isidentifier() or not equals or not isinstance(value, bool | int | float | str):
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as enable_thinking=false; got {text}")
-    return name, value

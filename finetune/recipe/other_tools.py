@@ -24,6 +24,7 @@ _RENAMED = {
     "data.train.id": ("dataset_name",),
     "data.max_length": ("max_seq_length", "sequence_len", "cutoff_len"),
     "data.packing": ("sample_packing",),
+    "data.template_args": ("chat_template_kwargs",),
     "training.num_train_epochs": ("num_epochs",),
     "training.learning_rate": ("lr",),
     "training.global_batch_size": ("batch_size",),
@@ -68,6 +69,10 @@ _OTHER = {
         "another tool's name for a setting", "write method.reference: precomputed, or method.reference: live for false"
     ),
     "use_peft": Foreign(_ALWAYS_LORA, "remove it"),
+    "special_tokens": Foreign(
+        "another tool's mapping of special tokens",
+        "write model.pad_token or model.eos_token; a token that the vocabulary lacks in model.added_tokens, too",
+    ),
     "modules_to_save": Foreign("no module is trained in full here", "remove it: lora.targets names what is adapted"),
     "ref_model": Foreign(
         "the reference is the base as it is loaded, or the adapter that the run starts from",

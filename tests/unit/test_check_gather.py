@@ -284,7 +284,7 @@ def test_a_block_that_the_prompt_opens_for_answers_without_reasoning_is_said(mod
     closed = check(recipe(model, **sources, template_args={"enable_thinking": False}))
     assert (closed.remarks, closed.problems) == ([], [])
     misspelt = check(recipe(model, **sources, template_args={"enable_thinkin": False}))
-    assert [problem.partition(": ")[0] for problem in problems(misspelt)] == ["data.template_args.enable_thinkin"] * 2
+    assert [problem.partition(": ")[0] for problem in problems(misspelt)] == ["data.template_args.enable_thinkin"]
     assert misspelt.exit_code == 2
 
 

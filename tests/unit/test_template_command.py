@@ -119,13 +119,12 @@ def test_a_variable_decides_where_the_answer_begins(printed: Any) -> None:
 
 def test_a_variable_that_the_template_does_not_read_is_refused(printed: Any) -> None:
     said = printed("--as", str(TRL / "qwen3.jinja"), "--set", "enable_thinkng=false", "xyz=1", code=2)
-    name = f"the chat template {TRL / 'qwen3.jinja'}"
+    what = "the chat template reads no such variable"
+    do = "write one that it reads: enable_thinking"
     assert said.splitlines() == [
-        f"data.template_args.enable_thinkng: {name} reads no such variable; got False; did you mean enable_thinking?",
-        f"data.template_args.xyz: {name} reads no such variable; got 1; remove it, or write one of enable_thinking",
+        f"data.template_args.enable_thinkng: {what}; got false; {do}",
+        f"data.template_args.xyz: {what}; got 1; {do}",
     ]
-    said = printed("--set", "enable_thinking=false", code=2)
-    assert said.endswith("reads no such variable; got False; remove it\n")
 
 
 def test_the_advice_for_missing_tokens_can_be_followed(printed: Any, tmp_path: Path) -> None:
@@ -260,7 +259,7 @@ def test_a_problem_of_an_answer_is_told_at_its_column(printed: Any, tmp_path: Pa
     ("words", "message"),
     [
         (["--as", "chatlm"], "data.chat_template: no such template; got 'chatlm' (FileNotFoundError); name a shipped"),
-        (["--as", "broken.jinja"], "data.chat_template: the chat template broken.jinja cannot be read; got "),
+        (["--as", "broken.jinja"], "data.chat_template: the chat template cannot be read; got "),
         (
             ["--as", "refusing.jinja"],
             "data.chat_template: the chat template refusing.jinja refuses the conversation; got no",
@@ -292,8 +291,8 @@ def test_a_missing_or_damaged_tokenizer_is_one_line(printed: Any, tmp_path: Path
     assert said == "MODEL: no such folder; got missing; give a checkpoint folder or a hub id owner/name\n"
 
 
-@pytest.mark.parametrize("text", ["thinking", "=true", "a b=true", "effort=", "effort=null"])
+@pytest.mark.parametrize("text", ["thinking", "=true", "effort=", "effort=null"])
 def test_a_variable_is_a_name_and_a_value(text: str, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["template", model, "--set", text])
-    assert f"must be NAME=VALUE, such as enable_thinking=false; got {text}" in capsys.readouterr().err
+    assert f"write NAME=VALUE, a value being text, a number, true or false; got {text}" in capsys.readouterr().err

@@ -10,7 +10,6 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from finetune.data.render import Marks, RenderedText, Renderer, read_template
-from finetune.data.render.read_variables import check_template_args
 from finetune.data.row_errors import MAX_PROBLEMS
 from finetune.data.tokens.cache import PACKED, Writer, digest, entry
 from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType, TextRenderer
@@ -115,8 +114,6 @@ def _renderers(sources: Sequence[DataSource], tokenizer: Any, settings: DataSett
             continue
         if by_template is None:
             by_template = Renderer(tokenizer, name, settings.loss_on, settings.system, settings.train_on_reasoning)
-            if settings.template_args:
-                check_template_args(by_template.chat)
         renderers.append(by_template)
     return renderers
 
