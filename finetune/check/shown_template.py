@@ -46,6 +46,7 @@ class ShownTemplate:
     """
 
     summary: TemplateSummary | None
+    loss_on: LossOn = "all"
     counts: dict[str, int] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -56,7 +57,8 @@ class ShownTemplate:
             return [("template", PLAIN_TEXT)]
         split = [f"{title}: {count}, {REWRITES}" for title, count in self.counts.items() if count > 1]
         whole = "one of each conversation" if len(self.counts) > 1 else "one"
-        return [*self.summary.fields(), ("examples", "; ".join(split) or whole), *self.summary.details()]
+        frame = self.summary.fields(self.loss_on == "all")
+        return [*frame, ("examples", "; ".join(split) or whole), *self.summary.details()]
 
 
 def show_template(choices: Choices, place: str | None, row_format: str = "auto") -> ShownTemplate:
@@ -79,7 +81,7 @@ def show_template(choices: Choices, place: str | None, row_format: str = "auto")
         _add_row(shown, _document_renderer(tokenizer, choices, document), tokenizer, row)
         return shown
     renderer = Renderer(tokenizer, choices.template_name, choices.loss_on, choices.system)
-    shown = ShownTemplate(summarise(renderer, tokenizer))
+    shown = ShownTemplate(summarise(renderer, tokenizer), choices.loss_on)
     if row is None:
         _add_built_in(shown, renderer, tokenizer)
     else:

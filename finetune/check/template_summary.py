@@ -34,18 +34,18 @@ class TemplateSummary:
     opened: str
     closing_arg: str | None
 
-    def fields(self) -> Fields:
-        """As they are printed."""
-        ends = f"{visible(self.ends)} (supervised)"
-        if self.call_ends is not None:
-            ends += f"; a call of a tool: {visible(self.call_ends)}"
-        fields = [("opens", f"{visible(self.opens)} (not supervised: the generation prompt ends with it)")]
-        if self.header:
-            fields.append(("header", f"{visible(self.header)} (supervised: the model writes it before the answer)"))
-        fields.append(("ends", ends))
-        if self.rest:
-            fields.append(("after", f"{visible(self.rest)} (not supervised)"))
-        return fields
+    def fields(self, all_supervised: bool = False) -> Fields:
+        """As they are printed; `all_supervised`: the loss is on all of it, and nothing is said of what it is on."""
+        ends = (
+            visible(self.ends) if self.call_ends is None else f"{visible(self.ends)}; a call: {visible(self.call_ends)}"
+        )
+        parts = [
+            ("opens", visible(self.opens), "not supervised: the generation prompt ends with it"),
+            ("header", visible(self.header), "supervised: the model writes it before the answer"),
+            ("ends", ends, "supervised"),
+            ("after", visible(self.rest), "not supervised"),
+        ]
+        return [(name, text if all_supervised else f"{text} ({note})") for name, text, note in parts if text]
 
     def details(self) -> Fields:
         """The variables and the reasoning that the template reads."""

@@ -75,6 +75,9 @@ def test_another_template_and_another_loss(printed: Any) -> None:
     assert "Mercury.<|im_end|>" in output
     assert "[[Mercury." not in output
     assert "[[Two: Phobos and Deimos.<|im_end|>]]" in output
+    everything = printed("--loss-on", "all")
+    assert "    ends       <|im_end|>\n" in everything
+    assert "user⏎\nWhich planet is closest to the sun?<|im_end|>⏎\n<|im_start|>assistant⏎\nMercury." in everything
 
 
 def test_a_template_with_tools_shows_calls_and_says_what_it_refuses(printed: Any) -> None:
@@ -154,7 +157,7 @@ def test_colour_on_a_terminal_and_brackets_elsewhere(printed: Any, monkeypatch: 
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("glm4moe", {"ends": "<|user|> (supervised); a call of a tool: <|observation|>"}),
+        ("glm4moe", {"ends": "<|user|>; a call: <|observation|> (supervised)"}),
         ("phi3_5", {"opens": "<|assistant|>⏎ (not ", "ends": "<|end|> (supervised)", "after": "⏎<|im_end|> (not "}),
         ("gemma3", {"opens": "<start_of_turn>model⏎ (not ", "ends": "<end_of_turn> (supervised)"}),
         ("muse_glimmer", {"header": "·to=user<|message|> (supervised", "day": f"{date.today()}: the template writes"}),
