@@ -60,7 +60,7 @@ class TemplateSummary:
             offer = f"; data.template_args: {{{self.closing_arg}}} opens none" if self.closing_arg else ""
             return f"written into {visible(self.opened)}, which the generation prompt opens{offer}"
         if self.reasoning_key is not None:
-            return f"read from the message as {self.reasoning_key}"
+            return f"given to the template as {self.reasoning_key}"
         return "not read: an answer with reasoning is refused"
 
 

@@ -99,7 +99,7 @@ def test_a_template_that_rewrites_earlier_answers_shows_one_example_for_each(pri
     assert "\n    header     <think>⏎⏎</think>⏎⏎ (supervised: the model writes it before the answer)\n" in said
     assert "\n    examples   three turns: 3, because the template rewrites earlier answers; a call: " in said
     assert "\n    variables  not set: enable_thinking\n" in said
-    assert "\n    reasoning  read from the message as reasoning_content\n" in said
+    assert "\n    reasoning  given to the template as reasoning_content\n" in said
     second = output.partition("--- three turns, example 2 of 3: ")[2].partition("\n---")[0]
     assert "assistant⏎\nMercury.<|im_end|>⏎\n" in second
     assert second.endswith("assistant⏎\n[[<think>⏎\n⏎\n</think>⏎\n⏎\nJupiter.<|im_end|>]]⏎")
