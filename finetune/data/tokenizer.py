@@ -159,9 +159,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         tokenizer = load()
         if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
             tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers run into
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
+        got = got if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {got}"
         raise WeightsError(Problem(where=name_or_path, what="no tokenizer could be loaded", got=got, do=do)) from error
     if not tokenizer.is_fast:
         do = "use a checkpoint with a tokenizer.json"
