@@ -150,25 +150,33 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
     supervised = {answer.message: answer for answer in answers}
     end = end_of_calls = 0
     for index, message in enumerate(given.messages):
-        answer, field = supervised.get(index), f"messages[{index}]"
-        if answer is not None:
+        if answer := supervised.get(index):
             if end > answer.start:
                 raise _dropped(chat, given.messages[index - 1], index - 1)
             end = answer.end
-        elif message["role"] == "system":
-            if message["content"].strip() not in text:
-                raise _dropped(chat, message, index)
         else:
-            found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
-            if found < 0 and "tool_calls" not in message:
-                raise _dropped(chat, message, index)
-            end = max(found, end)
-            if "tool_calls" in message and (problem := call_problem(chat, message, text[end:], field, whole=False)):
-                raise problem
+            end = _end_of_turn(chat, given, index, text, end, end_of_calls)
         if message["role"] != "tool":
             end_of_calls = end
     if given.tools:
         _check_tools(chat, given, text)
+
+
+def _end_of_turn(chat: ChatTemplate, given: Conversation, index: int, text: str, end: int, end_of_calls: int) -> int:
+    """Where a turn that is not supervised ends in the text; `end` itself where that cannot be said."""
+    message = given.messages[index]
+    if message["role"] == "system":
+        if message["content"].strip() not in text:
+            raise _dropped(chat, message, index)
+        return end
+    if "tool_calls" in message:  # the words beside a call may stand behind its result (Gemma 4)
+        if problem := call_problem(chat, message, text[end:], f"messages[{index}]", whole=False):
+            raise problem
+        return end
+    found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
+    if found < 0:
+        raise _dropped(chat, message, index)
+    return found
 
 
 def _find_turn(messages: Sequence[Message], text: str, end: int, end_of_calls: int) -> int:
