@@ -16,12 +16,12 @@ from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from finetune.data.generation_config import stop_ids
 from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
 from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens, template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
+from finetune.generation_config import stop_ids
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
