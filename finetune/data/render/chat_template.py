@@ -1,6 +1,6 @@
 """A tokenizer's chat template: conversation -> text, as generation would render it too; the shipped templates by name.
 
-The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
+The template is compiled once, in the sandbox of `apply_chat_template` with bounds.
 """
 
 import re
@@ -10,18 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.frame_marks import finder, frame_marks
 from finetune.data.render.prompt_ends import Turns, ending
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE, write
 from finetune.data.render.template_settings import clock_of
+from finetune.data.render.template_source import compile_templates
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError, Problem
-from finetune.upstream import private
-
-_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
 
 FOLDER = Path(__file__).parent / "templates"
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
@@ -45,7 +42,6 @@ def read_template(name_or_path: str) -> str:
 
 System = Literal["error", "merge_into_first_user"]
 
-ANOTHER_TEMPLATE = "name another one in data.chat_template"
 PROBE = "What is 2+2?"
 PROBE_TURNS = (Message(role="user", content=PROBE), Message(role="assistant", content="It is four!"))
 _PLAIN = frozenset(("role", "content", "train"))
@@ -68,11 +64,7 @@ class ChatTemplate:
         self._bos: str | None = tokenizer.bos_token
         self._system = system
         sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
-        try:
-            self._compiled = [_compile(source) for source in sources]
-        except TemplateError as error:
-            what, got = f"{name} cannot be read", str(error)
-            raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
+        self._compiled = compile_templates(sources, name)
         self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None}
@@ -126,13 +118,7 @@ class ChatTemplate:
             "tools": tools or None,
             "add_generation_prompt": generation,
         }
-        try:
-            for piece in template.root_render_func(template.new_context(variables, shared=True)):
-                written.append(piece)  # each before the next is asked for: Turns looks at what is there
-        except Exception as error:  # whatever a template's own code runs into
-            do = f"change the row, or {ANOTHER_TEMPLATE}"
-            got = str(error) or type(error).__name__
-            raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
+        write(template, variables, written, self.name)
 
     def conversation(self, given: Conversation) -> Conversation:
         """The conversation as the template takes it: no content holds frame, and the system policy is applied.

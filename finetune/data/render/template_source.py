@@ -1,0 +1,152 @@
+"""What a chat template's source says without being run: which variables it reads, and what no template may contain."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2 import Template, meta, nodes
+
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE, CHARACTERS, compile_template, environment, syntax_tree
+from finetune.data.row_errors import shown
+from finetune.errors import DataError, Problem
+from finetune.recipe.error_messages import closest
+
+LONGEST_SOURCE = 300_000
+"""Characters of a template; published ones have up to 20,000."""
+
+GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"))
+"""What is given to a template beside special tokens and `data.template_args`."""
+
+_ELSEWHERE: dict[type[nodes.Node], str] = {
+    nodes.Include: "include",
+    nodes.Import: "import",
+    nodes.FromImport: "from",
+    nodes.Extends: "extends",
+}
+_RANDOM = "lipsum", "random"
+_PLACE = "data.chat_template"
+
+
+def compile_templates(sources: Sequence[str], name: str) -> list[Template]:
+    """The templates, ready to be run by `sandbox.write`; `DataError` with everything that can be seen in them."""
+    problems = dict.fromkeys(problem for source in sources for problem in source_problems(source, name))
+    if problems:
+        raise DataError(list(problems))
+    return [compile_template(source, name) for source in sources]
+
+
+@lru_cache
+def source_problems(source: str, name: str) -> tuple[Problem, ...]:
+    """Everything for which a template is refused before it is run; `DataError` if it cannot be read."""
+    if len(source) > LONGEST_SOURCE:
+        what = f"{name} has {len(source):,} characters, more than {LONGEST_SOURCE:,}: that is no chat template"
+        return (Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())),)
+    tree = _tree(source, name)
+    problems = list(dict.fromkeys(_forbidden(tree, name)))
+    if "messages" not in meta.find_undeclared_variables(tree):
+        what = f"{name} reads no messages: that is no chat template"
+        problems.append(Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())))
+    return tuple(problems)
+
+
+def variables_of(source: str, name: str) -> list[str]:
+    """The variables that `data.template_args` can give a template.
+
+    It reads them without having set them on every way there. One that it sets on some way is its own, unless it asks
+    whether it was given: `is defined`, `default`, or each value that it is set to is made of itself.
+    """
+    tree = _tree(source, name)
+    own = set(_set_anew(tree)) - set(_asked_for(tree))
+    read = meta.find_undeclared_variables(tree) - own
+    return sorted(variable for variable in read if not _is_reserved(variable))
+
+
+def check_template_args(source: str, args: Mapping[str, Any], name: str) -> None:
+    """Raise `DataError` for every variable that the template does not read, or that only the program may set."""
+    if not args:
+        return
+    variables = variables_of(source, name)
+    problems = [problem for key in args if (problem := _arg_problem(key, args[key], variables, name)) is not None]
+    if problems:
+        raise DataError(problems)
+
+
+def _arg_problem(key: str, value: Any, variables: Sequence[str], name: str) -> Problem | None:
+    where, got = f"data.template_args.{key}", shown(value)
+    if _is_reserved(key):
+        return Problem(where, "the program itself gives this variable to every chat template", "remove it", got)
+    if key in variables:
+        return None
+    if close := closest(key, variables):
+        do = f"did you mean {close}?"
+    elif variables:
+        do = f"remove it, or write one that it reads: {', '.join(variables)}"
+    else:
+        do = f"remove it: {name} reads no variable beside the messages"
+    return Problem(where, f"{name} does not read this variable", do, got)
+
+
+def _is_reserved(variable: str) -> bool:
+    return variable in GIVEN or variable.endswith(("_token", "_tokens")) or variable in environment().globals
+
+
+def _tree(source: str, name: str) -> nodes.Template:
+    compile_template(source, name)  # finds what parsing does not: filters and tests that do not exist
+    return syntax_tree(source, name)
+
+
+def _set_anew(tree: nodes.Template) -> Iterator[str]:
+    """The variables that a template sets, as a loop does, too, to what is not made of their own value."""
+    of_itself = {
+        id(setting.target)
+        for setting in tree.find_all(nodes.Assign)
+        if any(_is_name(setting.target, read.name) for read in _names(setting.node))
+    }
+    return (node.name for node in _names(tree) if node.ctx == "store" and id(node) not in of_itself)
+
+
+def _asked_for(tree: nodes.Template) -> Iterator[str]:
+    """The variables of which a template asks whether they are defined; a macro may ask that of its arguments."""
+    arguments = {node.name for node in _names(tree) if node.ctx == "param"}
+    for asking in tree.find_all((nodes.Test, nodes.Filter)):
+        if asking.name in ("defined", "undefined", "default", "d") and isinstance(asking.node, nodes.Name):
+            yield from {asking.node.name} - arguments
+
+
+def _names(node: nodes.Node) -> list[nodes.Name]:
+    """Every variable inside a node, itself included."""
+    return [*([node] if isinstance(node, nodes.Name) else []), *node.find_all(nodes.Name)]
+
+
+def _forbidden(tree: nodes.Template, name: str) -> Iterator[Problem]:
+    for node in tree.find_all(nodes.Node):
+        line = f"(line {node.lineno})"
+        if isinstance(node, tuple(_ELSEWHERE)):
+            kind = _ELSEWHERE[type(node)]
+            what, do = f"{name} takes a part of itself from another file", "put that text into the template itself"
+            yield Problem(_PLACE, what, do, f"{{% {kind} %}} {line}")
+        if isinstance(node, nodes.Filter | nodes.Name) and node.name in _RANDOM:
+            what = f"{name} draws at random, so training and inference would differ"
+            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{node.name} {line}")
+        inside = _attribute(node)
+        if isinstance(inside, str) and inside.startswith("__"):
+            what = f"{name} asks for Python's insides, which the sandbox of chat templates forbids"
+            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{inside} {line}")
+        if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value > CHARACTERS:
+            what = f"{name} has a number larger than {CHARACTERS:,}, which a rendering could not count up to"
+            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{node.value} {line}")
+
+
+def _is_name(node: nodes.Node, name: str) -> bool:
+    return isinstance(node, nodes.Name) and node.name == name
+
+
+def _attribute(node: nodes.Node) -> object:
+    """What a node reads of an object by a name in the source: `x.name`, `x["name"]`, `x | attr("name")`."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem):
+        return getattr(node.arg, "value", None)
+    if isinstance(node, nodes.Filter) and node.name == "attr" and node.args:
+        return getattr(node.args[0], "value", None)
+    return None
