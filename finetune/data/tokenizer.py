@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from finetune.data.render.answers import template_problems
-from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate, read_template
+from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
+from finetune.data.render.compiled_template import read_template
 from finetune.data.render.template_settings import set_template_args
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 

@@ -112,11 +112,18 @@ IGNORED = -100
 
 
 class Answer(NamedTuple):
-    """A supervised turn: its number, and its characters in the text, from the prompt's end through its EOS."""
+    """A supervised turn: its number, and its characters in the text, from the prompt's end through its end token.
+
+    `reasoning`: the characters of its reasoning, if it has any. `alone`: white space that the template writes stands on
+    both sides of `start`, so that the text is tokenised in two parts there, as generation does it.
+    """
 
     message: int
     start: int
     end: int
+    end_token: str = ""
+    reasoning: tuple[int, int] | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,8 +109,7 @@ def changed(old: str, new: str) -> str:
     ("template", "message"),
     [
         (None, "the tokenizer has no chat template; name one in data.chat_template"),
-        (changed("<|im_end|>", "<|pad|>"), "X does not end an answer with the EOS token <|im_end|>; got"),
-        (changed(END_OF_TURN, "'<|im_end|> thanks' -}}"), "X does not end an answer with the EOS token <|im_end|>"),
+        (changed(END_OF_TURN, "'\\n' -}}"), "X does not end an answer with the EOS token <|im_end|>; got"),
         (changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}"), "X renders what comes before an answer differently"),
         (
             changed(CONTENT, f"({CONTENT} if message.role != 'user' else '')"),
@@ -138,15 +137,15 @@ def said_of(template: str) -> list[str]:
 
 
 def test_a_prompt_that_no_loss_on_would_mend_gets_no_advice_to_set_it() -> None:
-    assert said_of(changed(GENERATION_PROMPT, "'<|im_start|>assistant\\n<think>\\n' -}}")) == [
+    assert said_of(changed(GENERATION_PROMPT, "'<|im_start|>assistant\\n<aside>\\n' -}}")) == [
         f"data.chat_template: {DIFFERENTLY}: only generation is given "
-        r'"<think>\n"; got "t is 2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"; name another one in '
+        r'"<aside>\n"; got "t is 2+2?<|im_end|>\n<|im_start|>assistant\n<aside>\n"; name another one in '
         "data.chat_template"
     ]
 
 
 def test_all_problems_of_a_template_are_listed_at_once() -> None:
-    template = changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}").replace("<|im_end|>", "<|pad|>")
+    template = changed(GENERATION_PROMPT, "'<|im_start|>bot\\n' -}}").replace("<|im_end|>", "")
     assert [line.partition("; got ")[0] for line in said_of(template.replace(CONTENT, CONTENT + " + '!'"))] == [
         f'data.chat_template: {DIFFERENTLY}: only generation is given "bot\\n"',
         "data.chat_template: X does not end an answer with the EOS token <|im_end|>",
@@ -154,20 +153,37 @@ def test_all_problems_of_a_template_are_listed_at_once() -> None:
     ]
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused_for_a_row_that_has_them() -> None:
+def test_what_a_template_writes_behind_the_end_of_an_answer_is_not_learned() -> None:
+    renderer = Renderer(tokenizer_with(changed(END_OF_TURN, "'<|im_end|> thanks' -}}")), "X")
+    [first] = renderer.examples(chat("a", "b", "c", "d"))
+    assert [first.text[answer.start : answer.end] for answer in first.answers] == ["b<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_template_may_end_answers_with_another_token_than_the_eos() -> None:
+    renderer = Renderer(tokenizer_with(changed("<|im_end|>", "<|pad|>")), "X")
+    assert renderer.chat.end_tokens == ("<|pad|>",)
+    assert supervised(renderer._tokenizer, labelled(renderer, chat("a", "b"))) == ["b<|pad|>"]
+
+
+def test_a_template_that_rewrites_earlier_answers_makes_an_example_of_each() -> None:
     thinking = "('<think>' if loop.last and message.role == 'assistant' else '')"
     template = changed("+ '\\n' + message", f"+ '\\n' + {thinking} + message")
     template = template.replace("assistant\\n", "assistant\\n<think>")
-    render = Renderer(tokenizer_with(template), "X").render
-    assert render(chat("a", "b")).text.endswith("<|im_start|>assistant\n<think>b<|im_end|>\n")
+    renderer = Renderer(tokenizer_with(template), "X")
+    conversation = chat("a", "b", "c", "d")
+    assert [example.text.count("<think>") for example in renderer.examples(conversation)] == [1, 1]
+    assert renderer.examples(chat("a", "b"))[0].text.endswith("<|im_start|>assistant\n<think>b<|im_end|>\n")
+    for loss_on in ("last_assistant", "completion"):
+        [example] = Renderer(tokenizer_with(template), "X", loss_on).examples(conversation)
+        assert example.text == renderer.examples(conversation)[1].text
+    with pytest.raises(RowError, match="X rewrites earlier answers, and two answers are compared in one text each"):
+        renderer.render(conversation)
     with pytest.raises(
         RowError, match="X renders what comes before an answer differently once the answer is"
     ) as caught:
-        render(chat("a", "b", "c", "d"))
+        Renderer(tokenizer_with(template), "X", "all").examples(conversation)
     advice = "name another one in data.chat_template, or with method.kind: sft set data.loss_on to "
-    assert caught.value.do == f"{advice}last_assistant or completion"
-    for loss_on in ("last_assistant", "completion"):
-        assert Renderer(tokenizer_with(template), "X", loss_on).render(chat("a", "b", "c", "d"))
+    assert caught.value.do == f"{advice}assistant or last_assistant or completion"
 
 
 def test_a_template_that_drops_the_system_message_is_refused_for_a_row_that_has_one() -> None:

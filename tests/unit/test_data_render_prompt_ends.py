@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from finetune.data.render import SHIPPED, ChatTemplate, Renderer, read_template
-from finetune.data.render.chat_template import control_tokens
+from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.encoder import Alphabet, Encoder, PieceLengths
 from finetune.data.row_errors import RowError
 from tests.real_tokenizers import mistral_renderer, mistral_tokenizer
@@ -80,7 +80,7 @@ def test_prompts_found_in_one_rendering_are_those_that_are_rendered(source: str)
         assert text == chat_template.text(messages, tools)
         for index, prompt in zip(indices, prompts, strict=True):
             rendered = chat_template.text(messages[:index], tools, generation=True)
-            assert rendered == (prompt if isinstance(prompt, str) else text[:prompt])
+            assert rendered == (prompt.text if prompt.end is None else text[: prompt.end])
 
 
 @pytest.mark.parametrize("source", SO_FAR.values(), ids=SO_FAR.keys())

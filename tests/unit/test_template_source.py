@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from finetune.data.render.chat_template import SHIPPED, read_template
+from finetune.data.render import SHIPPED, read_template
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
 from finetune.errors import DataError
 
@@ -18,7 +18,7 @@ def published(name: str) -> str:
 
 def refusals(source: str, **args: bool | int | float | str) -> list[str]:
     with pytest.raises(DataError) as caught:
-        check_template_args(source, args, "X")
+        check_template_args(variables_of(source, "X"), args, "X")
     return str(caught.value).split("\n")
 
 
@@ -34,7 +34,7 @@ def refusals(source: str, **args: bool | int | float | str) -> list[str]:
     ],
 )
 def test_the_variables_of_a_published_template_are_those_that_it_reads(name: str, variables: list[str]) -> None:
-    assert variables_of(published(name), name) == variables
+    assert variables_of(published(name), name) == tuple(variables)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_variables_of_a_published_template_are_those_that_it_reads(name: str
     ],
 )
 def test_a_variable_that_the_template_reads_is_taken(name: str, args: dict[str, bool | str]) -> None:
-    check_template_args(published(name), args, name)
+    check_template_args(variables_of(published(name), name), args, name)
 
 
 def test_a_variable_that_the_template_does_not_read_is_refused_and_all_of_them_at_once() -> None:
@@ -88,13 +88,13 @@ def test_what_the_program_itself_gives_is_refused(name: str) -> None:
     ],
 )
 def test_a_variable_is_what_a_template_reads_from_outside(source: str, taken: bool) -> None:
-    assert variables_of(MESSAGES + source, "X") == (["mine"] if taken else [])
+    assert variables_of(MESSAGES + source, "X") == (("mine",) if taken else ())
 
 
 def test_what_published_templates_do_is_not_refused() -> None:
     sources = map(published, ("gptoss", "llama3_1", "gemma4_v5", "lfm2_2_5", "nemotron_3_nano", "phi3_5_training"))
     for source in [*sources, *map(read_template, SHIPPED)]:
-        assert source_problems(source, "X") == ()
+        assert source_problems([source], "X") == []
 
 
 @pytest.mark.parametrize(
@@ -122,28 +122,8 @@ def test_what_published_templates_do_is_not_refused() -> None:
             "put that text into the template itself",
         ),
         (
-            MESSAGES + "{{ ''.__class__ }}",
-            "X asks for Python's insides, which the sandbox of chat templates forbids; got __class__ (line 1); "
-            "name another one in data.chat_template",
-        ),
-        (
-            MESSAGES + "{{ ''['__class__'] }}",
-            "X asks for Python's insides, which the sandbox of chat templates forbids; got __class__ (line 1); "
-            "name another one in data.chat_template",
-        ),
-        (
-            MESSAGES + "\n{{ range(10) | random }}",
-            "X draws at random, so training and inference would differ; got random (line 2); "
-            "name another one in data.chat_template",
-        ),
-        (
-            MESSAGES + "{{ lipsum(n=1) }}",
-            "X draws at random, so training and inference would differ; got lipsum (line 1); "
-            "name another one in data.chat_template",
-        ),
-        (
             MESSAGES + "{{ 'a'.ljust(99000000000) }}",
-            "X has a number larger than 16,000,000, which a rendering could not count up to; got 99000000000 (line 1); "
+            "X has a number above 16,000,000: a text of such a length would fill the memory; got 99000000000 (line 1); "
             "name another one in data.chat_template",
         ),
         (
@@ -174,12 +154,41 @@ def test_what_can_be_seen_in_the_source_is_refused_before_it_is_run(source: str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{{ ''.__class__ }}",
+            "X asks for Python's insides, which the sandbox of chat templates forbids; got __class__ (line 1)",
+        ),
+        (
+            "{{ ''['__class__'] }}",
+            "X asks for Python's insides, which the sandbox of chat templates forbids; got __class__ (line 1)",
+        ),
+        (
+            "{{ '' | attr('__class__') }}",
+            "X asks for Python's insides, which the sandbox of chat templates forbids; got __class__ (line 1)",
+        ),
+        (
+            "\n{{ range(10) | random }}",
+            "X draws at random, so training and inference would differ; got random (line 2)",
+        ),
+        ("{{ lipsum(n=1) }}", "X draws at random, so training and inference would differ; got lipsum (line 1)"),
+    ],
+)
+def test_what_no_template_may_do_is_found_in_its_source(source: str, message: str) -> None:
+    compile_templates([MESSAGES + source], "X")
+    assert list(map(str, source_problems([MESSAGES + source] * 2, "X"))) == [
+        f"data.chat_template: {message}; name another one in data.chat_template"
+    ]
+
+
 def test_everything_in_a_source_is_said_at_once() -> None:
     with pytest.raises(DataError) as caught:
         compile_templates(["{% include 'x' %}{{ ''.__class__ }}{{ [1] | random }}"] * 2, "X")
     assert [problem.got for problem in caught.value.problems] == [
         "{% include %} (line 1)",
+        "\"{% include 'x' %}{{ ''.__class__ }}{{ [1] | random }}\"",
         "__class__ (line 1)",
         "random (line 1)",
-        "\"{% include 'x' %}{{ ''.__class__ }}{{ [1] | random }}\"",
     ]

@@ -1,6 +1,7 @@
 """An example -> text with its supervised places -> token ids and labels, through the tokenizer's chat template."""
 
-from finetune.data.render.chat_template import SHIPPED, ChatTemplate, System, read_template
+from finetune.data.render.chat_template import ChatTemplate, System
+from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.rendered_text import Marks, RenderedText
 from finetune.data.render.renderer import LOSSES, Renderer
 from finetune.data.render.template_settings import (

@@ -1,88 +1,73 @@
-"""The positions of the answers in a rendered conversation, and whether the template writes all of its content.
+"""A conversation -> the texts that it is trained as, each with its supervised answers.
 
-Templates silently drop what they do not know, tools and tool calls above all.
+An answer is what the model must write: what the template, given the conversation up to and with this turn, writes
+behind the generation prompt, through the end token. One text is used for several answers where it holds the prompt and
+the words of each; where a template rewrites earlier turns (think blocks are dropped, the end of the last answer is
+another one) a conversation becomes several examples.
 """
 
-import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from finetune.data.render.call_arguments import python_in
 from finetune.data.render.chat_template import ChatTemplate
+from finetune.data.render.compiled_template import Prompt, with_placeholder
+from finetune.data.render.content_checks import answer_problem, check_content
+from finetune.data.render.ends import common_length
+from finetune.data.render.reasoning import PLACEHOLDER, closing_mark, opened_block, without_empty_block
 from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Answer, Conversation, Message, ToolCall
+from finetune.data.types import Answer, Conversation, Message
 from finetune.recipe.settings import LossOn
 
-_OTHERS: tuple[LossOn, ...] = ("last_assistant", "completion")
-TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
+_OTHERS: tuple[LossOn, ...] = ("assistant", "last_assistant", "completion")
 
 
-def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
-    """The name of the first tool that `text` does not name."""
-    for tool in tools:
-        function = tool.get("function", tool)
-        name = function.get("name") if isinstance(function, dict) else None
-        if isinstance(name, str) and name not in text:
-            return name
-    return None
+class Example(NamedTuple):
+    """A text and the answers in it that are supervised."""
+
+    text: str
+    answers: tuple[Answer, ...]
 
 
-def missing_of_calls(calls: list[ToolCall], text: str) -> str | None:
-    """The first function name or argument of `calls` that does not occur in `text`, as JSON or plainly."""
-    for call in calls:
-        function = call["function"]
-        for value in (function["name"], *_leaves(function["arguments"])):
-            if not _occurs(value, text):
-                return str(value)
-    return None
+class _Cut(NamedTuple):
+    """A conversation that ends with one answer: the generation prompt, what follows it, and the answer in that text."""
+
+    prompt: str
+    rest: str
+    answer: Answer
+
+    @property
+    def text(self) -> str:
+        """The whole of it."""
+        return self.prompt + self.rest
+
+    def stands_in(self, text: str) -> bool:
+        """Whether a text begins with this prompt and the words of this answer."""
+        return text.startswith(self.text[: self.answer.end])
 
 
-def find_content(message: Message, text: str, start: int) -> int:
-    """Where the content of a user's, tool's or earlier assistant's turn ends in `text`, from `start`; -1 if nowhere.
-
-    White space around it may differ. A tool's result may also be written as a JSON string.
-    """
-    content = message["content"].strip()
-    forms = [content]
-    if message["role"] == "tool":
-        forms += [_quoted(content, True), _quoted(content, False)]
-    ends = [position + len(form) for form in forms if (position := text.find(form, start)) >= 0]
-    return min(ends, default=-1)  # a later one may be another turn with the same content
-
-
-def _leaves(value: object) -> Iterator[object]:
-    """Every scalar and key inside a JSON value: its keys, strings, numbers, true, false and null."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _leaves(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _leaves(inner)
-    else:
-        yield value
-
-
-def _occurs(value: object, text: str) -> bool:
-    if isinstance(value, str):
-        return value.strip() in text or _quoted(value, False) in text or _quoted(value, True) in text
-    return json.dumps(value) in text or str(value) in text
-
-
-def _quoted(text: str, ascii_only: bool) -> str:
-    """The inside of the JSON string."""
-    return json.dumps(text, ensure_ascii=ascii_only)[1:-1]
-
-
-def find_answers(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> tuple[str, tuple[Answer, ...]]:
-    """The rendered conversation and its supervised turns; `RowError` where that cannot be done for sure."""
-    messages = given.messages
-    indices = supervised(messages, loss_on)
-    text, prompts = chat.text_and_prompts(messages, given.tools, indices)
-    answers = {index: _answer(chat, given, index, text, prompt) for index, prompt in zip(indices, prompts, strict=True)}
-    _check_content(chat, given, text, answers)
-    return text, tuple(answers.values())
+def find_examples(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> list[Example]:
+    """The texts of a conversation with their supervised turns; `RowError` where that cannot be done for sure."""
+    indices = supervised(given.messages, loss_on)
+    text, prompts = chat.text_and_prompts(given.messages, given.tools, indices)
+    if all(prompt.proven for prompt in prompts):
+        answers, text = _proven_answers(chat, given, indices, prompts, text)
+        if not any(answer.alone for answer in answers):
+            check_content(chat, given, text, answers)
+            return [Example(text, answers)]
+    cuts = [_cut(chat, given, *turn, text, loss_on) for turn in zip(indices, prompts, strict=True)]
+    if loss_on == "all":
+        return [_as_one(chat, given, text, cuts)]
+    examples = []
+    while cuts:
+        text = cuts[-1].text
+        held = [cut for cut in cuts if cut is cuts[-1] or (cut.stands_in(text) and not _alone(cut, cuts[-1]))]
+        cuts = [cut for cut in cuts if cut not in held]
+        answers = tuple(cut.answer for cut in held)
+        check_content(chat, replace(given, messages=given.messages[: answers[-1].message + 1]), text, answers)
+        examples.append(Example(text, answers))
+    return examples[::-1]
 
 
 def supervised(messages: Sequence[Message], loss_on: LossOn) -> list[int]:
@@ -110,146 +95,177 @@ def find_holes(chat: ChatTemplate, given: Conversation, text: str) -> tuple[tupl
             before = chat.text(given.messages[:index], given.tools) if index else ""
             until = chat.text(given.messages[: index + 1], given.tools)
             if not (text.startswith(until) and until.startswith(before)):
-                raise _differently(chat, given, index, text, until)
+                raise _differently(chat, given, index, text, until, "all")
             holes.append((len(before), len(until)))
     return tuple(holes)
 
 
 def template_problems(chat: ChatTemplate, question: Message, answer: Message) -> list[RowError]:
     """Everything for which no answer could be supervised, seen in one question and its answer."""
-    given = Conversation([question, answer])
+    given, problems = Conversation([question, answer]), []
     try:
-        text, [start] = chat.text_and_prompts(given.messages, None, [1])
+        text, [prompt] = chat.text_and_prompts(given.messages, None, [1])
     except RowError as error:
         return [error]
-    return _answer_problems(chat, given, 1, text, start)
+    try:
+        rest = _rest(chat, given, 1, text[: prompt.end] if prompt.end is not None else prompt.text, text, "assistant")
+    except RowError as error:
+        problems.append(error)
+        rest = text[common_length(text, prompt.text) :]
+    _, found = _located(chat, given, 1, "", rest)
+    return problems + found
 
 
-def _answer(chat: ChatTemplate, given: Conversation, index: int, text: str, start: int | str) -> Answer:
-    """The place of answer `index`: behind what generation would be given, through its EOS."""
-    message = given.messages[index]
-    if isinstance(start, str):
-        raise _differently(chat, given, index, text, start)
-    if problems := _answer_problems(chat, given, index, text, start):
-        raise problems[0]
-    end = text.find(chat.eos, start)
-    if "tool_calls" in message:
-        _check_calls(chat, message, text[start:end], f"messages[{index}]")
-    return Answer(index, start, end + len(chat.eos))
+def _proven_answers(
+    chat: ChatTemplate, given: Conversation, indices: Sequence[int], prompts: Sequence[Prompt], text: str
+) -> tuple[tuple[Answer, ...], str]:
+    """The answers in the text of the whole conversation, and the text, with the end of its last answer."""
+    answers = []
+    for index, prompt in zip(indices, prompts, strict=True):
+        assert prompt.end is not None
+        is_last = index == len(given.messages) - 1
+        rest, problems = _located(chat, given, index, text[: prompt.end], text[prompt.end :], is_last)
+        if problems:
+            raise problems[0]
+        assert isinstance(rest, _Cut)
+        if "tool_calls" in given.messages[index] and not is_last:
+            _check_runs_on(chat, given, index, text[: rest.answer.end])
+        answers.append(rest.answer)
+        text = rest.text
+    return tuple(answers), text
 
 
-def _answer_problems(
-    chat: ChatTemplate, given: Conversation, index: int, text: str, prompt: int | str
-) -> list[RowError]:
-    """What is wrong with an answer: its prompt, its end, its words."""
-    message, field, problems = given.messages[index], f"messages[{index}]", []
-    if isinstance(prompt, str):
-        problems.append(_differently(chat, given, index, text, prompt))
-    start = _common(text, prompt) if isinstance(prompt, str) else prompt
-    end = text.find(chat.eos, start)
+def _cut(chat: ChatTemplate, given: Conversation, index: int, prompt: Prompt, text: str, loss_on: LossOn) -> _Cut:
+    """The conversation up to and with answer `index`, as generation would see and write it; `text`: all of it."""
+    before = text[: prompt.end] if prompt.end is not None else prompt.text
     is_last = index == len(given.messages) - 1
-    if end < 0 or (is_last and text[end + len(chat.eos) :].strip()) or _runs_on(chat, given, index, text, end):
+    written = text if is_last else chat.text(given.messages[: index + 1], given.tools)
+    cut, problems = _located(chat, given, index, before, _rest(chat, given, index, before, written, loss_on))
+    if problems:
+        raise problems[0]
+    assert cut is not None
+    return cut
+
+
+def _rest(chat: ChatTemplate, given: Conversation, index: int, prompt: str, text: str, loss_on: LossOn) -> str:
+    """What the model writes behind the prompt, and what the template writes after that.
+
+    A block of reasoning that the prompt opens and the text does not have is filled with the row's reasoning, if any.
+    """
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    message, opened = given.messages[index], opened_block(prompt)
+    if opened and "reasoning" not in message and chat.reasoning_key:
+        turns = [*given.messages[:index], with_placeholder(message)]
+        written = chat.text(turns, given.tools)
+        if written.startswith(prompt) and PLACEHOLDER in written[len(prompt) :]:
+            return written[len(prompt) :].replace(PLACEHOLDER, "", 1)
+    turns = [*map(_without_analysis, given.messages[:index]), message]
+    if turns[:-1] != given.messages[:index]:
+        # gpt-oss gives generation the reasoning before a call, and drops it once the answer is there.
+        bare, written = chat.text(turns[:-1], given.tools, generation=True), chat.text(turns, given.tools)
+        if written.startswith(bare):
+            return written[len(bare) :]
+    before, reasoning = prompt.removesuffix(opened), message.get("reasoning", "")
+    if opened and text.startswith(before) and not (reasoning and reasoning in text[len(before) :]):
+        return reasoning + closing_mark(opened) + without_empty_block(text[len(before) :], opened)
+    raise _differently(chat, given, index, text, prompt, loss_on)
+
+
+def _without_analysis(message: Message) -> Message:
+    """An earlier turn without its reasoning, and without what it says beside calls."""
+    bare: Message = {**message}
+    bare.pop("reasoning", None)
+    if "tool_calls" in message:
+        bare["content"] = ""
+    return bare
+
+
+def _located(
+    chat: ChatTemplate, given: Conversation, index: int, prompt: str, rest: str, is_last: bool = True
+) -> tuple[_Cut | None, list[RowError]]:
+    """The answer at the beginning of `rest`, and what is wrong with it: its end, its words."""
+    message, field, problems = given.messages[index], f"messages[{index}]", []
+    ending = chat.end_of(message)
+    end = -1 if ending is None else rest.find(ending.token)
+    if end < 0 and ending is not None and ending.appended and is_last:
+        rest += ending.appended
+        end = rest.find(ending.token)
+    if end < 0:
         what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
         do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
-        problems.append(RowError(field, what, do, shown(text[start:][-60:])))
-    answer = text[start:end] if end >= 0 else text[start:]
-    if "tool_calls" not in message and answer.strip() != message["content"].strip():
-        what = f"{chat.name} changes the answer or writes its own words into it"
-        problems.append(RowError(field, what, ANOTHER_TEMPLATE, shown(answer)))
-    return problems
+        problems.append(RowError(field, what, do, shown(rest[-60:])))
+    words = rest if end < 0 else rest[:end]
+    if problem := answer_problem(chat, message, words, field):
+        problems.append(problem)
+    if end < 0 or ending is None:
+        return None, problems
+    start = len(prompt)
+    reasoning = message.get("reasoning")
+    place = start + rest.find(reasoning) if reasoning else 0
+    span = (place, place + len(reasoning)) if reasoning else None
+    own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
+    alone = chat.prompt_alone or own_space
+    answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
+    return _Cut(prompt, rest, answer), problems
 
 
-def _runs_on(chat: ChatTemplate, given: Conversation, index: int, text: str, end: int) -> bool:
-    """Whether the EOS found for a call is that of a later turn: a template may end calls with another token.
+def _alone(cut: _Cut, last: _Cut) -> bool:
+    """Whether one of them needs a text of its own, where its prompt is tokenised by itself."""
+    return cut.answer.alone or last.answer.alone
 
-    A text answer need not be asked: it is compared word for word.
+
+def _as_one(chat: ChatTemplate, given: Conversation, text: str, cuts: Sequence[_Cut]) -> Example:
+    """The whole conversation as one text, which must hold every answer as generation would write it."""
+    is_last = bool(cuts) and cuts[-1].answer.message == len(given.messages) - 1
+    text = cuts[-1].text if is_last else text
+    for cut in cuts:
+        if not cut.stands_in(text):
+            raise _differently(chat, given, cut.answer.message, text, cut.text, "all")
+    answers = tuple(cut.answer for cut in cuts)
+    check_content(chat, given, text, answers)
+    return Example(text, answers)
+
+
+def _check_runs_on(chat: ChatTemplate, given: Conversation, index: int, until: str) -> None:
+    """Raise `RowError` where the end found for a call is that of a later turn.
+
+    A text answer need not be asked: its content is found before its end, and the next turn's behind it.
     """
-    if "tool_calls" not in given.messages[index] or index == len(given.messages) - 1:
-        return False
-    return not chat.text(given.messages[: index + 1], given.tools).startswith(text[: end + len(chat.eos)])
+    if chat.text_end_is_appended:
+        return
+    if not chat.text(given.messages[: index + 1], given.tools).startswith(until):
+        what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
+        do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
+        raise RowError(f"messages[{index}]", what, do, shown(until[-60:]))
 
 
-def _differently(chat: ChatTemplate, given: Conversation, index: int, text: str, prompt: str) -> RowError:
+def _differently(
+    chat: ChatTemplate, given: Conversation, index: int, text: str, prompt: str, loss_on: LossOn
+) -> RowError:
     """The error of a prompt that does not stand in the text, with the `loss_on` that would do without it."""
+    message, field = given.messages[index], f"messages[{index}]"
+    if "reasoning" in message and chat.closes_block(prompt):
+        what = "has reasoning, and the generation prompt closes the block for it"
+        given_args = ", ".join(f"{key}: {value}" for key, value in chat.args.items())
+        do = f"remove it from the row, or change data.template_args ({given_args or 'none'})"
+        return RowError(f"{field}.reasoning", what, do, shown(message["reasoning"]))
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"
-    rest = prompt[_common(text, prompt) :]
+    rest = prompt[common_length(text, prompt) :]
     if rest and prompt.removesuffix(rest).strip() and len(rest) < 40:
         what += f": only generation is given {shown(rest)}"
-    helping = [choice for choice in _OTHERS if _can_do(chat, given, index, choice)]
+    helping = [choice for choice in _OTHERS if choice != loss_on and _can_do(chat, given, index, choice, loss_on)]
     do = ANOTHER_TEMPLATE
     if helping:
         do += f", or with method.kind: sft set data.loss_on to {' or '.join(helping)}"
-    return RowError(f"messages[{index}]", what, do, shown(prompt[-50:], limit=100))
+    return RowError(field, what, do, shown(prompt[-50:], limit=100))
 
 
-def _common(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    length = min(len(one), len(other))
-    return next((place for place in range(length) if one[place] != other[place]), length)
-
-
-def _can_do(chat: ChatTemplate, given: Conversation, index: int, loss_on: LossOn) -> bool:
-    """Whether the row could be learned with this `loss_on`, which leaves out answer `index`."""
+def _can_do(chat: ChatTemplate, given: Conversation, index: int, loss_on: LossOn, current: LossOn) -> bool:
+    """Whether the row could be learned with this `loss_on`."""
     try:
-        indices = supervised(given.messages, loss_on)
-        prompts = [] if index in indices else chat.text_and_prompts(given.messages, given.tools, indices)[1]
+        if current != "all" and index in supervised(given.messages, loss_on):
+            return False
+        return bool(find_examples(chat, given, loss_on))
     except RowError:
         return False
-    return bool(prompts) and all(isinstance(prompt, int) for prompt in prompts)
-
-
-def _check_calls(chat: ChatTemplate, message: Message, text: str, field: str) -> None:
-    missing = missing_of_calls(message["tool_calls"], text)
-    if missing is None and message["content"].strip() not in text:
-        missing = message["content"]
-    if missing is not None:
-        what = f"{chat.name} drops or changes a tool call"
-        raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(missing))
-    for call in message["tool_calls"]:
-        if python := python_in(call, text):
-            what = f"{chat.name} writes the arguments of a call as Python, not as JSON"
-            raise RowError(f"{field}.tool_calls", what, TOOL_TEMPLATES, shown(python))
-
-
-def _check_content(chat: ChatTemplate, given: Conversation, text: str, answers: dict[int, Answer]) -> None:
-    """Every turn must be in the text, one after the other (a system message anywhere), and so must the tools."""
-    end = 0
-    for index, message in enumerate(given.messages):
-        answer, field = answers.get(index), f"messages[{index}]"
-        if answer is not None:
-            if end > answer.start:
-                raise _dropped(chat, given.messages[index - 1], index - 1)
-            end = answer.end
-        elif message["role"] == "system":
-            if message["content"].strip() not in text:
-                raise _dropped(chat, message, index)
-        else:
-            end = find_content(message, text, end)
-            if end < 0:
-                raise _dropped(chat, message, index)
-            if "tool_calls" in message:
-                _check_calls(chat, message, text[end:], field)
-    if given.tools:
-        _check_tools(chat, given, text)
-
-
-def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:
-    assert given.tools is not None
-    missing = missing_tool(given.tools, text)
-    if missing is None and _same_without_tools(chat, given, text):
-        missing = "the same text with and without tools"
-    if missing is not None:
-        raise RowError("tools", f"{chat.name} drops the tools", TOOL_TEMPLATES, shown(missing))
-
-
-def _same_without_tools(chat: ChatTemplate, given: Conversation, text: str) -> bool:
-    try:
-        return chat.text(given.messages) == text
-    except RowError:
-        return False
-
-
-def _dropped(chat: ChatTemplate, message: Message, index: int) -> RowError:
-    what = f"{chat.name} drops or changes the content of the {message['role']} message"
-    do = TOOL_TEMPLATES if message["role"] == "tool" else ANOTHER_TEMPLATE
-    return RowError(f"messages[{index}]", what, do, shown(message["content"]))

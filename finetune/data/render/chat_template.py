@@ -1,54 +1,52 @@
-"""A tokenizer's chat template: conversation -> text, as generation would render it too; the shipped templates by name.
-
-The template is compiled once, in the sandbox of `apply_chat_template` with bounds.
-"""
+"""A chat template that knows its own form: roles, marks, how answers begin and end; each is tried once by rendering."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
-from finetune.data.render.frame_marks import finder, frame_marks
-from finetune.data.render.prompt_ends import Turns, ending
-from finetune.data.render.sandbox import ANOTHER_TEMPLATE, write
-from finetune.data.render.template_settings import clock_of
-from finetune.data.render.template_source import compile_templates
+from finetune.data.render.compiled_template import CompiledTemplate, with_placeholder
+from finetune.data.render.control_tokens import by_first_character, find_token, strings
+from finetune.data.render.ends import End, find_end, next_speaker
+from finetune.data.render.frame_marks import TAG, finder, frame_marks
+from finetune.data.render.reasoning import CLOSE, PLACEHOLDER, closing_mark, opened_block, split_inline
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Conversation, Message
-from finetune.errors import DataError, Problem
-
-FOLDER = Path(__file__).parent / "templates"
-SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
-
-
-def read_template(name_or_path: str) -> str:
-    """The Jinja source of a shipped template (by name) or of a file; `DataError` if it is neither."""
-    path = FOLDER / f"{name_or_path}.jinja" if name_or_path in SHIPPED else Path(name_or_path)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            Problem(
-                where="data.chat_template",
-                what="no such template",
-                got=f"{name_or_path!r} ({error.__class__.__name__})",
-                do=f"name a shipped template ({', '.join(SHIPPED)}) or the path of a .jinja file",
-            )
-        ) from error
-
+from finetune.data.types import Conversation, Function, Message, ToolCall
 
 System = Literal["error", "merge_into_first_user"]
 
 PROBE = "What is 2+2?"
 PROBE_TURNS = (Message(role="user", content=PROBE), Message(role="assistant", content="It is four!"))
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables with which templates open or close the block of reasoning in the generation prompt."""
 _PLAIN = frozenset(("role", "content", "train"))
 _SYSTEM_PROBE = "Count in base seven."
+_TAG_AT_END = re.compile(rf"(?:{TAG.pattern})\Z")
+_ANSWER, _NEXT, _VALUE, _OTHER, _RESULT = "qhxa1", "qhxn2", "qhxv3", "qhxw4", "qhxt5"
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "Looks it up",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "where"}},
+            "required": ["city"],
+        },
+    },
+}
 
 
-class ChatTemplate:
+class Frame(NamedTuple):
+    """What a template writes between its generation prompt and an answer, and between the answer and its end."""
+
+    header: str
+    footer: str
+
+
+class ChatTemplate(CompiledTemplate):
     """Renders with the chat template of `tokenizer`; `name` is what messages call it.
 
     `system` decides about a system message where the template has no system role: an error, or the beginning
@@ -56,76 +54,21 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, name: str, system: System = "error") -> None:
-        if not tokenizer.chat_template:
-            do = "name one in data.chat_template: a shipped template or a .jinja file"
-            raise DataError(Problem(where="data.chat_template", what="the tokenizer has no chat template", do=do))
-        self.name = name
-        self.eos: str = tokenizer.eos_token
+        super().__init__(tokenizer, name)
         self._bos: str | None = tokenizer.bos_token
         self._system = system
-        sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
-        self._compiled = compile_templates(sources, name)
-        self._endings = [ending(template, source) for template, source in zip(self._compiled, sources, strict=True)]
-        # Template.render copies the environment's globals a call, which costs more than a short template itself.
-        common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None}
-        self._variables = [{**template.globals, **common} for template in self._compiled]
-        self.control = control_tokens(tokenizer)
         self._by_first = by_first_character(self.control)
-        self._has_system: bool | None = None
-
-    def text(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None, generation: bool = False
-    ) -> str:
-        """What the template writes; `generation` adds what makes the model answer. `RowError` if it fails."""
-        return self._rendered([self._taken(message) for message in messages], tools, generation)
-
-    def text_and_prompts(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]] | None, indices: Sequence[int]
-    ) -> tuple[str, list[int | str]]:
-        """The whole text, and for each turn of `indices` the prompt before it.
-
-        That is where it ends in the text, or, if it is not a prefix of the text, the prompt itself.
-        """
-        fixed = self._endings[bool(tools)]
-        if fixed is None:
-            text, starts = self.text(messages, tools), []
-        else:
-            written: list[str] = []
-            turns = Turns([self._taken(message) for message in messages], written)
-            self._write(written, turns, tools, False)
-            text, starts = "".join(written), turns.starts()
-        prompts: list[int | str] = []
-        for index in indices:
-            start = starts[index] if index < len(starts) else None
-            if start is None or fixed is None:
-                prompt = self.text(messages[:index], tools, generation=True)
-                prompts.append(len(prompt) if text.startswith(prompt) else prompt)
-            elif text.startswith(fixed, start):
-                prompts.append(start + len(fixed))
-            else:
-                prompts.append(text[:start] + fixed)
-        return text, prompts
-
-    def _write(
-        self, written: list[str], messages: Turns | list[Message], tools: list[dict[str, Any]] | None, generation: bool
-    ) -> None:
-        """Add to `written` what the template writes, piece by piece as it does."""
-        with_tools = bool(tools)
-        template = self._compiled[with_tools]
-        variables = {
-            **self._variables[with_tools],
-            "messages": messages,
-            "tools": tools or None,
-            "add_generation_prompt": generation,
-        }
-        write(template, variables, written, self.name)
+        self.prompt_alone = False
+        """Set where the tokenizer reads the end of a prompt otherwise once an answer follows."""
 
     def conversation(self, given: Conversation) -> Conversation:
         """The conversation as the template takes it: no content holds frame, and the system policy is applied.
 
         An empty system message is left out: it says nothing, unless the template has a system text of its own for
-        conversations without one.
+        conversations without one. A `<think>` block in an answer is its reasoning where the template knows reasoning.
         """
+        if self._knows_think:
+            given = _with_inline_reasoning(given)
         self._check_contents(given)
         first = given.messages[0]
         if first["role"] != "system":
@@ -153,20 +96,152 @@ class ChatTemplate:
         given = self.conversation(conversation)
         return self.text(given.messages[:-1], given.tools, generation=True)
 
-    @property
+    @cached_property
     def has_system(self) -> bool:
-        """Whether a system message gets through; tried once."""
-        if self._has_system is None:
-            turns = [
-                Message(role="system", content=_SYSTEM_PROBE),
-                Message(role="user", content=PROBE),
-                Message(role="assistant", content="4"),
-            ]
-            try:
-                self._has_system = _SYSTEM_PROBE in self.text(turns)
-            except RowError:
-                self._has_system = False
-        return self._has_system
+        """Whether a system message gets through."""
+        system = Message(role="system", content=_SYSTEM_PROBE)
+        return _SYSTEM_PROBE in self._tried([system, *PROBE_TURNS])
+
+    @cached_property
+    def text_end(self) -> End | None:
+        """What ends an answer in text; None: nothing does."""
+        question, answer = PROBE_TURNS[0], Message(role="assistant", content=_ANSWER)
+        last = self._tried([question, answer])
+        followed = self._tried([question, answer, Message(role="user", content=_NEXT), PROBE_TURNS[1]])
+        followed = followed or self._tried([question, answer, Message(role="user", content=_NEXT)])
+        return find_end(
+            last.rpartition(_ANSWER)[2],
+            followed.partition(_ANSWER)[2].partition(_NEXT)[0],
+            self._tried([question], generation=True).rpartition(PROBE)[2],
+            self.stops,
+            self.control,
+        )
+
+    @cached_property
+    def call_end(self) -> End | None:
+        """What ends an answer that calls a tool; None if the template takes no calls."""
+        question, result = PROBE_TURNS[0], Message(role="tool", content=_RESULT, tool_call_id="abcdefghi", name="probe")
+        answer = _calling(_VALUE)
+        last, followed = self._tried([question, answer], [_TOOL]), self._tried([question, answer, result], [_TOOL])
+        if _VALUE not in last:
+            return None
+        behind, before_result = last.rpartition(_VALUE)[2], followed.partition(_VALUE)[2].partition(_RESULT)[0]
+        if self.text_end_is_appended:
+            return next_speaker(behind, before_result, "", self.control)
+        prompt = self._tried([question], generation=True).rpartition(PROBE)[2]
+        return find_end(behind, before_result, prompt, self.stops, self.control)
+
+    @property
+    def text_end_is_appended(self) -> bool:
+        """Whether the next speaker's mark ends an answer."""
+        return self.text_end is not None and bool(self.text_end.appended)
+
+    def end_of(self, message: Message) -> End | None:
+        """What ends this answer."""
+        return (self.call_end if "tool_calls" in message else None) or self.text_end
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """The tokens that end answers and calls."""
+        return tuple(dict.fromkeys(end.token for end in (self.text_end, self.call_end) if end is not None))
+
+    @cached_property
+    def parallel_calls(self) -> bool:
+        """Whether the template writes a second call of one answer."""
+        answer = _calling(_VALUE, _OTHER)
+        written = self._tried([PROBE_TURNS[0], answer], [_TOOL])
+        return _VALUE in written and _OTHER in written
+
+    @cached_property
+    def opened(self) -> str:
+        """The block of reasoning that the generation prompt opens; empty if it opens none."""
+        return opened_block(self._tried([PROBE_TURNS[0]], generation=True))
+
+    @cached_property
+    def closing_arg(self) -> tuple[str, bool] | None:
+        """The variable, and its value, with which the prompt opens no block; None if there is none."""
+        return self._switch(opens=False) if self.opened else None
+
+    @cached_property
+    def opening_arg(self) -> tuple[str, bool] | None:
+        """The variable, and its value, with which the prompt opens a block; None if there is none."""
+        return None if self.opened else self._switch(opens=True)
+
+    @cached_property
+    def closing(self) -> str:
+        """What ends the reasoning in a block that the prompt opened."""
+        answer = Message(role="assistant", content=_ANSWER)
+        written = self._tried([PROBE_TURNS[0], with_placeholder(answer)]) if self.reasoning_key else ""
+        between = written.rpartition(PLACEHOLDER)[2].partition(_ANSWER)[0] if PLACEHOLDER in written else ""
+        return between or (closing_mark(self.opened) if self.opened else "")
+
+    @cached_property
+    def frame(self) -> Frame:
+        """What the template writes around an answer in text without reasoning."""
+        return self._frame(Message(role="assistant", content=_ANSWER))
+
+    def answer_in(self, generated: str) -> str:
+        """The answer in what a model wrote behind the generation prompt: without header words, reasoning and end."""
+        for token in dict.fromkeys([*self.end_tokens, *self.stops]):
+            generated = generated.partition(token)[0]
+        for mark in self._last_marks:
+            generated = generated.rpartition(mark)[2]
+        footer = self.frame.footer.strip()
+        return generated.strip().removesuffix(footer).strip() if footer else generated.strip()
+
+    @cached_property
+    def _last_marks(self) -> tuple[str, ...]:
+        """The mark before the answer, without reasoning and with it."""
+        headers = [self.frame.header]
+        if self.reasoning_key:
+            headers.append(self._frame(with_placeholder(Message(role="assistant", content=_ANSWER))).header)
+        if self.opened:
+            headers.append(self.closing)
+        found = []
+        for header in headers:
+            marks = [*((header.rfind(token), token) for token in self.control if token in header)]
+            marks += [(match.start(), match[0]) for match in TAG.finditer(header)]
+            found += [max(marks)[1]] if marks else []
+        return tuple(dict.fromkeys(found))
+
+    def is_frame(self, before: str, behind: str) -> bool:
+        """Whether what a template writes around an answer ends and begins with marks: tags or special tokens."""
+        before, behind = before.rstrip(), behind.lstrip()
+        opens = not before or before.endswith(self.control) or bool(_TAG_AT_END.search(before))
+        return opens and (not behind or behind.startswith(self.control) or bool(TAG.match(behind)))
+
+    def closes_block(self, prompt: str) -> bool:
+        """Whether a generation prompt ends with a block of reasoning that is closed."""
+        mark = self.closing.strip() or CLOSE
+        return prompt.rstrip().endswith(mark)
+
+    def _frame(self, answer: Message) -> Frame:
+        prompt, written = self._tried([PROBE_TURNS[0]], generation=True), self._tried([PROBE_TURNS[0], answer])
+        header, _, footer = written[len(prompt) :].partition(_ANSWER) if written.startswith(prompt) else ("", "", "")
+        end = self.text_end.token if self.text_end and not self.text_end.appended else None
+        return Frame(header, footer.partition(end)[0] if end else "")
+
+    def _switch(self, opens: bool) -> tuple[str, bool] | None:
+        for name in SWITCHES:
+            for value in (False, True) if name in self.variables else ():
+                prompt = self._tried([PROBE_TURNS[0]], generation=True, **{name: value})
+                if prompt and bool(opened_block(prompt)) == opens:
+                    return name, value
+        return None
+
+    def _tried(self, messages: Sequence[Message], tools: Any = None, generation: bool = False, **args: Any) -> str:
+        """What the template writes; nothing where it refuses."""
+        try:
+            return self.text(messages, tools, generation, **args)
+        except RowError:
+            return ""
+
+    @cached_property
+    def _knows_think(self) -> bool:
+        """Whether `<think>` blocks mean something to the template."""
+        return any(CLOSE in source for source in self._sources) and bool(
+            self.reasoning_key or self.opened or self.opening_arg
+        )
 
     def _check_contents(self, given: Conversation) -> None:
         """Raise `RowError` where anything that the template writes of a row would be read as frame."""
@@ -194,71 +269,35 @@ class ChatTemplate:
     @cached_property
     def _has_default_system(self) -> bool:
         """Whether the template writes more without a system message than with an empty one."""
-        user = Message(role="user", content=PROBE)
+        user = PROBE_TURNS[0]
         try:
             return len(self.text([user])) > len(self.text([Message(role="system", content=""), user]))
         except RowError:
             return False
-
-    def _taken(self, message: Message) -> Message:
-        """The message as generation has it, without our `train`, and with arguments in the template's form."""
-        if "train" in message:
-            message = message.copy()
-            del message["train"]
-        if "tool_calls" in message and self.arguments_form == "text":
-            return with_arguments_as_text(message)
-        return message
-
-    @cached_property
-    def arguments_form(self) -> Form:
-        """Whether the template takes the arguments of a call as an object or as JSON text; tried once."""
-        return arguments_form(self._rendered)
-
-    def _rendered(self, messages: list[Any], tools: list[dict[str, Any]] | None, generation: bool = False) -> str:
-        written: list[str] = []
-        self._write(written, messages, tools, generation)
-        return "".join(written)
 
     @cached_property
     def _marks(self) -> re.Pattern[str] | None:
         return finder(frame_marks(self.text, self.control, self._bos, self.eos))
 
 
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The special tokens: text that says one of them is read as that token, whether the template writes it or not."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(special, key=lambda token: (-len(token), token)))
+def _with_inline_reasoning(given: Conversation) -> Conversation:
+    """The conversation with the `<think>` blocks of its answers as their reasoning."""
+    turns = enumerate(given.messages)
+    if not any(CLOSE in message["content"] or "reasoning" in message for _, message in turns):
+        return given
+    messages = [
+        split_inline(message, f"messages[{index}]") if message["role"] == "assistant" else message
+        for index, message in enumerate(given.messages)
+    ]
+    return replace(given, messages=messages)
 
 
-ByFirstCharacter = list[tuple[str, list[str]]]
-
-
-def by_first_character(tokens: Iterable[str]) -> ByFirstCharacter:
-    """Tokens by their first character, for `find_token`."""
-    groups: dict[str, list[str]] = {}
-    for token in tokens:
-        groups.setdefault(token[:1], []).append(token)
-    return list(groups.items())
-
-
-def find_token(text: str, groups: ByFirstCharacter) -> str | None:
-    """The first of the tokens that occurs in a text."""
-    for first, tokens in groups:
-        if first in text:
-            for token in tokens:
-                if token in text:
-                    return token
-    return None
-
-
-def strings(value: object) -> Iterator[str]:
-    """Every string inside a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from strings(inner)
+def _calling(*values: str) -> Message:
+    """An answer that calls the probe once with each value."""
+    calls = [
+        ToolCall(
+            type="function", id=f"abcdefgh{'ij'[place]}", function=Function(name="probe", arguments={"city": value})
+        )
+        for place, value in enumerate(values)
+    ]
+    return Message(role="assistant", content="", tool_calls=calls)

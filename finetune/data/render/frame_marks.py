@@ -16,7 +16,7 @@ Render = Callable[[Sequence[Message]], str]
 
 _CONTENTS, _SYSTEM = ("qhxa0", "qhxb1", "qhxc2", "qhxd3"), "qhxs4"
 _CONTENT = re.compile("|".join((*_CONTENTS, _SYSTEM)))
-_TAG = re.compile(r"<+[^<>\s][^<>\n]{0,40}>+|\[/?[A-Z_]{2,40}\]|\{/?[A-Z_]{2,40}\}")
+TAG = re.compile(r"<+[^<>\s][^<>\n]{0,40}>+|\[/?[A-Z_]{2,40}\]|\{/?[A-Z_]{2,40}\}")
 _LONGEST = 60  # a longer line is a sentence, not a mark
 
 
@@ -52,7 +52,7 @@ def frame_marks(render: Render, control: Sequence[str], bos: str | None, eos: st
             for mark in _marks(piece, control, ends):
                 marks.setdefault(mark.text, mark)
         if not _opens_by_token(first, control, ends):
-            for tag in _TAG.findall(_without(first, control)):
+            for tag in TAG.findall(_without(first, control)):
                 marks.setdefault(tag, Mark(tag, "anywhere"))
     return list(marks.values())
 
@@ -69,7 +69,7 @@ def _marks(piece: str, control: Sequence[str], ends: Sequence[str]) -> list[Mark
     found = []
     for number, line in enumerate(_without(piece, control).split("\n")):
         text = line.strip(" \t\0")
-        tags = _TAG.findall(text)
+        tags = TAG.findall(text)
         if tags:
             found += [Mark(tag, "anywhere") for tag in tags]
         elif not text or len(text) > _LONGEST or not any(map(str.isalnum, text)):

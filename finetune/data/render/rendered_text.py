@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.data.render.chat_template import control_tokens
+from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.encoder import Encoder, own_bos
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Rendering, TokenizedText
@@ -54,6 +54,10 @@ class RenderedText:
             return Rendering(text, everything=True, document=True)
         answers = self._answers(text)
         return Rendering(text, tuple(answers[-1:] if self._loss_on == "last_assistant" else answers), document=True)
+
+    def examples(self, example: Conversation | Document) -> tuple[Rendering, ...]:
+        """The same, as the one text that it is."""
+        return (self.render(example),)
 
     def tokenise(self, renderings: Sequence[Rendering]) -> list[TokenizedText | RowError]:
         """Ids and labels of each, or why not."""

@@ -1,31 +1,28 @@
-"""A row -> text -> token ids and labels, through the tokenizer's chat template.
+"""A row -> texts -> token ids and labels, through the tokenizer's chat template.
 
-Supervised tokens are found by rendering prefixes, as generation does it: the conversation up to an answer, with the
-generation prompt, must be a prefix of the whole, as text and as token ids. The answer's tokens up to and with the EOS
-are supervised; what the template writes after the EOS is not. No template needs `{% generation %}` tags, and one
+Supervised is what the model must write at inference: everything between the generation prompt, rendered with the same
+template variables, and the end of the answer, through its end token; what the template writes after that is not. The
+generation prompt stands before it exactly, as text and as token ids. No template needs `{% generation %}` tags, and one
 for which this does not hold is rejected.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import Any, get_args
 
 import numpy as np
 
-from finetune.data.render.answers import find_answers, find_holes, template_problems
-from finetune.data.render.chat_template import (
-    PROBE,
-    PROBE_TURNS,
-    ChatTemplate,
-    System,
-    by_first_character,
-    control_tokens,
-    find_token,
-)
+from finetune.data.render.answers import find_examples, find_holes, template_problems
+from finetune.data.render.chat_template import PROBE, PROBE_TURNS, ChatTemplate, System
+from finetune.data.render.control_tokens import by_first_character, control_tokens, find_token
 from finetune.data.render.encoder import Encoder, own_bos
+from finetune.data.render.repeatable import repeat_problems
+from finetune.data.render.sandbox import template_problem
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError
 from finetune.recipe.settings import LossOn
 
 LOSSES: tuple[LossOn, ...] = get_args(LossOn)
@@ -40,62 +37,105 @@ class Renderer:
 
     `loss_on`: every answer (`assistant`), only the last one, every answer after the last user message (`completion`:
     tool calls and what follows them), or `all` tokens but a row's first. `train: False` takes a turn out of any.
+    `train_on_reasoning`: whether the text of an answer's reasoning is supervised.
     Raises `DataError` for a template that cannot work for any row.
     """
 
-    def __init__(self, tokenizer: Any, name: str, loss_on: LossOn = "assistant", system: System = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        name: str,
+        loss_on: LossOn = "assistant",
+        system: System = "error",
+        train_on_reasoning: bool = True,
+    ) -> None:
         self._tokenizer = tokenizer
         self._name = name
         self._loss_on = loss_on
         self._system = system
+        self._train_on_reasoning = train_on_reasoning
         self._control = control_tokens(tokenizer)
         self._by_first = by_first_character(self._control)
         self._encoder = Encoder(tokenizer, self._control)
         self._eos_id: int = tokenizer.eos_token_id
         self._bos = own_bos(tokenizer)
+        self._ids: dict[str, int] = {}
         self._checked = False
         if loss_on != "all":  # there may be no conversation otherwise, and no template
             self._check_template()
 
     def render(self, example: Conversation | Document) -> Rendering:
-        """One row as text with its supervised places; `RowError` if they cannot be found for certain."""
+        """One row as one text; `RowError` where it must be several, or its supervised places cannot be found."""
+        first, *others = self.examples(example)
+        if others:
+            what = f"{self._name} rewrites earlier answers, and two answers are compared in one text each"
+            do = "let each answer be one message of the assistant, or name another one in data.chat_template"
+            raise RowError("messages", what, do, f"{len(others) + 1} texts")
+        return first
+
+    def examples(self, example: Conversation | Document) -> tuple[Rendering, ...]:
+        """The texts that a row is trained as, with their supervised places: one, unless earlier answers are rewritten.
+
+        `RowError` if the places cannot be found for certain.
+        """
         if isinstance(example, Document):
-            return self._document(example)
+            return (self._document(example),)
         if not self._checked:
             self._check_template()
-        given = self._chat.conversation(example)
+        given = self.chat.conversation(example)
         merged = len(example.messages) - len(given.messages)
         try:
-            rendering = self._conversation(given)
+            renderings = self._conversation(given)
         except RowError as error:
             raise _as_given(error, merged) from error
-        self._encoder.alphabet.check(rendering.text)
-        if not merged:
-            return rendering
-        answers = tuple(answer._replace(message=answer.message + merged) for answer in rendering.answers)
-        return Rendering(rendering.text, answers, rendering.everything, rendering.holes)
+        for rendering in renderings:
+            self._encoder.alphabet.check(rendering.text)
+        return tuple(_renumbered(rendering, merged) for rendering in renderings) if merged else renderings
 
     def tokenise(self, renderings: Sequence[Rendering]) -> list[TokenizedText | RowError]:
         """Ids and labels of each, or why not; one call of the Rust tokenizer, which lets other threads run."""
-        texts = [rendering.text for rendering in renderings]
-        rows = self._encoder.ids(texts)
-        starts = [[answer.start for answer in rendering.answers] for rendering in renderings]
-        borders = self._encoder.prompt_borders(texts, rows, starts)
-        return [self._labelled(*row) for row in zip(renderings, rows, borders, strict=True)]
+        parts = [self._parts(rendering) for rendering in renderings]
+        ids = iter(self._encoder.ids([part for texts in parts for part in texts]))
+        rows = [list(islice(ids, len(texts))) for texts in parts]
+        whole = [place for place, texts in enumerate(parts) if len(texts) == 1]
+        borders = self._encoder.prompt_borders(
+            [renderings[place].text for place in whole],
+            [rows[place][0] for place in whole],
+            [[answer.start for answer in renderings[place].answers] for place in whole],
+        )
+        border_of: dict[int, Sequence[int | None]] = dict(zip(whole, borders, strict=True))
+        return [
+            self._labelled(rendering, row[0], border_of[place])
+            if place in border_of
+            else self._labelled(rendering, np.concatenate(row), [len(row[0])])
+            for place, (rendering, row) in enumerate(zip(renderings, rows, strict=True))
+        ]
+
+    def _parts(self, rendering: Rendering) -> tuple[str, ...]:
+        """The texts that are tokenised: one, or the prompt and what the model writes, each by itself.
+
+        Tokenizers that put a space before every text cannot be asked for the second part alone.
+        """
+        if len(rendering.answers) == 1 and rendering.answers[0].alone and self._encoder.alphabet.space is None:
+            start = rendering.answers[0].start
+            return rendering.text[:start], rendering.text[start:]
+        return (rendering.text,)
 
     @cached_property
-    def _chat(self) -> ChatTemplate:
+    def chat(self) -> ChatTemplate:
+        """The chat template."""
         return ChatTemplate(self._tokenizer, self._name, self._system)
 
     def _check_template(self) -> None:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
-        chat, self._checked = self._chat, True
+        chat, self._checked = self.chat, True
         question, answer = PROBE_TURNS
-        problems = template_problems(chat, question, answer)
+        seen, problems = chat.source_problems, template_problems(chat, question, answer)
+        problems += repeat_problems(self._name, lambda hour: chat.at(hour, PROBE_TURNS))
         if not problems:
             problems = self._probe_problems(Conversation([question, answer]))
-        if problems:
-            raise DataError([Problem("data.chat_template", error.what, error.do, error.got) for error in problems])
+        if seen or problems:
+            raise DataError([*seen, *map(template_problem, problems)])
         self._encoder.learn(chat.text([question], generation=True), PROBE)
         result = Message(role="tool", content="probe-7351", tool_call_id="abcdefghi", name="probe")
         calls: list[Any] = [{"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}]
@@ -106,11 +146,23 @@ class Renderer:
             return  # no tools, then
 
     def _probe_problems(self, probe: Conversation) -> list[RowError]:
-        try:
-            rendered = self.tokenise([self._conversation(probe)])[0]
-        except RowError as error:
-            return [error]
-        return [rendered] if isinstance(rendered, RowError) else []
+        """What is wrong with the probe as tokens.
+
+        Where a token straddles the end of the prompt (GPT-2's tokenizer reads two line breaks as one token, but not
+        before a word), prompt and answer are tokenised one by one, as generation does it, and each answer has a text
+        of its own.
+        """
+        problems: list[RowError] = []
+        for alone in (False, True):
+            self.chat.prompt_alone = alone
+            try:
+                rendered = self.tokenise(self._conversation(probe))[0]
+            except RowError as error:
+                return [error]
+            problems = [rendered] if isinstance(rendered, RowError) else []
+            if not problems:
+                break
+        return problems
 
     def _document(self, document: Document) -> Rendering:
         token = find_token(document.text, self._by_first)
@@ -125,11 +177,12 @@ class Renderer:
         self._encoder.alphabet.check(document.text)
         return Rendering(document.text, everything=True, document=True)
 
-    def _conversation(self, given: Conversation) -> Rendering:
-        text, answers = find_answers(self._chat, given, self._loss_on)
+    def _conversation(self, given: Conversation) -> tuple[Rendering, ...]:
+        examples = find_examples(self.chat, given, self._loss_on)
         if self._loss_on != "all":
-            return Rendering(text, answers)
-        return Rendering(text, answers, everything=True, holes=find_holes(self._chat, given, text))
+            return tuple(Rendering(text, answers) for text, answers in examples)
+        [(text, answers)] = examples
+        return (Rendering(text, answers, everything=True, holes=find_holes(self.chat, given, text)),)
 
     def _labelled(self, rendering: Rendering, ids: Ints, borders: Sequence[int | None]) -> TokenizedText | RowError:
         if rendering.document:
@@ -139,23 +192,38 @@ class Renderer:
             if start is None:
                 return self._straddled(rendering, ids, answer)
             if not rendering.everything:
-                # Contents cannot contain the EOS, so the next one is the answer's own end.
-                length = int(np.argmax(ids[start:] == self._eos_id)) + 1 if start < len(ids) else 0
-                if not length or ids[start + length - 1] != self._eos_id:
-                    what = f"the tokenizer does not read {self._tokenizer.eos_token} as one token"
+                # Contents cannot contain special tokens, so the next one is the answer's own end.
+                end_id = self._id_of(answer.end_token)
+                length = int(np.argmax(ids[start:] == end_id)) + 1 if start < len(ids) else 0
+                if not length or ids[start + length - 1] != end_id:
+                    what = f"the tokenizer does not read {answer.end_token} as one token"
                     return RowError(f"messages[{answer.message}]", what, "fix its tokenizer.json")
                 labels[start : start + length] = ids[start : start + length]
+        holes = list(rendering.holes)
+        if not self._train_on_reasoning:
+            holes += [answer.reasoning for answer in rendering.answers if answer.reasoning]
+        self._ignore(rendering, holes, labels)
         if rendering.everything:
             labels[:1] = IGNORED
-            self._ignore_holes(rendering, labels)
         return TokenizedText(ids, labels)
 
-    def _ignore_holes(self, rendering: Rendering, labels: Ints) -> None:
-        if not rendering.holes:
+    def _id_of(self, token: str) -> int:
+        if token not in self._ids:
+            self._ids[token] = int(self._tokenizer.convert_tokens_to_ids(token))
+        return self._ids[token]
+
+    def _ignore(self, rendering: Rendering, holes: Sequence[tuple[int, int]], labels: Ints) -> None:
+        """Take the tokens of these characters out of the loss."""
+        if not holes:
             return
-        spans = np.array(self._encoder.spans(rendering.text), dtype=np.int64).reshape(-1, 2)
-        for start, end in rendering.holes:
-            labels[(spans[:, 0] < end) & (spans[:, 1] > start)] = IGNORED
+        spans: list[tuple[int, int]] = []
+        shift = 0
+        for part in self._parts(rendering):
+            spans += [(start + shift, end + shift) for start, end in self._encoder.spans(part)]
+            shift += len(part)
+        places = np.array(spans, dtype=np.int64).reshape(-1, 2)
+        for start, end in holes:
+            labels[(places[:, 0] < end) & (places[:, 1] > start)] = IGNORED
 
     def _straddled(self, rendering: Rendering, ids: Ints, answer: Answer) -> RowError:
         what = "a token straddles the border between prompt and answer, so generation would begin differently"
@@ -164,6 +232,12 @@ class Renderer:
         differ = next((i for i, token in enumerate(prompt) if i >= len(ids) or ids[i] != token), len(prompt))
         got = self._tokenizer.decode(ids[differ : differ + 1])
         return RowError(f"messages[{answer.message}].content", what, do, shown(got))
+
+
+def _renumbered(rendering: Rendering, merged: int) -> Rendering:
+    """With the row's own message numbers, after `merged` messages were put into another one."""
+    answers = tuple(answer._replace(message=answer.message + merged) for answer in rendering.answers)
+    return replace(rendering, answers=answers)
 
 
 def _as_given(error: RowError, merged: int) -> RowError:

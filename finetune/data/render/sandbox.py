@@ -48,6 +48,7 @@ Read = TypeVar("Read")
 
 _TICK = 0.1
 _MACHINE_WORD = 64  # bits; what takes more is not even computed
+_CHANGE_ROW, _LONG_ROW = "change the row, or ", "remove the row if it is that long, or "
 _VARIABLE = re.compile(r"'(\w+)' is undefined")
 
 
@@ -193,7 +194,7 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
                 written.append(piece)
                 left -= len(piece)
                 if left < 0:
-                    do = f"remove the row if it is that long, or {ANOTHER_TEMPLATE}"
+                    do = f"{_LONG_ROW}{ANOTHER_TEMPLATE}"
                     raise _Stopped(f"wrote more than {CHARACTERS:,} characters", do)
         finally:
             _timer.stop()
@@ -202,6 +203,12 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
     except Exception as error:  # whatever a template's own code runs into
         what, do = _failure(error)
         raise RowError("messages", f"{name} {what}", do, _said(error)) from error
+
+
+def template_problem(error: RowError) -> Problem:
+    """What is wrong with a template, found by rendering a conversation that is no row of the user's."""
+    do = error.do.removeprefix(_CHANGE_ROW).removeprefix(_LONG_ROW)
+    return Problem("data.chat_template", error.what, do, error.got)
 
 
 def _failure(error: Exception) -> tuple[str, str]:
@@ -213,7 +220,7 @@ def _failure(error: Exception) -> tuple[str, str]:
     if isinstance(error, UndefinedError) and (missing := _VARIABLE.fullmatch(str(error))):
         do = f"give {missing[1]} in data.template_args, or {ANOTHER_TEMPLATE}"
         return "needs a variable that it is not given", do
-    return "refuses the conversation", f"change the row, or {ANOTHER_TEMPLATE}"
+    return "refuses the conversation", f"{_CHANGE_ROW}{ANOTHER_TEMPLATE}"
 
 
 def _said(error: Exception) -> str:

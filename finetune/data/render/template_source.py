@@ -14,7 +14,7 @@ from finetune.recipe.error_messages import closest
 LONGEST_SOURCE = 300_000
 """Characters of a template; published ones have up to 20,000."""
 
-GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"))
+_GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"))
 """What is given to a template beside special tokens and `data.template_args`."""
 
 _ELSEWHERE: dict[type[nodes.Node], str] = {
@@ -23,33 +23,45 @@ _ELSEWHERE: dict[type[nodes.Node], str] = {
     nodes.FromImport: "from",
     nodes.Extends: "extends",
 }
-_RANDOM = "lipsum", "random"
+_RANDOM = (nodes.Filter, "random"), (nodes.Name, "lipsum")
 _PLACE = "data.chat_template"
 
 
 def compile_templates(sources: Sequence[str], name: str) -> list[Template]:
-    """The templates, ready to be run by `sandbox.write`; `DataError` with everything that can be seen in them."""
-    problems = dict.fromkeys(problem for source in sources for problem in source_problems(source, name))
-    if problems:
-        raise DataError(list(problems))
+    """The templates, ready to be run by `sandbox.write`; `DataError` for what is none, with all else seen in it."""
+    if unusable := [problem for source in sources for problem in _unusable(source, name)]:
+        raise DataError([*dict.fromkeys(unusable), *source_problems(sources, name)])
     return [compile_template(source, name) for source in sources]
 
 
+def source_problems(sources: Sequence[str], name: str) -> list[Problem]:
+    """What may not stand in a template, although it can be run with it."""
+    short = [source for source in sources if len(source) <= LONGEST_SOURCE]
+    return list(dict.fromkeys(problem for source in short for problem in _forbidden(source, name)))
+
+
 @lru_cache
-def source_problems(source: str, name: str) -> tuple[Problem, ...]:
-    """Everything for which a template is refused before it is run; `DataError` if it cannot be read."""
+def _unusable(source: str, name: str) -> tuple[Problem, ...]:
+    """Why a text is no chat template; `DataError` if it cannot be read."""
     if len(source) > LONGEST_SOURCE:
         what = f"{name} has {len(source):,} characters, more than {LONGEST_SOURCE:,}: that is no chat template"
         return (Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())),)
     tree = _tree(source, name)
-    problems = list(dict.fromkeys(_forbidden(tree, name)))
+    what, do = f"{name} takes a part of itself from another file", "put that text into the template itself"
+    elsewhere = [(node.lineno, _ELSEWHERE[type(node)]) for node in tree.find_all(tuple(_ELSEWHERE))]
+    problems = [Problem(_PLACE, what, do, f"{{% {kind} %}} (line {line})") for line, kind in elsewhere]
+    numbers = [(node.lineno, node.value) for node in tree.find_all(nodes.Const) if isinstance(node.value, int)]
+    what = f"{name} has a number above {CHARACTERS:,}: a text of such a length would fill the memory"
+    large = [(line, number) for line, number in numbers if number > CHARACTERS]
+    problems += [Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{number} (line {line})") for line, number in large]
     if "messages" not in meta.find_undeclared_variables(tree):
         what = f"{name} reads no messages: that is no chat template"
         problems.append(Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())))
     return tuple(problems)
 
 
-def variables_of(source: str, name: str) -> list[str]:
+@lru_cache
+def variables_of(source: str, name: str) -> tuple[str, ...]:
     """The variables that `data.template_args` can give a template.
 
     It reads them without having set them on every way there. One that it sets on some way is its own, unless it asks
@@ -58,14 +70,14 @@ def variables_of(source: str, name: str) -> list[str]:
     tree = _tree(source, name)
     own = set(_set_anew(tree)) - set(_asked_for(tree))
     read = meta.find_undeclared_variables(tree) - own
-    return sorted(variable for variable in read if not _is_reserved(variable))
+    return tuple(sorted(variable for variable in read if not _is_reserved(variable)))
 
 
-def check_template_args(source: str, args: Mapping[str, Any], name: str) -> None:
-    """Raise `DataError` for every variable that the template does not read, or that only the program may set."""
-    if not args:
-        return
-    variables = variables_of(source, name)
+def check_template_args(variables: Sequence[str], args: Mapping[str, Any], name: str) -> None:
+    """Raise `DataError` for every variable of `data.template_args` that is none of those which the template reads.
+
+    `variables` are the template's (`variables_of`); what only the program may set is never among them.
+    """
     problems = [problem for key in args if (problem := _arg_problem(key, args[key], variables, name)) is not None]
     if problems:
         raise DataError(problems)
@@ -87,9 +99,10 @@ def _arg_problem(key: str, value: Any, variables: Sequence[str], name: str) -> P
 
 
 def _is_reserved(variable: str) -> bool:
-    return variable in GIVEN or variable.endswith(("_token", "_tokens")) or variable in environment().globals
+    return variable in _GIVEN or variable.endswith(("_token", "_tokens")) or variable in environment().globals
 
 
+@lru_cache
 def _tree(source: str, name: str) -> nodes.Template:
     compile_template(source, name)  # finds what parsing does not: filters and tests that do not exist
     return syntax_tree(source, name)
@@ -118,23 +131,23 @@ def _names(node: nodes.Node) -> list[nodes.Name]:
     return [*([node] if isinstance(node, nodes.Name) else []), *node.find_all(nodes.Name)]
 
 
-def _forbidden(tree: nodes.Template, name: str) -> Iterator[Problem]:
-    for node in tree.find_all(nodes.Node):
-        line = f"(line {node.lineno})"
-        if isinstance(node, tuple(_ELSEWHERE)):
-            kind = _ELSEWHERE[type(node)]
-            what, do = f"{name} takes a part of itself from another file", "put that text into the template itself"
-            yield Problem(_PLACE, what, do, f"{{% {kind} %}} {line}")
-        if isinstance(node, nodes.Filter | nodes.Name) and node.name in _RANDOM:
-            what = f"{name} draws at random, so training and inference would differ"
-            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{node.name} {line}")
-        inside = _attribute(node)
-        if isinstance(inside, str) and inside.startswith("__"):
-            what = f"{name} asks for Python's insides, which the sandbox of chat templates forbids"
-            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{inside} {line}")
-        if isinstance(node, nodes.Const) and isinstance(node.value, int) and node.value > CHARACTERS:
-            what = f"{name} has a number larger than {CHARACTERS:,}, which a rendering could not count up to"
-            yield Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{node.value} {line}")
+@lru_cache
+def _forbidden(source: str, name: str) -> tuple[Problem, ...]:
+    found = [
+        (what, seen, node.lineno) for node in _tree(source, name).find_all(nodes.Node) for what, seen in _seen(node)
+    ]
+    return tuple(
+        Problem(_PLACE, f"{name} {what}", ANOTHER_TEMPLATE, f"{seen} (line {line})") for what, seen, line in found
+    )
+
+
+def _seen(node: nodes.Node) -> Iterator[tuple[str, object]]:
+    """What is wrong with a part of a template, and what it says."""
+    if isinstance(node, nodes.Filter | nodes.Name) and (type(node), node.name) in _RANDOM:
+        yield "draws at random, so training and inference would differ", node.name
+    inside = _attribute(node)
+    if isinstance(inside, str) and inside.startswith("__"):
+        yield "asks for Python's insides, which the sandbox of chat templates forbids", inside
 
 
 def _is_name(node: nodes.Node, name: str) -> bool:

@@ -8,9 +8,10 @@ from typing import NamedTuple, Protocol
 import pyarrow as pa
 
 from finetune.data.formats import Reader, pairs
+from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import Row, RowError
 from finetune.data.tokens.cache import PAIRS, ROWS
-from finetune.data.tokens.truncation import ANSWERS, fit, fit_pair
+from finetune.data.tokens.truncation import ANSWERS, TooLongError, fit, fit_pair
 from finetune.data.types import (
     Conversation,
     Document,
@@ -24,6 +25,7 @@ from finetune.data.types import (
 )
 from finetune.recipe import DataSettings
 
+TextRenderer = Renderer | RenderedText
 _MESSAGE = re.compile(r"messages\[(\d+)\](.*)", re.DOTALL)
 
 
@@ -48,6 +50,7 @@ class Example:
     problem: RowProblem | None = None
     texts: tuple[Rendering, ...] = ()
     tokens: tuple[TokenizedText, ...] = ()
+    left_out: int = 0  # of several texts, those that are too long
 
     @property
     def where(self) -> str:
@@ -136,6 +139,11 @@ class ExampleType(Protocol):
         ...
 
     @property
+    def splits(self) -> bool:
+        """Whether a conversation may become several examples."""
+        ...
+
+    @property
     def schema(self) -> pa.Schema:
         """The token columns that are written, then `row`."""
         ...
@@ -145,7 +153,11 @@ class ExampleType(Protocol):
         ...
 
     def conversations(self, content: RowContent) -> tuple[Conversation | Document, ...]:
-        """The texts to render; `RowError` for the content of another type."""
+        """What is rendered; `RowError` for the content of another type."""
+        ...
+
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """The texts of one of them."""
         ...
 
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
@@ -160,7 +172,7 @@ class ExampleType(Protocol):
 class SingleRows:
     """One answer, conversation or document a row, learned by itself."""
 
-    name, schema = "rows", ROWS
+    name, splits, schema = "rows", True, ROWS
 
     def examples(self, rows: Iterable[Row], reader: Reader) -> Iterator[Example]:
         """See `ExampleType`."""
@@ -178,20 +190,36 @@ class SingleRows:
         do = "write method.kind: dpo, or name the file's true data format"
         raise RowError(field, f"{what}, and method.kind: sft learns one answer a row", do)
 
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """See `ExampleType`."""
+        return renderer.examples(conversation)
+
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
         """See `ExampleType`."""
         return field
 
     def fit(self, example: Example, settings: DataSettings) -> Sequence[TokenizedText | TokenPair]:
         """See `ExampleType`."""
-        [row] = example.tokens
-        return fit(row, settings)
+        pieces: list[TokenizedText] = []
+        problem = None
+        for text in example.tokens:
+            try:
+                kept = fit(text, settings)
+            except TooLongError:
+                raise
+            except RowError as error:
+                kept, problem = [], error
+            example.left_out += not kept
+            pieces += kept
+        if problem is not None and not pieces:
+            raise problem
+        return pieces
 
 
 class PairedRows:
     """Two answers to one prompt, each rendered with it. Only the answers' own turns carry a loss."""
 
-    name, schema = "pairs", PAIRS
+    name, splits, schema = "pairs", False, PAIRS
 
     def examples(self, rows: Iterable[Row], reader: Reader) -> Iterator[Example]:
         """See `ExampleType`."""
@@ -210,6 +238,10 @@ class PairedRows:
         )
         do = "name a format of two answers (preference, ...), or write method.kind: sft"
         raise RowError(field, f"{what}, and method.kind: dpo compares two answers to one prompt", do)
+
+    def renderings(self, renderer: TextRenderer, conversation: Conversation | Document) -> tuple[Rendering, ...]:
+        """See `ExampleType`."""
+        return (renderer.render(conversation),)
 
     def locate(self, content: RowContent, index: int, field: str | None) -> str | None:
         """See `ExampleType`."""

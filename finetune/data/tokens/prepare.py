@@ -12,10 +12,10 @@ from datasets import Dataset, concatenate_datasets
 from finetune.data.render import Marks, RenderedText, Renderer, read_template
 from finetune.data.row_errors import MAX_PROBLEMS
 from finetune.data.tokens.cache import PACKED, Writer, digest, entry
-from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType
+from finetune.data.tokens.examples import SINGLE_ROWS, ExampleType, TextRenderer
 from finetune.data.tokens.packing import Indices, best_fit_decreasing, mix
 from finetune.data.tokens.stats import DataStats, SetStats
-from finetune.data.tokens.tokenize_rows import RowSet, TextRenderer, prepare_rows
+from finetune.data.tokens.tokenize_rows import RowSet, prepare_rows
 from finetune.data.types import Ints
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
@@ -112,7 +112,9 @@ def _renderers(sources: Sequence[DataSource], tokenizer: Any, settings: DataSett
             marks = Marks(source.response_template, source.response_end)
             renderers.append(RenderedText(tokenizer, settings.loss_on, marks))
             continue
-        by_template = by_template or Renderer(tokenizer, name, settings.loss_on, settings.system)
+        by_template = by_template or Renderer(
+            tokenizer, name, settings.loss_on, settings.system, settings.train_on_reasoning
+        )
         renderers.append(by_template)
     return renderers
 

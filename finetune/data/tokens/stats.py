@@ -17,7 +17,9 @@ class RowStats:
     or, if `split`, as several; `truncated` and `split` are among the kept. `pieces_left_out`: pieces in which nothing
     is supervised. `tokens` and `supervised_tokens` count what is kept. `lengths`: rows by their length in tokens before
     anything is cut. `duplicates`: kept rows whose text came before. `placeholders`: kept rows with a message that is a
-    word for nothing (`nan`, `None`, `NULL`), as an empty cell becomes in some exports.
+    word for nothing (`nan`, `None`, `NULL`), as an empty cell becomes in some exports. `split_conversations`: rows that
+    became `split_examples` examples, because the template rewrites earlier answers; `examples_left_out`: further ones
+    that are too long. `without_reasoning`: supervised answers that have none.
 
     A pair is one piece; its `tokens` are those of both conversations, its length is that of the longer one. Two rows of
     judged answers make one.
@@ -34,6 +36,10 @@ class RowStats:
     supervised_tokens: int = 0
     duplicates: int = 0
     placeholders: int = 0
+    split_conversations: int = 0
+    split_examples: int = 0
+    examples_left_out: int = 0
+    without_reasoning: int = 0
     lengths: Counter[int] = field(default_factory=Counter)
     longest_rows: list[tuple[int, str]] = field(default_factory=list)  # (tokens, file:line), longest first
     duplicate_rows: list[tuple[str, str]] = field(default_factory=list)  # (file:line, file:line of the first)
@@ -179,6 +185,8 @@ class DataStats:
     def _set_lines(self, set_stats: SetStats) -> list[str]:
         """Its proportion among others, the format that was recognised, and the rows that were left out."""
         bad, idle = set_stats.source.bad - len(set_stats.source.bad_rows), set_stats.source.pieces_left_out
+        split, examples = set_stats.source.split_conversations, set_stats.source.split_examples
+        long = set_stats.source.examples_left_out
         return [
             *([self._proportion(set_stats)] if len(self.sets) > 1 else []),
             *(
@@ -186,6 +194,15 @@ class DataStats:
                 if set_stats.source.why
                 else []
             ),
+            *(
+                [
+                    f"  {set_stats.name}: {split:,} conversations became {examples:,} examples, because the chat "
+                    "template rewrites earlier answers"
+                ]
+                if split
+                else []
+            ),
+            *([f"  left out: {long:,} of these examples of {set_stats.name}, too long"] if long else []),
             *([f"  left out: {idle:,} unsupervised pieces of split rows of {set_stats.name}"] if idle else []),
             *(f"  left out: {row}" for row in set_stats.source.bad_rows),
             *([f"  left out: {bad:,} more rows of {set_stats.name}"] if bad else []),

@@ -23,18 +23,15 @@ from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.formats.fields import PLACEHOLDERS
-from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
-from finetune.data.tokens.examples import Example, ExampleType, RowProblem, place_of
+from finetune.data.tokens.examples import Example, ExampleType, RowProblem, TextRenderer, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
-from finetune.data.types import Ints, TokenizedText, TokenPair, contents_of
+from finetune.data.types import Ints, Rendering, TokenizedText, TokenPair, contents_of
 from finetune.errors import DataError, Problem
 from finetune.recipe import DataSettings, DataSource
-
-TextRenderer = Renderer | RenderedText
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
@@ -79,10 +76,10 @@ def _render(example: Example, example_type: ExampleType, renderer: TextRenderer)
     except RowError as error:
         example.fail(error)
         return
-    texts = []
+    texts: list[Rendering] = []
     for index, conversation in enumerate(conversations):
         try:
-            texts.append(renderer.render(conversation))
+            texts += example_type.renderings(renderer, conversation)
         except RowError as error:
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)
@@ -216,6 +213,8 @@ class _Pass:
         if example.problem is not None:
             self._report(example, example.problem)
             return
+        if pieces:
+            self._count_examples(example)
         for piece in pieces:
             writer.append(*piece.columns, where)
             for column in piece.columns:
@@ -229,6 +228,16 @@ class _Pass:
             self.stats.count_duplicate(where, first, rows)
         if pieces and example.content is not None and not PLACEHOLDERS.isdisjoint(contents_of(example.content)):
             self.stats.placeholders += rows
+
+    def _count_examples(self, example: Example) -> None:
+        """Count what a conversation became where its answers are learned one by one."""
+        self.stats.without_reasoning += sum(
+            answer.reasoning is None for text in example.texts for answer in text.answers
+        )
+        if self.example_type.splits and len(example.texts) > 1:
+            self.stats.split_conversations += 1
+            self.stats.split_examples += len(example.texts) - example.left_out
+            self.stats.examples_left_out += example.left_out
 
     def _fit(self, example: Example, ids: Seen) -> Sequence[TokenizedText | TokenPair]:
         """The rows of an example that are written, counted; none if it has a problem, which is set."""
@@ -250,7 +259,8 @@ class _Pass:
         self.stats.truncated += rows if too_long and self.settings.overlong == "truncate" else 0
         if too_long and self.settings.overlong == "split":
             self.stats.split += 1
-            self.stats.pieces_left_out += -(-length // self.settings.max_length) - len(pieces)
+            cut = sum(-(-text.tokens // self.settings.max_length) for text in example.tokens)
+            self.stats.pieces_left_out += cut - len(pieces)
         return pieces
 
     def _report(self, example: Example, problem: RowProblem) -> None:

@@ -1,0 +1,85 @@
+"""Reasoning before an answer: the key under which a template reads it, and the block that a generation prompt opens.
+
+Some prompts end with an opened block (`<think>`) that the finished text is written without: the template drops it from
+what was said (DeepSeek-R1), or writes it only where there is reasoning (Nemotron 3, MiniMax-M2). The model then writes
+its reasoning, the closing mark and the answer.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from finetune.data.row_errors import RowError, shown
+from finetune.data.types import Message
+
+KEYS = ("reasoning_content", "reasoning", "thinking")
+"""The names under which templates read reasoning, and data sets have it."""
+
+OPEN, CLOSE = "<think>", "</think>"
+PLACEHOLDER = "qhxr9"
+"""Stands where reasoning would: what a template writes around it is what the model writes around none."""
+
+_NAMES = "think|thinking|thought|reasoning|reason|analysis|cot"
+_OPENED = re.compile(
+    rf"(?:<((?:\w+:)?(?:{_NAMES}))>|\[(THINK)\]|<\|START_(THINKING)\|>|\u25c1(think)\u25b7|<\|channel>(thought))(\n*)\Z"
+)
+_CLOSERS = ("</{}>", "[/{}]", "<|END_{}|>", "\u25c1/{}\u25b7", "<channel|>")
+_INLINE = re.compile(rf"\s*(?:{OPEN})?(.*?){CLOSE}(.*)", re.DOTALL)
+
+
+def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str], probes: list[Any]) -> str | None:
+    """The key that a template reads; `probes`: (messages, tools) that end with the assistant."""
+    for key in KEYS:
+        for messages, tools in probes:
+            try:
+                if PLACEHOLDER in render([*messages[:-1], {**messages[-1], key: PLACEHOLDER}], tools):
+                    return key
+            except RowError:
+                continue
+    return None
+
+
+def opened_block(prompt: str) -> str:
+    """The block that the end of a prompt opens, with the line breaks behind it; empty if it opens none."""
+    match = _OPENED.search(prompt)
+    return match[0] if match else ""
+
+
+def closing_mark(opened: str) -> str:
+    """What ends the reasoning in a block that a prompt opened, where the template itself does not write it.
+
+    As DeepSeek-R1 (`<think>` and a line break) and DeepSeek-V3.1 (`<think>` alone) write it.
+    """
+    match = _OPENED.fullmatch(opened)
+    assert match is not None
+    name, closer = next((name, closer) for name, closer in zip(match.groups(), _CLOSERS, strict=False) if name)
+    mark = closer.format(name)
+    return f"\n{mark}\n\n" if match[6] else mark
+
+
+def without_empty_block(text: str, opened: str) -> str:
+    """The text without a block of no reasoning at its beginning, or the end of one."""
+    opening, closing = re.escape(opened.strip()), re.escape(closing_mark(opened).strip())
+    return re.sub(rf"\A\s*(?:{opening})?\s*{closing}\s*", "", text)
+
+
+def split_inline(message: Message, field: str) -> Message:
+    """The message with a `<think>` block at its beginning as its reasoning."""
+    match = _INLINE.fullmatch(message["content"]) if CLOSE in message["content"] else None
+    reasoning = message.get("reasoning", "")
+    if match is None and not (CLOSE in reasoning or OPEN in reasoning):
+        return message
+    written, content = (match[1].strip(), match[2].strip()) if match else (reasoning, "")
+    if reasoning and match:
+        do = "keep one of the two"
+        raise RowError(f"{field}.content", "has a <think> block beside its reasoning", do, shown(message["content"]))
+    if any(mark in text for mark in (OPEN, CLOSE) for text in (written, content)):
+        what, do = "has more than one <think> block", "keep the one before the answer"
+        raise RowError(f"{field}.content", what, do, shown(message["content"]))
+    if not content and "tool_calls" not in message:
+        what, do = "has reasoning and no answer", "remove the row, or write the answer after </think>"
+        raise RowError(f"{field}.content", what, do, shown(message["content"]))
+    split: Message = {**message, "content": content}
+    if written:
+        split["reasoning"] = written
+    return split
