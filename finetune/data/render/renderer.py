@@ -130,8 +130,8 @@ class Renderer:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
         chat, self._checked = self.chat, True
         question, answer = PROBE_TURNS
-        seen, problems = chat.source_problems, template_problems(chat, question, answer)
-        problems += repeat_problems(self._name, lambda hour: chat.at(hour, PROBE_TURNS))
+        seen, problems = chat.source_problems, repeat_problems(self._name, lambda hour: chat.at(hour, PROBE_TURNS))
+        problems += template_problems(chat, question, answer)
         if not problems:
             problems = self._probe_problems(Conversation([question, answer]))
         if seen or problems:

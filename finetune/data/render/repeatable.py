@@ -11,6 +11,7 @@ from finetune.data.row_errors import RowError, shown
 HOURS = time(), time(13, 47, 11, 123456)
 """Two hours of a day in which every digit of a clock differs that can."""
 
+_AT_END, _AT_BEGINNING = re.compile(r"[\w:]*\Z"), re.compile(r"\A[\w:]*")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
@@ -20,13 +21,13 @@ def repeat_problems(name: str, render_at: Callable[[time], str]) -> list[RowErro
     `render_at` renders a conversation with the template's clock at an hour. Nothing where the template refuses it.
     """
     try:
-        midnight, later = map(render_at, HOURS)
+        midnight, again, later = map(render_at, (HOURS[0], *HOURS))
     except RowError:
         return []
     if address := _ADDRESS.search(midnight):
         what = f"{name} writes where an object lies in memory, which is another place in each process"
         return [RowError("messages", what, ANOTHER_TEMPLATE, shown(address[0]))]
-    if midnight == later:
+    if midnight == later or midnight != again:  # what is drawn at random is found in the source
         return []
     what = f"{name} writes the time of day, so training and inference would differ"
     do = f"give the time in data.template_args where it reads such a variable, or {ANOTHER_TEMPLATE}"
@@ -34,11 +35,7 @@ def repeat_problems(name: str, render_at: Callable[[time], str]) -> list[RowErro
 
 
 def _difference(one: str, other: str) -> str:
-    """What `other` has in place of what `one` says, whole words."""
+    """What `other` has in place of what `one` says, with the letters, digits and colons beside it."""
     begin = common_length(one, other)
     end = len(other) - common_length(one[begin:][::-1], other[begin:][::-1])
-    while begin and not other[begin - 1].isspace():
-        begin -= 1
-    while end < len(other) and not other[end].isspace():
-        end += 1
-    return other[begin:end].strip()
+    return _AT_END.findall(other[:begin])[0] + other[begin:end] + _AT_BEGINNING.findall(other[end:])[0]

@@ -202,7 +202,8 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
         raise RowError("messages", f"{name} {error.what}", error.do) from error
     except Exception as error:  # whatever a template's own code runs into
         what, do = _failure(error)
-        raise RowError("messages", f"{name} {what}", do, _said(error)) from error
+        got = None if isinstance(error, RecursionError) else _said(error)
+        raise RowError("messages", f"{name} {what}", do, got) from error
 
 
 def template_problem(error: RowError) -> Problem:
