@@ -1,13 +1,17 @@
 """A chat template that no run could use is refused by its name, with the piece of text, all its problems at once."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune.data import prepare
 from finetune.data.render import Renderer, read_template, sandbox, set_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation
 from finetune.errors import DataError
+from finetune.recipe import DataSettings
 from finetune.recipe.settings import LossOn
 from tests.rendering import chat, weather
 from tests.support import tiny_tokenizer
@@ -19,6 +23,7 @@ SIMPLE = (
 )
 ANOTHER = "name another one in data.chat_template"
 CHANGES = "X changes the answer or writes its own words into it"
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 DIFFER = "so training and inference would differ"
 
 
@@ -93,7 +98,7 @@ def test_the_chatml_of_these_tests_is_sound() -> None:
         (CHATML + "{{ 'a' * 10**9 }}", f"X makes a text or a number of more than 16,000,000 by **; {ANOTHER}"),
         (
             CHATML + "{% for a in range(99999) %}" + "x" * 1000 + "{% endfor %}",
-            f"X wrote more than 16,000,000 characters; {ANOTHER}",
+            f"X wrote more than 16,000,000 characters; correct its loops, or {ANOTHER}",
         ),
         (
             "{% macro f() %}{{ f() }}{% endmacro %}" + CHATML + "{{ f() }}",
@@ -108,8 +113,7 @@ def test_a_bad_template_is_refused_before_any_row(template: str, message: str) -
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "SECONDS", 0.25)
-    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-    assert problems(CHATML + loops) == [
+    assert problems(CHATML + LOOPS) == [
         f"data.chat_template: X did not finish within 0.25 s; correct its loops, or {ANOTHER}"
     ]
 
@@ -130,32 +134,44 @@ def test_all_problems_of_a_template_are_said_at_once() -> None:
     ]
 
 
-def test_what_only_some_rows_run_into_names_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "SECONDS", 0.25)
+def test_what_only_some_rows_run_into_names_the_row() -> None:
     change = f"change the row, or {ANOTHER}"
-    system = chat("a", "b", system="Be brief.")
     template = only_for("tool", "{{ raise_exception('no tools here') }}")
     assert row_problem(template, weather()) == (
         f"rows.jsonl:3: messages: X refuses the conversation; got no tools here; {change}"
     )
-    assert row_problem(only_for("system", "{{ raise_exception('no system here') }}"), system) == (
+    template = only_for("system", "{{ raise_exception('no system here') }}")
+    assert row_problem(template, chat("a", "b", system="Be brief.")) == (
         'rows.jsonl:3: messages[0].role: X has no system role; got "Be brief."; set data.system to '
         f"merge_into_first_user (--system of evaluate), remove the message, or {ANOTHER}"
     )
     assert row_problem(only_for("tool", "{{ m.content.a.b }}"), weather()) == (
         f"rows.jsonl:3: messages: X refuses the conversation; got 'str object' has no attribute 'a'; {change}"
     )
-    loops = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
-    assert row_problem(
-        words("{{ m.content }}{% if messages | length > 3 %}" + loops + "{% endif %}"), chat(*"abcd")
-    ) == (f"rows.jsonl:3: messages: X did not finish within 0.25 s; correct its loops, or {ANOTHER}")
-    long = words(
-        "{{ m.content }}{% if m.content == 'c' %}{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}{% endif %}"
-    )
-    assert row_problem(long, chat(*"abcd")) == (
-        "rows.jsonl:3: messages: X wrote more than 16,000,000 characters; "
-        f"remove the row if it is that long, or {ANOTHER}"
-    )
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (LOOPS, "X did not finish within 0.25 s"),
+        ("{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}", "X wrote more than 16,000,000 characters"),
+    ],
+)
+def test_a_row_that_a_template_does_not_get_past_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str
+) -> None:
+    """Whatever is said of bad rows: each further one would take as long."""
+    monkeypatch.setattr(sandbox, "SECONDS", 0.25)
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": answer} for answer in ("b", "endless", "c", "endless")]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"train": {"path": str(file), "format": "prompt_completion"}, "max_length": 64, "on_bad_row": "drop"}
+    settings, tokenizer = DataSettings.model_validate(data), tiny_tokenizer()
+    tokenizer.chat_template = words(f"{{{{ m.content }}}}{{% if m.content == 'endless' %}}{code}{{% endif %}}")
+    with pytest.raises(DataError) as caught:
+        prepare(settings.sources("train"), tokenizer, settings, seed=0)
+    name = message.replace("X", "the tokenizer's own chat template")
+    assert str(caught.value) == f"{file}:2: messages: {name}; remove the row, or correct its loops, or {ANOTHER}"
 
 
 @pytest.mark.parametrize(

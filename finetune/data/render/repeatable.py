@@ -11,7 +11,7 @@ from finetune.data.row_errors import RowError, shown
 HOURS = time(), time(13, 47, 11, 123456)
 """Two hours of a day in which every digit of a clock differs that can."""
 
-_AT_END, _AT_BEGINNING = re.compile(r"[\w:]*\Z"), re.compile(r"\A[\w:]*")
+_WORD = re.compile(r"[\w:]+")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
@@ -38,4 +38,7 @@ def _difference(one: str, other: str) -> str:
     """What `other` has in place of what `one` says, with the letters, digits and colons beside it."""
     begin = common_length(one, other)
     end = len(other) - common_length(one[begin:][::-1], other[begin:][::-1])
-    return _AT_END.findall(other[:begin])[0] + other[begin:end] + _AT_BEGINNING.findall(other[end:])[0]
+    words = [word for word in _WORD.finditer(other) if word.end() > begin and word.start() < end]
+    if words:
+        begin, end = min(begin, words[0].start()), max(end, words[-1].end())
+    return other[begin:end].strip()

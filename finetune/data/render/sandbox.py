@@ -20,6 +20,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, lru_cache
 from threading import get_ident, main_thread
 from time import thread_time
@@ -48,7 +49,8 @@ Read = TypeVar("Read")
 
 _TICK = 0.1
 _MACHINE_WORD = 64  # bits; what takes more is not even computed
-_CHANGE_ROW, _LONG_ROW = "change the row, or ", "remove the row if it is that long, or "
+_CORRECT = f"correct its loops, or {ANOTHER_TEMPLATE}"
+_CHANGE_ROW = "change the row, or "
 _VARIABLE = re.compile(r"'(\w+)' is undefined")
 
 
@@ -58,6 +60,18 @@ class _Stopped(BaseException):
     def __init__(self, what: str, do: str) -> None:
         super().__init__(what)
         self.what, self.do = what, do
+
+
+class StoppedError(DataError):
+    """A template went over a bound. It is no `RowError`: after ten seconds nobody waits for the next row's."""
+
+    def __init__(self, what: str, do: str) -> None:
+        super().__init__(Problem("data.chat_template", what, do))
+
+    def at(self, row: str) -> DataError:
+        """The same with the row that was rendered, `file:line`."""
+        [problem] = self.problems
+        return DataError(replace(problem, where=f"{row}: messages", do=f"remove the row, or {problem.do}"))
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -138,7 +152,7 @@ class _Timer:
 
     def _over(self, what: str) -> _Stopped:
         self.stop()
-        return _Stopped(what, f"correct its loops, or {ANOTHER_TEMPLATE}")
+        return _Stopped(what, _CORRECT)
 
 
 _MAIN_THREAD = main_thread().ident
@@ -173,8 +187,7 @@ def _read(read: Callable[[str], Read], source: str, name: str) -> Read:
         finally:
             _timer.stop()
     except _Stopped as error:
-        problem = Problem("data.chat_template", f"{name} {error.what} while it is read", error.do)
-        raise DataError(problem) from error
+        raise StoppedError(f"{name} {error.what} while it is read", error.do) from error
     except Exception as error:  # Jinja's own, and Python's for what Jinja made of it: too deep, too many loops
         what, got = f"{name} cannot be read", _said(error)
         raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
@@ -183,7 +196,8 @@ def _read(read: Callable[[str], Read], source: str, name: str) -> Read:
 def write(template: Template, variables: dict[str, Any], written: list[str], name: str) -> None:
     """Add to `written` what the template writes, each piece before the next is asked for.
 
-    `RowError` where it refuses its input, fails or goes over a bound; `name` is what messages call it.
+    `RowError` where it refuses its input or fails, `StoppedError` where it goes over a bound; `name` is what messages
+    call it.
     """
     pieces = template.root_render_func(template.new_context(variables, shared=True))
     left = CHARACTERS
@@ -194,12 +208,11 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
                 written.append(piece)
                 left -= len(piece)
                 if left < 0:
-                    do = f"{_LONG_ROW}{ANOTHER_TEMPLATE}"
-                    raise _Stopped(f"wrote more than {CHARACTERS:,} characters", do)
+                    raise _Stopped(f"wrote more than {CHARACTERS:,} characters", _CORRECT)
         finally:
             _timer.stop()
     except _Stopped as error:  # outside: the timer may interrupt the lines above it, too
-        raise RowError("messages", f"{name} {error.what}", error.do) from error
+        raise StoppedError(f"{name} {error.what}", error.do) from error
     except Exception as error:  # whatever a template's own code runs into
         what, do = _failure(error)
         got = None if isinstance(error, RecursionError) else _said(error)
@@ -208,8 +221,7 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
 
 def template_problem(error: RowError) -> Problem:
     """What is wrong with a template, found by rendering a conversation that is no row of the user's."""
-    do = error.do.removeprefix(_CHANGE_ROW).removeprefix(_LONG_ROW)
-    return Problem("data.chat_template", error.what, do, error.got)
+    return Problem("data.chat_template", error.what, error.do.removeprefix(_CHANGE_ROW), error.got)
 
 
 def _failure(error: Exception) -> tuple[str, str]:
