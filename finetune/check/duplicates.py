@@ -70,7 +70,10 @@ class Duplicates:
 
 
 def words_of(example: RowContent) -> str:
-    """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once."""
+    """What a row says: all turns but the system's, one a line, or the document. A pair's prompt is said once.
+
+    Reasoning is left out: distilled sets have several for one question and answer, and its length would hide these.
+    """
     if isinstance(example, Document):
         return example.text
     texts = []

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -17,6 +16,8 @@ from finetune.data.render.answers import template_problems
 from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
 from finetune.data.render.compiled_template import read_template
 from finetune.data.render.template_settings import set_template_args
+from finetune.data.row_errors import RowError
+from finetune.data.types import Message
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
@@ -24,7 +25,7 @@ from finetune.errors import DataError, Problem, RecipeError, WeightsError
 _SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
-_PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
+_PROBE = [Message(role="user", content="question?"), Message(role="assistant", content=_ANSWER)]
 
 
 def template_tokens(tokenizer: Any) -> list[str]:
@@ -38,10 +39,9 @@ def template_tokens(tokenizer: Any) -> list[str]:
 def _probe(tokenizer: Any) -> str:
     """A question and an answer as the template writes them; empty where it rejects them, which the renderer reports."""
     try:
-        text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False)
-    except (TemplateError, TypeError, ValueError):
+        return ChatTemplate(tokenizer, "the chat template").text(_PROBE)
+    except RowError:
         return ""
-    return text
 
 
 def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:

@@ -23,6 +23,10 @@ class WrittenFloat(float):
     text: str
 
 
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""The names under which messages have reasoning and chat templates read it."""
+
+
 class Function(TypedDict):
     """The function of a tool call: `arguments` is the parsed object, never its JSON text."""
 
@@ -92,7 +96,7 @@ RowContent = Conversation | Document | Preference | Judged
 
 
 def contents_of(example: RowContent) -> list[str]:
-    """The texts of all messages, or the document."""
+    """The texts of all messages, the reasoning among them, or the document."""
     if isinstance(example, Document):
         return [example.text]
     if isinstance(example, Conversation):
@@ -102,7 +106,7 @@ def contents_of(example: RowContent) -> list[str]:
     else:
         assert isinstance(example, Judged)
         messages = [*example.prompt, *example.completion]
-    return [message["content"] for message in messages]
+    return [text for message in messages for text in (message.get("reasoning"), message["content"]) if text is not None]
 
 
 Ints = npt.NDArray[np.int32]

@@ -413,8 +413,18 @@ def families_table() -> str:
             *(f"  {name}: {reason}" for name, reason in REFUSED.items()),
             f"  without code in transformers: {', '.join(f'{name} ({model})' for name, model in WITHOUT_CODE.items())}",
             "  models that read images, video or sound as well",
+            "",
+            "finetune families NAME prints one of them with its chat templates.",
         ]
     )
+
+
+def family_lines(family: Family) -> list[str]:
+    """One architecture: the cells of its row in the table with their headings, and its notes."""
+    row = _row(family, family.moe) if family.moe else (family.model_type, "none", "none", ", ".join(family.targets))
+    width = max(map(len, _HEADINGS))
+    lines = [f"{heading.ljust(width)}  {cell}" for heading, cell in zip(_HEADINGS, row, strict=True)]
+    return [*lines, *(f"{'to know'.ljust(width)}  {note}" for note in _notes(family))]
 
 
 def _row(family: Family, moe: MoeLayout) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal
 Role = Literal["system", "user", "assistant", "tool"]
 Gives = Literal["conversation", "document", "preference", "judged"]
 
+REASONING = "reasoning"
+"""Field of the formats with one column for the answer: what was reasoned before it."""
 
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "conversations": ("conversation",),
@@ -41,14 +43,15 @@ class RowFormat:
 
 
 _QUESTION = {**_ALIASES, "prompt": ("query", "question"), "completion": ("response", "answer")}
+_BESIDE = ("system", "history", "tools", REASONING)
 _SCORES = ("score_chosen", "score_rejected")
 
 _TABLE = (
     RowFormat("messages", "conversation", ("messages",), ("tools",)),
     RowFormat("sharegpt", "conversation", ("conversations",), ("system", "tools")),
-    RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history")),
-    RowFormat("prompt_completion", "conversation", ("prompt", "completion"), ("system", "history", "tools"), _QUESTION),
-    RowFormat("dolly", "conversation", ("instruction", "response"), ("context",)),
+    RowFormat("alpaca", "conversation", ("instruction", "output"), ("input", "system", "history", REASONING)),
+    RowFormat("prompt_completion", "conversation", ("prompt", "completion"), _BESIDE, _QUESTION),
+    RowFormat("dolly", "conversation", ("instruction", "response"), ("context", REASONING)),
     RowFormat("oasst", "conversation", ("prompt",)),
     RowFormat("text", "document", ("text",)),
     RowFormat("rendered", "document", ("text",), recognised=False),

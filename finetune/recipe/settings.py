@@ -59,9 +59,9 @@ class DataSource(Section):
     )
     ignore_columns: list[Text] = Field(
         default_factory=list,
-        description="Columns that the format does not read, and that need not be read although their names (input, "
-        "context, system, history, tools, or near one of the format's own) say that they are part of a prompt. "
-        "Without it a row with such a column is refused.",
+        description="Columns that are not to be read. A row with a column whose name says that it is part of a prompt "
+        "(input, context, system, history, tools, or near one of the format's own) or what was reasoned before an "
+        "answer (reasoning, thinking, cot) is refused if the format does not read it and it is not named here.",
     )
     roles: dict[str, Role] = Field(
         default_factory=dict,

@@ -139,8 +139,9 @@ def test_a_row_that_is_one_message_of_a_tree_is_refused_with_what_to_do() -> Non
         ([{**USER, "content": [{"type": "text", "text": 3}]}], "messages[0].content[0].text: must be text; got 3"),
         ([{**USER, "content": ["hi"]}], 'messages[0].content[0]: must be an object with type and text; got "hi"'),
         (
-            [USER, {**ASSISTANT, "reasoning": "hm"}],
-            'messages[1].reasoning: is not supported and must not be ignored; got "hm"; remove it: ',
+            [USER, {**ASSISTANT, "mood": "hm"}],
+            'messages[1].mood: is not supported and must not be ignored; got "hm"; remove it: a message has role, '
+            "content, reasoning_content, reasoning, thinking, reasoning_details, tool_calls, ",
         ),
         ([USER, {**ASSISTANT, "\ud83d\n": 1}], "messages[1]['\\ud83d\\n']: is not supported and must not be ignored"),
         ([{**USER, "train": 1}], "messages[0].train: must be true or false; got 1; write true or false"),

@@ -38,7 +38,7 @@ def test_unknown_fields_of_columns_are_refused_with_those_that_there_are() -> No
         reader("alpaca", {"prompt": "question", "response": "answer"})
     assert str(caught.value).splitlines() == [
         f"columns.{field}: the format alpaca has no such field; got '{column}'; its fields are instruction, output, "
-        "input, system, history; write {field: column of the file}"
+        "input, system, history, reasoning; write {field: column of the file}"
         for field, column in (("prompt", "question"), ("response", "answer"))
     ]
 
@@ -92,6 +92,13 @@ TREE: dict[str, Any] = {
         ("sharegpt", {"conversations": TALK, "system": "a"}, "messages", None),
         ("sharegpt", {"conversations": TALK}, "tools", "tools"),
         ("oasst", {"prompt": TREE}, "messages[1].content", "prompt.replies[1].text"),
+        (
+            "messages",
+            {"messages": [user("a"), {**assistant("b"), "thinking": "c"}]},
+            "messages[1].reasoning",
+            "messages[1].thinking",
+        ),
+        ("alpaca", {"instruction": "a", "output": "b", "reasoning": "c"}, "messages[1].reasoning", "reasoning"),
         ("text", {"text": "a"}, "text", "text"),
         ("orca_dpo", {"question": "a", "chosen": "b", "rejected": "c"}, "prompt[0].content", "question"),
         ("orca_dpo", {"question": "a", "chosen": "b", "rejected": "c"}, "rejected[0]", "rejected"),

@@ -136,7 +136,7 @@ MISTAKES = {
     "a column for a field that the format has not": (
         train("{path: a, format: alpaca, columns: {answer: reply}}"),
         'recipe.yaml:15: data.train.columns.answer: the format alpaca has no such field; got "reply"; '
-        "write {field: column of the file}; its fields are instruction, output, input, system, history",
+        "write {field: column of the file}; its fields are instruction, output, input, system, history, reasoning",
     ),
     "a role that is none": (
         train("{path: a, format: messages, roles: {customer: boss}}"),

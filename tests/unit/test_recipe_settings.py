@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SURFACE = """
 output_dir seed
 model model.name_or_path model.revision model.adapter model.load_in_4bit model.dtype model.attn_implementation
-model.added_tokens model.eos_token
+model.added_tokens model.eos_token model.pad_token
 lora lora.targets lora.r lora.lora_alpha lora.expert_r lora.expert_lora_alpha
 lora.experts lora.experts_share lora.experts_score lora.experts_tokens lora.lora_dropout lora.use_rslora
 router router.router_aux_loss_coef router.balance router.scope router.router_z_loss_coef router.bias_update_rate
@@ -36,7 +36,7 @@ data.eval data.eval.path data.eval.id data.eval.config data.eval.split data.eval
 data.eval.format data.eval.columns data.eval.ignore_columns data.eval.roles
 data.eval.response_template data.eval.response_end data.eval.weight data.eval.max_rows
 data.on_bad_row data.max_bad_share data.stopping_strategy data.loss_on data.system
-data.max_length data.overlong data.chat_template data.packing
+data.max_length data.overlong data.chat_template data.template_args data.train_on_reasoning data.packing
 training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size
 training.per_device_train_batch_size training.lr_scheduler_type training.warmup_steps training.weight_decay
 training.max_grad_norm training.optim training.gradient_checkpointing training.logging_steps training.eval_steps

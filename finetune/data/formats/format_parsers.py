@@ -23,10 +23,11 @@ from finetune.data.formats.parsed import (
     ParsedText,
     check_prompt_not_repeated,
 )
+from finetune.data.formats.reasoning import check_same_reasoning, column_reasoning
 from finetune.data.formats.tools import parse_json, read_tools, says_nothing
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Message
-from finetune.recipe.row_formats import Role
+from finetune.recipe.row_formats import REASONING, Role
 
 
 def messages(row: Fields) -> ParsedConversation:
@@ -74,10 +75,10 @@ def dolly(row: Fields) -> ParsedConversation:
 def prompt_completion(row: Fields) -> ParsedConversation:
     """`prompt` and `completion`, each text or a list of messages; the prompt's assistant messages are not learned.
 
-    Before them `system`, and `history`: earlier pairs, which are learned.
+    Before them `system`, and `history`: earlier pairs, which are learned. `reasoning` is that of the completion.
     """
     prompt = text_or_turns(row, "prompt", "user")
-    completion = text_or_turns(row, "completion", "assistant")
+    completion = _with_reasoning(row, text_or_turns(row, "completion", "assistant"))
     if completion[0].message["role"] != "assistant":
         what, do = "a completion must begin with the assistant", "move what precedes it to the prompt"
         raise RowError(completion[0].role_place, what, do, shown(completion[0].message["role"]))
@@ -105,9 +106,23 @@ def _question(row: Fields, further: str) -> Turn:
 
 
 def _question_and_answer(row: Fields, further: str, answer: str) -> list[Turn]:
-    question, answered = _question(row, further), column_turn(row, answer, "assistant")
-    check_prompt_not_repeated(_repeatable(row, question), [[answered]], "messages")
-    return [question, answered]
+    question, answered = _question(row, further), _with_reasoning(row, [column_turn(row, answer, "assistant")])
+    check_prompt_not_repeated(_repeatable(row, question), [answered], "messages")
+    return [question, *answered]
+
+
+def _with_reasoning(row: Fields, answer: list[Turn]) -> list[Turn]:
+    """The answer, with what the row's column of reasoning has for it."""
+    place = row.name(REASONING)
+    text = column_reasoning(row.optional(REASONING), place)
+    if text is None:
+        return answer
+    if len(answer) > 1 or answer[0].message["role"] != "assistant":
+        do = "write it into the message that it belongs to, under reasoning_content"
+        raise RowError(place, "is the reasoning of one answer, and the row has messages", do, shown(text))
+    message = answer[0].message
+    check_same_reasoning(message.get("reasoning", text), text, answer[0].reasoning_place, place)
+    return [answer[0]._replace(message=Message(**{**message, "reasoning": text}), reasoning_place=place)]
 
 
 def _repeatable(row: Fields, question: Turn) -> list[Turn]:

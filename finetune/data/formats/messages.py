@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+from finetune.data.formats.content_parts import are_text_parts, text_of_parts
 from finetune.data.formats.fields import Fields, checked_text, written_number
+from finetune.data.formats.reasoning import DETAILS, take_reasoning
 from finetune.data.formats.tools import (
     check_known_keys,
     json_text,
@@ -22,7 +24,7 @@ from finetune.data.formats.tools import (
 )
 from finetune.data.formats.written_messages import written_messages
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import ROLES, Message, ToolCall
+from finetune.data.types import REASONING_KEYS, ROLES, Message, ToolCall
 from finetune.recipe.row_formats import Role
 
 LEARNED = ("train", "loss", "weight")
@@ -39,7 +41,8 @@ class Spelling:
     @cached_property
     def keys(self) -> tuple[str, ...]:
         """All keys that a message may have."""
-        return self.role, self.content, "tool_calls", "function_call", "tool_call_id", "name", *LEARNED
+        calls = "tool_calls", "function_call", "tool_call_id", "name"
+        return self.role, self.content, *REASONING_KEYS, DETAILS, *calls, *LEARNED
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -67,13 +70,14 @@ SPEAKERS: dict[str, Speaker] = {
 class Turn(NamedTuple):
     """A message and its place in the file: a path to the object that holds it, or the column of its text.
 
-    `call_places`: the place of each tool call's arguments.
+    `call_places`: the place of each tool call's arguments. `reasoning_place`: that of the reasoning, if it has one.
     """
 
     message: Message
     place: str
     spelling: Spelling | None = None
     call_places: tuple[str, ...] = ()
+    reasoning_place: str = ""
 
     @property
     def role_place(self) -> str:
@@ -151,6 +155,9 @@ def _with_calls(before: Turn, turn: Turn) -> Turn:
     if earlier.get("train", True) != message.get("train", True):
         what = f"is not learned as {before.place} is, and both are one message of the assistant"
         raise RowError(turn.place, what, f"write the same {', '.join(LEARNED[:-1])} or {LEARNED[-1]} in both")
+    if message.get("reasoning", earlier.get("reasoning")) != earlier.get("reasoning"):
+        what = f"stands behind {before.place}, and both are one message of the assistant"
+        raise RowError(turn.reasoning_place, what, "write its reasoning in the first", shown(message["reasoning"]))
     calls = [*earlier.get("tool_calls", []), *message["tool_calls"]]
     return before._replace(
         message=Message(**{**earlier, "tool_calls": calls}), call_places=before.call_places + turn.call_places
@@ -190,9 +197,10 @@ def read_message(
     message = Message(role=role, content=content)
     if calls:
         message["tool_calls"] = calls
+    reasoning_place = take_reasoning(checked, spelling.content, message, place)
     _take_tool_names(checked, message, place)
     take_train(checked, message, place)
-    return Turn(message, place, spelling, call_places)
+    return Turn(message, place, spelling, call_places, reasoning_place)
 
 
 def checked_object(entry: object, place: str, spelling: Spelling) -> Mapping[str, Any]:
@@ -278,37 +286,13 @@ def _content(entry: Mapping[str, Any], key: str, place: str, role: Role, may_be_
         return ""
     if key not in entry:
         raise RowError(place, "is missing", "a message without tool_calls says something", f"keys {sorted(entry)}")
-    if isinstance(value, list) and (role != "tool" or _are_parts(value)):
-        value = "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(value))
+    if isinstance(value, list) and (role != "tool" or are_text_parts(value)):
+        value = text_of_parts(value, place)
     if role == "tool" and isinstance(value, dict | list | bool):
         return json_text(value, place)
     if may_be_empty and isinstance(value, str) and not value.strip():
         return "" if role == "system" else value
     return checked_text(written_number(value, place), place)
-
-
-TEXT_PARTS = ("text", "input_text", "output_text")
-OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file", "input_file")
-PART_KEYS = frozenset({"type", "text"})
-
-
-def _are_parts(value: list[Any]) -> bool:
-    """Whether a list is a content in parts, and not a tool's result that is a list."""
-    kinds = [entry.get("type") if isinstance(entry, dict) else None for entry in value]
-    return bool(kinds) and all(kind in TEXT_PARTS + OTHER_PARTS for kind in kinds)
-
-
-def _part(part: object, place: str) -> str:
-    if not isinstance(part, dict):
-        raise RowError(place, "must be an object with type and text", "write {type: text, text}", shown(part))
-    if part.get("type") not in TEXT_PARTS:
-        do = "only text can be trained on: remove the row or the part"
-        raise RowError(f"{place}.type", "is not a text part", do, shown(part.get("type")))
-    check_known_keys(part, place, PART_KEYS, "a text part has type and text")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RowError(f"{place}.text", "must be text", "write a string", shown(text))
-    return text
 
 
 def _calls(entry: Mapping[str, Any], role: Role, place: str) -> tuple[list[ToolCall], tuple[str, ...]]:

@@ -33,7 +33,7 @@ _PLACE = re.compile(r"(\w+)\[(\d+)\](.*)", re.DOTALL)
 class Reader:
     """Rows of one format -> examples; `columns` is {field of the format: column of the file}.
 
-    `ignored`: columns that may hold what a prompt needs, and need not be read. `roles`: {the file's word: role}.
+    `ignored`: columns that are not read unless `columns` names them. `roles`: {the file's word: role}.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Reader:
     ) -> None:
         self.format = row_format
         self._columns = dict(columns)
+        self._ignored = frozenset(ignored) - set(columns.values())
         self._roles = dict(roles or {})
         self._unread = UnreadColumns(row_format, columns, ignored)
         _check_columns(row_format, columns)
@@ -83,10 +84,13 @@ class Reader:
             return fields.name(place)
         turn, rest = parts[match[1]][int(match[2])], match[3]
         own = {"": turn.place, ".content": turn.content_place, ".role": turn.role_place}
+        own[".reasoning"] = turn.reasoning_place or turn.place
         return own.get(rest, turn.place + rest)
 
     def fields(self, row: Mapping[str, Any]) -> Fields:
         """The row, seen by the names of the format."""
+        if self._ignored:
+            row = {column: value for column, value in row.items() if column not in self._ignored}
         return Fields(row, self._columns, self.format.aliases, self._roles)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from finetune.data.row_errors import RowError, shown
 
-_BEGINS = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content|from|value)['\"]\s*:")
+_KEYS = "role|content|from|value|reasoning_content|reasoning|thinking"
+_BEGINS = re.compile(rf"\s*\[?\s*\{{\s*['\"](?:{_KEYS})['\"]\s*:")
 _NAMES_ROLE = re.compile(r"['\"](?:role|from)['\"]\s*:")
 
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import Prompt, with_placeholder
-from finetune.data.render.content_checks import answer_problem, check_content
+from finetune.data.render.content_checks import answer_problem, check_content, find_reasoning
 from finetune.data.render.ends import common_length
-from finetune.data.render.reasoning import PLACEHOLDER, closing_mark, opened_block, without_empty_block
+from finetune.data.render.reasoning import PLACEHOLDER, closed_block, closing_mark, opened_block, without_empty_block
 from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message
@@ -63,8 +63,8 @@ def find_examples(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> l
     while cuts:
         text = cuts[-1].text
         held = [cut for cut in cuts if cut is cuts[-1] or (cut.stands_in(text) and not _alone(cut, cuts[-1]))]
-        cuts = [cut for cut in cuts if cut not in held]
         answers = tuple(cut.answer for cut in held)
+        cuts = [cut for cut in cuts if cut.answer not in answers]
         check_content(chat, replace(given, messages=given.messages[: answers[-1].message + 1]), text, answers)
         examples.append(Example(text, answers))
     return examples[::-1]
@@ -123,16 +123,30 @@ def _proven_answers(
     answers = []
     for index, prompt in zip(indices, prompts, strict=True):
         assert prompt.end is not None
-        is_last = index == len(given.messages) - 1
-        rest, problems = _located(chat, given, index, text[: prompt.end], text[prompt.end :], is_last)
-        if problems:
-            raise problems[0]
-        assert isinstance(rest, _Cut)
-        if "tool_calls" in given.messages[index] and not is_last:
-            _check_runs_on(chat, given, index, text[: rest.answer.end])
-        answers.append(rest.answer)
-        text = rest.text
+        answer = _plain(chat, given.messages[index], index, text, prompt.end)
+        if answer is None:
+            is_last = index == len(given.messages) - 1
+            cut, problems = _located(chat, given, index, text[: prompt.end], text[prompt.end :], is_last)
+            if problems:
+                raise problems[0]
+            assert cut is not None
+            answer, text = cut.answer, cut.text
+            if "tool_calls" in given.messages[index] and not is_last:
+                _check_runs_on(chat, given, index, text[: answer.end])
+        answers.append(answer)
     return tuple(answers), text
+
+
+def _plain(chat: ChatTemplate, message: Message, index: int, text: str, start: int) -> Answer | None:
+    """The answer where it is nothing but the content and its end: most are, and `_located` costs more."""
+    ending = chat.text_end
+    if ending is None or chat.prompt_alone or "tool_calls" in message or "reasoning" in message:
+        return None
+    content = message["content"]
+    end = start + len(content)
+    if content[:1].isspace() or not content or not text.startswith(ending.token, end):
+        return None
+    return Answer(index, start, end + len(ending.token), ending.token) if text.startswith(content, start) else None
 
 
 def _cut(chat: ChatTemplate, given: Conversation, index: int, prompt: Prompt, text: str, loss_on: LossOn) -> _Cut:
@@ -169,6 +183,9 @@ def _rest(chat: ChatTemplate, given: Conversation, index: int, prompt: str, text
     before, reasoning = prompt.removesuffix(opened), message.get("reasoning", "")
     if opened and text.startswith(before) and not (reasoning and reasoning in text[len(before) :]):
         return reasoning + closing_mark(opened) + without_empty_block(text[len(before) :], opened)
+    before = prompt.removesuffix(closed_block(prompt))
+    if before != prompt and not reasoning and text.startswith(before):
+        return text[len(before) :]  # the prompt says that there is no reasoning, and a finished answer does not
     raise _differently(chat, given, index, text, prompt, loss_on)
 
 
@@ -202,7 +219,7 @@ def _located(
         return None, problems
     start = len(prompt)
     reasoning = message.get("reasoning")
-    place = start + rest.find(reasoning) if reasoning else 0
+    place = start + find_reasoning(chat, message, words) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
     own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
     alone = chat.prompt_alone or own_space

@@ -190,6 +190,15 @@ class ChatTemplate(CompiledTemplate):
         return generated.strip().removesuffix(footer).strip() if footer else generated.strip()
 
     @cached_property
+    def reasoning_header(self) -> str:
+        """What a template writes between its generation prompt and the reasoning of an answer."""
+        if not self.reasoning_key:
+            return ""
+        answer = with_placeholder(Message(role="assistant", content=_ANSWER))
+        prompt, written = self._tried([PROBE_TURNS[0]], generation=True), self._tried([PROBE_TURNS[0], answer])
+        return written[len(prompt) :].partition(PLACEHOLDER)[0] if written.startswith(prompt) else ""
+
+    @cached_property
     def _last_marks(self) -> tuple[str, ...]:
         """The mark before the answer, without reasoning and with it."""
         headers = [self.frame.header]

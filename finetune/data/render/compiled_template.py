@@ -5,7 +5,7 @@ The template is compiled once, in the sandbox of `apply_chat_template` with boun
 
 from collections.abc import Mapping, Sequence
 from datetime import time
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ class CompiledTemplate:
         self._compiled = compile_templates(self._sources, name)
         check_template_args(self.variables, self.args, name)
         pairs = zip(self._compiled, self._sources, strict=True)
-        self._endings = [ending(template, source) for template, source in pairs]
+        self._endings = [_ending(template, source) for template, source in pairs]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
         common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None, **self.args}
         self._variables = [{**template.globals, **common} for template in self._compiled]
@@ -179,6 +179,11 @@ class CompiledTemplate:
         written: list[str] = []
         self._write(written, messages, tools, generation, args)
         return "".join(written)
+
+
+@lru_cache(maxsize=64)
+def _ending(template: Any, source: str) -> str | None:
+    return ending(template, source)
 
 
 def with_placeholder(message: Message) -> Message:

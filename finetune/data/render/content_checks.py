@@ -77,17 +77,29 @@ def answer_problem(chat: ChatTemplate, message: Message, answer: str, field: str
     """What is wrong with the words of a supervised answer, from the generation prompt's end to its end token."""
     place = 0
     if "reasoning" in message:
-        place = answer.find(message["reasoning"]) + len(message["reasoning"])
-        if place < len(message["reasoning"]):
+        start = find_reasoning(chat, message, answer)
+        if start < 0:
             return _dropped_reasoning(chat, message, field)
+        place = start + len(message["reasoning"])
     if "tool_calls" in message:
         return call_problem(chat, message, answer, field, whole=True)
-    content = message["content"].strip()
-    start = answer.find(content, place)
-    if not content or (start >= 0 and chat.is_frame(answer[:start], answer[start + len(content) :])):
+    content, start = message["content"].strip(), len(answer)
+    if not content:
         return None
+    while (start := answer.rfind(content, place, start + len(content) - 1)) >= 0:  # "a" is part of a header, too
+        if chat.is_frame(answer[:start], answer[start + len(content) :]):
+            return None
     what = f"{chat.name} changes the answer or writes its own words into it"
     return RowError(field, what, ANOTHER_TEMPLATE, _around(content, answer))
+
+
+def find_reasoning(chat: ChatTemplate, message: Message, answer: str) -> int:
+    """Where the reasoning begins in the words of an answer; -1 if nowhere."""
+    reasoning = message["reasoning"]
+    for header in (chat.reasoning_header, ""):
+        if answer.startswith(header + reasoning):
+            return len(header)
+    return answer.find(reasoning)
 
 
 def _around(content: str, answer: str) -> str:
@@ -114,7 +126,7 @@ def _dropped_reasoning(chat: ChatTemplate, message: Message, field: str) -> RowE
 def call_problem(chat: ChatTemplate, message: Message, text: str, field: str, whole: bool) -> RowError | None:
     """What a template loses or changes of tool calls; `whole`: and of the text beside them."""
     calls, place = message["tool_calls"], f"{field}.tool_calls"
-    if len(calls) > 1 and not chat.parallel_calls:
+    if len(calls) > 1 and chat.call_end is not None and not chat.parallel_calls:
         what, do = f"{chat.name} writes one call of an answer and drops the others", "write one call a message"
         return RowError(place, what, f"{do}, or {TOOL_TEMPLATES}", f"{len(calls)} calls")
     missing = missing_of_calls(calls, text)
@@ -159,15 +171,15 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
 def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:
     assert given.tools is not None
     missing = missing_tool(given.tools, text)
-    if missing is None and _same_without_tools(chat, given, text):
+    if missing is None and _same_without_tools(chat, given):
         missing = "the same text with and without tools"
     if missing is not None:
         raise RowError("tools", f"{chat.name} drops the tools", TOOL_TEMPLATES, shown(missing))
 
 
-def _same_without_tools(chat: ChatTemplate, given: Conversation, text: str) -> bool:
+def _same_without_tools(chat: ChatTemplate, given: Conversation) -> bool:
     try:
-        return chat.text(given.messages) == text
+        return chat.text(given.messages) == chat.text(given.messages, given.tools)
     except RowError:
         return False
 

@@ -110,6 +110,12 @@ def _space_sign(state: dict[str, Any]) -> str | None:
     return None
 
 
+def _adds_space(state: dict[str, Any]) -> bool:
+    """Whether a space may be put before every text, so that two parts of one cannot be tokenised one by one."""
+    steps = [*_steps(state["pre_tokenizer"], "pretokenizers"), *_steps(state["normalizer"], "normalizers")]
+    return any(step["type"] in ("Metaspace", "Prepend") or step.get("add_prefix_space") for step in steps)
+
+
 def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     return [] if part is None else list(part.get(inner, [part]))
 
@@ -226,6 +232,7 @@ class Encoder:
         plain = {token["content"] for token in state["added_tokens"] if _cuts_plainly(token)}
         self._cuts = [token for token in control if token in plain]
         self._lengths = PieceLengths.of(state) if len(plain) == len(state["added_tokens"]) else None
+        self.adds_space = _adds_space(state)
         self._tails: list[Tail] = []
         self.alphabet = Alphabet(state)
 

@@ -10,10 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.data.row_errors import RowError, shown
-from finetune.data.types import Message
-
-KEYS = ("reasoning_content", "reasoning", "thinking")
-"""The names under which templates read reasoning, and data sets have it."""
+from finetune.data.types import REASONING_KEYS, Message
 
 OPEN, CLOSE = "<think>", "</think>"
 PLACEHOLDER = "qhxr9"
@@ -23,13 +20,14 @@ _NAMES = "think|thinking|thought|reasoning|reason|analysis|cot"
 _OPENED = re.compile(
     rf"(?:<((?:\w+:)?(?:{_NAMES}))>|\[(THINK)\]|<\|START_(THINKING)\|>|\u25c1(think)\u25b7|<\|channel>(thought))(\n*)\Z"
 )
+_CLOSED = re.compile(rf"<({_NAMES})>\s*</\1>\s*\Z")
 _CLOSERS = ("</{}>", "[/{}]", "<|END_{}|>", "\u25c1/{}\u25b7", "<channel|>")
 _INLINE = re.compile(rf"\s*(?:{OPEN})?(.*?){CLOSE}(.*)", re.DOTALL)
 
 
 def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str], probes: list[Any]) -> str | None:
     """The key that a template reads; `probes`: (messages, tools) that end with the assistant."""
-    for key in KEYS:
+    for key in REASONING_KEYS:
         for messages, tools in probes:
             try:
                 if PLACEHOLDER in render([*messages[:-1], {**messages[-1], key: PLACEHOLDER}], tools):
@@ -42,6 +40,12 @@ def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str
 def opened_block(prompt: str) -> str:
     """The block that the end of a prompt opens, with the line breaks behind it; empty if it opens none."""
     match = _OPENED.search(prompt)
+    return match[0] if match else ""
+
+
+def closed_block(prompt: str) -> str:
+    """The block without reasoning that ends a prompt; empty if there is none."""
+    match = _CLOSED.search(prompt)
     return match[0] if match else ""
 
 

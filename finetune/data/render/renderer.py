@@ -116,7 +116,7 @@ class Renderer:
 
         Tokenizers that put a space before every text cannot be asked for the second part alone.
         """
-        if len(rendering.answers) == 1 and rendering.answers[0].alone and self._encoder.alphabet.space is None:
+        if len(rendering.answers) == 1 and rendering.answers[0].alone and not self._encoder.adds_space:
             start = rendering.answers[0].start
             return rendering.text[:start], rendering.text[start:]
         return (rendering.text,)
