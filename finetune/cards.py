@@ -1,5 +1,6 @@
 """Model cards: `README.md` of merged folders, adapters and exports; from plain facts, without this machine's paths."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -89,6 +90,7 @@ def vllm_card(record: Facts, exported: Facts) -> str:
         ("made from", adapter_name(exported["adapter"]["name_or_path"])),
         ("SHA-256 of its weights", f"`{exported['adapter']['sha256']}`"),
         ("fingerprint of the base", f"`{exported['base']['fingerprint']}`"),
+        *([("`stop_token_ids` of requests", str(ends))] if (ends := exported.get("stop_token_ids")) else []),
     ]
     rank = exported["max_lora_rank"]
     sections = [
@@ -160,6 +162,11 @@ def _training(record: Facts) -> list[str]:
     if not record.get("recipe"):
         return ["How it was trained is not recorded."]
     sections = []
+    if args := record.get("template_args"):
+        sections += [
+            f"Prompts must be rendered with `chat_template_kwargs={json.dumps(args)}`, as in training: in requests to "
+            "a server, or as keyword arguments of `apply_chat_template`."
+        ]
     if data := record.get("data"):
         sections += ["### Data", _table(("set", "rows", "tokens", "fingerprint (SHA-256)"), _data_rows(data))]
     if metrics := record.get("metrics"):

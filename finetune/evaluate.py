@@ -5,7 +5,7 @@ finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/qui
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from finetune.adapters.lineage import trained_on_day
+from finetune.adapters.lineage import TrainedTemplate, trained_template
 from finetune.checkpoint import verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, System
 from finetune.data.row_errors import Problems, RowError
+from finetune.data.tokenizer import end_ids
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import Family, MoeLayout, family_of
+from finetune.moe.nf4_loading import QUANT_METHOD
 from finetune.moe.router import capture, find_routers
 
 SPARE_TOKENS = 8  # generated beyond the longest reference answer, to notice answers that do not stop
+NumberedRow = tuple[int, dict[str, Any], Conversation]
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result. `exact_match` in percent by group (`all` is every row); `load`: each
-    expert's share of its layer's top-k choices on the prompt tokens (rows sum to 1); None for a dense model."""
+    """The result. `template_args`: the variables with which prompts were rendered; `exact_match` in percent by group
+    (`all` is every row); `load`: each expert's share of its layer's top-k choices on the prompt tokens (rows sum to 1);
+    None for a dense model."""
 
     model: str
     data: str
     rows: int
+    template_args: Mapping[str, Any]
     exact_match: dict[str, float]
     load: list[list[float]] | None
     answers: list[Row]
@@ -69,38 +74,58 @@ def evaluate(
     dtype: str = "float32",
     batch_size: int = 16,
     system: System = "error",
+    template_args: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Generate greedily for every row's prompt and compare with its last assistant message.
 
-    `system` is the recipe's `data.system`: prompts are rendered as they were in training.
+    `system` and `template_args` are `data.system` and `data.template_args` of the recipe: prompts are rendered as they
+    were in training. The variables are those that a merged model records; of another model they must be given.
     """
     if not (model_path / "config.json").is_file():
         raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
     family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
+    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+        what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
+        raise WeightsError(Problem(str(model_path / "config.json"), what, do, got=QUANT_METHOD))
     rows = read_conversations(str(data), row_format)
+    _check_no_calls(rows, str(data))
+    verify_sums(model_path)
+    trained = trained_template(model_path) or TrainedTemplate(None, {})
+    args = _template_args(trained.args, template_args)
+    tokenizer = load_tokenizer(str(model_path), None, None, template_args=args)
+    set_template_day(tokenizer, trained.day)
+    tokenizer.padding_side = "left"
+    model = _load_model(model_path, family, dtype)
+    template = ChatTemplate(tokenizer, "the model's chat template", system)
+    prompts, written = _prompts(template, rows, str(data))
+    longest = max(len(ids) for ids in tokenizer(written, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
+    answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
+    results = [
+        Row(line, str(row.get("split", "rows")), prompt, given.messages[-1]["content"], template.answer_in(answer))
+        for (line, row, given), prompt, answer in zip(rows, prompts, answers, strict=True)
+    ]
+    load = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
+    return Evaluation(str(model_path), str(data), len(results), args, exact_match(results), load, results)
+
+
+def _check_no_calls(rows: list[NumberedRow], path: str) -> None:
+    """Raise DataError for rows whose reference has no text."""
     calls = [
-        Problem(f"{data}:{line}", "the last message calls a tool, and exact match compares texts", "leave the row out")
+        Problem(f"{path}:{line}", "the last message calls a tool, and exact match compares texts", "leave the row out")
         for line, _, conversation in rows
         if "tool_calls" in conversation.messages[-1]
     ]
     if calls:
         raise DataError(calls)
-    verify_sums(model_path)
-    tokenizer = load_tokenizer(str(model_path), None, None)
-    set_template_day(tokenizer, trained_on_day(model_path))
-    tokenizer.padding_side = "left"
-    model = _load_model(model_path, family, dtype)
-    references = [conversation.messages[-1]["content"] for _, _, conversation in rows]
-    longest = max(len(ids) for ids in tokenizer(references, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
-    prompts = _prompts(tokenizer, rows, str(data), system)
-    answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
-    results = [
-        Row(line, str(row.get("split", "rows")), prompt, reference, answer)
-        for (line, row, _), prompt, reference, answer in zip(rows, prompts, references, answers, strict=True)
-    ]
-    load = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
-    return Evaluation(str(model_path), str(data), len(results), exact_match(results), load, results)
+
+
+def _template_args(trained: Mapping[str, Any], given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The template's variables; WeightsError for others than the model was trained with."""
+    if trained and given and dict(trained) != dict(given):
+        what = f"the model was trained with {json.dumps(trained)}"
+        raise WeightsError(Problem("--template-args", what, "leave it out", got=json.dumps(given)))
+    return given or trained
 
 
 def _load_model(folder: Path, family: Family, dtype: str) -> Any:
@@ -112,19 +137,29 @@ def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     )
 
 
-def _prompts(
-    tokenizer: Any, rows: list[tuple[int, dict[str, Any], Conversation]], path: str, system: System
-) -> list[str]:
-    """The model's inputs: all turns before the last answer, with the generation prompt."""
-    template = ChatTemplate(tokenizer, "the model's chat template", system)
-    prompts, problems = [], Problems()
+def _prompts(template: ChatTemplate, rows: list[NumberedRow], path: str) -> tuple[list[str], list[str]]:
+    """The model's inputs, all turns before the last answer with the generation prompt; and what it should write then.
+
+    The latter says how long answers are: with header words and the row's reasoning.
+    """
+    prompts, written, problems = [], [], Problems()
     for line, _, conversation in rows:
         try:
             prompts.append(template.prompt(conversation))
+            written.append(_reference(template, conversation, prompts[-1]))
         except RowError as error:
             problems.add(path, line, error)
     problems.raise_if_any()
-    return prompts
+    return prompts, written
+
+
+def _reference(template: ChatTemplate, conversation: Conversation, prompt: str) -> str:
+    """What the template writes behind the prompt, or as much, where it writes the prompt of a whole text otherwise."""
+    given = template.conversation(conversation)
+    text, answer = template.text(given.messages, given.tools), given.messages[-1]
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    return answer.get("reasoning", "") + template.closing + answer["content"]
 
 
 def exact_match(rows: list[Row]) -> dict[str, float]:
@@ -145,6 +180,8 @@ def _batches(tokenizer: Any, prompts: list[str], batch_size: int, device: torch.
 
 @torch.no_grad()
 def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
+    """What the model writes behind each prompt, special tokens included, up to the first that ends an answer."""
+    ends = end_ids(tokenizer)
     for batch in _batches(tokenizer, prompts, batch_size, model.device, "Generating"):
         ids = model.generate(
             input_ids=batch["input_ids"],
@@ -154,10 +191,12 @@ def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: in
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=ends,
             ),
         )
-        yield from tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row in ids[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            yield tokenizer.decode(row[:end])
 
 
 @torch.no_grad()

@@ -203,16 +203,21 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     """Write the adapter in PEFT's format, with its card and `finetune.json`, and draw the curves."""
     from finetune.cards import adapter_card
     from finetune.checkpoint import new_folder, write_sums
-    from finetune.data import template_day
+    from finetune.data import template_args, template_day
+    from finetune.data.generation_config import FILE, generation_settings
+    from finetune.data.tokenizer import end_ids
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 
     run, base, tokenizer = setup.run, setup.base, setup.base.tokenizer
-    facts = training_facts(run, setup.rows.counts(), tokenizer.chat_template, template_day(tokenizer))
+    settings = template_day(tokenizer), template_args(tokenizer)
+    facts = training_facts(run, setup.rows.counts(), tokenizer.chat_template, *settings)
     model = trainer.accelerator.unwrap_model(trainer.model)
     with new_folder(run.adapter) as folder:
         record = save_adapter(model, folder, setup.recipe, base, choice, setup.initial_adapter, facts)
         tokenizer.save_pretrained(folder)
+        ends = end_ids(tokenizer, (source.response_end for source in setup.recipe.data.sources("train")))
+        write_json(folder / FILE, generation_settings(base.folder, ends, tokenizer.pad_token_id))
         write_text(folder / "README.md", adapter_card(record.as_dict()))
         write_sums(folder)
     draw_loss_curve(run.metrics, run.loss_curve)

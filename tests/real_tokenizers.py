@@ -1,7 +1,12 @@
-"""Mistral's own tokenizers (v1, v3, tekken) out of `mistral-common`, as transformers loads them from a checkpoint."""
+"""Mistral's own tokenizers out of `mistral-common`, as transformers loads them from a checkpoint.
+
+The package has the files of v1, v2, v3 and v7 with SentencePiece, and tekken's of v3. Those of tekken's later versions
+have the same vocabulary and more control tokens. Its first tokens are enough here, and quick to load.
+"""
 
 import copy
 import functools
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 import mistral_common
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -22,20 +28,27 @@ from finetune.errors import WeightsError
 from finetune.upcycle.gguf_source import read_metadata, write_tokenizer
 
 FILES = Path(mistral_common.__file__).parent / "data"
-NAMES = {
+SENTENCEPIECE = {
     "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
     "v3": "mistral_instruct_tokenizer_240323.model.v3",
-    "tekken": "tekken_240718.json",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
 }
-TEMPLATES = {"v1": "mistral", "v3": "mistral-v3", "tekken": "mistral-v3-tekken"}
+TEKKEN = {"tekken": "v3", "v7-tekken": "v7", "v11": "v11", "v13": "v13", "v15": "v15"}
+TEMPLATES = {"v1": "mistral", "v2": "mistral-v3", "tekken": "mistral-v3-tekken"}  # others: "mistral-" and the version
+_TEKKEN_FILE = "tekken_240718.json"
+_VOCABULARY = 40_000  # of 131,072
+_LATER_TOKENS = ("[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")
+_FIRST_LATER_ID = 32
+_EFFORT = {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]}
+_made = tempfile.TemporaryDirectory(prefix="tekken-")
 
 
 @functools.cache
 def mistral_tokenizer(version: str) -> Any:
-    """`v1`, `v3` or `tekken`, with the shipped template that belongs to it. Shared: do not change it."""
-    tokenizer = _tekken(NAMES[version]) if version == "tekken" else _sentencepiece(NAMES[version])
-    tokenizer.chat_template = read_template(TEMPLATES[version])
-    return tokenizer
+    """A version, with the shipped template that belongs to it. Shared: do not change it."""
+    tokenizer = _tekken() if version in TEKKEN else _sentencepiece(SENTENCEPIECE[version])
+    return with_template(tokenizer, read_template(TEMPLATES.get(version, f"mistral-{version}")))
 
 
 @functools.cache
@@ -47,7 +60,29 @@ def mistral_renderer(version: str, loss_on: LossOn = "assistant", system: System
 @functools.cache
 def oracle(version: str) -> Any:
     """What Mistral itself encodes with."""
-    return MistralTokenizer.from_file(str(FILES / NAMES[version]), mode=ValidationMode.finetuning)
+    file = tekken_file(version) if version in TEKKEN else FILES / SENTENCEPIECE[version]
+    return MistralTokenizer.from_file(str(file), mode=ValidationMode.finetuning)
+
+
+@functools.cache
+def _tekken_data() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((FILES / _TEKKEN_FILE).read_text(encoding="utf-8"))
+    first = [str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS]
+    unnamed = [f"<SPECIAL_{number}>" for number in range(len(first), _FIRST_LATER_ID)]
+    special = enumerate([*first, *unnamed, *_LATER_TOKENS])
+    data["vocab"] = data["vocab"][:_VOCABULARY]
+    data["config"]["default_vocab_size"] = data["config"]["default_num_special_tokens"] + _VOCABULARY
+    data["special_tokens"] = [{"rank": rank, "token_str": token, "is_control": True} for rank, token in special]
+    return data
+
+
+def tekken_file(version: str) -> Path:
+    """The `tekken.json` of a checkpoint."""
+    data = _tekken_data()
+    settings = {"model_settings_builder": {"reasoning_effort": _EFFORT}} if version == "v15" else {}
+    file = Path(_made.name) / f"tekken-{version}.json"
+    file.write_text(json.dumps({**data, **settings, "config": {**data["config"], "version": TEKKEN[version]}}))
+    return file
 
 
 def _pieces(name: str) -> tuple[dict[str, int], list[tuple[str, str]], list[str]]:
@@ -79,9 +114,11 @@ def _sentencepiece(name: str) -> Any:
     return tokenizer
 
 
-def _tekken(name: str) -> Any:
+@functools.cache
+def _tekken() -> Any:
+    """One for all versions: only Mistral's library reads what differs between their files."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=MistralConverter(str(FILES / name)).converted(),
+        tokenizer_object=MistralConverter(str(tekken_file("v13"))).converted(),
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",

@@ -1,5 +1,6 @@
 """The adapter that training starts from instead of a fresh one: whether it fits the run, and its weights."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _from_record(folder: Path, record: AdapterRecord) -> InitialAdapter:
 
 
 def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, template: str) -> None:
-    """To continue from an adapter, its base, quantization, chat template and `lora` section must match.
+    """To continue from an adapter, its base, quantization, chat template with its variables, and `lora` must match.
 
     `base`: this run's, without a fingerprint while its weights are not on this machine; `template`: the run's chat
     template. Raises WeightsError with everything that differs.
@@ -100,11 +101,7 @@ def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, 
     if record.quantization != quantization:
         what = "quantisation of the base of the adapter"
         differs("model.load_in_4bit", what, record.quantization, quantization)
-    saved = initial.folder / TEMPLATE_FILE
-    if (saved.read_text(encoding="utf-8") if saved.is_file() else None) != template:
-        what = f"the adapter in {initial.folder} was trained with another chat template"
-        do = f"write data.chat_template: {saved}, or what the adapter's recipe has there"
-        problems.append(Problem("data.chat_template", what, do, got=str(recipe.data.chat_template)))
+    problems += _other_prompts(initial, recipe, template)
     before, now = list(record.added_tokens), list(recipe.model.added_tokens)
     if before != now:
         differs("model.added_tokens", "the added tokens of the adapter", before, now)
@@ -114,6 +111,21 @@ def check_same_setup(initial: InitialAdapter, recipe: Recipe, base: BaseRecord, 
             differs(f"lora.{key}", "of the adapter", its_factors[key], factors[key])
     if problems:
         raise WeightsError(problems)
+
+
+def _other_prompts(initial: InitialAdapter, recipe: Recipe, template: str) -> list[Problem]:
+    """What makes the run's prompts other ones than the adapter was trained on: the template, its variables."""
+    problems = []
+    saved = initial.folder / TEMPLATE_FILE
+    if (saved.read_text(encoding="utf-8") if saved.is_file() else None) != template:
+        what = f"the adapter in {initial.folder} was trained with another chat template"
+        do = f"write data.chat_template: {saved}, or what the adapter's recipe has there"
+        problems.append(Problem("data.chat_template", what, do, got=str(recipe.data.chat_template)))
+    before, now = initial.record.template_args or {}, recipe.data.template_args
+    if before != now:
+        what = f"the adapter in {initial.folder} was trained with other variables of the chat template"
+        problems.append(Problem("data.template_args", what, f"write {json.dumps(before)}", got=json.dumps(now)))
+    return problems
 
 
 def _factor_settings(lora: LoraSettings) -> dict[str, Any]:

@@ -42,15 +42,22 @@ def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
     return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
 
 
-def trained_on_day(checkpoint: Path) -> str | None:
-    """The date that the chat template wrote when the adapters of a merged checkpoint were trained, if it writes one.
+@dataclass(frozen=True)
+class TrainedTemplate:
+    """What the chat template of a merged checkpoint was given in training: the date that it wrote, and variables."""
 
-    Of several adapters that of the last. None for any other checkpoint.
-    """
+    day: str | None
+    args: Mapping[str, Any]
+
+
+def trained_template(checkpoint: Path) -> TrainedTemplate | None:
+    """That of the last adapter of a merged checkpoint, whose template it has; None for any other checkpoint."""
     if not (checkpoint / REPORT_FILE).is_file():
         return None
-    days = [adapter.get("template_day") for adapter in read_json(checkpoint / REPORT_FILE)["adapters"]]
-    return next((day for day in reversed(days) if day), None)
+    adapters = read_json(checkpoint / REPORT_FILE)["adapters"]
+    days = [adapter.get("template_day") for adapter in adapters]
+    args = adapters[-1].get("template_args") if adapters else None
+    return TrainedTemplate(next((day for day in reversed(days) if day), None), args or {})
 
 
 def check_related(base: Path, fingerprint: str, config: Mapping[str, Any], adapters: Sequence[Weighted]) -> None:

@@ -92,6 +92,7 @@ class AdapterRecord(_Part):
     metrics: dict[str, Any] | None = None
     template_sha256: str | None = None
     template_day: str | None = None  # the date that the template wrote in training, YYYY-MM-DD
+    template_args: dict[str, Any] | None = None  # the variables that it was given in training, if any
     recipe: dict[str, Any] | None = None
     versions: dict[str, str] | None = None
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from finetune.recipe.row_formats import CONVERSATION_FORMATS
+from finetune.recipe.yaml import resolve
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +21,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=("error", "merge_into_first_user"),
         help="data.system of the recipe: how to treat a system message that the chat template rejects",
     )
+    parser.add_argument(
+        "--template-args",
+        nargs="+",
+        default=[],
+        type=_variable,
+        metavar="KEY=VALUE",
+        help="data.template_args of the recipe, for a model that does not record them: enable_thinking=false",
+    )
     parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")
     parser.set_defaults(run=run)
 
@@ -30,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    result = evaluate(args.model, args.data, args.format, args.dtype, args.batch_size, args.system)
+    result = evaluate(
+        args.model, args.data, args.format, args.dtype, args.batch_size, args.system, dict(args.template_args)
+    )
     for group, percent in result.exact_match.items():
         print(f"exact match, {group}: {percent:.1f} %")
     if result.load is not None:
@@ -39,6 +50,15 @@ def run(args: argparse.Namespace) -> int:
         result.write(args.output)
         print(f"written: {args.output}")
     return 0
+
+
+def _variable(text: str) -> tuple[str, bool | int | float | str]:
+    """Name and value of a variable, written as in a recipe."""
+    name, _, value = text.partition("=")
+    resolved = resolve(value)
+    if not name or not isinstance(resolved, bool | int | float | str):
+        raise argparse.ArgumentTypeError(f"write KEY=VALUE, a value being text, a number, true or false; got {text}")
+    return name, resolved
 
 
 def _at_least_one(text: str) -> int:

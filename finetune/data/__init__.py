@@ -1,7 +1,7 @@
 """From the data sources of a recipe to batches: rows -> conversations -> token ids and labels -> tensors."""
 
 from finetune.data.conversations import read_conversations
-from finetune.data.render import set_template_day, template_day
+from finetune.data.render import set_template_args, set_template_day, template_args, template_day
 from finetune.data.tokenizer import load_tokenizer
 from finetune.data.tokens import (
     Collator,
@@ -32,6 +32,8 @@ __all__ = [
     "prepare_mixture",
     "prepare_pair_mixture",
     "read_conversations",
+    "set_template_args",
     "set_template_day",
+    "template_args",
     "template_day",
 ]

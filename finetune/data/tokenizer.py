@@ -1,21 +1,25 @@
-"""Load and check a tokenizer: it must be fast, have an EOS, a pad token that is neither the EOS nor used by the chat
-template, and one token for each special token of the template. Only tokens that the recipe names are added.
+"""Load and check a tokenizer: it must be fast, have an EOS, and one token for each special token of the template. Only
+tokens that the recipe names are added.
 
 A special token (`<|im_start|>`) that the vocabulary lacks is split into pieces like other text: the model has to learn
 its spelling, a user can type it, and no server stops at it.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
-from finetune.data.render.answers import template_problems
-from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
-from finetune.data.render.compiled_template import read_template
-from finetune.data.render.template_settings import set_template_args
+from finetune.data.generation_config import stop_ids
+from finetune.data.render.chat_template import ChatTemplate
+from finetune.data.render.compiled_template import SHIPPED, read_template
+from finetune.data.render.template_checks import problems_of_template
+from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens
 from finetune.data.row_errors import RowError
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
@@ -23,6 +27,7 @@ from finetune.errors import DataError, Problem, RecipeError, WeightsError
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
 _SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(?:start|end)_of_\\w+>")
+_MISTRAL_TOKEN = re.compile(r"\[/?[A-Z_]+\]")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
 _PROBE = [Message(role="user", content="question?"), Message(role="assistant", content=_ANSWER)]
@@ -50,7 +55,10 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
     A checkpoint's own template is left alone: some checkpoints were trained with split ones (Zephyr).
     `added`: tokens that the recipe has already added.
     """
-    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in template_tokens(tokenizer)}
+    tokens = template_tokens(tokenizer)
+    if name in SHIPPED and name != "mistral":  # that of tokenizers in which [INST] is text
+        tokens += dict.fromkeys(_MISTRAL_TOKEN.findall(_COMMENT.sub("", str(tokenizer.chat_template))))
+    lengths = {token: len(tokenizer.encode(token, add_special_tokens=False)) for token in tokens}
     split = [token for token, length in lengths.items() if length > 1]
     if not split:
         return
@@ -69,29 +77,20 @@ def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
 
 
 def check_unended_answers(tokenizer: Any) -> None:
-    """Raise DataError where an answer ends with a special token that is not the tokenizer's EOS.
+    """Raise DataError where the recipe's template ends an answer with a token at which the checkpoint does not stop.
 
-    Problems of the template that remain with that EOS are reported at once.
+    Programs that serve the adapter stop at the checkpoint's tokens. Of its own template they know the end, and
+    `generation_config.json` beside the adapter says it. All other problems of the template are reported, too.
     """
-    end = _token_after_answer(tokenizer)
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    if end is None or end == tokenizer.eos_token or end not in special:
+    chat = ChatTemplate(tokenizer, "the chat template")
+    end = chat.text_end
+    if end is None or end.token in chat.stops:
         return
-    remaining = _remaining_problems(tokenizer, end)
+    remaining = problems_of_template(chat)
     name = "name another template in data.chat_template"
-    do = name if remaining else f"write model.eos_token: {_quoted(end)}, or {name}"
-    what = f"the chat template ends an answer with {end}, so the model would never learn to stop"
-    raise DataError([Problem("model.eos_token", what, do, str(tokenizer.eos_token)), *remaining])
-
-
-def _remaining_problems(tokenizer: Any, eos_token: str) -> list[Problem]:
-    """What would be wrong with the chat template if this were the EOS."""
-    own, tokenizer.eos_token = tokenizer.eos_token, eos_token
-    try:
-        problems = template_problems(ChatTemplate(tokenizer, "the chat template"), *PROBE_TURNS)
-    finally:
-        tokenizer.eos_token = own
-    return [Problem("data.chat_template", problem.what, problem.do, problem.got) for problem in problems]
+    do = name if remaining else f"write model.eos_token: {_quoted(end.token)}, or {name}"
+    what = f"the chat template ends an answer with {end.token}, at which this checkpoint does not stop"
+    raise DataError([Problem("model.eos_token", what, do, ", ".join(chat.stops)), *remaining])
 
 
 def _token_after_answer(tokenizer: Any) -> str | None:
@@ -102,10 +101,6 @@ def _token_after_answer(tokenizer: Any) -> str | None:
 
 def _quoted(token: str) -> str:
     return '"' + token + '"'
-
-
-_RARE_TEXT = "\u0378\ufdd0\U0010fffd"
-"""Characters that no vocabulary has, so that only one that falls back to bytes can spell them."""
 
 
 def load_tokenizer(
@@ -119,26 +114,34 @@ def load_tokenizer(
 ) -> Any:
     """The tokenizer of a checkpoint, with `chat_template` (a shipped name or a file) in place of its own if given.
 
-    `added_tokens`, `eos_token` and `pad_token` are those of the recipe's model, `template_args` those of its data. Raises `WeightsError` for a tokenizer that cannot be
-    used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or that needs
-    special tokens which the vocabulary lacks.
+    `added_tokens`, `eos_token` and `pad_token` are those of the recipe's model, `template_args` those of its data. The
+    tokens at which the checkpoint stops are kept with the tokenizer. Raises `WeightsError` for a tokenizer that cannot
+    be used, `RecipeError` for tokens that do not fit it, and `DataError` for a template that cannot be read or that
+    needs special tokens which the vocabulary lacks.
     """
     template = None if chat_template is None else read_template(chat_template)
     tokenizer = _load(name_or_path, revision)
     _add(tokenizer, added_tokens)
     _set_eos(tokenizer, eos_token, name_or_path)
+    _set_pad(tokenizer, pad_token)
+    set_stop_tokens(tokenizer, _tokens_of(tokenizer, stop_ids(Path(name_or_path))))
     set_template_args(tokenizer, template_args or {})
-    if template is not None:
+    if template is not None and template != tokenizer.chat_template:
         tokenizer.chat_template = template
         check_split_tokens(tokenizer, str(chat_template), added_tokens)
-    check_unended_answers(tokenizer)
-    _ensure_pad(tokenizer, name_or_path)
+        check_unended_answers(tokenizer)
+    if template_args:
+        ChatTemplate(tokenizer, "the chat template")  # refuses variables that it does not read
     return tokenizer
 
 
 def _load(name_or_path: str, revision: str | None) -> Any:
+    # mistral_format: not mistral-common's own class, which is no fast tokenizer, where that package is installed.
+    load = partial(AutoTokenizer.from_pretrained, name_or_path, revision=revision, mistral_format=False)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        tokenizer = load()
+        if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
+            tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
     except (OSError, ValueError) as error:
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
@@ -147,6 +150,9 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         do = "use a checkpoint with a tokenizer.json"
         got = type(tokenizer).__name__
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
+    file = getattr(tokenizer, "vocab_file", None)
+    if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
+        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
     return tokenizer
 
 
@@ -195,20 +201,42 @@ def _set_eos(tokenizer: Any, eos_token: str | None, where: str) -> None:
         raise WeightsError(Problem(where=where, what="the tokenizer has no EOS token", do=do))
 
 
-def _ensure_pad(tokenizer: Any, where: str) -> None:
-    """Pad = EOS would mask the EOS, and the model would never learn to stop; likewise for the template's tokens."""
-    unsuitable = {tokenizer.eos_token, *template_tokens(tokenizer)}
-    if tokenizer.pad_token is not None and tokenizer.pad_token not in unsuitable:
+def _set_pad(tokenizer: Any, pad_token: str | None) -> None:
+    """The token that fills up batches: `pad_token`, else the tokenizer's own, its unknown token or its EOS.
+
+    It may be any of them: what is filled up is known by the rows' lengths. An ordinary token of the vocabulary may not
+    be named, because a tokenizer that is loaded with it as its pad token cuts it out of every text.
+    """
+    if pad_token is None:
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token or tokenizer.eos_token
         return
-    unknown = tokenizer.unk_token
-    text = tokenizer.encode(_RARE_TEXT, add_special_tokens=False)
-    if unknown is None or unknown in {*unsuitable, tokenizer.bos_token} or tokenizer.unk_token_id in text:
-        raise WeightsError(
-            Problem(
-                where=where,
-                what="the tokenizer has no pad token other than its EOS and the special tokens of the chat template",
-                got=f"pad {tokenizer.pad_token!r}, unk {tokenizer.unk_token!r}, eos {tokenizer.eos_token!r}",
-                do="set pad_token in its tokenizer_config.json to a token of the vocabulary that no text contains",
-            )
-        )
-    tokenizer.pad_token = unknown
+    whole = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    if pad_token not in whole:
+        known = pad_token in tokenizer.get_vocab()
+        what = "an ordinary token, which any text may contain" if known else "not a token of the vocabulary"
+        do = "write a special token of the vocabulary" + ("" if known else ", or add it to model.added_tokens")
+        raise RecipeError(Problem("model.pad_token", what, f"{do}; the EOS may be used, too", got=pad_token))
+    tokenizer.pad_token = pad_token
+
+
+def _tokens_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The tokens with these ids, without ids that the vocabulary lacks: no text has those, so none can end with one."""
+    tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+    return [tokens[number] for number in ids if number in tokens]
+
+
+def end_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The tokens at which the trained model is to stop: the EOS, the checkpoint's, and the ends of the template."""
+    stops = stop_tokens(tokenizer)
+    try:
+        ends = ChatTemplate(tokenizer, "the chat template").end_tokens
+    except DataError:  # No template, or none that can be read: rows that are rendered already need none.
+        ends = ()
+    return tuple(dict.fromkeys([*stops, *ends]))
+
+
+def end_ids(tokenizer: Any, marks: Iterable[str | None] = ()) -> list[int]:
+    """The ids of `end_tokens`, and of further marks as far as they are one token each."""
+    vocabulary = tokenizer.get_vocab()
+    ends = [*end_tokens(tokenizer), *(mark.strip() for mark in marks if mark is not None)]
+    return list(dict.fromkeys(int(vocabulary[token]) for token in ends if token in vocabulary))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, check_related
@@ -16,6 +17,7 @@ from finetune.checkpoint import (
     verify_sums,
     write_sums,
 )
+from finetune.data.generation_config import stop_ids
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
@@ -102,6 +104,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
         "adapter": {"name_or_path": str(adapter.folder), "sha256": digest},
         "r": lora.r,
         "max_lora_rank": lora.max_lora_rank,
+        **_further_ends(adapter.folder, reader.folder),
     }
     with new_folder(output) as folder:
         vllm.write(folder, adapter, lora)
@@ -113,7 +116,16 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
         f"{2 * len(lora.pairs)} tensors, {scale}r={lora.r}: {CONFIG_FILE}, {WEIGHTS_FILE}",
         f"vllm serve BASE --enable-lora --max-lora-rank {lora.max_lora_rank} --lora-modules NAME={output}",
     )
+    if ends := record.get("stop_token_ids"):
+        lines = (*lines, f"requests need stop_token_ids={ends}: answers end there, and the base does not stop at it")
     return Exported(output, (*lines, *_effect(adapter)))
+
+
+def _further_ends(adapter: Path, base: Path) -> dict[str, Any]:
+    """The ids that end the adapter's answers and at which a server of the base does not stop by itself."""
+    served = stop_ids(base)
+    ends = [token for token in stop_ids(adapter) if token not in served]
+    return {"stop_token_ids": ends} if ends else {}
 
 
 def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:

@@ -1,5 +1,6 @@
 """Describe an adapter folder: its base, its training, and whether it can be merged and proven. Exports, too."""
 
+import json
 import math
 from pathlib import Path
 
@@ -100,6 +101,7 @@ def _record_lines(adapter: Adapter, record: AdapterRecord) -> list[Line]:
         *([("experts", f"chosen by score, {len(chosen)} entries in {RECORD_FILE}")] if chosen else []),
         *[(f"last {split}", figures(metrics)) for split, metrics in (record.metrics or {}).items()],
         *([("chat template", f"SHA-256 {template[:12]}")] if template else []),
+        *([("its variables", json.dumps(record.template_args))] if record.template_args else []),
     ]
 
 

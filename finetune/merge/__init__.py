@@ -26,7 +26,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import as_json, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base_weights import INTO, reference_model
-from finetune.merge.copied_files import copy_files, end_generation_at
+from finetune.merge.copied_files import copy_files, write_generation
 from finetune.merge.job import DTYPES, Job, Request, prepare
 from finetune.merge.report import COMPARE_ROWS, Comparison, MergeReport, Proof, part_figures, report_card
 from finetune.merge.routing_replay import Routing
@@ -77,7 +77,7 @@ def merge(
         streamed = time.monotonic()
         sync_files(folder)
         copy_files(job.files, folder)
-        end_generation_at(folder, job.eos)
+        write_generation(folder, job.generation)
         proven = _prove(job, log, folder, prove, show_progress)
         compared = _compare(job, str(compare), rows, show_progress) if rows else None
         report = _report(job, log, proven, compared, folder, Path(output), started, streamed)
@@ -178,6 +178,7 @@ def _report(
                 "name_or_path": str(weighted.adapter.folder),
                 "sha256": weighted.digest,
                 "template_day": weighted.adapter.record.template_day,
+                **_template_args(weighted.adapter.record.template_args),
                 "weight": weighted.weight,
                 "base_recorded": weighted.adapter.base_fingerprint is not None,
             }
@@ -201,6 +202,11 @@ def _report(
         stream_seconds=round(streamed - started, 3),
         proof_seconds=round(time.monotonic() - streamed, 3),
     )
+
+
+def _template_args(args: dict[str, Any] | None) -> dict[str, Any]:
+    """What the report says about an adapter that was trained with variables of the chat template."""
+    return {"template_args": args} if args else {}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from finetune.adapters.deltas import Change, FactorReader
 from finetune.adapters.record import read_record
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_tensor
-from finetune.data import load_tokenizer, prepare, prepare_pair_mixture, set_template_day
+from finetune.data import load_tokenizer, prepare, prepare_pair_mixture, set_template_args, set_template_day
 from finetune.errors import DataError, WeightsError
 from finetune.merge.base_weights import reference_model, trained_dtype
 from finetune.merge.dequantized_base import DequantizedReader
@@ -32,6 +32,7 @@ from finetune.recipe import DataSettings, DataSource
 
 IGNORED = -100  # label of a token without a loss
 Rows = Sequence[tuple[torch.Tensor, torch.Tensor]]
+_KEPT = ("loss_on", "system", "max_length", "overlong", "train_on_reasoning")
 # Of an adapter that does not say how long its rows were: longer ones are cut.
 MAX_LENGTH = 2048
 
@@ -47,13 +48,15 @@ def compare_rows(data: Path, count: int, adapter: Path, tokenizer: Path) -> Rows
     recorded = _recorded(adapter)
     own = tokenizer == adapter  # then it carries the template that was trained with
     loaded = load_tokenizer(str(tokenizer), None, None if own else recorded.get("chat_template"))
-    set_template_day(loaded, read_record(adapter).template_day)
+    record = read_record(adapter)
+    set_template_day(loaded, record.template_day)
+    set_template_args(loaded, record.template_args or {})
     source = _source(data, count, recorded)
     settings = DataSettings.model_validate(
         {
             "max_length": MAX_LENGTH,
             "overlong": "truncate",
-            **{name: recorded[name] for name in ("loss_on", "system", "max_length", "overlong") if name in recorded},
+            **{name: recorded[name] for name in _KEPT if name in recorded},
             "train": source,
             "chat_template": None if own else recorded.get("chat_template"),
         }

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.reader import read_json
+from finetune.data.generation_config import FILE as GENERATION_FILE
+from finetune.data.generation_config import generation_settings, stop_ids
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 
@@ -19,7 +21,6 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
-GENERATION_FILE = "generation_config.json"
 CONFIG_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -48,29 +49,34 @@ def copy_files(files: list[Path], folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def end_generation_at(folder: Path, eos: int | None) -> None:
-    """Have the folder's generation settings stop at `eos`, the tokenizer's, as well as where they stopped before."""
+def merged_generation(base: Path, files: Sequence[Path], tokenizer: Any) -> dict[str, Any]:
+    """`generation_config.json` of the merged model: it stops where base and adapter do.
+
+    `files` are those that are copied, `tokenizer` is the adapter's.
+    """
+    source = next((file.parent for file in files if file.name == GENERATION_FILE), base)
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return generation_settings(source, [*eos, *stop_ids(base)])
+
+
+def write_generation(folder: Path, settings: Mapping[str, Any] | None) -> None:
+    """Write these settings into the merged folder, unless it has the same ones or there are none."""
     path = folder / GENERATION_FILE
-    if eos is None or not path.is_file():
-        return
-    settings = read_json(path)
-    stops = _ids(settings.get("eos_token_id"))
-    if eos not in stops:
-        write_json(path, {**settings, "eos_token_id": [eos, *stops] if stops else eos})
-
-
-def _ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+    if settings and not (path.is_file() and read_json(path) == settings):
+        write_json(path, settings)
 
 
 def merged_config(
-    base: Mapping[str, Any], dtype: str | None, vocab_size: int | None = None, eos: int | None = None
+    base: Mapping[str, Any],
+    dtype: str | None,
+    vocab_size: int | None = None,
+    eos: int | None = None,
+    pad: int | None = None,
 ) -> dict[str, Any]:
     """The base's `config.json` for the merged model; `dtype` ("BF16") when the output has one of its own.
 
-    `vocab_size`: rows of the merged embedding; `eos`: what ended the answers in training, by its tokenizer.
+    `vocab_size`: rows of the merged embedding; `eos` and `pad`: of the tokenizer that was trained with. A pad token is
+    replaced, not added: it decides nothing but which row of an embedding other trainers leave as it is.
     `output_router_logits` is off: left on, it breaks generation. Both spellings of the rotary base are written, so that
     readers from before and after transformers 5 see the same one.
     """
@@ -79,8 +85,11 @@ def merged_config(
         config["output_router_logits"] = False
     if vocab_size is not None:
         config["vocab_size"] = vocab_size
-    if eos is not None and eos not in _ids(config.get("eos_token_id")):
-        config["eos_token_id"] = eos
+    ends = config.get("eos_token_id")
+    if eos is not None and eos not in (ends if isinstance(ends, list) else [ends]):
+        config["eos_token_id"] = [eos, *ends] if isinstance(ends, list) else eos
+    if pad is not None and config.get("pad_token_id") is not None:
+        config["pad_token_id"] = pad
     if dtype is not None:
         names = [name for name in ("dtype", "torch_dtype") if name in config] or ["dtype"]
         config |= dict.fromkeys(names, CONFIG_NAMES[dtype])

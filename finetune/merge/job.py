@@ -25,7 +25,7 @@ from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.base_weights import open_base
-from finetune.merge.copied_files import merged_config, side_files
+from finetune.merge.copied_files import merged_config, merged_generation, side_files
 from finetune.merge.stream import Sources
 from finetune.moe.families import Family, family_of
 
@@ -56,7 +56,7 @@ class Job:
     fingerprint: str  # of the base
     into: str  # "original" or "dequantized"
     config: dict[str, Any]  # of the merged model
-    eos: int | None  # of the tokenizer that the adapter was trained with; None where it brings none
+    generation: dict[str, Any] | None  # `generation_config.json`; None where it is as it is copied
     specs: list[TensorSpec]
     files: list[Path]
     prompts: list[torch.Tensor]
@@ -127,7 +127,8 @@ def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) 
     sources = Sources(reader, changes, fixed_tensors(reader, biased.folder, family), rows)
     files = side_files(folder, [weighted.adapter.folder for weighted in adapters])
     tokenizer = _tokenizer(files[0].parent, vocab_size(reader, rows), replacing)
-    eos = None if files[0].parent == folder else tokenizer.eos_token_id
+    trained = files[0].parent != folder  # with a tokenizer that the adapter brings
+    eos, pad = (tokenizer.eos_token_id, tokenizer.pad_token_id) if trained else (None, None)
     output_dtype = None if request.dtype is None else DTYPES[request.dtype]
     tokens = sorted({token for added in rows.values() for token in added.tokens})
     specs = sources.specs(output_dtype)
@@ -138,8 +139,8 @@ def prepare(request: Request, check: Callable[[Path], object] = lambda _: None) 
         family=family,
         fingerprint=base_fingerprint,
         into=request.into,
-        config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos),
-        eos=eos,
+        config=merged_config(reader.config, output_dtype, vocab_size(reader, rows), eos, pad),
+        generation=merged_generation(folder, files, tokenizer) if trained else None,
         specs=specs if output_dtype or not isinstance(reader, ReplacedBase) else reader.in_own_formats(specs),
         files=files,
         prompts=proof.prompt_ids(tokenizer, tokens, _prompt_texts(request.prompts)),

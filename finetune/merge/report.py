@@ -3,6 +3,7 @@
 The rows are worded once, for the terminal, the model card and `finetune inspect`.
 """
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -60,11 +61,14 @@ def _effect_rows(report: Facts) -> list[Row]:
 
 
 def adapter_rows(report: Facts) -> list[Row]:
-    """One row an adapter, with its folder."""
-    return [
-        Row("adapter", f"{adapter['weight']:g} x {adapter['name_or_path']}", f"SHA-256 {adapter['sha256']}")
-        for adapter in report["adapters"]
-    ]
+    """One row an adapter, with its folder, and one with the template's variables where it was trained with some."""
+    rows = []
+    for adapter in report["adapters"]:
+        named = f"{adapter['weight']:g} x {adapter['name_or_path']}"
+        rows.append(Row("adapter", named, f"SHA-256 {adapter['sha256']}"))
+        if args := adapter.get("template_args"):
+            rows.append(Row("prompts with", f"chat_template_kwargs={json.dumps(args)}", "as in its training"))
+    return rows
 
 
 def comparison_rows(compare: Facts | None) -> list[Row]:

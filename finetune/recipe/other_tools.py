@@ -73,6 +73,10 @@ _OTHER = {
         "another tool's name for a setting", "write method.reference: precomputed, or method.reference: live for false"
     ),
     "use_peft": Foreign(_ALWAYS_LORA, "remove it"),
+    "special_tokens": Foreign(
+        "another tool's mapping of special tokens",
+        "write model.pad_token or model.eos_token; a token that the vocabulary lacks in model.added_tokens, too",
+    ),
     "modules_to_save": Foreign("no module is trained in full here", "remove it: lora.targets names what is adapted"),
     "ref_model": Foreign(
         "the reference is the base as it is loaded, or the adapter that the run starts from",

@@ -42,7 +42,10 @@ def real(source: Source, key: str) -> float | None:
     return read(source, key, float) if whole is None else whole
 
 
-SHIPPED_TEMPLATES = ("chatml", "mistral", "mistral-v3", "mistral-v3-tekken", "alpaca")
+SHIPPED_TEMPLATES = (
+    *("chatml", "mistral", "mistral-v3", "mistral-v3-tekken", "mistral-v7", "mistral-v7-tekken"),
+    *("mistral-v11", "mistral-v13", "mistral-v15", "alpaca"),
+)
 ONLY_WITH_ID = ("config", "split", "revision", "streaming")
 
 _DEFAULTS = DataSource(format="auto").model_dump()

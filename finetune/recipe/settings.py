@@ -150,7 +150,8 @@ class DataSettings(Section):
     chat_template: PathText | None = Field(
         default=None,
         description="Path of a .jinja file, or the name of a shipped template: chatml, mistral, mistral-v3, "
-        "mistral-v3-tekken, alpaca; null: the tokenizer's own.",
+        "mistral-v3-tekken, mistral-v7, mistral-v7-tekken, mistral-v11, mistral-v13, mistral-v15, alpaca; null: the "
+        "tokenizer's own.",
     )
     template_args: dict[str, bool | int | float | str] = Field(
         default_factory=dict,

@@ -186,6 +186,7 @@ _NAMED = {
     "completion_only_loss": "data.loss_on",
     "dataset_text_field": "data.train.columns",
     "eos_token": "model.eos_token",
+    "pad_token": "model.pad_token",
     "max_steps": "training.max_steps",
     "num_train_epochs": "training.num_train_epochs",
     "learning_rate": "training.learning_rate",
@@ -230,7 +231,6 @@ _SET_BY_US = {
         (
             "dataset_kwargs",
             "dataset_num_proc",
-            "pad_token",
             "padding_free",
             "packing_strategy",
             "pad_to_multiple_of",

@@ -152,7 +152,11 @@ _NOT_OF_THE_MODEL = ("epoch", "time", "learning_rate", "grad_norm", "runtime", "
 
 
 def training_facts(
-    run: RunFolder, rows: Mapping[str, Mapping[str, Any]], template: str | None, template_day: str | None
+    run: RunFolder,
+    rows: Mapping[str, Mapping[str, Any]],
+    template: str | None,
+    template_day: str | None,
+    template_args: Mapping[str, Any],
 ) -> dict[str, Any]:
     """For the adapter's `finetune.json`. `rows`: the counts of each split, as in the audit."""
     kept = ("name", "rows", "tokens", "supervised_tokens", "weight", "content", "digest")
@@ -164,6 +168,7 @@ def training_facts(
         "metrics": final_metrics(read_metrics(run.metrics) if run.metrics.exists() else []),
         "template_sha256": None if template is None else hashlib.sha256(template.encode()).hexdigest(),
         "template_day": template_day,
+        **({"template_args": dict(template_args)} if template_args else {}),
     }
 
 

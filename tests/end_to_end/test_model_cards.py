@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,34 +10,38 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 import finetune
+from finetune.adapters.lineage import TrainedTemplate, trained_template
 from finetune.adapters.record import read_record
 from finetune.cards import public_name
 from finetune.data.sources import open_files
 from finetune.export import export
+from finetune.inspect import inspect
 from finetune.merge import merge
 from finetune.merge.report import report_card
 from finetune.recipe import load_recipe
 from finetune.run import read_metrics
 from finetune.train import train
 from tests.end_to_end.workspaces import write_workspace
-from tests.support import save_tiny_mixtral
+from tests.support import CHATML, save_tiny_mixtral
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of four steps with an evaluation."""
     folder = tmp_path_factory.mktemp("workspace")
-    save_tiny_mixtral(folder / "tiny-moe")
+    base = save_tiny_mixtral(folder / "tiny-moe")
+    (base / "chat_template.jinja").write_text("{% if quick %}be quick {% endif %}" + CHATML, encoding="utf-8")
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 500], "temperature": 0.5}')
     rows = {"path": str(folder / "rows.jsonl"), "format": "prompt_completion"}
     sections: dict[str, Any] = {
         "output_dir": str(folder / "run"),
-        "model": {"name_or_path": str(folder / "tiny-moe"), "load_in_4bit": True, "dtype": "float32"},
+        "model": {"name_or_path": str(base), "load_in_4bit": True, "dtype": "float32", "pad_token": "<|im_end|>"},
         "lora": {"targets": ["attention", "experts"], "r": 4, "lora_alpha": 8},
         "router": {"router_aux_loss_coef": 0.1},
-        "data": {"train": rows, "eval": dict(rows), "max_length": 128},
+        "data": {"train": rows, "eval": dict(rows), "max_length": 128, "template_args": {"quick": True}},
     }
     write_workspace(folder, **sections)
     return train(load_recipe(folder / "recipe.yaml", ["training.save_steps=null", "training.logging_steps=1"]), [])
@@ -75,6 +80,24 @@ def test_the_adapter_records_data_metrics_template_and_versions(run: Path) -> No
     assert record["template_sha256"] == hashlib.sha256(template.encode()).hexdigest()
     assert record["versions"]["moe-finetune"] == finetune.__version__
     assert {"peft", "torch", "transformers", "trl", "bitsandbytes"} < record["versions"].keys()
+
+
+def test_adapter_and_merged_model_say_how_prompts_are_rendered_and_where_answers_end(
+    run: Path, report: dict[str, Any]
+) -> None:
+    """The tokenizer's EOS is no token of the base's own list, which may hold ids that no text has."""
+    merged = Path(report["output"])
+    for folder in (run / "adapter", merged):
+        settings = json.loads((folder / "generation_config.json").read_text())
+        assert settings == {"eos_token_id": [2, 0, 500], "temperature": 0.5, "pad_token_id": 2}
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 0, 500]
+        assert AutoTokenizer.from_pretrained(folder).pad_token == "<|im_end|>"
+        assert '`chat_template_kwargs={"quick": true}`' in (folder / "README.md").read_text()
+    config = AutoConfig.from_pretrained(merged)
+    assert (config.eos_token_id, config.pad_token_id) == (2, 2)
+    assert read_record(run / "adapter").template_args == report["adapters"][0]["template_args"] == {"quick": True}
+    assert re.search(r'its variables +\{"quick": true\}', inspect(run / "adapter"))
+    assert trained_template(merged) == TrainedTemplate(None, {"quick": True})
 
 
 def test_the_adapters_readme_is_true_and_has_no_placeholder(run: Path) -> None:

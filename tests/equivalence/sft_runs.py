@@ -119,6 +119,11 @@ def run(recipe: Recipe) -> Steps:
     return steps
 
 
+def padded_with_eos(recipe: Recipe) -> Recipe:
+    """The recipe with the EOS, which ends every answer, in place of the tiny tokenizer's own pad token."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"pad_token": "<|im_end|>"})})
+
+
 def assert_same_steps(one: Steps, other: Steps, keys: Sequence[str] = ("loss", "ce_loss", "balance_loss")) -> None:
     """Loss, its parts and every gradient of every step, within 1e-5."""
     assert len(one.gradients) == len(other.gradients) == 3

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from finetune.methods.arguments import evaluation_metrics
 from tests.equivalence.dpo_runs import PAIR_KEYS, dpo_recipe, dpo_run, dpo_trainer, write_pairs
-from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos
 
 MIXED: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "ld_alpha": 0.5}
 
@@ -37,6 +37,10 @@ def same(one: Steps, other: Steps) -> None:
 @pytest.mark.parametrize("size", [1, 4])
 def test_micro_batches_do_not_change_the_step(base: Path, pairs: Path, tmp_path: Path, whole: Steps, size: int) -> None:
     same(whole, dpo_run(dpo_recipe(base, pairs, tmp_path, MIXED, per_device_train_batch_size=size)))
+
+
+def test_the_pad_token_may_be_the_eos(base: Path, pairs: Path, tmp_path: Path, whole: Steps) -> None:
+    same(whole, dpo_run(padded_with_eos(dpo_recipe(base, pairs, tmp_path, MIXED))))
 
 
 def test_a_resumed_run_counts_the_tokens_before_its_checkpoint(

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from finetune.errors import RunError
 from finetune.methods.arguments import EVALUATION_TOKENS, evaluation_metrics, evaluation_rows
 from finetune.methods.trainer import StepExactTrainer
-from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, recipe, run, trainer_for
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos, recipe, run, trainer_for
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,26 @@ def test_token_figures_are_means_over_the_tokens_of_a_step(
         assert evaluations[0][key] > 0
     known = {f"eval_{name}" for name in evaluation_metrics("sft")}
     assert {name for name in evaluations[0] if name not in TIMINGS} == known, "what metric_for_best_model may name"
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_pad_token_may_be_the_eos(base: Path, rows: Path, tmp_path: Path, packing: bool) -> None:
+    runs, batches = [], []
+    for changed in (lambda given: given, padded_with_eos):
+        trainer, steps = trainer_for(changed(recipe(base, rows, tmp_path, packing=packing, with_eval=True)))
+        batches.append(next(iter(trainer.get_train_dataloader())))
+        trainer.train()
+        runs.append((steps, {key: value for key, value in trainer.evaluate().items() if key not in TIMINGS}))
+    (own, own_evaluation), (eos, eos_evaluation) = runs
+    assert_same_steps(own, eos)
+    assert own_evaluation == pytest.approx(eos_evaluation, abs=1e-6)
+    separate, shared = batches
+    padding = separate["weight"] == 0
+    assert padding.any()
+    assert set(separate["input_ids"][padding].tolist()) == {3}
+    assert set(shared["input_ids"][padding].tolist()) == {2}
+    assert (shared["labels"] == 2).sum() >= len(shared["rows"]), "an EOS is learned at the end of every answer"
+    assert all(torch.equal(shared[key], separate[key]) for key in ("labels", "supervised", "weight"))
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -34,6 +34,8 @@ NOW: dict[str, Any] = {
     "data": {"train": [{"name": "rows.jsonl", "rows": 4}]},
     "metrics": {"train": {"step": 4, "loss": 1.5}},
     "template_sha256": "ab",
+    "template_day": "2025-03-01",
+    "template_args": {"enable_thinking": False, "reasoning_effort": "low"},
 }
 
 

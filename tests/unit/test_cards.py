@@ -134,3 +134,14 @@ def test_the_card_says_where_training_did_not_go_through_the_template(formats: l
     text = adapter_card({**record, "template_sha256": "ab", "template_day": "2025-03-01"})
     assert f"| chat template (SHA-256) | {said}" in text
     assert "| date that the chat template wrote | 2025-03-01 |" in text
+
+
+def test_cards_and_reports_say_the_variables_of_the_template() -> None:
+    args = {"enable_thinking": False}
+    record = {"base": {"name_or_path": "b"}, "recipe": {"data": {"train": {"path": "rows.jsonl"}}}}
+    said = 'Prompts must be rendered with `chat_template_kwargs={"enable_thinking": false}`, as in training'
+    assert said in adapter_card({**record, "template_args": args})
+    assert said in report_card(REPORT, [{**record, "template_args": args}])
+    assert "chat_template_kwargs" not in adapter_card(record)
+    report = {**REPORT, "adapters": [{**REPORT["adapters"][0], "template_args": args}]}
+    assert dict(report_lines(report))["prompts with"].startswith('chat_template_kwargs={"enable_thinking": false}')

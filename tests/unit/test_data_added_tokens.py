@@ -154,33 +154,17 @@ def test_marks_that_a_template_puts_together_are_seen_as_well(tmp_path: Path) ->
 
 def test_answers_that_end_with_another_token_than_the_eos_are_refused(tmp_path: Path, turns: str) -> None:
     assert complaint(DataError, saved(tmp_path), None, turns, MARKS) == (
-        "model.eos_token: the chat template ends an answer with <|over|>, so the model would never learn to stop; "
+        "model.eos_token: the chat template ends an answer with <|over|>, at which this checkpoint does not stop; "
         'got <|im_end|>; write model.eos_token: "<|over|>", or name another template in data.chat_template'
     )
-    own = saved(tmp_path / "own", eos_token="<|endoftext|>")
-    assert 'got <|endoftext|>; write model.eos_token: "<|im_end|>"' in complaint(DataError, own, None, None)
-    assert load_tokenizer(own, None, None, [], "<|im_end|>").eos_token == "<|im_end|>"
+    other = saved(tmp_path / "other", eos_token="<|endoftext|>")
+    assert 'got <|endoftext|>; write model.eos_token: "<|im_end|>"' in complaint(DataError, other, None, "chatml")
+    assert load_tokenizer(other, None, "chatml", [], "<|im_end|>").eos_token == "<|im_end|>"
 
 
 def test_a_checkpoint_that_was_trained_on_marks_in_pieces_keeps_its_template(tmp_path: Path) -> None:
     template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     assert load_tokenizer(saved(tmp_path, template), None, None).chat_template == template
-
-
-def test_a_pad_token_that_the_template_writes_is_not_used(tmp_path: Path, turns: str) -> None:
-    folder = saved(tmp_path, pad_token="<|im_start|>", unk_token="<|endoftext|>")
-    assert load_tokenizer(folder, None, None).pad_token == "<|endoftext|>"
-    assert load_tokenizer(folder, None, turns, MARKS, MARKS[1]).pad_token == "<|im_start|>", "now no mark"
-
-
-def test_the_unknown_token_pads_only_where_no_text_is_unknown(tmp_path: Path) -> None:
-    tokenizer = tiny_tokenizer()
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    del state["model"]["vocab"]["Í"]  # bytes of rare characters
-    state["model"]["unk_token"] = "<|endoftext|>"
-    folder = saved(tmp_path, pad_token=None, unk_token="<|endoftext|>")
-    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    assert "the tokenizer has no pad token other than its EOS" in complaint(WeightsError, folder, None, None)
 
 
 def test_a_tokenizer_that_is_longer_than_the_embedding_is_refused(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_templates_without_tools_say_so(name: str) -> None:
     ("change", "message"),
     [
         ({"tool_call_id": "call_1"}, "a tool result needs the tool_call_id of its call: 9 letters or digits"),
-        ({"role": "user"}, "roles must alternate user/assistant/user/assistant/..., beginning with user; tool results"),
+        ({"role": "user"}, "roles must alternate user/assistant/user/assistant/..., after a system message if any; to"),
     ],
 )
 def test_mistral_v3_names_what_it_cannot_write(change: dict[str, Any], message: str) -> None:

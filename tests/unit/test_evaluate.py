@@ -1,6 +1,7 @@
 """Held-out evaluation: what counts as exact, and the routers' load."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.cli.main import main
-from finetune.data.render import read_template
+from finetune.data import Conversation, Message
+from finetune.data.render import ChatTemplate, read_template
 from finetune.errors import DataError, WeightsError
-from finetune.evaluate import Row, evaluate, exact_match, load_table
+from finetune.evaluate import Row, _prompts, evaluate, exact_match, load_table
 from tests.rendering import chat, weather
-from tests.support import save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
+from tests.support import CHATML, save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
 
 def row(split: str, reference: str, answer: str) -> Row:
@@ -54,26 +56,99 @@ def test_prompts_say_the_date_of_the_adapters_training(tmp_path: Path, held_out:
     assert {answer.prompt[:11] for answer in answers} == {"01 Mar 2025"}
 
 
-def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path, held_out: Path) -> None:
-    """A head that always writes one token, then the end token after it: the reference is that token."""
-    folder = save_tiny_mistral(tmp_path / "model")
-    tokenizer = tiny_tokenizer()
-    token, end = tokenizer.encode("x", add_special_tokens=False)[0], tokenizer.eos_token_id
+def save_writing(folder: Path, tokens: list[int], template: str | None = None) -> Path:
+    """A model that writes, behind each of these tokens, the next one."""
+    save_tiny_mistral(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        # The last token alone decides: after x comes the end, after anything else x.
-        model.model.embed_tokens.weight.fill_(1.0)
-        model.model.embed_tokens.weight[token] = -1.0
-        model.lm_head.weight[token], model.lm_head.weight[end] = 1.0, -1.0
+        for place, (token, following) in enumerate(pairwise(tokens)):
+            model.model.embed_tokens.weight[token] = torch.eye(64)[place]
+            model.lm_head.weight[following] += torch.eye(64)[place]
     model.save_pretrained(folder)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "say it", "completion": "x"}) + "\n")
-    result = evaluate(folder, rows, "prompt_completion")
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def one_row(folder: Path, answer: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "say it", "completion": answer}) + "\n")
+    return path
+
+
+def test_a_model_that_gives_the_reference_scores_100(tmp_path: Path) -> None:
+    line_break, token = (tiny_tokenizer().encode(text)[0] for text in ("\n", "x"))
+    folder = save_writing(tmp_path / "model", [line_break, token, 2])
+    result = evaluate(folder, one_row(tmp_path, "x"), "prompt_completion")
     assert (result.answers[0].answer, result.exact_match["all"], result.load) == ("x", 100.0, None)
+
+
+HEADER = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:<|im_start|>{{ m.content }}<|endoftext|>"
+    "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "first"), [(HEADER, ":"), (None, "\n")])
+def test_words_before_the_answer_and_ends_other_than_the_eos_are_no_part_of_it(
+    tmp_path: Path, template: str | None, first: str
+) -> None:
+    """The end is the template's own, or one that the generation config lists."""
+    colon, token = (tiny_tokenizer().encode(text)[0] for text in (first, "x"))
+    header = [1] if template else []
+    folder = save_writing(tmp_path / "model", [colon, *header, token, 0, token], template)
+    (folder / "generation_config.json").write_text(json.dumps({} if template else {"eos_token_id": [2, 0]}))
+    result = evaluate(folder, one_row(tmp_path, "x"), "prompt_completion")
+    assert (result.answers[0].answer, result.exact_match["all"]) == ("x", 100.0)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["the model opens the block", "the prompt does"])
+def test_there_is_room_for_reasoning_before_the_answer(opened: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    prompt = "{% if add_generation_prompt %}assistant:" + "<think>" * opened + "{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content and not OPENED %}<think>"
+        "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    ).replace("OPENED", str(opened)) + prompt
+    answer = Message(role="assistant", content="x", reasoning="because it is so")
+    given = Conversation([Message(role="user", content="say it"), answer])
+    prompts, written = _prompts(ChatTemplate(tokenizer, "this template"), [(1, {}, given)], "rows.jsonl")
+    assert prompts[0].endswith("assistant:" + "<think>" * opened)
+    assert "because it is so" in written[0]
+    assert written[0].removesuffix("<|im_end|>").endswith("</think>x")
+
+
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}"
+
+
+def test_prompts_have_the_variables_of_the_training(
+    tmp_path: Path, held_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_mistral(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(SWITCH + CHATML, encoding="utf-8")
+    words = ["evaluate", str(folder), "--data", str(held_out), "--format", "prompt_completion"]
+    words += ["--output", str(tmp_path / "out.json"), "--template-args"]
+    assert main([*words, "enable_thinking=false"]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["template_args"] == {"enable_thinking": False}
+    assert {answer["prompt"][:6] for answer in written["answers"]} == {"quick "}
+    report = {"adapters": [{"template_args": {"enable_thinking": True}}, {"template_args": {"enable_thinking": False}}]}
+    (folder / "merge-report.json").write_text(json.dumps(report))
+    recorded = evaluate(folder, held_out, "prompt_completion")
+    assert {answer.prompt[:6] for answer in recorded.answers} == {"quick "}
+    assert main([*words, "enable_thinking=true"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        '--template-args: the model was trained with {"enable_thinking": false}; got {"enable_thinking": true}; '
+        "leave it out"
+    )
+    for wrong in ("enable_thinking", "=1", "x=null"):
+        with pytest.raises(SystemExit):
+            main([*words, wrong])
+        assert f"write KEY=VALUE, a value being text, a number, true or false; got {wrong}" in capsys.readouterr().err
 
 
 def test_prompts_are_rendered_as_in_training_tools_and_system_policy_included(tmp_path: Path) -> None:

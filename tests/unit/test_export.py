@@ -208,6 +208,20 @@ def test_the_rank_to_serve_with_is_one_that_vllm_takes(base: Path, tmp_path: Pat
     assert json.loads((tmp_path / "lora" / "export.json").read_text())["max_lora_rank"] == wanted
 
 
+@pytest.mark.parametrize(("ends", "further"), [([2, 1], [1]), (2, []), (None, [])])
+def test_ends_at_which_the_base_does_not_stop_are_said(
+    base: Path, tmp_path: Path, ends: list[int] | int | None, further: list[int]
+) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    if ends is not None:
+        (adapter / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    done = export(adapter, tmp_path / "out", "vllm")
+    assert [line for line in done.lines if "stop_token_ids" in line] == [
+        "requests need stop_token_ids=[1]: answers end there, and the base does not stop at it"
+    ] * len(further)
+    assert ("| `stop_token_ids` of requests | [1] |" in (tmp_path / "out" / "README.md").read_text()) == bool(further)
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "olmoe"])
 def test_an_adapter_that_has_a_module_for_each_expert_already_is_taken_as_well(model_type: str, tmp_path: Path) -> None:
     base = save_tiny(model_type, tmp_path / "base")

@@ -149,6 +149,18 @@ def test_another_template_is_refused(base: Path, pairs: Path, saved: Path) -> No
     ]
 
 
+def test_other_variables_of_the_template_are_refused(base: Path, pairs: Path, saved: Path, tmp_path: Path) -> None:
+    assert complaints(saved, recipe_on(base, pairs, saved, data={"template_args": {"quick": True}})) == [
+        "data.template_args: the adapter in ADAPTER was trained with other variables of the chat template; "
+        'got {"quick": true}; write {}'
+    ]
+    copy = shutil.copytree(saved, tmp_path / "adapter")
+    record = json.loads((copy / "finetune.json").read_text())
+    (copy / "finetune.json").write_text(json.dumps({**record, "template_args": {"quick": True}}))
+    same = recipe_on(base, pairs, copy, data={"template_args": {"quick": True}})
+    check_same_setup(read_initial_adapter(copy), same, BASE, CHATML)
+
+
 def test_everything_that_differs_in_lora_is_named_at_once(base: Path, pairs: Path, saved: Path) -> None:
     lora = {"r": 8, "lora_alpha": 16.0, "targets": ["attention"], "use_rslora": True}
     found = complaints(saved, recipe_on(base, pairs, saved, lora=lora))

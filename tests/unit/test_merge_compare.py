@@ -17,7 +17,7 @@ from finetune.merge.report import Candidate, MergeReport
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import factor_stacks
 from tests.families import save_tiny
-from tests.support import save_tiny_mixtral
+from tests.support import CHATML, save_tiny_mixtral, tiny_tokenizer
 from tests.unit.four_bits import adapter_in_4_bits, loaded_in_4_bits
 from tests.unit.merge_adapters import load, tensors
 
@@ -169,6 +169,21 @@ def test_rows_are_read_as_training_read_its_own(base: Path, tmp_path: Path) -> N
         [(_, labels)] = compare_rows(data, 1, adapter, base)
         counts.append(int((labels != -100).sum()))
     assert counts[0] == 2 * counts[1] > 0
+
+
+def test_rows_are_rendered_with_the_variables_of_the_training(base: Path, tmp_path: Path) -> None:
+    adapter = adapter_in_4_bits(base, tmp_path / "adapter")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% if quick %}light {% endif %}" + CHATML
+    tokenizer.save_pretrained(adapter)
+    data = written(tmp_path / "rows.jsonl", {"prompt": "set", "completion": "on"})
+    lengths = []
+    for args in ({}, {"template_args": {"quick": True}}):
+        record = json.loads((adapter / "finetune.json").read_text())
+        (adapter / "finetune.json").write_text(json.dumps({**record, **args}))
+        [(ids, _)] = compare_rows(data, 1, adapter, adapter)
+        lengths.append(len(ids))
+    assert lengths[1] == lengths[0] + len(tiny_tokenizer().encode("light "))
 
 
 def test_of_pairs_the_chosen_answers_are_measured(base: Path, adapter: Path, tmp_path: Path) -> None:

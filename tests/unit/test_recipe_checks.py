@@ -177,7 +177,8 @@ CONFLICTS = {
     "chat template": (
         changed(("max_length: 256", "max_length: 256\n  chat_template: llama-3")),
         'recipe.yaml:17: data.chat_template: neither a shipped template nor a .jinja file; got "llama-3"; '
-        "write one of chatml, mistral, mistral-v3, mistral-v3-tekken, alpaca, or the path of a .jinja file",
+        "write one of chatml, mistral, mistral-v3, mistral-v3-tekken, mistral-v7, mistral-v7-tekken, mistral-v11, "
+        "mistral-v13, mistral-v15, alpaca, or the path of a .jinja file",
     ),
     "empty list of dashboards": (
         changed(after="logging: {report_to: []}\n"),

@@ -244,11 +244,20 @@ def test_a_foreign_key_is_explained_in_any_section(recipe_file: RecipeFile, key:
         ("sample_packing", "data.packing"),
         ("sequence_len", "data.max_length"),
         ("wandb_project", "logging.project"),
+        ("chat_template_kwargs", "data.template_args"),
+        ("pad_token", "model.pad_token"),
     ],
 )
 def test_the_right_key_is_named_for_a_foreign_one(recipe_file: RecipeFile, key: str, ours: str) -> None:
     (line,) = recipe_file.problems(changed(after=f"{key}: 1\n"))
     assert line.endswith((f"; write {ours}", f"; remove it: {ours} is given"))
+
+
+def test_a_mapping_of_special_tokens_names_the_keys_for_them(recipe_file: RecipeFile) -> None:
+    (line,) = recipe_file.problems(changed(after='special_tokens: {pad_token: "<pad>"}\n'))
+    assert line.endswith(
+        "write model.pad_token or model.eos_token; a token that the vocabulary lacks in model.added_tokens, too"
+    )
 
 
 def test_notation_that_is_not_yaml_names_its_line(recipe_file: RecipeFile) -> None:

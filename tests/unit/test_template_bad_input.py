@@ -10,7 +10,7 @@ from finetune.data import prepare
 from finetune.data.render import Renderer, read_template, sandbox, set_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 from finetune.recipe import DataSettings
 from finetune.recipe.settings import LossOn
 from tests.rendering import chat, weather
@@ -46,7 +46,7 @@ def renderer(template: str, loss_on: LossOn = "assistant", **args: Any) -> Rende
 
 def problems(template: str, **args: Any) -> list[str]:
     """What is said of a template before any row is read."""
-    with pytest.raises(DataError) as caught:
+    with pytest.raises((DataError, RecipeError)) as caught:
         renderer(template, **args)
     return str(caught.value).split("\n")
 

@@ -117,7 +117,7 @@ def test_a_template_that_fails_is_refused(source: str, message: str) -> None:
 def test_a_text_that_doubles_in_each_round_is_stopped_by_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "MEMORY", 2**24)
     message = stopped("{% set kept = namespace(text='a' * 999) %}" + DOUBLED + "{{ kept.text }}")
-    assert message == "X took more than 0 GiB of memory; correct its loops, or name another one in data.chat_template"
+    assert message == "X took more than 16 MiB of memory; correct its loops, or name another one in data.chat_template"
 
 
 def test_usual_products_are_computed() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from finetune.data.render import SHIPPED, read_template
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 
 MESSAGES = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -17,7 +17,7 @@ def published(name: str) -> str:
 
 
 def refusals(source: str, **args: bool | int | float | str) -> list[str]:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(RecipeError) as caught:
         check_template_args(variables_of(source, "X"), args, "X")
     return str(caught.value).split("\n")
 
@@ -122,11 +122,6 @@ def test_what_published_templates_do_is_not_refused() -> None:
             "put that text into the template itself",
         ),
         (
-            MESSAGES + "{{ 'a'.ljust(99000000000) }}",
-            "X has a number above 16,000,000: a text of such a length would fill the memory; got 99000000000 (line 1); "
-            "name another one in data.chat_template",
-        ),
-        (
             "\n{% if messages %}",
             "X cannot be read; got Unexpected end of template. Jinja was looking for the following tags: 'elif' or "
             "'else' or 'endif'. The innermost block that needs to be closed is 'if'. (line 2); "
@@ -152,6 +147,32 @@ def test_what_can_be_seen_in_the_source_is_refused_before_it_is_run(source: str,
         compile_templates([source], "X")
     assert str(caught.value).startswith("data.chat_template: " + message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "number"),
+    [
+        ("{{ range(99000000000) }}", "99000000000"),
+        ("{{ 'a'.ljust(99000000000) }}", "99000000000"),
+        ("{{ 'a' | center(99000000000) }}", "99000000000"),
+        ("{{ '%99000000000d' % 1 }}", '"%99000000000d"'),
+        ("{{ '%-099000000000d' | format(1) }}", '"%-099000000000d"'),
+        ("{{ '{0:<99000000000}'.format(1) }}", '"{0:<99000000000}"'),
+        ("{{ 'a' | center('99000000000' | int) }}", '"99000000000"'),
+    ],
+)
+def test_a_text_that_would_fill_the_memory_at_once_is_refused_before_it_is_made(source: str, number: str) -> None:
+    with pytest.raises(DataError) as caught:
+        compile_templates([MESSAGES + source], "X")
+    assert str(caught.value) == (
+        "data.chat_template: X has a number above 16,000,000: a text of such a length would fill the memory; "
+        f"got {number} (line 1); name another one in data.chat_template"
+    )
+
+
+def test_numbers_in_a_template_are_not_widths() -> None:
+    text = """{{ '{"date": 20240101, "id": "99000000000"}' }}{{ 'since 20240101%' }}{{ '%5d' % 1 }} 99000000000"""
+    compile_templates([MESSAGES + text], "X")
 
 
 @pytest.mark.parametrize(

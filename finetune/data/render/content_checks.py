@@ -5,6 +5,7 @@ Tools and tool calls above all; then reasoning, system messages and the results 
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from finetune.data.render.call_arguments import python_in
@@ -147,7 +148,7 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
     What an earlier answer wrote beside its calls may be missing: generation is given this text, too.
     """
     supervised = {answer.message: answer for answer in answers}
-    end = 0
+    end = end_of_calls = 0
     for index, message in enumerate(given.messages):
         answer, field = supervised.get(index), f"messages[{index}]"
         if answer is not None:
@@ -158,14 +159,28 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
             if message["content"].strip() not in text:
                 raise _dropped(chat, message, index)
         else:
-            found = find_content(message, text, end)
+            found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
             if found < 0 and "tool_calls" not in message:
                 raise _dropped(chat, message, index)
             end = max(found, end)
             if "tool_calls" in message and (problem := call_problem(chat, message, text[end:], field, whole=False)):
                 raise problem
+        if message["role"] != "tool":
+            end_of_calls = end
     if given.tools:
         _check_tools(chat, given, text)
+
+
+def _find_turn(messages: Sequence[Message], text: str, end: int, end_of_calls: int) -> int:
+    """Where the last of these messages ends in `text`; the results of one answer may stand in its calls' order."""
+    *before, message = messages
+    found = find_content(message, text, end)
+    if found >= 0 or message["role"] != "tool":
+        return found
+    results = takewhile(lambda earlier: earlier["role"] == "tool", reversed(before))
+    if any(result["content"] == message["content"] for result in results):
+        return -1  # what is found would be the other one
+    return find_content(message, text, end_of_calls)
 
 
 def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:

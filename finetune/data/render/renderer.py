@@ -14,12 +14,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from finetune.data.render.answers import find_examples, find_holes, template_problems
+from finetune.data.render.answers import find_examples, find_holes
 from finetune.data.render.chat_template import PROBE, PROBE_TURNS, ChatTemplate, System
 from finetune.data.render.control_tokens import by_first_character, control_tokens, find_token
 from finetune.data.render.encoder import Encoder, own_bos
-from finetune.data.render.repeatable import repeat_problems
 from finetune.data.render.sandbox import template_problem
+from finetune.data.render.template_checks import problems_of_template
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
 from finetune.errors import DataError
@@ -130,12 +130,11 @@ class Renderer:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
         chat, self._checked = self.chat, True
         question, answer = PROBE_TURNS
-        seen, problems = chat.source_problems, repeat_problems(self._name, lambda hour: chat.at(hour, PROBE_TURNS))
-        problems += template_problems(chat, question, answer)
+        problems = problems_of_template(chat)
         if not problems:
-            problems = self._probe_problems(Conversation([question, answer]))
-        if seen or problems:
-            raise DataError([*seen, *map(template_problem, problems)])
+            problems = list(map(template_problem, self._probe_problems(Conversation([question, answer]))))
+        if problems:
+            raise DataError(problems)
         self._encoder.learn(chat.text([question], generation=True), PROBE)
         result = Message(role="tool", content="probe-7351", tool_call_id="abcdefghi", name="probe")
         calls: list[Any] = [{"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}]

@@ -40,14 +40,14 @@ SECONDS = 10
 """CPU time of one rendering; templates take microseconds."""
 CHARACTERS = 16_000_000
 """What one rendering may write, and how long a text and large a number one product may be: about 4 million tokens."""
-MEMORY = 2**30
+MEMORY = 2**28
 """Bytes by which the process may grow while it renders."""
 
 ANOTHER_TEMPLATE = "name another one in data.chat_template"
 
 Read = TypeVar("Read")
 
-_TICK = 0.1
+_TICK = 0.02
 _MACHINE_WORD = 64  # bits; what takes more is not even computed
 _CORRECT = f"correct its loops, or {ANOTHER_TEMPLATE}"
 _CHANGE_ROW = "change the row, or "
@@ -148,7 +148,7 @@ class _Timer:
         elif thread_time() - self._since > SECONDS:
             raise self._over(f"did not finish within {SECONDS} s")
         elif _resident() - self._memory > MEMORY:
-            raise self._over(f"took more than {MEMORY >> 30} GiB of memory")
+            raise self._over(f"took more than {MEMORY >> 20} MiB of memory")
 
     def _over(self, what: str) -> _Stopped:
         self.stop()

@@ -1,5 +1,6 @@
 """What a chat template's source says without being run: which variables it reads, and what no template may contain."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -8,7 +9,7 @@ from jinja2 import Template, meta, nodes
 
 from finetune.data.render.sandbox import ANOTHER_TEMPLATE, CHARACTERS, compile_template, environment, syntax_tree
 from finetune.data.row_errors import shown
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError, Problem, RecipeError
 from finetune.recipe.error_messages import closest
 
 LONGEST_SOURCE = 300_000
@@ -24,6 +25,8 @@ _ELSEWHERE: dict[type[nodes.Node], str] = {
     nodes.Extends: "extends",
 }
 _RANDOM = (nodes.Filter, "random"), (nodes.Name, "lipsum")
+# `%99d` and `{:99}`, and a text that is a number
+_WIDTH = re.compile(r"%[-+ #0]*(\d+)|\{[^{}]*:[^{}\"']*?(\d+)[^{}\"']*\}|\A\s*(\d+)\s*\Z")
 _PLACE = "data.chat_template"
 
 
@@ -46,14 +49,15 @@ def _unusable(source: str, name: str) -> tuple[Problem, ...]:
     if len(source) > LONGEST_SOURCE:
         what = f"{name} has {len(source):,} characters, more than {LONGEST_SOURCE:,}: that is no chat template"
         return (Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())),)
+    tree = syntax_tree(source, name)
+    what = f"{name} has a number above {CHARACTERS:,}: a text of such a length would fill the memory"
+    large = [(node.lineno, node.value) for node in tree.find_all(nodes.Const) if _is_large(node.value)]
+    if large:  # Jinja computes with constants while it compiles
+        return tuple(Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{shown(value)} (line {line})") for line, value in large)
     tree = _tree(source, name)
     what, do = f"{name} takes a part of itself from another file", "put that text into the template itself"
     elsewhere = [(node.lineno, _ELSEWHERE[type(node)]) for node in tree.find_all(tuple(_ELSEWHERE))]
     problems = [Problem(_PLACE, what, do, f"{{% {kind} %}} (line {line})") for line, kind in elsewhere]
-    numbers = [(node.lineno, node.value) for node in tree.find_all(nodes.Const) if isinstance(node.value, int)]
-    what = f"{name} has a number above {CHARACTERS:,}: a text of such a length would fill the memory"
-    large = [(line, number) for line, number in numbers if number > CHARACTERS]
-    problems += [Problem(_PLACE, what, ANOTHER_TEMPLATE, f"{number} (line {line})") for line, number in large]
     if "messages" not in meta.find_undeclared_variables(tree):
         what = f"{name} reads no messages: that is no chat template"
         problems.append(Problem(_PLACE, what, ANOTHER_TEMPLATE, shown(source.strip())))
@@ -74,13 +78,13 @@ def variables_of(source: str, name: str) -> tuple[str, ...]:
 
 
 def check_template_args(variables: Sequence[str], args: Mapping[str, Any], name: str) -> None:
-    """Raise `DataError` for every variable of `data.template_args` that is none of those which the template reads.
+    """Raise `RecipeError` for every variable of `data.template_args` that is none of those which the template reads.
 
     `variables` are the template's (`variables_of`); what only the program may set is never among them.
     """
     problems = [problem for key in args if (problem := _arg_problem(key, args[key], variables, name)) is not None]
     if problems:
-        raise DataError(problems)
+        raise RecipeError(problems)
 
 
 def _arg_problem(key: str, value: Any, variables: Sequence[str], name: str) -> Problem | None:
@@ -148,6 +152,14 @@ def _seen(node: nodes.Node) -> Iterator[tuple[str, object]]:
     inside = _attribute(node)
     if isinstance(inside, str) and inside.startswith("__"):
         yield "asks for Python's insides, which the sandbox of chat templates forbids", inside
+
+
+def _is_large(value: object) -> bool:
+    """Whether a constant is a number, or the format of a number, of more characters than any text may have."""
+    if isinstance(value, int):
+        return value > CHARACTERS
+    widths = _WIDTH.findall(value) if isinstance(value, str) else []
+    return any(int(width[:20]) > CHARACTERS for pair in widths for width in pair if width)
 
 
 def _is_name(node: nodes.Node, name: str) -> bool:

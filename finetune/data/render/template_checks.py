@@ -1,27 +1,36 @@
-"""Whether a chat template writes the same for the same messages at any hour and in any process."""
+"""Everything for which no row could be trained with a chat template, found before any row is read."""
 
 import re
 from collections.abc import Callable
 from datetime import time
 
+from finetune.data.render.answers import template_problems
+from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
 from finetune.data.render.ends import common_length
-from finetune.data.render.sandbox import ANOTHER_TEMPLATE
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE, template_problem
 from finetune.data.row_errors import RowError, shown
+from finetune.errors import Problem
 
-HOURS = time(), time(13, 47, 11, 123456)
+_HOURS = time(), time(13, 47, 11, 123456)
 """Two hours of a day in which every digit of a clock differs that can."""
 
 _WORD = re.compile(r"[\w:]+")
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>")
 
 
-def repeat_problems(name: str, render_at: Callable[[time], str]) -> list[RowError]:
+def problems_of_template(chat: ChatTemplate) -> list[Problem]:
+    """What is wrong with a template: in its source, between two renderings, in a question and its answer."""
+    seen = _changes(chat.name, lambda hour: chat.at(hour, PROBE_TURNS)) + template_problems(chat, *PROBE_TURNS)
+    return chat.source_problems + [template_problem(error) for error in seen]
+
+
+def _changes(name: str, render_at: Callable[[time], str]) -> list[RowError]:
     """What a template writes that inference would not write again: the hour, the address of an object in memory.
 
     `render_at` renders a conversation with the template's clock at an hour. Nothing where the template refuses it.
     """
     try:
-        midnight, again, later = map(render_at, (HOURS[0], *HOURS))
+        midnight, again, later = map(render_at, (_HOURS[0], *_HOURS))
     except RowError:
         return []
     if address := _ADDRESS.search(midnight):
