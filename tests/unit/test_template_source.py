@@ -158,7 +158,6 @@ def test_what_can_be_seen_in_the_source_is_refused_before_it_is_run(source: str,
         ("{{ '%99000000000d' % 1 }}", '"%99000000000d"'),
         ("{{ '%-099000000000d' | format(1) }}", '"%-099000000000d"'),
         ("{{ '{0:<99000000000}'.format(1) }}", '"{0:<99000000000}"'),
-        ("{{ 'a' | center('99000000000' | int) }}", '"99000000000"'),
     ],
 )
 def test_a_text_that_would_fill_the_memory_at_once_is_refused_before_it_is_made(source: str, number: str) -> None:
@@ -171,7 +170,7 @@ def test_a_text_that_would_fill_the_memory_at_once_is_refused_before_it_is_made(
 
 
 def test_numbers_in_a_template_are_not_widths() -> None:
-    text = """{{ '{"date": 20240101, "id": "99000000000"}' }}{{ 'since 20240101%' }}{{ '%5d' % 1 }} 99000000000"""
+    text = """{{ '{"date": 20240101, "id": "99000000000"}' }}{{ '0123456789' }}{{ '5% of 20240101%' }} 99000000000"""
     compile_templates([MESSAGES + text], "X")
 
 

@@ -25,8 +25,8 @@ _ELSEWHERE: dict[type[nodes.Node], str] = {
     nodes.Extends: "extends",
 }
 _RANDOM = (nodes.Filter, "random"), (nodes.Name, "lipsum")
-# `%99d` and `{:99}`, and a text that is a number
-_WIDTH = re.compile(r"%[-+ #0]*(\d+)|\{[^{}]*:[^{}\"']*?(\d+)[^{}\"']*\}|\A\s*(\d+)\s*\Z")
+# `%99d` and `{:99}`
+_WIDTH = re.compile(r"%[-+ #0]*(\d+)|\{[^{}]*:[^{}\"']*?(\d+)[^{}\"']*\}")
 _PLACE = "data.chat_template"
 
 
