@@ -33,17 +33,17 @@ class Family(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A message's number, the prompt before it, the answer through its end token, and what the template writes then."""
+    """A message's number, the prompt before it, the answer through its end token, and what the template writes then.
+
+    `apart`: prompt and words of the template meet in white space, and so are tokenised apart, in a text of their own.
+    """
 
     index: int
     prompt: str
     answer: str
     rest: str
 
-    @property
-    def apart(self) -> bool:
-        """Whether prompt and answer meet in white space, and so are tokenised apart, in a text of their own."""
-        return self.prompt[-1:].isspace() and self.answer[:1].isspace()
+    apart: bool
 
 
 class Example(NamedTuple):
@@ -119,11 +119,14 @@ class Oracle:
         if not family.appended:
             answer, found, rest = answer.rpartition(end)
             assert found, (end, whole)
+        given = self._given.messages[index]
+        apart = prompt[-1:].isspace() and answer[:1].isspace() and not answer.startswith(given["content"] or "\0")
+        written = Written(index, prompt, answer + end, rest, apart)
         if reasoning is not None:
-            return Written(index, prompt, answer + end, rest)
-        lost = [key for key in ("content", "reasoning") if str(self._given.messages[index].get(key, "")) not in answer]
+            return written
+        lost = [key for key in ("content", "reasoning") if str(given.get(key, "")).strip() not in answer]
         assert not lost, (lost, answer)
-        return Written(index, prompt, answer + end, rest)
+        return written
 
     def _unlike(self, prompt: str, whole: str, index: int, message: dict[str, Any]) -> str:
         """The finished text where it does not begin with the prompt."""
@@ -136,8 +139,11 @@ class Oracle:
         signed = self._text([*self._messages[:index], {**message, family.reasoning: _SIGN}])
         if signed.startswith(prompt + _SIGN):
             return prompt + (message.get(family.reasoning) or "") + signed[len(prompt + _SIGN) :]
-        # Without earlier reasoning both are alike: the template drops it only once the answer is there.
-        bare = [{**each, family.reasoning: ""} for each in self._messages[:index]]
+        # Without earlier reasoning, and words beside calls, both are alike: they are dropped once the answer is there.
+        bare = [
+            {**each, family.reasoning: "", **({"content": ""} if each.get("tool_calls") else {})}
+            for each in self._messages[:index]
+        ]
         whole = self._text([*bare, message])
         assert whole.startswith(self._text(bare, True)), whole
         return prompt + whole[len(self._text(bare, True)) :]
@@ -148,7 +154,7 @@ class Oracle:
         if "reasoning" in taken and self._family.reasoning is not None:
             taken[self._family.reasoning] = taken.pop("reasoning")
         for call in taken.get("tool_calls", ()) if self._family.text_arguments else ():
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         return dict(taken)
 
     def _text(self, messages: Sequence[dict[str, Any]], generation: bool = False) -> str:

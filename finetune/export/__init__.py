@@ -112,7 +112,7 @@ def _vllm(adapter: Adapter, output: Path, base: Path | None) -> Exported:
         write_text(folder / "README.md", vllm_card(adapter.record.as_dict(), record))
         write_sums(folder)
     scale = "scales are multiplied into B, " if lora.folded else ""
-    lines = (
+    lines: tuple[str, ...] = (
         f"{2 * len(lora.pairs)} tensors, {scale}r={lora.r}: {CONFIG_FILE}, {WEIGHTS_FILE}",
         f"vllm serve BASE --enable-lora --max-lora-rank {lora.max_lora_rank} --lora-modules NAME={output}",
     )

@@ -26,10 +26,10 @@ def _asked(*turns: Message, tools: tuple[str, ...] = ("get_weather",)) -> Conver
     return Conversation([Message(role="user", content="How is Oslo?"), *turns], [tool_schema(name) for name in tools])
 
 
-def _called(*cities: str, reasoning: str | None = None) -> Message:
+def _called(*cities: str, reasoning: str | None = None, content: str = "") -> Message:
     """Calls of the weather, one a city."""
     calls = [tool_call("get_weather", f"call0000{place}", city=city) for place, city in enumerate(cities)]
-    message = Message(role="assistant", content="", tool_calls=calls)
+    message = Message(role="assistant", content=content, tool_calls=calls)
     return message if reasoning is None else {**message, "reasoning": reasoning}
 
 
@@ -70,6 +70,11 @@ CONVERSATIONS = {
     "reasoning before a call": _asked(
         _called("Oslo", reasoning="Ask."), _result(), _said("It is cold.", "Zero is cold.")
     ),
+    "reasoning in two rounds of calls": _asked(
+        *(_called("Oslo", reasoning="Ask."), _result(), _called("Rome", reasoning="Ask again."), _result()),
+        *(_said("Both are cold.", "Zero is cold."), _user("Sure?"), _said("Yes.", "Zero.")),
+    ),
+    "words beside a call": _asked(_called("Oslo", content="Let me look."), _result(), _said("It is cold.")),
     "short words": Conversation(
         [_user("A?"), _said("a"), _user("I?"), _said("in", "a"), _user("O?"), _said("o", "analysis")]
     ),
@@ -104,6 +109,7 @@ SUPERVISED_REASONING = (
     "reasoning in the first answer/assistant",
     "reasoning in the last answer",
     "reasoning before a call",
+    "reasoning in two rounds of calls",
     "short words",
 )
 NO_SYSTEM = {"system": "has no system role", "call of a tool in the system message": "has no system role"}
@@ -122,9 +128,16 @@ DEEPSEEK_TOOLS = {
     **{name: "drops the tools" for name in CALLS if CONVERSATIONS[name].tools},
     # Its template counts calls once for the whole conversation.
     "two rounds of calls": "drops the tools|renders what comes before an answer differently",
+    "reasoning in two rounds of calls": "drops the tools|renders what comes before an answer differently",
     # After a result the prompt opens no block.
     "reasoning before a call": "drops the reasoning of this answer",
 }
+# Words beside a call are dropped.
+NO_WORDS = dict.fromkeys(
+    ("words beside a call/assistant", "words beside a call/completion"), "drops or changes a tool call"
+)
+# They are moved behind the call's result once that is there.
+MOVED_WORDS = {"words beside a call": "drops or changes a tool call|renders what comes before an answer differently"}
 
 IM_END = Family("<|im_end|>", "<|im_end|>")
 HYBRID = IM_END._replace(reasoning="reasoning_content")
@@ -132,9 +145,17 @@ SENTENCE = wide("<|end▁of▁sentence|>")
 DEEPSEEK = Family(SENTENCE, SENTENCE, closing="\n</think>\n\n", text_arguments=True)
 GEMMA4 = Family("<turn|>", "<|tool_response>", reasoning="reasoning")
 LLAMA = Family("<|eot_id|>", "<|eot_id|>")
+HIDDEN = {"words beside a call/last_assistant": "drops or changes a tool call"}
 AFTER_A_RESULT = dict.fromkeys(
-    [name if name != "call, then a question" else f"{name}/assistant" for name in CALLS],
+    [
+        *("call", "call of a tool in the system message", "call, then a question/assistant"),
+        *("two rounds of calls", "parallel calls", "words beside a call"),
+    ],
     "changes the answer or writes its own words into it|renders what comes before an answer differently",
+)
+OPENED_AFTER_A_RESULT = AFTER_A_RESULT | dict.fromkeys(
+    ("reasoning before a call", "reasoning in two rounds of calls/assistant"),
+    "renders what comes before an answer differently",
 )
 ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
 
@@ -148,14 +169,16 @@ TEMPLATES = {
     # Of these only calls are written with their reasoning.
     **dict.fromkeys(
         ("gemma4", "gemma4_v3", "gemma4_v4"),
-        Template("gemma4", GEMMA4, (Use(1, NO_REASONING), Use(1, NO_REASONING, ON))),
+        Template("gemma4", GEMMA4, (Use(1, NO_REASONING | MOVED_WORDS), Use(1, NO_REASONING | MOVED_WORDS, ON))),
     ),
     "gemma4_v2": Template(
-        "gemma4", GEMMA4._replace(call_end="<turn|>"), (Use(1, NO_REASONING), Use(1, NO_REASONING, ON))
+        "gemma4",
+        GEMMA4._replace(call_end="<turn|>"),
+        (Use(1, NO_REASONING | HIDDEN), Use(1, NO_REASONING | HIDDEN, ON)),
     ),
-    "gemma4_v5": Template("gemma4", GEMMA4, (Use(1), Use(1, args=ON))),
+    "gemma4_v5": Template("gemma4", GEMMA4, (Use(1, MOVED_WORDS), Use(1, MOVED_WORDS, ON))),
     # Prompt and text do not agree about what follows a tool's result.
-    "diffusion_gemma": Template("gemma4", GEMMA4, (Use(1, AFTER_A_RESULT), Use(1, AFTER_A_RESULT, ON))),
+    "diffusion_gemma": Template("gemma4", GEMMA4, (Use(1, AFTER_A_RESULT), Use(1, OPENED_AFTER_A_RESULT, ON))),
     "glm4moe": Template(
         "glm",
         Family("<|user|>", "<|observation|>", appended=True, reasoning="reasoning_content"),
@@ -175,12 +198,12 @@ TEMPLATES = {
     "lfm2_2_5_v2": Template("lfm2", IM_END._replace(reasoning="thinking"), (Use(1),)),
     "lfm2_2_5_vl": Template("lfm2", IM_END._replace(reasoning="thinking"), (Use(1),)),
     "llama3": Template("llama3", LLAMA, (Use(1, NO_REASONING | NO_TOOLS),)),
-    "llama3_1": Template("llama3", LLAMA, (Use(1, NO_REASONING | ONE_CALL),)),
-    "llama3_2": Template("llama3", LLAMA, (Use(1, NO_REASONING | ONE_CALL),)),
+    "llama3_1": Template("llama3", LLAMA, (Use(1, NO_REASONING | ONE_CALL | NO_WORDS),)),
+    "llama3_2": Template("llama3", LLAMA, (Use(1, NO_REASONING | ONE_CALL | NO_WORDS),)),
     "muse_glimmer": Template(
         "muse",
         Family("<|eot|>", "<|eot|>", reasoning="reasoning_content"),
-        (Use(1), Use(1, args={"reasoning_strength": "low"})),
+        (Use(1, NO_WORDS), Use(1, NO_WORDS, {"reasoning_strength": "low"})),
     ),
     **dict.fromkeys(
         ("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra", "nemotron_3_5_lightning"),

@@ -169,7 +169,7 @@ def test_a_tool_is_described_as_mistral_describes_it(version: str, function: dic
 def reasoned(conversation: Conversation) -> Conversation:
     """The same, with reasoning before every answer and every call."""
     messages = [
-        Message(**message, reasoning=f"Turn {i}:\n\nso.") if message["role"] == "assistant" else message  # type: ignore[typeddict-item]
+        Message(**message, reasoning=f"Turn {i}:\n\nso.") if message["role"] == "assistant" else message
         for i, message in enumerate(conversation.messages)
     ]
     return Conversation(messages, conversation.tools)

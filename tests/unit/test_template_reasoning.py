@@ -40,10 +40,12 @@ SWITCHED = (
 """As DeepSeek-V3.1's: closed unless `thinking` is true."""
 
 
-def renderer(source: str, loss_on: LossOn = "assistant", train_on_reasoning: bool = True, **args: Any) -> Renderer:
+def renderer(
+    source: str, args: dict[str, Any] | None = None, loss_on: LossOn = "assistant", train_on_reasoning: bool = True
+) -> Renderer:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = source
-    set_template_args(tokenizer, args)
+    set_template_args(tokenizer, args or {})
     return Renderer(tokenizer, "X", loss_on, train_on_reasoning=train_on_reasoning)
 
 
@@ -61,13 +63,13 @@ def learned(given: Renderer, conversation: Conversation) -> list[list[str]]:
 def test_the_block_of_reasoning_is_learned_as_the_template_writes_it() -> None:
     assert learned(renderer(HYBRID), reasoned()) == [["<think>\n2 + 2\n</think>\n\n4<|im_end|>"]]
     assert learned(renderer(HYBRID), chat("a", "b")) == [["<think>\n\n</think>\n\nb<|im_end|>"]]
-    assert learned(renderer(HYBRID, enable_thinking=False), chat("a", "b")) == [["b<|im_end|>"]]
+    assert learned(renderer(HYBRID, {"enable_thinking": False}), chat("a", "b")) == [["b<|im_end|>"]]
 
 
 def test_a_block_that_the_prompt_opened_is_filled_and_closed() -> None:
     assert learned(renderer(OPENED), reasoned()) == [["2 + 2\n</think>\n\n4<|im_end|>"]]
     assert learned(renderer(OPENED), chat("a", "b")) == [["\n</think>\n\nb<|im_end|>"]]
-    assert learned(renderer(SWITCHED, thinking=True), reasoned()) == [["2 + 2</think>4<|im_end|>"]]
+    assert learned(renderer(SWITCHED, {"thinking": True}), reasoned()) == [["2 + 2</think>4<|im_end|>"]]
     assert learned(renderer(SWITCHED), chat("a", "b")) == [["b<|im_end|>"]]
 
 
@@ -121,14 +123,14 @@ def test_blocks_that_are_no_reasoning_before_an_answer_are_refused(given: Conver
 )
 def test_reasoning_that_would_not_be_learned_is_refused(source: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError) as caught:
-        renderer(source, **args).examples(reasoned())
+        renderer(source, args).examples(reasoned())
     assert str(caught.value.problem("f", 1)) == f"f:1: messages[1].reasoning: {message}"
 
 
 def test_the_advised_variable_lets_the_reasoning_in() -> None:
     name, value = renderer(SWITCHED).chat.opening_arg or ("", False)
-    assert learned(renderer(SWITCHED, **{name: value}), reasoned()) == [["2 + 2</think>4<|im_end|>"]]
-    assert renderer(SWITCHED, thinking=True).chat.closing_arg == ("thinking", False)
+    assert learned(renderer(SWITCHED, {name: value}), reasoned()) == [["2 + 2</think>4<|im_end|>"]]
+    assert renderer(SWITCHED, {"thinking": True}).chat.closing_arg == ("thinking", False)
     assert renderer(HYBRID).chat.closing_arg is None, "its prompt opens nothing"
 
 
@@ -216,11 +218,11 @@ def test_an_example_that_is_too_long_is_an_error_where_the_recipe_says_so(rows: 
 def test_other_variables_are_other_rows(rows: Path) -> None:
     given = settings(rows)
     lengths = [
-        len(prepare(given.sources("train"), renderer(HYBRID, **args)._tokenizer, given, 0).dataset[0]["labels"])
+        len(prepare(given.sources("train"), renderer(HYBRID, args)._tokenizer, given, 0).dataset[0]["labels"])
         for args in ({}, {"enable_thinking": False})
     ]
     supervised_counts = [
-        prepare(given.sources("train"), renderer(HYBRID, **args)._tokenizer, given, 0).stats.supervised_tokens
+        prepare(given.sources("train"), renderer(HYBRID, args)._tokenizer, given, 0).stats.supervised_tokens
         for args in ({}, {"enable_thinking": False})
     ]
     assert lengths[0] == lengths[1], "the same text"
