@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.data.render.call_arguments import python_in
 from finetune.data.render.chat_template import ChatTemplate
-from finetune.data.render.compiled_template import ANOTHER_TEMPLATE
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
 
