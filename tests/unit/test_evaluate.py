@@ -152,7 +152,7 @@ def test_prompts_have_the_variables_of_the_training(
     for wrong in ("enable_thinking", "=1", "x=null"):
         with pytest.raises(SystemExit):
             main([*words, wrong])
-        assert f"write KEY=VALUE, a value being text, a number, true or false; got {wrong}" in capsys.readouterr().err
+        assert f"write NAME=VALUE, a value being text, a number, true or false; got {wrong}" in capsys.readouterr().err
 
 
 def test_prompts_are_rendered_as_in_training_tools_and_system_policy_included(tmp_path: Path) -> None:
