@@ -5,24 +5,23 @@ A special token (`<|im_start|>`) that the vocabulary lacks is split into pieces 
 its spelling, a user can type it, and no server stops at it.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
-from transformers.integrations.mistral import convert_tekken_tokenizer
 
-from finetune.data.generation_config import stop_ids
-from finetune.data.render.answers import template_problems
-from finetune.data.render.chat_template import PROBE_TURNS, ChatTemplate
+from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import SHIPPED, read_template
-from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens, template_args
+from finetune.data.render.template_checks import problems_of_template
+from finetune.data.render.template_settings import set_stop_tokens, set_template_args, stop_tokens
+from finetune.data.row_errors import RowError
+from finetune.data.types import Message
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
+from finetune.generation_config import stop_ids
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
@@ -30,7 +29,7 @@ _SPECIAL_TOKEN = re.compile("<\\|[^<>|\\s]+\\|>|<\uff5c[^<>\uff5c\\s]+\uff5c>|<(
 _MISTRAL_TOKEN = re.compile(r"\[/?[A-Z_]+\]")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _ANSWER = "answer!"
-_PROBE = [{"role": "user", "content": "question?"}, {"role": "assistant", "content": _ANSWER}]
+_PROBE = [Message(role="user", content="question?"), Message(role="assistant", content=_ANSWER)]
 
 
 def template_tokens(tokenizer: Any) -> list[str]:
@@ -44,10 +43,9 @@ def template_tokens(tokenizer: Any) -> list[str]:
 def _probe(tokenizer: Any) -> str:
     """A question and an answer as the template writes them; empty where it rejects them, which the renderer reports."""
     try:
-        text: str = tokenizer.apply_chat_template(_PROBE, tokenize=False)
-    except (TemplateError, TypeError, ValueError):
+        return ChatTemplate(tokenizer, "the chat template").text(_PROBE)
+    except RowError:
         return ""
-    return text
 
 
 def check_split_tokens(tokenizer: Any, name: str, added: Sequence[str]) -> None:
@@ -87,29 +85,11 @@ def check_unended_answers(tokenizer: Any) -> None:
     end = chat.text_end
     if end is None or end.token in chat.stops:
         return
-    remaining = [
-        Problem("data.chat_template", problem.what, problem.do, problem.got)
-        for problem in template_problems(chat, *PROBE_TURNS)
-    ]
+    remaining = problems_of_template(chat)
     name = "name another template in data.chat_template"
     do = name if remaining else f"write model.eos_token: {_quoted(end.token)}, or {name}"
     what = f"the chat template ends an answer with {end.token}, at which this checkpoint does not stop"
     raise DataError([Problem("model.eos_token", what, do, ", ".join(chat.stops)), *remaining])
-
-
-def check_template_args(tokenizer: Any) -> None:
-    """Raise RecipeError for variables that the chat template does not read: they would change nothing."""
-    if not (args := template_args(tokenizer)):
-        return
-    known = ChatTemplate(tokenizer, "the chat template").variables
-    do = f"write one that it reads: {', '.join(known)}" if known else "remove it: the template reads none"
-    problems = [
-        Problem(f"data.template_args.{name}", "the chat template reads no such variable", do, got=json.dumps(value))
-        for name, value in args.items()
-        if name not in known
-    ]
-    if problems:
-        raise RecipeError(problems)
 
 
 def _token_after_answer(tokenizer: Any) -> str | None:
@@ -149,7 +129,8 @@ def load_tokenizer(
         tokenizer.chat_template = template
         check_split_tokens(tokenizer, str(chat_template), added_tokens)
         check_unended_answers(tokenizer)
-    check_template_args(tokenizer)
+    if template_args:
+        ChatTemplate(tokenizer, "the chat template")  # refuses variables that it does not read
     return tokenizer
 
 
@@ -160,9 +141,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         tokenizer = load()
         if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
             tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers run into
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
+        got = got if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {got}"
         raise WeightsError(Problem(where=name_or_path, what="no tokenizer could be loaded", got=got, do=do)) from error
     if not tokenizer.is_fast:
         do = "use a checkpoint with a tokenizer.json"
@@ -170,7 +152,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
     file = getattr(tokenizer, "vocab_file", None)
     if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
-        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
+        # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed.
+        from transformers.integrations.mistral import convert_tekken_tokenizer  # it imports mistral-common
+
+        return convert_tekken_tokenizer(file)
     return tokenizer
 
 

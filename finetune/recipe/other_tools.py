@@ -24,7 +24,7 @@ _RENAMED = {
     "data.train.id": ("dataset_name",),
     "data.max_length": ("max_seq_length", "sequence_len", "cutoff_len"),
     "data.packing": ("sample_packing",),
-    "data.template_args": ("chat_template_kwargs",),
+    "data.template_args": ("chat_template_kwargs", "chat_template_args"),
     "training.num_train_epochs": ("num_epochs",),
     "training.learning_rate": ("lr",),
     "training.global_batch_size": ("batch_size",),
@@ -65,6 +65,10 @@ _OTHER = {
     "flash_attention": Foreign(
         "another tool's name for a setting", "write model.attn_implementation: flash_attention_2, or remove it"
     ),
+    **{
+        name: Foreign("a variable of the chat template", f"write data.template_args.{name}")
+        for name in ("enable_thinking", "reasoning_effort")
+    },
     "precompute_ref_log_probs": Foreign(
         "another tool's name for a setting", "write method.reference: precomputed, or method.reference: live for false"
     ),

@@ -134,14 +134,13 @@ def test_answers_that_the_template_makes_the_same(tmp_path: Path, row_format: st
     assert len(prepared(tmp_path, [row], row_format).table) == 1  # under a template that keeps the white space
 
 
-def test_a_template_that_renders_two_prompts(tmp_path: Path) -> None:
-    """One that writes another number each time, for example."""
+def test_a_template_that_would_render_two_prompts(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ range(99999) | random }}" + CHATML
-    assert refusal(tmp_path, [SHORT], tokenizer=tokenizer) == [
-        "rows.jsonl:1: rejected: the template renders another prompt before this answer than before the chosen one; "
-        "name another one in data.chat_template"
-    ]
+    assert refusal(tmp_path, [SHORT], tokenizer=tokenizer)[0] == (
+        "data.chat_template: the tokenizer's own chat template draws at random, so training and inference would "
+        "differ; got random (line 1); name another one in data.chat_template"
+    )
 
 
 def test_what_is_wrong_with_a_conversation_as_a_whole_names_the_row(tmp_path: Path) -> None:

@@ -107,6 +107,16 @@ SINGLE_MISTAKES = {
         "write one of auto, messages, sharegpt, alpaca, prompt_completion, dolly, oasst, text, rendered, "
         "preference, ultrafeedback, alpaca_dpo, hh, orca_dpo, sharegpt_dpo, kto; did you mean messages?",
     ),
+    "another tool's name for a section": (
+        changed(("max_length: 256", "max_length: 256\n  chat_template_kwargs: {enable_thinking: false}")),
+        "recipe.yaml:17: data.chat_template_kwargs: unknown key: another tool's name for a setting; "
+        'got {"enable_thinking": false}; write data.template_args',
+    ),
+    "a variable of the template": (
+        changed(("max_length: 256", "max_length: 256\n  enable_thinking: false")),
+        "recipe.yaml:17: data.enable_thinking: unknown key: a variable of the chat template; "
+        "got false; write data.template_args.enable_thinking",
+    ),
     "choice under another name": (
         changed(("dtype: float32", "dtype: bf16")),
         'recipe.yaml:5: model.dtype: not one of the known values; got "bf16"; '

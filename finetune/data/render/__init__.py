@@ -4,6 +4,7 @@ from finetune.data.render.chat_template import ChatTemplate, System
 from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.rendered_text import Marks, RenderedText
 from finetune.data.render.renderer import LOSSES, Renderer
+from finetune.data.render.sandbox import StoppedError
 from finetune.data.render.template_settings import (
     set_stop_tokens,
     set_template_args,
@@ -26,6 +27,7 @@ __all__ = [
     "RenderedText",
     "Renderer",
     "Rendering",
+    "StoppedError",
     "System",
     "TokenizedText",
     "read_template",

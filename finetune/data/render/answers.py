@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from finetune.data.render.chat_template import ChatTemplate
-from finetune.data.render.compiled_template import ANOTHER_TEMPLATE, Prompt, with_placeholder
+from finetune.data.render.compiled_template import Prompt, with_placeholder
 from finetune.data.render.content_checks import answer_problem, check_content, find_reasoning
 from finetune.data.render.ends import common_length
 from finetune.data.render.reasoning import PLACEHOLDER, closed_block, closing_mark, opened_block, without_empty_block
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message
 from finetune.recipe.settings import LossOn
@@ -220,8 +221,8 @@ def _located(
     reasoning = message.get("reasoning")
     place = start + find_reasoning(chat, message, words) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
-    own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
-    alone = chat.prompt_alone or own_space
+    rows_own = message["content"][:1].isspace() and rest.startswith(message["content"])
+    alone = chat.prompt_alone or (prompt[-1:].isspace() and rest[:1].isspace() and not rows_own)
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
-from finetune.data.render.compiled_template import ANOTHER_TEMPLATE, CompiledTemplate, with_placeholder
+from finetune.data.render.compiled_template import CompiledTemplate, with_placeholder
 from finetune.data.render.control_tokens import by_first_character, find_token, strings
 from finetune.data.render.ends import End, find_end, next_speaker
 from finetune.data.render.frame_marks import TAG, finder, frame_marks
 from finetune.data.render.reasoning import CLOSE, PLACEHOLDER, closing_mark, opened_block, split_inline
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Conversation, Function, Message, ToolCall
 
@@ -246,10 +247,8 @@ class ChatTemplate(CompiledTemplate):
 
     @cached_property
     def _knows_think(self) -> bool:
-        """Whether `<think>` blocks mean something to the template."""
-        return any(CLOSE in source for source in self._sources) and bool(
-            self.reasoning_key or self.opened or self.opening_arg
-        )
+        """Whether the template writes reasoning, be it in `<think>` or in marks of its own."""
+        return bool(self.reasoning_key or self.opened or self.opening_arg)
 
     def _check_contents(self, given: Conversation) -> None:
         """Raise `RowError` where anything that the template writes of a row would be read as frame."""

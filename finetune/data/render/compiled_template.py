@@ -1,6 +1,6 @@
 """A tokenizer's chat template: messages -> text, as generation would render them too; the shipped templates by name.
 
-The template is compiled once, by the same function and in the same sandbox as `apply_chat_template`.
+The template is compiled once, in the sandbox of `apply_chat_template` with bounds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,24 +9,18 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, meta, nodes
-
 from finetune.data.render.call_arguments import Form, arguments_form, with_arguments_as_text
 from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.render.reasoning import PLACEHOLDER, reasoning_key
+from finetune.data.render.sandbox import write
 from finetune.data.render.template_settings import clock_of, stop_tokens, template_args
-from finetune.data.row_errors import RowError
+from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem
-from finetune.upstream import private
-
-_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
 
 FOLDER = Path(__file__).parent / "templates"
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
-ANOTHER_TEMPLATE = "name another one in data.chat_template"
-_GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt"))
 
 Tools = list[dict[str, Any]] | None
 
@@ -76,11 +70,8 @@ class CompiledTemplate:
         self.args = template_args(tokenizer)
         self._tokenizer = tokenizer
         self._sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
-        try:
-            self._compiled = [_compile(source) for source in self._sources]
-        except TemplateError as error:
-            what, got = f"{name} cannot be read", str(error)
-            raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
+        self._compiled = compile_templates(self._sources, name)
+        check_template_args(self.variables, self.args, name)
         pairs = zip(self._compiled, self._sources, strict=True)
         self._endings = [_ending(template, source) for template, source in pairs]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
@@ -123,14 +114,15 @@ class CompiledTemplate:
         taken = [self._taken(message) for message in messages]
         return self._rendered(taken, None, args=clock_of(self._tokenizer, hour))
 
+    @property
+    def source_problems(self) -> list[Problem]:
+        """What may not stand in a chat template, although it can be run with it."""
+        return source_problems(self._sources, self.name)
+
     @cached_property
     def variables(self) -> tuple[str, ...]:
         """The names that the template reads beside the messages, the tools and the tokenizer's special tokens."""
-        known = {*_GIVEN, *self._tokenizer.special_tokens_map, *self._compiled[0].globals}
-        names: set[str] = set()
-        for template, source in zip(self._compiled, self._sources, strict=True):
-            names |= _variables(template, source)
-        return tuple(sorted(names - known))
+        return tuple(sorted({variable for source in self._sources for variable in variables_of(source, self.name)}))
 
     @cached_property
     def arguments_form(self) -> Form:
@@ -166,13 +158,7 @@ class CompiledTemplate:
             "tools": tools or None,
             "add_generation_prompt": generation,
         }
-        try:
-            for piece in template.root_render_func(template.new_context(variables, shared=True)):
-                written.append(piece)  # each before the next is asked for: Turns looks at what is there
-        except Exception as error:  # whatever a template's own code runs into
-            do = f"change the row, or {ANOTHER_TEMPLATE}"
-            got = str(error) or type(error).__name__
-            raise RowError("messages", f"{self.name} refuses the conversation", do, got) from error
+        write(template, variables, written, self.name)
 
     def _taken(self, message: Message) -> Any:
         """The message as generation has it: without our `train`, arguments and reasoning as the template reads them."""
@@ -198,23 +184,6 @@ class CompiledTemplate:
 @lru_cache(maxsize=64)
 def _ending(template: Any, source: str) -> str | None:
     return ending(template, source)
-
-
-@lru_cache(maxsize=64)
-def _variables(template: Any, source: str) -> frozenset[str]:
-    return frozenset(read_variables(template.environment.parse(source)))
-
-
-def read_variables(tree: nodes.Template) -> set[str]:
-    """The names that a template reads from outside: it never sets them, or it asks whether they are defined, or gives
-    them a default at its beginning."""
-    tests = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
-    outside = {test.node.name for test in tests if isinstance(test.node, nodes.Name)}
-    for node in tree.body:
-        if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
-            outside |= {name.name for name in node.node.find_all(nodes.Name)} & {node.target.name}
-    set_here = {name.name for name in tree.find_all(nodes.Name) if name.ctx in ("store", "param")}
-    return {name for name in meta.find_undeclared_variables(tree) if name in outside or name not in set_here}
 
 
 def with_placeholder(message: Message) -> Message:

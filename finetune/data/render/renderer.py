@@ -14,13 +14,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from finetune.data.render.answers import find_examples, find_holes, template_problems
+from finetune.data.render.answers import find_examples, find_holes
 from finetune.data.render.chat_template import PROBE, PROBE_TURNS, ChatTemplate, System
 from finetune.data.render.control_tokens import by_first_character, control_tokens, find_token
 from finetune.data.render.encoder import Encoder, own_bos
+from finetune.data.render.sandbox import template_problem
+from finetune.data.render.template_checks import problems_of_template
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import IGNORED, Answer, Conversation, Document, Ints, Message, Rendering, TokenizedText
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError
 from finetune.recipe.settings import LossOn
 
 LOSSES: tuple[LossOn, ...] = get_args(LossOn)
@@ -128,11 +130,11 @@ class Renderer:
         """Refuse a template that cannot work for any row, once and by its name; learn how its prompts end."""
         chat, self._checked = self.chat, True
         question, answer = PROBE_TURNS
-        problems = template_problems(chat, question, answer)
+        problems = problems_of_template(chat)
         if not problems:
-            problems = self._probe_problems(Conversation([question, answer]))
+            problems = list(map(template_problem, self._probe_problems(Conversation([question, answer]))))
         if problems:
-            raise DataError([Problem("data.chat_template", error.what, error.do, error.got) for error in problems])
+            raise DataError(problems)
         self._encoder.learn(chat.text([question], generation=True), PROBE)
         result = Message(role="tool", content="probe-7351", tool_call_id="abcdefghi", name="probe")
         calls: list[Any] = [{"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.formats.fields import PLACEHOLDERS
+from finetune.data.render import StoppedError
 from finetune.data.row_errors import FileError, Problems, Row, RowError
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
@@ -80,6 +81,8 @@ def _render(example: Example, example_type: ExampleType, renderer: TextRenderer)
     for index, conversation in enumerate(conversations):
         try:
             texts += example_type.renderings(renderer, conversation)
+        except StoppedError as error:
+            raise error.at(example.where) from error
         except RowError as error:
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)

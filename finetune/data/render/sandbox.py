@@ -1,0 +1,243 @@
+"""Compile a chat template and run it with bounds on time, output and memory.
+
+A template is a program that came with a checkpoint. transformers' sandbox keeps it from files and from Python's
+insides, but lets it run for ever and write without end. Here:
+
+- Time: a timer of the process's CPU time (SIGPROF) interrupts whatever the template does, loops and recursion that
+  write nothing included. It is set before each rendering and cleared after it, which costs one to two microseconds
+  with all else here, and no usual rendering ever sees a tick. A count in every loop would cost more, and miss what
+  filters do. Signals reach the main thread only, and there all rendering is done; in another thread, or where a
+  profiler uses the signal, a rendering has no time limit.
+- Output: the pieces are counted as they come.
+- Memory: the timer looks at it too, for texts that double in each round. What one operation makes cannot be
+  interrupted, so products (`'a' * 10**9`) and powers are looked at before: here, and so before Jinja computes
+  constants while it compiles.
+
+All of it belongs to the environment of the template and to the call; nothing is changed for other users of Jinja.
+"""
+
+import os
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, lru_cache
+from threading import get_ident, main_thread
+from time import thread_time
+from typing import Any, TypeVar
+
+from jinja2 import Environment, Template, TemplateError, UndefinedError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from finetune.data.row_errors import RowError
+from finetune.errors import DataError, Problem
+from finetune.upstream import private
+
+_compile = private("transformers.utils.chat_template_utils:_compile_jinja_template")
+
+SECONDS = 10
+"""CPU time of one rendering; templates take microseconds."""
+CHARACTERS = 16_000_000
+"""What one rendering may write, and how long a text and large a number one product may be: about 4 million tokens."""
+MEMORY = 2**28
+"""Bytes by which the process may grow while it renders."""
+
+ANOTHER_TEMPLATE = "name another one in data.chat_template"
+
+Read = TypeVar("Read")
+
+_TICK = 0.02
+_MACHINE_WORD = 64  # bits; what takes more is not even computed
+_CORRECT = f"correct its loops, or {ANOTHER_TEMPLATE}"
+_CHANGE_ROW = "change the row, or "
+_VARIABLE = re.compile(r"'(\w+)' is undefined")
+
+
+class _Stopped(BaseException):
+    """The template went over a bound. No `Exception`: Jinja itself must not catch it."""
+
+    def __init__(self, what: str, do: str) -> None:
+        super().__init__(what)
+        self.what, self.do = what, do
+
+
+class StoppedError(DataError):
+    """A template went over a bound. It is no `RowError`: after ten seconds nobody waits for the next row's."""
+
+    def __init__(self, what: str, do: str) -> None:
+        super().__init__(Problem("data.chat_template", what, do))
+
+    def at(self, row: str) -> DataError:
+        """The same with the row that was rendered, `file:line`."""
+        [problem] = self.problems
+        return DataError(replace(problem, where=f"{row}: messages", do=f"remove the row, or {problem.do}"))
+
+
+class _BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """Refuses products and powers that are too large, and thereby keeps Jinja from computing them while it compiles."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The product or the power, if it is of a usual size."""
+        if _size(operator, left, right) > CHARACTERS:
+            raise _Stopped(f"makes a text or a number of more than {CHARACTERS:,} by {operator}", ANOTHER_TEMPLATE)
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(operator: str, left: Any, right: Any) -> int:
+    """The length of a text or a list that would result, or the integer that would; 0 for all else."""
+    if isinstance(left, int) and isinstance(right, int):
+        left_bits, right_bits = left.bit_length() - 1, right.bit_length() - 1
+        at_least = left_bits * right if operator == "**" else left_bits + right_bits
+        if at_least > _MACHINE_WORD:
+            return CHARACTERS + 1
+        return int(abs(left**right)) if operator == "**" else abs(left * right)
+    if isinstance(right, str | list | tuple):
+        left, right = right, left
+    return len(left) * right if isinstance(left, str | list | tuple) and isinstance(right, int) else 0
+
+
+@cache
+def environment() -> Environment:
+    """transformers' environment for chat templates, with bounds. A copy: theirs is not changed."""
+    given: Environment = _compile("").environment
+    bounded = _BoundedEnvironment(
+        trim_blocks=given.trim_blocks,
+        lstrip_blocks=given.lstrip_blocks,
+        extensions=[type(extension) for extension in given.extensions.values()],
+    )
+    bounded.filters, bounded.globals = given.filters, given.globals
+    return bounded
+
+
+class _Timer:
+    """Interrupts a rendering that takes too long or too much memory; one for the process, as the signal is."""
+
+    def __init__(self) -> None:
+        self._has_signal = self._rendering = False
+        self._since: float | None = None
+        self._memory = 0
+
+    def start(self) -> None:
+        """A rendering begins."""
+        if get_ident() == _MAIN_THREAD and (self._has_signal or self._take_signal()):
+            self._since, self._rendering = None, True
+            signal.setitimer(signal.ITIMER_PROF, _TICK, _TICK)
+
+    def stop(self) -> None:
+        """It has ended, in whatever way."""
+        if get_ident() == _MAIN_THREAD and self._has_signal:
+            self._rendering = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+
+    def _take_signal(self) -> bool:
+        """Take the signal, unless a profiler has it; for good: one still on its way later would end the process."""
+        if signal.getsignal(signal.SIGPROF) is signal.SIG_DFL:
+            signal.signal(signal.SIGPROF, self._tick)
+            signal.siginterrupt(signal.SIGPROF, False)
+            self._has_signal = True
+        return self._has_signal
+
+    def _tick(self, number: int, frame: object) -> None:
+        if not self._rendering:
+            return
+        if self._since is None:
+            self._since, self._memory = thread_time(), _resident()
+        elif thread_time() - self._since > SECONDS:
+            raise self._over(f"did not finish within {SECONDS} s")
+        elif _resident() - self._memory > MEMORY:
+            raise self._over(f"took more than {MEMORY >> 20} MiB of memory")
+
+    def _over(self, what: str) -> _Stopped:
+        self.stop()
+        return _Stopped(what, _CORRECT)
+
+
+_MAIN_THREAD = main_thread().ident
+_timer = _Timer()
+
+
+def _resident() -> int:
+    """Bytes of memory that the process holds; 0 where the system does not say (elsewhere than on Linux)."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+def syntax_tree(source: str, name: str) -> nodes.Template:
+    """What a template says, to be looked at; `DataError` where it cannot be read."""
+    return _read(environment().parse, source, name)
+
+
+@lru_cache
+def compile_template(source: str, name: str) -> Template:
+    """The template, ready to be run by `write`; `DataError` where it cannot be read."""
+    return _read(environment().from_string, source, name)
+
+
+def _read(read: Callable[[str], Read], source: str, name: str) -> Read:
+    try:
+        _timer.start()
+        try:
+            return read(source)
+        finally:
+            _timer.stop()
+    except _Stopped as error:
+        raise StoppedError(f"{name} {error.what} while it is read", error.do) from error
+    except Exception as error:  # Jinja's own, and Python's for what Jinja made of it: too deep, too many loops
+        what, got = f"{name} cannot be read", _said(error)
+        raise DataError(Problem("data.chat_template", what, f"fix it, or {ANOTHER_TEMPLATE}", got)) from error
+
+
+def write(template: Template, variables: dict[str, Any], written: list[str], name: str) -> None:
+    """Add to `written` what the template writes, each piece before the next is asked for.
+
+    `RowError` where it refuses its input or fails, `StoppedError` where it goes over a bound; `name` is what messages
+    call it.
+    """
+    pieces = template.root_render_func(template.new_context(variables, shared=True))
+    left = CHARACTERS
+    try:
+        _timer.start()
+        try:
+            for piece in pieces:
+                written.append(piece)
+                left -= len(piece)
+                if left < 0:
+                    raise _Stopped(f"wrote more than {CHARACTERS:,} characters", _CORRECT)
+        finally:
+            _timer.stop()
+    except _Stopped as error:  # outside: the timer may interrupt the lines above it, too
+        raise StoppedError(f"{name} {error.what}", error.do) from error
+    except Exception as error:  # whatever a template's own code runs into
+        what, do = _failure(error)
+        got = None if isinstance(error, RecursionError) else _said(error)
+        raise RowError("messages", f"{name} {what}", do, got) from error
+
+
+def template_problem(error: RowError) -> Problem:
+    """What is wrong with a template, found by rendering a conversation that is no row of the user's."""
+    return Problem("data.chat_template", error.what, error.do.removeprefix(_CHANGE_ROW), error.got)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """(what, do) of an exception that the template raised."""
+    if isinstance(error, SecurityError):
+        return "does what the sandbox of chat templates forbids", ANOTHER_TEMPLATE
+    if isinstance(error, RecursionError):
+        return "calls itself without end", f"correct its macros, or {ANOTHER_TEMPLATE}"
+    if isinstance(error, UndefinedError) and (missing := _VARIABLE.fullmatch(str(error))):
+        do = f"give {missing[1]} in data.template_args, or {ANOTHER_TEMPLATE}"
+        return "needs a variable that it is not given", do
+    return "refuses the conversation", f"{_CHANGE_ROW}{ANOTHER_TEMPLATE}"
+
+
+def _said(error: Exception) -> str:
+    """The message of an exception in one line, with the line of the template where it is known."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    line = getattr(error, "lineno", None)
+    return f"{said} (line {line})" if isinstance(error, TemplateError) and line else said
