@@ -124,8 +124,6 @@ DEEPSEEK_TOOLS = {
 NO_WORDS = dict.fromkeys(
     ("words beside a call/assistant", "words beside a call/completion"), "drops or changes a tool call"
 )
-# They are moved behind the call's result once that is there.
-MOVED_WORDS = {"words beside a call": "drops or changes a tool call|renders what comes before an answer differently"}
 
 IM_END = Family("<|im_end|>", "<|im_end|>")
 HYBRID = IM_END._replace(reasoning="reasoning_content")
@@ -133,7 +131,6 @@ SENTENCE = wide("<|end▁of▁sentence|>")
 DEEPSEEK = Family(SENTENCE, SENTENCE, closing="\n</think>\n\n", text_arguments=True)
 GEMMA4 = Family("<turn|>", "<|tool_response>", reasoning="reasoning")
 LLAMA = Family("<|eot_id|>", "<|eot_id|>")
-HIDDEN = {"words beside a call/last_assistant": "drops or changes a tool call"}
 AFTER_A_RESULT = dict.fromkeys(
     [
         *("call", "call of a tool in the system message", "call, then a question/assistant"),
@@ -157,14 +154,19 @@ TEMPLATES = {
     # Of these only calls are written with their reasoning.
     **dict.fromkeys(
         ("gemma4", "gemma4_v3", "gemma4_v4"),
-        Template("gemma4", GEMMA4, (Use(1, NO_REASONING | MOVED_WORDS), Use(1, NO_REASONING | MOVED_WORDS, ON))),
+        Template("gemma4", GEMMA4, (Use(1, NO_REASONING), Use(1, NO_REASONING, ON))),
     ),
     "gemma4_v2": Template(
         "gemma4",
         GEMMA4._replace(call_end="<turn|>"),
-        (Use(1, NO_REASONING | HIDDEN), Use(1, NO_REASONING | HIDDEN, ON)),
+        (Use(1, NO_REASONING), Use(1, NO_REASONING, ON)),
     ),
-    "gemma4_v5": Template("gemma4", GEMMA4, (Use(1, MOVED_WORDS), Use(1, MOVED_WORDS, ON))),
+    # The words are moved behind the call's result once that is there, where thinking opens a block.
+    "gemma4_v5": Template(
+        "gemma4",
+        GEMMA4,
+        (Use(1), Use(1, {"words beside a call": "renders what comes before an answer differently"}, ON)),
+    ),
     # Prompt and text do not agree about what follows a tool's result.
     "diffusion_gemma": Template("gemma4", GEMMA4, (Use(1, AFTER_A_RESULT), Use(1, OPENED_AFTER_A_RESULT, ON))),
     "glm4moe": Template(
