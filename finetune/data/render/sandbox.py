@@ -215,7 +215,7 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
         raise StoppedError(f"{name} {error.what}", error.do) from error
     except Exception as error:  # whatever a template's own code runs into
         what, do = _failure(error)
-        got = None if isinstance(error, RecursionError) else _said(error)
+        got = None if isinstance(error, RecursionError | MemoryError) else _said(error)
         raise RowError("messages", f"{name} {what}", do, got) from error
 
 
@@ -230,6 +230,8 @@ def _failure(error: Exception) -> tuple[str, str]:
         return "does what the sandbox of chat templates forbids", ANOTHER_TEMPLATE
     if isinstance(error, RecursionError):
         return "calls itself without end", f"correct its macros, or {ANOTHER_TEMPLATE}"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is", _CORRECT
     if isinstance(error, UndefinedError) and (missing := _VARIABLE.fullmatch(str(error))):
         do = f"give {missing[1]} in data.template_args, or {ANOTHER_TEMPLATE}"
         return "needs a variable that it is not given", do

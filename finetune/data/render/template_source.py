@@ -137,12 +137,9 @@ def _names(node: nodes.Node) -> list[nodes.Name]:
 
 @lru_cache
 def _forbidden(source: str, name: str) -> tuple[Problem, ...]:
-    found = [
-        (what, seen, node.lineno) for node in _tree(source, name).find_all(nodes.Node) for what, seen in _seen(node)
-    ]
-    return tuple(
-        Problem(_PLACE, f"{name} {what}", ANOTHER_TEMPLATE, f"{seen} (line {line})") for what, seen, line in found
-    )
+    parts = syntax_tree(source, name).find_all(nodes.Node)
+    found = [(what, f"{seen} (line {node.lineno})") for node in parts for what, seen in _seen(node)]
+    return tuple(Problem(_PLACE, f"{name} {what}", ANOTHER_TEMPLATE, got) for what, got in found)
 
 
 def _seen(node: nodes.Node) -> Iterator[tuple[str, object]]:
