@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import is_offline_mode, snapshot_download
 from transformers import AutoConfig
 
 from finetune.adapters.lineage import made_from
@@ -21,10 +20,11 @@ from finetune.checkpoint import (
     fingerprint,
     forward_settings,
     read_json,
+    resolve_checkpoint,
     verify_sums,
 )
 from finetune.data.tokenizer import added_ids, load_tokenizer
-from finetune.errors import Problem, RecipeError, RunError, WeightsError
+from finetune.errors import Problem, RecipeError, RunError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
@@ -32,8 +32,6 @@ from finetune.moe.preflight import check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 from finetune.run import RunFolder
-
-_SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def read_base(recipe: Recipe) -> Base:
 
     Raises RecipeError or WeightsError where recipe and checkpoint do not fit, or the checkpoint would not load.
     """
-    folder = resolve_checkpoint(recipe.model)
+    folder = resolve_checkpoint(recipe.model.name_or_path, recipe.model.revision)
     family = checkpoint_family(folder, recipe)
     tokenizer, new_tokens = recipe_tokenizer(folder, recipe)
     provenance = _provenance(folder, recipe.model.name_or_path)
@@ -86,40 +84,6 @@ def check_resumed_base(base: Base, run: RunFolder) -> None:
     if changed := differing_settings(before.config, now.config or {}):
         what = f"its config.json is not that which the run in {run.path} began with"
         raise RunError(Problem(where, what, do, got="; ".join(changed)))
-
-
-def resolve_checkpoint(settings: ModelSettings, weights: bool = True) -> Path:
-    """The local folder of the base checkpoint; a hub id is fetched (safetensors, never pickles).
-
-    Without `weights` only its config and its tokenizer are fetched.
-    """
-    folder = Path(settings.name_or_path)
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or settings.name_or_path.count("/") != 1 or settings.name_or_path.startswith("."):
-        raise WeightsError(
-            Problem(
-                "model.name_or_path",
-                "no such folder",
-                "give a checkpoint folder or a hub id owner/name",
-                got=str(folder),
-            )
-        )
-    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
-    try:
-        return Path(snapshot_download(str(folder), revision=settings.revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        do = "check the path or hub id, the network and, for gated models, `hf auth login`"
-        if is_offline_mode():
-            do = "check the path or hub id; HF_HUB_OFFLINE is set: unset it, or fetch the model first"
-        raise WeightsError(
-            Problem(
-                "model.name_or_path",
-                f"neither a folder here nor a model that can be fetched ({type(error).__name__})",
-                do,
-                got=settings.name_or_path,
-            )
-        ) from error
 
 
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:

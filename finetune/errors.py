@@ -4,6 +4,10 @@ import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_CONTROLS = (*(code for code in range(0x20) if chr(code) != "\n"), *range(0x7F, 0xA0), 0x2028, 0x2029, *_BIDI)
+_ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,7 +20,8 @@ class Problem:
 
     def __str__(self) -> str:
         got = "" if self.got is None else f"; got {self.got}"
-        return f"{self.where}: {self.what}{got}; {self.do}"
+        # What files and rows hold must not reach the terminal as commands.
+        return f"{self.where}: {self.what}{got}; {self.do}".translate(_ESCAPED)
 
 
 class FinetuneError(Exception):

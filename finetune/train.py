@@ -204,8 +204,8 @@ def _save(setup: "TrainerSetup", trainer: Any, choice: "ExpertChoice | None") ->
     from finetune.cards import adapter_card
     from finetune.checkpoint import new_folder, write_sums
     from finetune.data import template_args, template_day
-    from finetune.data.generation_config import FILE, generation_settings
     from finetune.data.tokenizer import end_ids
+    from finetune.generation_config import FILE, generation_settings
     from finetune.model import save_adapter
     from finetune.run import draw_loss_curve, draw_router_load, training_facts
 

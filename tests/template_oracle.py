@@ -38,7 +38,7 @@ class Written(NamedTuple):
     `apart`: prompt and words of the template meet in white space, and so are tokenised apart, in a text of their own.
     """
 
-    index: int
+    message: int
     prompt: str
     answer: str
     rest: str
@@ -88,10 +88,10 @@ class Oracle:
 
     def _reasoning(self, written: Written) -> list[int]:
         """Which tokens of an answer hold characters of its reasoning."""
-        reasoning = self._given.messages[written.index].get("reasoning")
+        reasoning = self._given.messages[written.message].get("reasoning")
         if reasoning is None:
             return []
-        start = self._write(written.index, _SIGN).answer.index(_SIGN)
+        start = self._write(written.message, _SIGN).answer.index(_SIGN)
         end = start + len(reasoning)
         assert written.answer[start:end] == reasoning
         spans = self.tokenizer(written.answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

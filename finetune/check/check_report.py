@@ -147,6 +147,7 @@ class Report:
     splits: list[Split] = field(default_factory=list)
     samples: list[tuple[str, Sample]] = field(default_factory=list)  # (train or eval, row)
     duplicates: Duplicates | None = None
+    reasoning_remarks: list[str] = field(default_factory=list)  # answers without reasoning in a block that is opened
     schedule_remarks: list[str] = field(default_factory=list)  # warm-up, evaluations, checkpoints and the run's length
     problems: list[Problem] = field(default_factory=list)
     exit_code: int = 0
@@ -159,7 +160,8 @@ class Report:
     @property
     def remarks(self) -> list[str]:
         """Findings that do not stop a run but deserve attention, one sentence each."""
-        remarks = [*self.schedule_remarks, *(remark for split in self.splits for remark in _remarks(split))]
+        own = [*self.schedule_remarks, *self.reasoning_remarks]
+        remarks = [*own, *(remark for split in self.splits for remark in _remarks(split))]
         if self.duplicates and self.duplicates.pairs:
             count, total = self.duplicates.exact + self.duplicates.near, self.duplicates.eval_rows
             remarks.append(

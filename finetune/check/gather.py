@@ -1,6 +1,6 @@
 """Check a recipe and its rows, with or without a tokenizer, and collect the results in a `Report`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -10,17 +10,20 @@ from transformers import AutoConfig
 
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.adapters.record import BaseRecord
-from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer, resolve_checkpoint
+from finetune.base import Base, checkpoint_family, config_family, recipe_tokenizer
 from finetune.check.check_report import Batches, Report, batches_of, pair_batches_of, split_of
 from finetune.check.duplicates import find_duplicates, words_of
 from finetune.check.samples import draw
-from finetune.checkpoint import fingerprint, forward_settings, verify_sums
-from finetune.data.formats import reader, recognise
+from finetune.check.template_summary import Fields, summarise, visible
+from finetune.checkpoint import fingerprint, forward_settings, resolve_checkpoint, verify_sums
+from finetune.data.formats import FORMATS, reader, recognise
+from finetune.data.render import Renderer
 from finetune.data.row_errors import Problems, Row, RowError
 from finetune.data.sources import open_source
 from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_pair_mixture
 from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.tokens.packing import count_sequences
+from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.errors import DataError, FinetuneError, Problem
 from finetune.methods.pairs import pair_layout
 from finetune.methods.trainer_checks import check_schedule, check_trainer
@@ -113,6 +116,10 @@ def gather(recipe: Recipe, title: str, samples: int) -> Report:
         for rows, chosen in zip(mixture.sets, mixture.chosen, strict=True):
             drawn = draw(rows, chosen, samples, recipe.seed, tokenizer)
             report.samples += [(name, sample) for sample in drawn]
+    if tokenizer is not None:
+        report.settings += _answer_fields(mixtures.values(), recipe, tokenizer)
+        stats = {split.name: split.stats for split in report.splits}
+        report.reasoning_remarks = reasoning_remarks(tokenizer, recipe.data, stats)
     if (schedule := report.schedule) is not None and not report.problems:
         report.schedule_remarks = _attempt(report, lambda: check_schedule(recipe, schedule.steps)) or []
     if mixtures.keys() == {"train", "eval"}:
@@ -132,10 +139,11 @@ def _attempt(report: Report, work: Callable[[], T]) -> T | None:
 
 def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     """The base without its weights, None where something is wrong with it, and the tokenizer if that can be had."""
-    folder = _attempt(report, lambda: resolve_checkpoint(recipe.model, weights=False))
+    model = recipe.model
+    folder = _attempt(report, lambda: resolve_checkpoint(model.name_or_path, model.revision, weights=False))
     if folder is None:
         return None, None
-    local = Path(recipe.model.name_or_path).is_dir()
+    local = Path(model.name_or_path).is_dir()
     if local:
         _attempt(report, lambda: verify_sums(folder))
     # The headers of a checkpoint on the hub cannot be read before its weights are fetched.
@@ -144,8 +152,8 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
     tokenizer, new_tokens = found or (None, [])
     if family is None or tokenizer is None:
         return None, tokenizer
-    digest = fingerprint(folder) if local and recipe.model.adapter else None
-    provenance = BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=digest, config=forward_settings(folder))
+    digest = fingerprint(folder) if local and model.adapter else None
+    provenance = BaseRecord(name_or_path=model.name_or_path, fingerprint=digest, config=forward_settings(folder))
     config = AutoConfig.from_pretrained(folder)
     return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
 
@@ -177,6 +185,23 @@ def _shares_prompts(train: Mixture | None, recipe: Recipe, base: Base | None, re
     layout, why = pair_layout(recipe, base.family, base.config, train)
     report.settings.append(("prompts", why))
     return layout == "shared"
+
+
+def _answer_fields(mixtures: Iterable[Mixture], recipe: Recipe, tokenizer: Any) -> Fields:
+    """What opens and ends an answer: in the chat template, where a set is rendered with it, and in rendered sets."""
+    if recipe.data.loss_on == "all" and recipe.method.kind == "sft":
+        return []
+    used = [pair for mixture in mixtures for pair in zip(mixture.sources, mixture.sets, strict=True)]
+    fields: Fields = []
+    if any(FORMATS[rows.stats.format].gives != "document" for _, rows in used):
+        renderer = Renderer(tokenizer, "the chat template", system=recipe.data.system)
+        fields += summarise(renderer, tokenizer).fields()
+    for source, rows in used:
+        if source.response_template is not None:
+            end = source.response_end or str(tokenizer.eos_token)
+            fields.append(("opens", f"{visible(source.response_template)} (not supervised) in {rows.name}"))
+            fields.append(("ends", f"{visible(end)} (supervised) in {rows.name}"))
+    return fields
 
 
 def _batches(mixture: Mixture, recipe: Recipe, share_prompts: bool) -> Batches:

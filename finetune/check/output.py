@@ -15,7 +15,8 @@ from jinja2 import Environment, StrictUndefined
 
 from finetune.check.check_report import Batches, Bin, Report, Schedule, Split
 from finetune.check.duplicates import NEAR, Duplicates
-from finetune.check.samples import Piece, Sample, shown
+from finetune.check.samples import Piece, Sample, printable, shown
+from finetune.check.shown_template import ShownTemplate
 from finetune.data.tokens.stats import RowStats, SetStats
 from finetune.files import write_text
 
@@ -46,11 +47,21 @@ def _row_fields(source: RowStats) -> Fields:
         "duplicate": source.duplicates,
     }
     kept = source.rows - source.bad - source.dropped
-    pieces = f" as {source.pieces:,} {'pieces' if source.split else 'pairs'}" if source.pieces != kept else ""
+    unit = "pieces" if source.split else "examples" if source.split_conversations else "pairs"
+    pieces = f" as {source.pieces:,} {unit}" if source.pieces != kept else ""
     fields = [("rows", f"{source.rows:,} read, {of(kept, source.rows)} kept{pieces}")]
+    if source.split_conversations:
+        fields.append(("examples", _examples(source)))
     fields += [(name, of(count, source.rows)) for name, count in counts.items() if count]
     none = [name for name, count in counts.items() if not count]
     return [*fields, ("none", ", ".join(none))] if none else fields
+
+
+def _examples(source: RowStats) -> str:
+    """What conversations became whose answers cannot be learned in one text."""
+    conversations = f"{source.split_conversations:,} conversation{'' if source.split_conversations == 1 else 's'}"
+    left_out = f", and {source.examples_left_out:,} too long ones were left out" if source.examples_left_out else ""
+    return f"{conversations} became {source.split_examples:,} examples: the template rewrites earlier answers{left_out}"
 
 
 def split_fields(split: Split) -> Fields:
@@ -148,7 +159,7 @@ class Style:
 
 def lines(report: Report, style: Style) -> Iterator[str]:
     """The report, top to bottom."""
-    yield style(_BOLD, report.title)
+    yield style(_BOLD, printable(report.title))
     yield from (_field(name, value) for name, value in report.settings)
     for split in report.splits:
         yield from ("", style(_BOLD, split.name))
@@ -159,14 +170,14 @@ def lines(report: Report, style: Style) -> Iterator[str]:
         yield from _listed("", [str(pair) for pair in duplicates.pairs], duplicates.exact + duplicates.near)
     yield from _samples(report, style)
     if report.remarks:
-        yield from ("", style(_BOLD, "warnings"), *(f"    {remark}" for remark in report.remarks))
+        yield from ("", style(_BOLD, "warnings"), *(f"    {printable(remark)}" for remark in report.remarks))
     if not report.problems:
         yield from ("", report.verdict)
 
 
 def _split(split: Split, limit: int, style: Style) -> Iterator[str]:
     for data_set in split.stats.sets:
-        yield f"  {data_set.name}"
+        yield f"  {printable(data_set.name)}"
         yield from (_field(name, value) for name, value in set_fields(data_set, split))
     if len(split.stats.sets) > 1:
         yield "  together"
@@ -195,14 +206,30 @@ def _bar(part: float, style: Style) -> str:
 
 
 def _samples(report: Report, style: Style) -> Iterator[str]:
-    if not report.samples:
+    yield from _listed_samples(
+        "samples", [(f"{name} {sample.where}", sample) for name, sample in report.samples], style
+    )
+
+
+def _listed_samples(title: str, samples: Sequence[tuple[str, Sample]], style: Style) -> Iterator[str]:
+    if not samples:
         return
     marks = "green" if style.colour else "[[in double brackets]]"
-    yield from ("", style(_BOLD, "samples") + f"  (supervised tokens are {marks})")
-    for split_name, sample in report.samples:
-        yield f"--- {split_name} {sample.where}: {of(sample.supervised, sample.tokens)} supervised ".ljust(WIDTH, "-")
+    yield from ("", style(_BOLD, title) + f"  (supervised tokens are {marks})")
+    for heading, sample in samples:
+        yield f"--- {printable(heading)}: {of(sample.supervised, sample.tokens)} supervised ".ljust(WIDTH, "-")
         yield from _text(sample, style).removesuffix("\n").split("\n")
     yield "-" * WIDTH
+
+
+def template_lines(template: ShownTemplate, title: str, style: Style) -> Iterator[str]:
+    """A template, top to bottom: how it frames an answer, its examples, and what it refuses."""
+    yield style(_BOLD, printable(title))
+    yield from (_field(name, value) for name, value in template.fields())
+    yield from _listed_samples("examples", [(sample.where, sample) for sample in template.samples], style)
+    if template.refused:
+        yield from ("", style(_BOLD, "refused"))
+        yield from (_field(name, reason) for name, reason in template.refused)
 
 
 def _text(sample: Sample, style: Style) -> str:
@@ -242,12 +269,12 @@ def _listed(title: str, rows: Sequence[str], count: int) -> Iterator[str]:
     """The listed rows under a title, and how many more there are."""
     if rows and title:
         yield f"  {title}"
-    yield from (f"    {row}" for row in [*rows, *more(len(rows), count)])
+    yield from (f"    {printable(row)}" for row in [*rows, *more(len(rows), count)])
 
 
 def _field(name: str, value: str) -> str:
     return fill(
-        value,
+        printable(value),
         WIDTH,
         initial_indent=f"    {name:<10} ",
         subsequent_indent=" " * 15,

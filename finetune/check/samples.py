@@ -52,13 +52,14 @@ def draw(rows: RowSet, chosen: Indices, number: int, seed: int, tokenizer: Any) 
     for index in sorted({int(chosen[position]) for position in drawn}):
         columns, where = table.row(index)
         if len(columns) == 2:
-            samples.append(_sample(where, columns[0], columns[1], tokenizer))
+            samples.append(sample_of(where, columns[0], columns[1], tokenizer))
         else:
             samples += _pair(where, columns, tokenizer)
     return samples
 
 
-def _sample(where: str, ids: Ints, labels: Ints, tokenizer: Any) -> Sample:
+def sample_of(where: str, ids: Ints, labels: Ints, tokenizer: Any) -> Sample:
+    """A row of tokens."""
     supervised = _supervised(labels)
     return Sample(where, pieces(ids.tolist(), supervised, tokenizer), len(ids), sum(supervised))
 
@@ -72,7 +73,7 @@ def _pair(where: str, columns: Sequence[Ints], tokenizer: Any) -> list[Sample]:
     prompt, chosen, chosen_labels, rejected, rejected_labels = columns
     before = np.full(len(prompt), IGNORED, dtype=np.int32)
     ids, labels = np.concatenate([prompt, chosen]), np.concatenate([before, chosen_labels])
-    first = _sample(f"{where} chosen", ids, labels, tokenizer)
+    first = sample_of(f"{where} chosen", ids, labels, tokenizer)
     # With a few tokens of the prompt, because the text of a token may depend on the one before it. A piece ends where
     # the prompt ends, because the first token of an answer is supervised.
     context, supervised = prompt[-_CONTEXT:].tolist(), _supervised(rejected_labels)
@@ -123,6 +124,11 @@ def shown(pieces: Sequence[Piece]) -> list[str]:
     texts = ["".join(map(_visible, piece.text)) for piece in pieces]
     dotted = iter(_UNSEEN_SPACES.sub(lambda match: "·" * len(match[0]), "".join(texts)))
     return ["".join(islice(dotted, len(text))).replace("\n", "⏎\n") for text in texts]
+
+
+def printable(text: str) -> str:
+    """A text on one line that changes nothing on a terminal: its control characters are replaced by visible ones."""
+    return "".join(map(_visible, text)).replace("\n", "⏎")
 
 
 _UNSEEN_SPACES = re.compile(r"^ +| +$|  +", re.MULTILINE)

@@ -1,5 +1,6 @@
 """Safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
+from finetune.checkpoint.hub import resolve_checkpoint
 from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, verify_sums, write_sums
 from finetune.checkpoint.model_config import announced_dtype, differing_settings, forward_settings
 from finetune.checkpoint.output_folder import (
@@ -27,6 +28,7 @@ __all__ = [
     "new_folder",
     "read_json",
     "require_free_disk",
+    "resolve_checkpoint",
     "sync_files",
     "temporary_folder",
     "verify_sums",

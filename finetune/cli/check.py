@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
     from finetune.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported
-    from finetune.check import Style, gather, lines, write_page
+    from finetune.check import Style, lines, write_page
+    from finetune.check.gather import gather
 
     if args.html is not None:
         args.html.parent.mkdir(parents=True, exist_ok=True)  # before the work, to fail early

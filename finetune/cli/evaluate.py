@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import variable
 from finetune.recipe.row_formats import CONVERSATION_FORMATS
-from finetune.recipe.yaml import resolve
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -25,8 +25,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--template-args",
         nargs="+",
         default=[],
-        type=_variable,
-        metavar="KEY=VALUE",
+        type=variable,
+        metavar="NAME=VALUE",
         help="data.template_args of the recipe, for a model that does not record them: enable_thinking=false",
     )
     parser.add_argument("--batch-size", type=_at_least_one, default=16, help="rows generated at a time")
@@ -50,15 +50,6 @@ def run(args: argparse.Namespace) -> int:
         result.write(args.output)
         print(f"written: {args.output}")
     return 0
-
-
-def _variable(text: str) -> tuple[str, bool | int | float | str]:
-    """Name and value of a variable, written as in a recipe."""
-    name, _, value = text.partition("=")
-    resolved = resolve(value)
-    if not name or not isinstance(resolved, bool | int | float | str):
-        raise argparse.ArgumentTypeError(f"write KEY=VALUE, a value being text, a number, true or false; got {text}")
-    return name, resolved
 
 
 def _at_least_one(text: str) -> int:

@@ -8,14 +8,14 @@ from io import TextIOWrapper
 from pathlib import Path
 
 import finetune
-from finetune.cli import check, evaluate, export, families, inspect, merge, schema, train, upcycle
+from finetune.cli import check, evaluate, export, families, inspect, merge, schema, template, train, upcycle
 from finetune.environment import hush, wait_passively
 from finetune.errors import FinetuneError, as_expected
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """What shells report for the two signals."""
 
-COMMANDS = (train, check, evaluate, merge, export, inspect, upcycle, families, schema)
+COMMANDS = (train, check, template, evaluate, merge, export, inspect, upcycle, families, schema)
 
 
 def build_parser() -> argparse.ArgumentParser:

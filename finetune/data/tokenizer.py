@@ -13,9 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
-from transformers.integrations.mistral import convert_tekken_tokenizer
 
-from finetune.data.generation_config import stop_ids
 from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import SHIPPED, read_template
 from finetune.data.render.template_checks import problems_of_template
@@ -23,6 +21,7 @@ from finetune.data.render.template_settings import set_stop_tokens, set_template
 from finetune.data.row_errors import RowError
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
+from finetune.generation_config import stop_ids
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
@@ -142,9 +141,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         tokenizer = load()
         if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
             tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a damaged file makes transformers run into
         do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
         got = str(error).strip().split("\n")[0]
+        got = got if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {got}"
         raise WeightsError(Problem(where=name_or_path, what="no tokenizer could be loaded", got=got, do=do)) from error
     if not tokenizer.is_fast:
         do = "use a checkpoint with a tokenizer.json"
@@ -152,7 +152,10 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         raise WeightsError(Problem(where=name_or_path, what="not a fast tokenizer", got=got, do=do))
     file = getattr(tokenizer, "vocab_file", None)
     if tokenizer.eos_token is None and file is not None and Path(file).name == "tekken.json":
-        return convert_tekken_tokenizer(file)  # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed
+        # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed.
+        from transformers.integrations.mistral import convert_tekken_tokenizer  # it imports mistral-common
+
+        return convert_tekken_tokenizer(file)
     return tokenizer
 
 

@@ -17,10 +17,10 @@ from finetune.checkpoint import (
     verify_sums,
     write_sums,
 )
-from finetune.data.generation_config import stop_ids
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
 from finetune.files import write_json, write_text
+from finetune.generation_config import stop_ids
 from finetune.merge import merge
 from finetune.merge.job import base_folder
 from finetune.moe.families import family_of

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint.reader import read_json
-from finetune.data.generation_config import FILE as GENERATION_FILE
-from finetune.data.generation_config import generation_settings, stop_ids
 from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
+from finetune.generation_config import FILE as GENERATION_FILE
+from finetune.generation_config import generation_settings, stop_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.errors import Problem, RunError
 from finetune.methods.arguments import dpo_config
 from finetune.methods.common import MethodRows, TrainerSetup
@@ -89,16 +90,17 @@ def prepare_rows(recipe: Recipe, base: Base) -> PairRows:
         }
     layout, remark = pair_layout(recipe, base.family, base.config, mixtures["train"])
     datasets = {name: _dataset(name, mixture, recipe, layout) for name, mixture in mixtures.items()}
+    stats = {name: mixture.stats(len(datasets[name])) for name, mixture in mixtures.items()}
     tables = {name: mixture.table for name, mixture in mixtures.items()}
     return PairRows(
         train=datasets["train"],
         eval=datasets.get("eval"),
         # GPU kernels take a mask of who sees whom three times as fast where its rows are a multiple of 8.
         collator=PairCollator(tokenizer, tables, layout, pad_to_multiple_of=8 if _on_gpu() else 1),
-        stats={name: mixture.stats(len(datasets[name])) for name, mixture in mixtures.items()},
+        stats=stats,
         conversations=_Chosen(tables["train"]),
         conversation_collator=Collator(tokenizer),
-        remarks=[f"prompts: {remark}"],
+        remarks=[f"prompts: {remark}", *reasoning_remarks(tokenizer, data, stats)],
         tables=tables,
     )
 

@@ -12,6 +12,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from finetune.base import Base
 from finetune.data import Collator, prepare
 from finetune.data.tokens.collators import needs_one_row
+from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.methods.arguments import sft_config
 from finetune.methods.common import MethodRows, TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
@@ -85,14 +86,16 @@ def prepare_rows(recipe: Recipe, base: Base) -> MethodRows:
             for name in ("train", "eval")
             if data.sources(name)
         }
+    stats = {name: split.stats for name, split in splits.items()}
     collator = Collator(tokenizer, in_one_row=needs_one_row(recipe.model.attn_implementation))
     return MethodRows(
         train=splits["train"].dataset,
         eval=splits["eval"].dataset if "eval" in splits else None,
         collator=collator,
-        stats={name: split.stats for name, split in splits.items()},
+        stats=stats,
         conversations=splits["train"].dataset,
         conversation_collator=collator,
+        remarks=reasoning_remarks(tokenizer, data, stats),
     )
 
 

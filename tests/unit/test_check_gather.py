@@ -2,18 +2,25 @@
 
 import json
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import trl
 import yaml
 
-from finetune.base import checkpoint_family
-from finetune.check import Report, gather
+from finetune.base import Base, checkpoint_family, recipe_tokenizer
+from finetune.check import Report, Style, lines
+from finetune.check.gather import gather
+from finetune.check.output import page
 from finetune.errors import DataError, RecipeError
+from finetune.methods import sft
 from finetune.recipe import Recipe, load_recipe
 from tests.support import save_tiny_mixtral
 
+TRL = Path(trl.__file__).parent / "chat_templates"
 RECIPE: dict[str, Any] = {
     "model": {"load_in_4bit": False, "dtype": "float32"},
     "lora": {"targets": ["attention", "experts"], "r": 2, "lora_alpha": 4},
@@ -235,3 +242,56 @@ def test_the_trainer_s_settings_are_checked_and_the_schedule_held_against_the_st
     )
     report = check(recipe(model, "training.warmup_steps=60", "training.max_steps=1", "training.num_train_epochs=null"))
     assert problems(report)[0].startswith("training.warmup_steps: the rate is 0 in the only step")
+
+
+def two_answers(first: str) -> dict[str, Any]:
+    return {"messages": [*turns(first)["messages"], *turns("two")["messages"]]}
+
+
+def test_what_opens_and_ends_an_answer_and_what_conversations_became(model: Path) -> None:
+    write("train.jsonl", [two_answers("a"), two_answers("b"), turns("three")])
+    report = check(recipe(model, chat_template=str(TRL / "qwen3.jinja")))
+    shown = dict(report.settings)
+    assert shown["opens"].startswith("<|im_start|>assistant⏎ (not supervised")
+    assert shown["header"].startswith("<think>⏎⏎</think>⏎⏎ (supervised")
+    assert shown["ends"] == "<|im_end|> (supervised)"
+    output = "\n".join(lines(report, Style(False, True))).replace("\n               ", " ")
+    assert "    rows       3 read, 3 (100.0 %) kept as 5 examples\n" in output
+    assert "    examples   2 conversations became 4 examples: the template rewrites earlier answers\n" in output
+    assert "2 conversations became 4 examples: the template rewrites earlier answers" in page(report)
+    assert report.remarks == []
+
+
+def test_a_block_that_the_prompt_opens_for_answers_without_reasoning_is_said(model: Path) -> None:
+    write("train.jsonl", [turns("one"), turns("two")])
+    write("eval.jsonl", [turns("three")])
+    sources = {
+        "eval": {"path": "eval.jsonl", "format": "messages"},
+        "chat_template": str(TRL / "nemotron_3_nano.jinja"),
+    }
+    said = "the generation prompt opens <think>: the model learns to close the block at once"
+    offer = "data.template_args: {enable_thinking: false} gives a prompt without an open block"
+    remarks = [
+        f"train: 2 answers without reasoning, and {said}; {offer}",
+        f"eval: 1 answer without reasoning, and {said}; {offer}",
+    ]
+    opened = recipe(model, **sources)
+    report = check(opened)
+    assert report.remarks == remarks
+    assert all(escape(remark) in page(report) for remark in remarks)
+    base = SimpleNamespace(tokenizer=recipe_tokenizer(model, opened)[0])
+    assert sft.prepare_rows(opened, cast(Base, base)).remarks == remarks
+    closed = check(recipe(model, **sources, template_args={"enable_thinking": False}))
+    assert (closed.remarks, closed.problems) == ([], [])
+    misspelt = check(recipe(model, **sources, template_args={"enable_thinkin": False}))
+    assert [problem.partition(": ")[0] for problem in problems(misspelt)] == ["data.template_args.enable_thinkin"]
+    assert misspelt.exit_code == 2
+
+
+def test_marks_of_rendered_rows_are_what_opens_and_ends_an_answer(model: Path) -> None:
+    write("train.jsonl", [{"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHo<|im_end|>"}])
+    source = {"path": "train.jsonl", "format": "rendered", "response_template": "<|im_start|>assistant\n"}
+    shown = check(recipe(model, train=source)).settings
+    assert ("opens", "<|im_start|>assistant⏎ (not supervised) in train.jsonl") in shown
+    assert ("ends", "<|im_end|> (supervised) in train.jsonl") in shown
+    assert [name for name, _ in shown].count("opens") == 1

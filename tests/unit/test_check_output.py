@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,6 +217,19 @@ def test_the_page_needs_nothing_else_and_escapes_everything(tmp_path: Path) -> N
     assert 'class="special" title="id 7"' in text
     assert "1,234 tokens left out" in parsed.text
     assert [path.name for path in tmp_path.iterdir()] == ["check.html"]
+
+
+def test_names_of_files_and_columns_do_not_reach_the_terminal_as_commands() -> None:
+    name, settings = "a\n\x1b[31m\x9b\u202eb.jsonl", recipe()
+    kept = split(
+        "train", settings, bad=1, bad_rows=[f"{name}:1: bad"], why=name, duplicates=1, duplicate_rows=[(name, "b")]
+    )
+    kept.stats.sets[0] = replace(kept.stats.sets[0], name=name)
+    results = report(settings, splits=[kept], samples=[("train", Sample(name, [], 1, 1))], reasoning_remarks=[name])
+    results.title, results.duplicates = name, Duplicates(1, 1, 0, 1, [Pair(name, "e.jsonl:1", 1.0, exact=True)])
+    output = printed(results)
+    assert not {"\x1b", "\x9b", "\u202e"} & set(output)
+    assert output.count("a⏎␛[31m<U+009B><U+202E>b.jsonl") == 8
 
 
 def test_the_page_lists_all_problems() -> None:

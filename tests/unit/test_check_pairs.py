@@ -3,16 +3,20 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+import trl
 import yaml
 from safetensors.torch import save_file
 
-from finetune.base import recipe_tokenizer
-from finetune.check import Report, Style, gather, lines
+from finetune.base import Base, recipe_tokenizer
+from finetune.check import Report, Style, lines
+from finetune.check.gather import gather
 from finetune.check.output import page
+from finetune.methods import dpo
 from finetune.recipe import Recipe, load_recipe
 from tests.pairs import prepare_pairs
 from tests.real_tokenizers import mistral_tokenizer
@@ -242,3 +246,16 @@ def test_unpaired_rows_are_listed_without_a_tokenizer(model: Path) -> None:
     write("train.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     report = check(recipe("nowhere", train={"path": "train.jsonl", "format": "kto"}))
     assert str(report.problems[1]).startswith("train.jsonl:1: label: its prompt has no undesirable answer")
+
+
+def test_a_block_that_the_prompt_opens_for_answers_without_reasoning_is_said(model: Path) -> None:
+    write("train.jsonl", [row("set light")])
+    template = str(Path(trl.__file__).parent / "chat_templates" / "nemotron_3_nano.jinja")
+    settings = recipe(model, OFF, chat_template=template)
+    remarks = [
+        "train: 2 answers without reasoning, and the generation prompt opens <think>: the model learns to close the "
+        "block at once; data.template_args: {enable_thinking: false} gives a prompt without an open block"
+    ]
+    assert check(settings).remarks == remarks
+    base = SimpleNamespace(tokenizer=recipe_tokenizer(model, settings)[0], family=None, config=None)
+    assert dpo.prepare_rows(settings, cast(Base, base)).remarks[1:] == remarks

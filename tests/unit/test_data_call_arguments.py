@@ -65,7 +65,7 @@ def test_arguments_that_stand_as_python_are_refused(written: str, arguments: dic
         renderer(writing(written)).render(calling(**arguments))
     assert re.fullmatch(
         re.escape("f:1: messages[1].tool_calls: X writes the arguments of a call as Python, not as JSON; got ")
-        + ".*; name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken",
+        + ".*; name a template with tool support in data.chat_template: chatml, mistral-v3 or later",
         str(caught.value.problem("f", 1)),
     )
     assert python.replace('"', '\\"') in str(caught.value.problem("f", 1))

@@ -14,7 +14,7 @@ from tests.support import tiny_tokenizer
 CHATML = read_template("chatml")
 PLAIN_RESULT = "+ message['content'] + '\\n</tool_response>'"
 QUOTED_RESULT = "+ (message['content'] | tojson) + '\\n</tool_response>'"
-DO = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
+DO = "name a template with tool support in data.chat_template: chatml, mistral-v3 or later"
 
 
 def renderer(template: str, loss_on: Any = "assistant") -> Renderer:

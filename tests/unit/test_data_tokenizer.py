@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from finetune.data.generation_config import generation_settings
 from finetune.data.render import SHIPPED, read_template, template_args
 from finetune.data.tokenizer import end_ids, end_tokens, load_tokenizer
 from finetune.errors import DataError, RecipeError, WeightsError
+from finetune.generation_config import generation_settings
 from finetune.recipe.section_checks import SHIPPED_TEMPLATES
 from tests.support import CHATML, tiny_tokenizer
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from finetune.cli.main import main
-from finetune.data import Conversation, Message
+from finetune.data import Conversation, Message, load_tokenizer
 from finetune.data.render import ChatTemplate, read_template
 from finetune.errors import DataError, WeightsError
-from finetune.evaluate import Row, _prompts, evaluate, exact_match, load_table
+from finetune.evaluate import Row, _generate, _prompts, evaluate, exact_match, load_table
 from tests.rendering import chat, weather
 from tests.support import CHATML, save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
@@ -104,6 +104,9 @@ def test_words_before_the_answer_and_ends_other_than_the_eos_are_no_part_of_it(
     (folder / "generation_config.json").write_text(json.dumps({} if template else {"eos_token_id": [2, 0]}))
     result = evaluate(folder, one_row(tmp_path, "x"), "prompt_completion")
     assert (result.answers[0].answer, result.exact_match["all"]) == ("x", 100.0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    written = _generate(model, load_tokenizer(str(folder), None, None), [result.answers[0].prompt], 8, 1)
+    assert list(written) == ["<|im_start|>" * len(header) + "x"], "it stops there"
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["the model opens the block", "the prompt does"])
@@ -148,7 +151,7 @@ def test_prompts_have_the_variables_of_the_training(
     for wrong in ("enable_thinking", "=1", "x=null"):
         with pytest.raises(SystemExit):
             main([*words, wrong])
-        assert f"write KEY=VALUE, a value being text, a number, true or false; got {wrong}" in capsys.readouterr().err
+        assert f"write NAME=VALUE, a value being text, a number, true or false; got {wrong}" in capsys.readouterr().err
 
 
 def test_prompts_are_rendered_as_in_training_tools_and_system_policy_included(tmp_path: Path) -> None:

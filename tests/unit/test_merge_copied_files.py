@@ -133,6 +133,19 @@ def test_the_configuration_says_the_same_to_readers_old_and_new(
     assert {key: merged.get(key) for key in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("base_config", "expected"),
+    [
+        ({"eos_token_id": 2, "pad_token_id": 3}, {"eos_token_id": 5, "pad_token_id": 5}),
+        ({"eos_token_id": [2, 4], "pad_token_id": None}, {"eos_token_id": [5, 2, 4], "pad_token_id": None}),
+        ({"eos_token_id": [2, 5]}, {"eos_token_id": [2, 5]}),
+        ({"eos_token_id": None}, {"eos_token_id": 5}),
+    ],
+)
+def test_the_configuration_keeps_the_ends_of_the_base(base_config: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert merged_config(base_config, None, eos=5, pad=5) == expected
+
+
 def test_the_rotary_base_survives_a_reload(base: Path, adapter: Path, tmp_path: Path) -> None:
     merge(adapter, tmp_path / "out", show_progress=False)
     written = json.loads((tmp_path / "out" / "config.json").read_text())

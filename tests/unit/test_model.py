@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.base import checkpoint_family, resolve_checkpoint
+from finetune.base import checkpoint_family
+from finetune.checkpoint import resolve_checkpoint
 from finetune.errors import FinetuneError, RecipeError
 from finetune.recipe import Recipe
 from tests.support import save_tiny_mistral, save_tiny_mixtral
@@ -32,7 +33,7 @@ def recipe_for(folder: Path, router: bool = True) -> Recipe:
 def complaint(folder: Path, router: bool = True) -> str:
     recipe = recipe_for(folder, router)
     with pytest.raises(FinetuneError) as caught:
-        checkpoint_family(resolve_checkpoint(recipe.model), recipe)
+        checkpoint_family(resolve_checkpoint(recipe.model.name_or_path), recipe)
     return str(caught.value)
 
 

@@ -82,12 +82,15 @@ def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pyt
     run.recipe.write_text(dump_recipe(recipe_file.load(SOUND)))
     free = ("logging.report_to=none", "training.save_steps=3", "training.resume_from_checkpoint=true")
     check_same_recipe(run, recipe_file.load(SOUND, *free))
+    changed = ("training.learning_rate=1e-4", "lora.r=4", "data.template_args={enable_thinking: false}")
     with pytest.raises(RunError) as error:
-        check_same_recipe(run, recipe_file.load(SOUND, "training.learning_rate=1e-4", "lora.r=4", *free))
+        check_same_recipe(run, recipe_file.load(SOUND, *changed, *free))
     assert str(error.value).splitlines() == [
         "lora.r: the run in runs/test was made with 8; got 4; "
         "set it back to continue that run, or name another output_dir",
         "training.learning_rate: the run in runs/test was made with 0.001; got 0.0001; "
+        "set it back to continue that run, or name another output_dir",
+        "data.template_args.enable_thinking: the run in runs/test was made with None; got False; "
         "set it back to continue that run, or name another output_dir",
     ]
 

@@ -127,8 +127,8 @@ def two_calls(results: tuple[str, ...] = ("aaaaaaaaa", "bbbbbbbbb"), text: str =
         Message(role="system", content="Use the tools."),
         Message(role="user", content="Oslo and \u00c5s?"),
         Message(role="assistant", content=text, tool_calls=calls),
-        *(Message(role="tool", content=f"cold: {call}", tool_call_id=call) for call in results),
-        Message(role="assistant", content="Cold and wet."),
+        *(Message(role="tool", content=f"cold: {call[0]}", tool_call_id=call) for call in results),
+        Message(role="assistant", content="Both cold: b, cold: a."),
         Message(role="user", content="Thanks"),
         Message(role="assistant", content="Welcome."),
     ]
@@ -230,7 +230,7 @@ def calls_of(version: str) -> str:
 @pytest.mark.parametrize("results", [("aaaaaaaaa", "bbbbbbbbb"), ("bbbbbbbbb", "aaaaaaaaa")])
 @with_tools
 def test_calls_and_answers_are_supervised(version: str, results: tuple[str, str]) -> None:
-    first, last = [calls_of(version), "Cold and wet.</s>"], ["Welcome.</s>"]
+    first, last = [calls_of(version), "Both cold: b, cold: a.</s>"], ["Welcome.</s>"]
     together = version in ("v13", "v15")  # others move the tools to the last question
     check_examples(version, two_calls(results), [first + last] if together else [first, last])
 
@@ -245,10 +245,17 @@ def test_text_before_calls_is_supervised(version: str) -> None:
 @with_reasoning
 def test_reasoning_is_supervised_by_choice(version: str) -> None:
     thought = [f"[THINK]Turn {i}:\n\nso.[/THINK]" for i in (2, 5, 7)]
-    texts = [calls_of(version), "Cold and wet.</s>", "Welcome.</s>"]
+    texts = [calls_of(version), "Both cold: b, cold: a.</s>", "Welcome.</s>"]
     check_examples(version, reasoned(two_calls()), [[mark + text for mark, text in zip(thought, texts, strict=True)]])
     without = [part for text in texts for part in ("[THINK]", "[/THINK]" + text)]
     check_examples(version, reasoned(two_calls()), [without], train_on_reasoning=False)
+
+
+@with_reasoning
+def test_a_think_block_in_the_content_is_reasoning(version: str) -> None:
+    renderer = mistral_renderer(version)
+    [inline] = renderer.examples(chat("Hi", "<think>\nSo.\n</think>\n\nHello"))
+    assert inline.text.endswith("[/INST][THINK]So.[/THINK]Hello</s>")
 
 
 @pytest.mark.parametrize("version", [version for version in VERSIONS if version not in ("v13", "v15")])

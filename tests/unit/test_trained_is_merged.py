@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from finetune.adapters.adapter import read_adapter
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.base import check_resumed_base, read_base
-from finetune.check import gather
+from finetune.check.gather import gather
 from finetune.checkpoint import differing_settings, forward_settings, write_sums
 from finetune.errors import RunError, WeightsError
 from finetune.evaluate import evaluate

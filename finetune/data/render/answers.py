@@ -221,8 +221,8 @@ def _located(
     reasoning = message.get("reasoning")
     place = start + find_reasoning(chat, message, words) if reasoning else 0
     span = (place, place + len(reasoning)) if reasoning else None
-    own_space = prompt[-1:].isspace() and rest[:1].isspace() and not message["content"][:1].isspace()
-    alone = chat.prompt_alone or own_space
+    rows_own = message["content"][:1].isspace() and rest.startswith(message["content"])
+    alone = chat.prompt_alone or (prompt[-1:].isspace() and rest[:1].isspace() and not rows_own)
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
 

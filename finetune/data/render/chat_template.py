@@ -247,10 +247,8 @@ class ChatTemplate(CompiledTemplate):
 
     @cached_property
     def _knows_think(self) -> bool:
-        """Whether `<think>` blocks mean something to the template."""
-        return any(CLOSE in source for source in self._sources) and bool(
-            self.reasoning_key or self.opened or self.opening_arg
-        )
+        """Whether the template writes reasoning, be it in `<think>` or in marks of its own."""
+        return bool(self.reasoning_key or self.opened or self.opening_arg)
 
     def _check_contents(self, given: Conversation) -> None:
         """Raise `RowError` where anything that the template writes of a row would be read as frame."""

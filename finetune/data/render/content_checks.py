@@ -14,7 +14,7 @@ from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message, ToolCall
 
-TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3, mistral-v3-tekken"
+TOOL_TEMPLATES = "name a template with tool support in data.chat_template: chatml, mistral-v3 or later"
 
 
 def missing_tool(tools: list[dict[str, Any]], text: str) -> str | None:
@@ -150,37 +150,51 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
     supervised = {answer.message: answer for answer in answers}
     end = end_of_calls = 0
     for index, message in enumerate(given.messages):
-        answer, field = supervised.get(index), f"messages[{index}]"
-        if answer is not None:
+        if answer := supervised.get(index):
             if end > answer.start:
                 raise _dropped(chat, given.messages[index - 1], index - 1)
             end = answer.end
-        elif message["role"] == "system":
-            if message["content"].strip() not in text:
-                raise _dropped(chat, message, index)
         else:
-            found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
-            if found < 0 and "tool_calls" not in message:
-                raise _dropped(chat, message, index)
-            end = max(found, end)
-            if "tool_calls" in message and (problem := call_problem(chat, message, text[end:], field, whole=False)):
-                raise problem
+            end = _end_of_turn(chat, given, index, text, end, end_of_calls)
         if message["role"] != "tool":
             end_of_calls = end
     if given.tools:
         _check_tools(chat, given, text)
 
 
+def _end_of_turn(chat: ChatTemplate, given: Conversation, index: int, text: str, end: int, end_of_calls: int) -> int:
+    """Where a turn that is not supervised ends in the text; `end` itself where that cannot be said."""
+    message = given.messages[index]
+    if message["role"] == "system":
+        if message["content"].strip() not in text:
+            raise _dropped(chat, message, index)
+        return end
+    if "tool_calls" in message:  # the words beside a call may stand behind its result (Gemma 4)
+        if problem := call_problem(chat, message, text[end:], f"messages[{index}]", whole=False):
+            raise problem
+        return end
+    found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
+    if found < 0:
+        raise _dropped(chat, message, index)
+    return found
+
+
 def _find_turn(messages: Sequence[Message], text: str, end: int, end_of_calls: int) -> int:
-    """Where the last of these messages ends in `text`; the results of one answer may stand in its calls' order."""
+    """Where the last of these messages ends in `text`; -1 if nowhere.
+
+    A result that comes after that of a later call may stand before it: some templates write results in the order of
+    their calls. Among equal results it does not matter which is found.
+    """
     *before, message = messages
-    found = find_content(message, text, end)
-    if found >= 0 or message["role"] != "tool":
-        return found
-    results = takewhile(lambda earlier: earlier["role"] == "tool", reversed(before))
-    if any(result["content"] == message["content"] for result in results):
-        return -1  # what is found would be the other one
-    return find_content(message, text, end_of_calls)
+    if message["role"] == "tool":
+        earlier = list(takewhile(lambda other: other["role"] == "tool", reversed(before)))
+        calls = before[-len(earlier) - 1].get("tool_calls", [])
+        order = {call.get("id"): place for place, call in enumerate(calls)}
+        place = order.get(message.get("tool_call_id"), len(calls))
+        moved = any(order.get(other.get("tool_call_id"), -1) > place for other in earlier)
+        if moved and all(other["content"] != message["content"] for other in earlier):
+            end = end_of_calls
+    return find_content(message, text, end)
 
 
 def _check_tools(chat: ChatTemplate, given: Conversation, text: str) -> None:

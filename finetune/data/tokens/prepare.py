@@ -112,9 +112,8 @@ def _renderers(sources: Sequence[DataSource], tokenizer: Any, settings: DataSett
             marks = Marks(source.response_template, source.response_end)
             renderers.append(RenderedText(tokenizer, settings.loss_on, marks))
             continue
-        by_template = by_template or Renderer(
-            tokenizer, name, settings.loss_on, settings.system, settings.train_on_reasoning
-        )
+        if by_template is None:
+            by_template = Renderer(tokenizer, name, settings.loss_on, settings.system, settings.train_on_reasoning)
         renderers.append(by_template)
     return renderers
 
