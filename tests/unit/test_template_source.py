@@ -27,6 +27,7 @@ def refusals(source: str, **args: bool | int | float | str) -> list[str]:
     [
         ("qwen3", ["enable_thinking"]),
         ("glm4moe", ["enable_thinking"]),
+        ("nemotron_3_nano", ["enable_thinking", "system_message", "truncate_history_thinking"]),
         ("gptoss", ["builtin_tools", "model_identity", "reasoning_effort"]),
         ("llama3_1", ["builtin_tools", "custom_tools", "date_string", "tools_in_user_message"]),
         ("deepseekv3", []),
@@ -79,6 +80,8 @@ def test_what_the_program_itself_gives_is_refused(name: str) -> None:
         ("{% if mine is not defined %}{% set mine = 1 %}{% endif %}{{ mine }}", True),
         ("{% set mine = mine or 'low' %}{{ mine }}", True),
         ("{{ mine | default('low') }}", True),
+        ("{% set mine = mine | default('low') %}{{ mine }}", True),
+        ("{% if tools %}{% set mine = 1 %}{% endif %}{{ mine | default('low') }}", False),
         ("{% macro write() %}{{ mine }}{% endmacro %}{{ write() }}", True),
         ("{% macro write(mine) %}{{ mine }}{% endmacro %}{{ write(1) }}", False),
         ("{% for mine in messages %}{{ mine }}{% endfor %}", False),
