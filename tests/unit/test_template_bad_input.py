@@ -73,8 +73,11 @@ def test_the_chatml_of_these_tests_is_sound() -> None:
             words("{{ m.content | list | reverse | join }}"),
             f'{CHANGES}; got "!ruof si tI" for "It is four!"; {ANOTHER}',
         ),
-        (words("{{ m.content }}") + "{{ strftime_now('%H:%M') }}", f'X writes the time of day, {DIFFER}; got "13:47"'),
-        ("At {{ strftime_now('%d %b %H:%M:%S') }}: " + CHATML, f'X writes the time of day, {DIFFER}; got "13:47:11:"'),
+        (words("{{ m.content }}") + "{{ strftime_now('%H:%M') }}", f'X writes the time of day, {DIFFER}; got "%H:%M"'),
+        (
+            "At {{ strftime_now('%d %b %H:%M:%S') }}: " + CHATML,
+            f'X writes the time of day, {DIFFER}; got "%d %b %H:%M:%S"',
+        ),
         (words("{{ m.content }}") + "{% include 'more.jinja' %}", "X takes a part of itself from another file; got"),
         ("{{ range(10) | random }}" + CHATML, f"X draws at random, {DIFFER}; got random (line 1); {ANOTHER}"),
         (
@@ -139,6 +142,11 @@ def test_what_only_some_rows_run_into_names_the_row() -> None:
     template = only_for("tool", "{{ raise_exception('no tools here') }}")
     assert row_problem(template, weather()) == (
         f"rows.jsonl:3: messages: X refuses the conversation; got no tools here; {change}"
+    )
+    template = only_for("tool", "{{ strftime_now('%d %b') }}{{ strftime_now('%X') }}")
+    assert row_problem(template, weather()) == (
+        f'rows.jsonl:3: messages: X writes the time of day, {DIFFER}; got "%X"; '
+        f"give the time in data.template_args where it reads such a variable, or {ANOTHER}"
     )
     template = only_for("system", "{{ raise_exception('no system here') }}")
     assert row_problem(template, chat("a", "b", system="Be brief.")) == (

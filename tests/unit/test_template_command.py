@@ -122,11 +122,10 @@ def test_a_variable_decides_where_the_answer_begins(printed: Any) -> None:
 
 def test_a_variable_that_the_template_does_not_read_is_refused(printed: Any) -> None:
     said = printed("--as", str(TRL / "qwen3.jinja"), "--set", "enable_thinkng=false", "xyz=1", code=2)
-    what = "the chat template reads no such variable"
-    do = "write one that it reads: enable_thinking"
+    what = "the chat template does not read this variable"
     assert said.splitlines() == [
-        f"data.template_args.enable_thinkng: {what}; got false; {do}",
-        f"data.template_args.xyz: {what}; got 1; {do}",
+        f"data.template_args.enable_thinkng: {what}; got false; did you mean enable_thinking?",
+        f"data.template_args.xyz: {what}; got 1; remove it, or write one that it reads: enable_thinking",
     ]
 
 
@@ -274,7 +273,7 @@ def test_a_template_that_cannot_be_used_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.jinja").write_text("{% for m in messages %}")
-    Path("refusing.jinja").write_text("{{ raise_exception('no') }}")
+    Path("refusing.jinja").write_text("{{ raise_exception('no') }}{{ messages }}")
     said = printed(*words, code=1)
     assert said.startswith(message)
     assert said.count("\n") == 1

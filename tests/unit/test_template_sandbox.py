@@ -94,6 +94,10 @@ def test_a_template_that_makes_too_much_is_stopped(source: str, message: str) ->
             "unsafe.; name another one in data.chat_template",
         ),
         (
+            "{{ ('a' * 10000000).replace('a', 'a' * 10000000) }}",
+            "X needs more memory than there is; correct its loops, or name another one in data.chat_template",
+        ),
+        (
             "{{ where.x }}",
             "X needs a variable that it is not given; got 'where' is undefined; "
             "give where in data.template_args, or name another one in data.chat_template",

@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from finetune.data.render import SHIPPED, read_template
+from finetune.data.render import SHIPPED, read_template, template_source
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
 from finetune.errors import DataError, RecipeError
 
@@ -27,6 +27,7 @@ def refusals(source: str, **args: bool | int | float | str) -> list[str]:
     [
         ("qwen3", ["enable_thinking"]),
         ("glm4moe", ["enable_thinking"]),
+        ("nemotron_3_nano", ["enable_thinking", "system_message", "truncate_history_thinking"]),
         ("gptoss", ["builtin_tools", "model_identity", "reasoning_effort"]),
         ("llama3_1", ["builtin_tools", "custom_tools", "date_string", "tools_in_user_message"]),
         ("deepseekv3", []),
@@ -79,6 +80,8 @@ def test_what_the_program_itself_gives_is_refused(name: str) -> None:
         ("{% if mine is not defined %}{% set mine = 1 %}{% endif %}{{ mine }}", True),
         ("{% set mine = mine or 'low' %}{{ mine }}", True),
         ("{{ mine | default('low') }}", True),
+        ("{% set mine = mine | default('low') %}{{ mine }}", True),
+        ("{% if tools %}{% set mine = 1 %}{% endif %}{{ mine | default('low') }}", False),
         ("{% macro write() %}{{ mine }}{% endmacro %}{{ write() }}", True),
         ("{% macro write(mine) %}{{ mine }}{% endmacro %}{{ write(1) }}", False),
         ("{% for mine in messages %}{{ mine }}{% endfor %}", False),
@@ -160,7 +163,11 @@ def test_what_can_be_seen_in_the_source_is_refused_before_it_is_run(source: str,
         ("{{ '{0:<99000000000}'.format(1) }}", '"{0:<99000000000}"'),
     ],
 )
-def test_a_text_that_would_fill_the_memory_at_once_is_refused_before_it_is_made(source: str, number: str) -> None:
+def test_a_text_that_would_fill_the_memory_at_once_is_refused_before_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, source: str, number: str
+) -> None:
+    """Jinja computes with constants while it compiles."""
+    monkeypatch.setattr(template_source, "compile_template", lambda source, name: pytest.fail("compiled"))
     with pytest.raises(DataError) as caught:
         compile_templates([MESSAGES + source], "X")
     assert str(caught.value) == (

@@ -4,7 +4,6 @@ The template is compiled once, in the sandbox of `apply_chat_template` with boun
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import time
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.render.reasoning import PLACEHOLDER, reasoning_key
 from finetune.data.render.sandbox import write
-from finetune.data.render.template_settings import clock_of, stop_tokens, template_args
+from finetune.data.render.template_settings import CLOCK, clock_of, stop_tokens, template_args
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem
@@ -68,14 +67,16 @@ class CompiledTemplate:
         self.stops = stop_tokens(tokenizer)
         self.control = control_tokens(tokenizer)
         self.args = template_args(tokenizer)
-        self._tokenizer = tokenizer
         self._sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
+        self.clock = clock_of(tokenizer)
         self._compiled = compile_templates(self._sources, name)
         check_template_args(self.variables, self.args, name)
         pairs = zip(self._compiled, self._sources, strict=True)
         self._endings = [_ending(template, source) for template, source in pairs]
         # Template.render copies the environment's globals a call, which costs more than a short template itself.
-        common = {**tokenizer.special_tokens_map, **clock_of(tokenizer), "documents": None, **self.args}
+        common = {**tokenizer.special_tokens_map, "documents": None, **self.args}
+        if self.clock is not None:
+            common[CLOCK] = self.clock
         self._variables = [{**template.globals, **common} for template in self._compiled]
 
     def text(self, messages: Sequence[Message], tools: Tools = None, generation: bool = False, **args: Any) -> str:
@@ -108,11 +109,6 @@ class CompiledTemplate:
             else:
                 prompts.append(Prompt(None, text[:start] + fixed))
         return text, prompts
-
-    def at(self, hour: time, messages: Sequence[Message]) -> str:
-        """What the template writes at another hour of its day."""
-        taken = [self._taken(message) for message in messages]
-        return self._rendered(taken, None, args=clock_of(self._tokenizer, hour))
 
     @property
     def source_problems(self) -> list[Problem]:

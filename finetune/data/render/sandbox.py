@@ -30,7 +30,8 @@ from jinja2 import Environment, Template, TemplateError, UndefinedError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from finetune.data.row_errors import RowError
+from finetune.data.render.template_settings import TimeOfDayError
+from finetune.data.row_errors import RowError, shown
 from finetune.errors import DataError, Problem
 from finetune.upstream import private
 
@@ -213,10 +214,19 @@ def write(template: Template, variables: dict[str, Any], written: list[str], nam
             _timer.stop()
     except _Stopped as error:  # outside: the timer may interrupt the lines above it, too
         raise StoppedError(f"{name} {error.what}", error.do) from error
+    except TimeOfDayError as error:
+        raise time_of_day(name, str(error)) from error
     except Exception as error:  # whatever a template's own code runs into
         what, do = _failure(error)
-        got = None if isinstance(error, RecursionError) else _said(error)
+        got = None if isinstance(error, RecursionError | MemoryError) else _said(error)
         raise RowError("messages", f"{name} {what}", do, got) from error
+
+
+def time_of_day(name: str, written: str) -> RowError:
+    """The error of a template that writes the time in a format with hours."""
+    do = f"give the time in data.template_args where it reads such a variable, or {ANOTHER_TEMPLATE}"
+    what = f"{name} writes the time of day, so training and inference would differ"
+    return RowError("messages", what, do, shown(written))
 
 
 def template_problem(error: RowError) -> Problem:
@@ -230,6 +240,8 @@ def _failure(error: Exception) -> tuple[str, str]:
         return "does what the sandbox of chat templates forbids", ANOTHER_TEMPLATE
     if isinstance(error, RecursionError):
         return "calls itself without end", f"correct its macros, or {ANOTHER_TEMPLATE}"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is", _CORRECT
     if isinstance(error, UndefinedError) and (missing := _VARIABLE.fullmatch(str(error))):
         do = f"give {missing[1]} in data.template_args, or {ANOTHER_TEMPLATE}"
         return "needs a variable that it is not given", do

@@ -4,7 +4,7 @@ It is kept with the tokenizer that carries the template, so that everything that
 the tokens at which generation stops.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
 
@@ -25,10 +25,38 @@ def set_template_day(tokenizer: Any, day: str | None) -> None:
     setattr(tokenizer, _DAY, day)
 
 
-def clock_of(tokenizer: Any, at: time = time()) -> dict[str, Callable[[str], str]]:
-    """What a template is given in place of the clock: the day's midnight, or another hour of it."""
+class TimeOfDayError(Exception):
+    """A template wrote more of the time than the day."""
+
+
+class DayClock:
+    """What a template is given in place of the clock: midnight of a day (YYYY-MM-DD).
+
+    A format in which another hour looks different would train what inference never says: it is in `hours`, and where
+    the clock is `strict`, `TimeOfDayError`.
+    """
+
+    def __init__(self, day: str) -> None:
+        self._times = [datetime.combine(date.fromisoformat(day), at) for at in (time(), time(13, 47, 11, 123456))]
+        self._written: dict[str, str] = {}
+        self.hours: list[str] = []
+        self.strict = True
+
+    def __call__(self, format: str) -> str:  # noqa: A002 - the name that transformers gives it
+        """The day in this format."""
+        if format not in self._written:
+            self._written[format], afternoon = (at.strftime(format) for at in self._times)
+            if self._written[format] != afternoon:
+                self.hours.append(format)
+        if self.strict and format in self.hours:
+            raise TimeOfDayError(format)
+        return self._written[format]
+
+
+def clock_of(tokenizer: Any) -> DayClock | None:
+    """What the template is given in place of the clock; None where it reads none."""
     day = template_day(tokenizer)
-    return {} if day is None else {CLOCK: datetime.combine(date.fromisoformat(day), at).strftime}
+    return None if day is None else DayClock(day)
 
 
 def template_args(tokenizer: Any) -> dict[str, Any]:

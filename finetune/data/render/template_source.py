@@ -69,7 +69,7 @@ def variables_of(source: str, name: str) -> tuple[str, ...]:
     """The variables that `data.template_args` can give a template.
 
     It reads them without having set them on every way there. One that it sets on some way is its own, unless it asks
-    whether it was given: `is defined`, `default`, or each value that it is set to is made of itself.
+    whether it was given: it `is defined`, or each value that it is set to is made of its own.
     """
     tree = _tree(source, name)
     own = set(_set_anew(tree)) - set(_asked_for(tree))
@@ -125,8 +125,8 @@ def _set_anew(tree: nodes.Template) -> Iterator[str]:
 def _asked_for(tree: nodes.Template) -> Iterator[str]:
     """The variables of which a template asks whether they are defined; a macro may ask that of its arguments."""
     arguments = {node.name for node in _names(tree) if node.ctx == "param"}
-    for asking in tree.find_all((nodes.Test, nodes.Filter)):
-        if asking.name in ("defined", "undefined", "default", "d") and isinstance(asking.node, nodes.Name):
+    for asking in tree.find_all(nodes.Test):
+        if asking.name in ("defined", "undefined") and isinstance(asking.node, nodes.Name):
             yield from {asking.node.name} - arguments
 
 
@@ -137,12 +137,9 @@ def _names(node: nodes.Node) -> list[nodes.Name]:
 
 @lru_cache
 def _forbidden(source: str, name: str) -> tuple[Problem, ...]:
-    found = [
-        (what, seen, node.lineno) for node in _tree(source, name).find_all(nodes.Node) for what, seen in _seen(node)
-    ]
-    return tuple(
-        Problem(_PLACE, f"{name} {what}", ANOTHER_TEMPLATE, f"{seen} (line {line})") for what, seen, line in found
-    )
+    parts = syntax_tree(source, name).find_all(nodes.Node)
+    found = [(what, f"{seen} (line {node.lineno})") for node in parts for what, seen in _seen(node)]
+    return tuple(Problem(_PLACE, f"{name} {what}", ANOTHER_TEMPLATE, got) for what, got in found)
 
 
 def _seen(node: nodes.Node) -> Iterator[tuple[str, object]]:
