@@ -12,12 +12,14 @@ import pytest
 
 from finetune.data.render import LossOn, Renderer
 from finetune.data.row_errors import RowError
+from finetune.data.types import Conversation, Message
 from finetune.errors import DataError
 from tests.template_oracle import Oracle, check_examples, supervised, tokens_of
 from tests.templates import TOKENS, family_tokenizer, trained, trl_template, trl_templates
-from tests.unit.template_cases import CONVERSATIONS, REASONING, TEMPLATES, Use
+from tests.unit.template_cases import CALLS, CONVERSATIONS, REASONING, TEMPLATES, Use
 
-LOSSES: tuple[LossOn, ...] = ("assistant", "last_assistant", "completion")
+LOSSES: tuple[LossOn, ...] = ("assistant", "last_assistant", "completion")  # the last differs where there are calls
+SHORT = ("one turn", "three turns", "call", "parallel calls", "reasoning before a call")
 # Templates that take contents as lists of images and texts only.
 IMAGES_ONLY = {
     "idefics3": "changes the answer",
@@ -42,7 +44,12 @@ def test_masks_are_those_of_the_oracle(name: str, use: Use, conversation: str) -
     """With the stop tokens of the generation config, and without them: the template alone then says what ends."""
     template, given = TEMPLATES[name], CONVERSATIONS[conversation]
     published = TOKENS[template.tokens].stops
-    for loss_on, stops in {("assistant", ()), *((loss_on, published) for loss_on in LOSSES)}:
+    tried: list[tuple[LossOn, tuple[str, ...]]] = [
+        (loss_on, published) for loss_on in (LOSSES if conversation in CALLS else LOSSES[:2])
+    ]
+    if published and conversation in SHORT:
+        tried.append(("assistant", ()))
+    for loss_on, stops in tried:
         renderer = _renderer(name, _frozen(use.args), loss_on, stops)
         if refused := use.refused.get(conversation) or use.refused.get(f"{conversation}/{loss_on}"):
             with pytest.raises((DataError, RowError)) as error:
@@ -80,6 +87,15 @@ def test_reasoning_is_left_out_of_the_loss(name: str, conversation: str) -> None
     use = template.uses[0]
     renderer = Renderer(_tokenizer(name, _frozen(use.args), ()), "its template", train_on_reasoning=False)
     check_examples(renderer, given, "assistant", _oracle(name, _frozen(use.args), conversation), False)
+
+
+@pytest.mark.parametrize("name", [name for name, template in TEMPLATES.items() if not template.uses[0].refused])
+def test_a_think_block_in_the_content_is_reasoning(name: str) -> None:
+    given = CONVERSATIONS["reasoning in the last answer"]
+    *turns, answer = given.messages
+    inline = Message(role="assistant", content=f"<think>\n{answer['reasoning']}\n</think>\n\n{answer['content']}")
+    renderer = _renderer(name, (), "assistant", TOKENS[TEMPLATES[name].tokens].stops)
+    assert renderer.examples(Conversation([*turns, inline])) == renderer.examples(given)
 
 
 def test_three_turns_become_as_many_examples_as_the_template_needs() -> None:
