@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -98,12 +98,13 @@ def evaluate(
     tokenizer.padding_side = "left"
     model = _load_model(model_path, family, dtype)
     template = ChatTemplate(tokenizer, "the model's chat template", system)
-    prompts, written = _prompts(template, rows, str(data))
-    longest = max(len(ids) for ids in tokenizer(written, add_special_tokens=False)["input_ids"]) + SPARE_TOKENS
+    tasks = _tasks(template, rows, str(data))
+    written = tokenizer([task.written for task in tasks], add_special_tokens=False)["input_ids"]
+    longest, prompts = max(map(len, written)) + SPARE_TOKENS, [task.prompt for task in tasks]
     answers = list(_generate(model, tokenizer, prompts, longest, batch_size))
     results = [
-        Row(line, str(row.get("split", "rows")), prompt, given.messages[-1]["content"], template.answer_in(answer))
-        for (line, row, given), prompt, answer in zip(rows, prompts, answers, strict=True)
+        Row(line, str(row.get("split", "rows")), task.prompt, task.reference, template.answer_in(answer))
+        for (line, row, _), task, answer in zip(rows, tasks, answers, strict=True)
     ]
     load = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
     return Evaluation(str(model_path), str(data), len(results), args, exact_match(results), load, results)
@@ -137,29 +138,35 @@ def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     )
 
 
-def _prompts(template: ChatTemplate, rows: list[NumberedRow], path: str) -> tuple[list[str], list[str]]:
-    """The model's inputs, all turns before the last answer with the generation prompt; and what it should write then.
+class _Task(NamedTuple):
+    """A model's input, the answer that it should give, and that with its header words and its reasoning."""
 
-    The latter says how long answers are: with header words and the row's reasoning.
-    """
-    prompts, written, problems = [], [], Problems()
+    prompt: str
+    reference: str
+    written: str
+
+
+def _tasks(template: ChatTemplate, rows: list[NumberedRow], path: str) -> list[_Task]:
+    """Of each row: all turns before the last answer with the generation prompt, and that answer."""
+    tasks, problems = [], Problems()
     for line, _, conversation in rows:
         try:
-            prompts.append(template.prompt(conversation))
-            written.append(_reference(template, conversation, prompts[-1]))
+            tasks.append(_task(template, conversation))
         except RowError as error:
             problems.add(path, line, error)
     problems.raise_if_any()
-    return prompts, written
+    return tasks
 
 
-def _reference(template: ChatTemplate, conversation: Conversation, prompt: str) -> str:
-    """What the template writes behind the prompt, or as much, where it writes the prompt of a whole text otherwise."""
+def _task(template: ChatTemplate, conversation: Conversation) -> _Task:
     given = template.conversation(conversation)
-    text, answer = template.text(given.messages, given.tools), given.messages[-1]
+    prompt, answer = template.prompt(conversation), given.messages[-1]
+    text = template.text(given.messages, given.tools)
     if text.startswith(prompt):
-        return text[len(prompt) :]
-    return answer.get("reasoning", "") + template.closing + answer["content"]
+        written = text[len(prompt) :]
+    else:  # The prompt opens a block of reasoning that a finished text does not have.
+        written = answer.get("reasoning", "") + template.closing + answer["content"]
+    return _Task(prompt, answer["content"], written)
 
 
 def exact_match(rows: list[Row]) -> dict[str, float]:

@@ -10,8 +10,10 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from finetune.data.render import IGNORED, LossOn
+from finetune.data.render import IGNORED, LossOn, Renderer, Rendering, TokenizedText
+from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation
+from tests.templates import marked
 
 _SIGN = "qhxr7"
 
@@ -185,3 +187,28 @@ def supervised(given: Conversation, loss_on: LossOn) -> list[int]:
         last_user = max(index for index, role in enumerate(roles) if role == "user")
         return [index for index in answers if index > last_user]
     return answers
+
+
+def tokens_of(renderer: Renderer, renderings: Sequence[Rendering]) -> list[TokenizedText]:
+    """The tokens of each example; raises the first error."""
+    found = renderer.tokenise(renderings)
+    for tokens in found:
+        if isinstance(tokens, RowError):
+            raise tokens
+    return [tokens for tokens in found if isinstance(tokens, TokenizedText)]
+
+
+def check_examples(
+    renderer: Renderer, given: Conversation, loss_on: LossOn, oracle: Oracle, train_on_reasoning: bool = True
+) -> None:
+    """Every answer is supervised once, in as few examples as can be; ids and labels are the oracle's."""
+    renderings = renderer.examples(given)
+    groups = [[answer.message for answer in rendering.answers] for rendering in renderings]
+    assert sorted(index for group in groups for index in group) == supervised(given, loss_on)
+    assert len(groups) == oracle.fewest(loss_on)
+    for found, group in zip(tokens_of(renderer, renderings), groups, strict=True):
+        expected = oracle.example(group, train_on_reasoning)
+        if (found.input_ids.tolist(), found.labels.tolist()) != (expected.ids, expected.labels):
+            pieces = marked(oracle.tokenizer, found.input_ids.tolist(), found.labels.tolist())
+            assert pieces == marked(oracle.tokenizer, expected.ids, expected.labels)
+            raise AssertionError("the same text, cut into other tokens")

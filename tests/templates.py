@@ -147,9 +147,14 @@ def _bare() -> str:
 
 @functools.cache
 def _tokenizer(family: str) -> Any:
+    return with_tokens_of(family, _bare())
+
+
+def with_tokens_of(family: str, bare: str) -> Any:
+    """The tokenizer of this JSON with the added tokens of a family."""
     tokens = TOKENS[family]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_bare()),
+        tokenizer_object=Tokenizer.from_str(bare),
         eos_token=tokens.eos,
         pad_token=tokens.pad,
         bos_token=tokens.bos,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.adapter import Adapter
-from finetune.adapters.record import MergeSources
+from finetune.adapters.record import RECORD_FILE, MergeSources, read_record
 from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
@@ -51,7 +51,10 @@ class TrainedTemplate:
 
 
 def trained_template(checkpoint: Path) -> TrainedTemplate | None:
-    """That of the last adapter of a merged checkpoint, whose template it has; None for any other checkpoint."""
+    """That of an adapter, or of the last adapter of a merged checkpoint, whose template it has; None for others."""
+    if (checkpoint / RECORD_FILE).is_file():
+        record = read_record(checkpoint)
+        return TrainedTemplate(record.template_day, record.template_args or {})
     if not (checkpoint / REPORT_FILE).is_file():
         return None
     adapters = read_json(checkpoint / REPORT_FILE)["adapters"]

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune.adapters.lineage import trained_template
 from finetune.check.built_in import CALL, SHOWN, TRIED, TWO_CALLS
 from finetune.check.samples import Sample, sample_of
 from finetune.check.single_row import SingleRow, read_single_row
 from finetune.check.template_summary import Fields, TemplateSummary, summarise
 from finetune.checkpoint import resolve_checkpoint
-from finetune.data.render import LossOn, Marks, RenderedText, Renderer, System
+from finetune.data.render import LossOn, Marks, RenderedText, Renderer, System, set_template_day
 from finetune.data.row_errors import RowError
 from finetune.data.tokenizer import load_tokenizer
 from finetune.data.tokens.examples import TextRenderer
@@ -64,18 +65,23 @@ class ShownTemplate:
 def show_template(choices: Choices, place: str | None, row_format: str = "auto") -> ShownTemplate:
     """The row at `place` (`FILE:LINE`), or built-in conversations, in the model's chat template.
 
-    Loads the tokenizer and nothing else of the model. Raises what `load_tokenizer` and `read_single_row` raise, and
+    Loads the tokenizer and nothing else of the model; the variables and the day that a trained model records are used.
+    Raises what `load_tokenizer` and `read_single_row` raise, and
     `DataError` for a row that the template refuses.
     """
     row = None if place is None else read_single_row(place, row_format)
+    folder = resolve_checkpoint(choices.model, weights=False, where="MODEL")
+    trained = None if choices.chat_template else trained_template(folder)
     tokenizer = load_tokenizer(
-        str(resolve_checkpoint(choices.model, weights=False, where="MODEL")),
+        str(folder),
         None,
         choices.chat_template,
         choices.added_tokens,
         choices.eos_token,
-        template_args=choices.template_args,
+        template_args={**(trained.args if trained else {}), **choices.template_args},
     )
+    if trained is not None:
+        set_template_day(tokenizer, trained.day)
     if row is not None and isinstance(document := row.texts[0][1], Document):
         shown = ShownTemplate(None)
         _add_row(shown, _document_renderer(tokenizer, choices, document), tokenizer, row)

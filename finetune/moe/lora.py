@@ -190,6 +190,8 @@ def grow_vocabulary(model: Any, tokens: Sequence[int]) -> None:
     _check_head(model)
     if tokens[-1] >= model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(tokens[-1] + 1, mean_resizing=False)
+    # The row of the checkpoint's pad token gets no gradient, and its id may have been a spare one until now.
+    model.get_input_embeddings().padding_idx = None
     with torch.no_grad():
         for module in vocabulary_modules(model).values():
             # The noise that transformers adds to the mean is 3e-5 of the rows' own deviation: bfloat16 rounds it away.

@@ -235,8 +235,9 @@ class ModelSettings(Section):
     )
     pad_token: Text | None = Field(
         default=None,
-        description="Token that fills up batches; null: the tokenizer's own, or its EOS. Places that are filled up are "
-        "known by the length of each row, never by this token, so that an EOS is learned even where both are one.",
+        description="Special token that fills up batches; null: the tokenizer's own, else its unknown token or its "
+        "EOS. Places that are filled up are known by the length of each row, never by this token, so that an EOS is "
+        "learned even where both are one.",
     )
 
 

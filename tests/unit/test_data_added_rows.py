@@ -56,6 +56,15 @@ def test_new_rows_start_as_the_mean_of_the_known_and_no_other_row_changes(kind: 
         torch.testing.assert_close(matrix[NEW], torch.stack([mean, mean]))
 
 
+def test_a_new_row_is_trained_even_if_the_base_pads_with_its_id(tmp_path: Path) -> None:
+    """transformers gives such a row of the embedding no gradient."""
+    base = save_tiny_mixtral(tmp_path / "base", vocab_size=512, pad_token_id=NEW[0])
+    model = with_lora(load_folder(base, settings(base), NEW), lora_settings(), NEW)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    rows = [p for name, p in model.named_parameters() if p.requires_grad and "embed_tokens" in name]
+    assert [bool(row.any()) for p in rows for row in p.grad] == [True, True]
+
+
 def test_they_start_the_same_whatever_was_drawn_before(tmp_path: Path) -> None:
     base = base_of(tmp_path / "base", "untied")
     one = matrices(load_folder(base, settings(base), NEW))

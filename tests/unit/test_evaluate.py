@@ -12,7 +12,7 @@ from finetune.cli.main import main
 from finetune.data import Conversation, Message, load_tokenizer
 from finetune.data.render import ChatTemplate, read_template
 from finetune.errors import DataError, WeightsError
-from finetune.evaluate import Row, _generate, _prompts, evaluate, exact_match, load_table
+from finetune.evaluate import Row, _generate, _tasks, evaluate, exact_match, load_table
 from tests.rendering import chat, weather
 from tests.support import CHATML, save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
@@ -117,12 +117,13 @@ def test_there_is_room_for_reasoning_before_the_answer(opened: bool) -> None:
         "{% for m in messages %}{{ m.role }}:{% if m.reasoning_content and not OPENED %}<think>"
         "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
     ).replace("OPENED", str(opened)) + prompt
-    answer = Message(role="assistant", content="x", reasoning="because it is so")
+    answer = Message(role="assistant", content="<think>because it is so</think>x")
     given = Conversation([Message(role="user", content="say it"), answer])
-    prompts, written = _prompts(ChatTemplate(tokenizer, "this template"), [(1, {}, given)], "rows.jsonl")
-    assert prompts[0].endswith("assistant:" + "<think>" * opened)
-    assert "because it is so" in written[0]
-    assert written[0].removesuffix("<|im_end|>").endswith("</think>x")
+    [task] = _tasks(ChatTemplate(tokenizer, "this template"), [(1, {}, given)], "rows.jsonl")
+    assert task.prompt.endswith("assistant:" + "<think>" * opened)
+    assert "because it is so" in task.written
+    assert task.written.removesuffix("<|im_end|>").endswith("</think>x")
+    assert task.reference == "x"
 
 
 SWITCH = "{% if enable_thinking is defined and not enable_thinking %}quick {% endif %}"

@@ -48,6 +48,8 @@ def setting_of(key: str, path: list[Any]) -> list[Any] | None:
     if key in settings():
         same_section = steps(key)[:-1] == [part for part in path[:-1] if not isinstance(part, int)]
         return [*path[:-1], steps(key)[-1]] if same_section else steps(key)
+    if key.rpartition(".")[0] in settings():
+        return steps(key)  # an entry of a mapping
     if path[:-1] == ["training", "trainer_args"]:
         return [*path[:-1], key]
     beside = ".".join(str(part) for part in (*path[:-1], key) if not isinstance(part, int))

@@ -298,3 +298,12 @@ def test_a_variable_is_a_name_and_a_value(text: str, model: str, capsys: pytest.
     with pytest.raises(SystemExit):
         main(["template", model, "--set", text])
     assert f"write NAME=VALUE, a value being text, a number, true or false; got {text}" in capsys.readouterr().err
+
+
+def test_a_trained_model_is_shown_with_the_variables_of_its_training(tmp_path: Path, printed: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (TRL / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "finetune.json").write_text('{"template_args": {"enable_thinking": false}}', encoding="utf-8")
+    assert "enable_thinking = false" in unwrapped(printed(of=str(tmp_path)))
+    assert "enable_thinking = true" in unwrapped(printed("--set", "enable_thinking=true", of=str(tmp_path)))
