@@ -191,6 +191,19 @@ def test_rows_that_end_with_a_tool_call_are_refused_by_their_line(tmp_path: Path
         evaluate(model, tmp_path / "rows.jsonl", "messages")
 
 
+def test_a_row_that_the_template_does_not_get_past_is_named_by_its_line() -> None:
+    tokenizer = tiny_tokenizer()
+    endless = "{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}"
+    tokenizer.chat_template = CHATML + "{% if 'endless' in messages[0].content %}" + endless + "{% endif %}"
+    rows = [(line, {}, chat(question, "b")) for line, question in enumerate(("a", "endless", "c", "endless"), 1)]
+    with pytest.raises(DataError) as caught:
+        _tasks(ChatTemplate(tokenizer, "this template"), rows, "rows.jsonl")
+    assert str(caught.value) == (
+        "rows.jsonl:2: this template wrote more than 16,000,000 characters; "
+        "remove the row, or correct its loops, or name another one in data.chat_template"
+    )
+
+
 def test_the_load_table_has_a_line_a_layer() -> None:
     assert load_table([[0.25, 0.75], [0.5, 0.5]]).splitlines()[1:] == [
         "    0      25.0%     75.0%",
