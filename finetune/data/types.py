@@ -147,10 +147,15 @@ class Rendering:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedText:
-    """A text, or a piece of it, as tokens (int32). A label is the id of its own token, or `IGNORED`: not shifted."""
+    """A text, or a piece of it, as tokens (int32). A label is the id of its own token, or `IGNORED`: not shifted.
+
+    `prompt`: so many tokens stand before the first answer, whose own first tokens may be without loss; None if nothing
+    says so but the labels.
+    """
 
     input_ids: Ints
     labels: Ints
+    prompt: int | None = None
 
     @property
     def columns(self) -> tuple[Ints, ...]:

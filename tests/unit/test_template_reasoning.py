@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from finetune.data import prepare
-from finetune.data.render import LossOn, Renderer, set_template_args
+from finetune.data import prepare, prepare_pair_mixture
+from finetune.data.render import IGNORED, LossOn, Renderer, set_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
 from finetune.errors import DataError
@@ -227,3 +227,22 @@ def test_other_variables_are_other_rows(rows: Path) -> None:
     ]
     assert lengths[0] == lengths[1], "the same text"
     assert supervised_counts[0] > supervised_counts[1]
+
+
+def test_two_answers_may_differ_in_reasoning_that_is_not_learned(tmp_path: Path) -> None:
+    """The prompt of a pair ends where the answers begin, and not where the loss does."""
+    turns = [
+        {"role": "assistant", "content": content, "reasoning_content": reasoning}
+        for content, reasoning in (("4", "2 + 2"), ("5", "a guess"))
+    ]
+    row = {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": turns[:1], "rejected": turns[1:]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    tokenizer = renderer(OPENED)._tokenizer
+    for learn in (True, False):
+        source = DataSource(path=str(tmp_path / "pairs.jsonl"), format="preference")
+        given = DataSettings(train=source, max_length=200, chat_template=None, train_on_reasoning=learn)
+        [pair] = prepare_pair_mixture(given.sources("train"), tokenizer, given, 0).table
+        assert tokenizer.decode(pair.prompt_ids).endswith("assistant\n<think>\n")
+        assert tokenizer.decode(pair.rejected_ids).startswith("a guess\n</think>\n\n5")
+        kept = [token for token, label in zip(pair.chosen_ids, pair.chosen_labels, strict=True) if label != IGNORED]
+        assert tokenizer.decode(kept) == ("2 + 2" if learn else "") + "\n</think>\n\n4<|im_end|>"

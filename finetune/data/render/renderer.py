@@ -204,7 +204,7 @@ class Renderer:
         self._ignore(rendering, holes, labels)
         if rendering.everything:
             labels[:1] = IGNORED
-        return TokenizedText(ids, labels)
+        return TokenizedText(ids, labels, borders[0] if borders else None)
 
     def _id_of(self, token: str) -> int:
         if token not in self._ids:

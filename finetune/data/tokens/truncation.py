@@ -84,8 +84,11 @@ def fit_pair(chosen: TokenizedText, rejected: TokenizedText, settings: DataSetti
 
 
 def _prompt(chosen: TokenizedText, rejected: TokenizedText) -> Ints:
-    """The tokens before the first supervised token of each answer, and must be the same for both."""
-    prompt, other = (text.input_ids[: int(np.argmax(text.labels != IGNORED))] for text in (chosen, rejected))
+    """The tokens before each answer, and must be the same for both."""
+    prompt, other = (
+        text.input_ids[: int(np.argmax(text.labels != IGNORED)) if text.prompt is None else text.prompt]
+        for text in (chosen, rejected)
+    )
     if not np.array_equal(prompt, other):
         what = "the template renders another prompt before this answer than before the chosen one"
         raise RowError("rejected", what, "name another one in data.chat_template")
@@ -95,8 +98,10 @@ def _prompt(chosen: TokenizedText, rejected: TokenizedText) -> Ints:
 def _cut(both: Sequence[TokenizedText], prompt: int, limit: int) -> list[TokenizedText]:
     """Both conversations with at most `limit` tokens; `RowError` if they compare nothing any more."""
     do = "raise data.max_length, or set data.overlong to drop"
-    if prompt >= limit:  # an answer's first token is supervised
-        what = f"cut at data.max_length = {limit} tokens neither answer has a supervised token left"
+    empty = [name for name, text in zip(ANSWERS, both, strict=True) if not (text.labels[:limit] != IGNORED).any()]
+    if empty:
+        answers = "neither answer has a" if len(empty) == 2 else f"the {empty[0]} answer has no"
+        what = f"cut at data.max_length = {limit} tokens {answers} supervised token left"
         raise RowError("prompt", what, do, f"a prompt of {prompt} tokens")
     chosen, rejected = (TokenizedText(text.input_ids[:limit], text.labels[:limit]) for text in both)
     if np.array_equal(chosen.input_ids, rejected.input_ids):
