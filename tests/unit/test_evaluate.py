@@ -12,7 +12,7 @@ from finetune.cli.main import main
 from finetune.data import Conversation, Message, load_tokenizer
 from finetune.data.render import ChatTemplate, read_template
 from finetune.errors import DataError, WeightsError
-from finetune.evaluate import Row, _generate, _tasks, evaluate, exact_match, load_table
+from finetune.evaluate import NumberedRow, Row, _generate, _tasks, evaluate, exact_match, load_table
 from tests.rendering import chat, weather
 from tests.support import CHATML, save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
@@ -195,7 +195,8 @@ def test_a_row_that_the_template_does_not_get_past_is_named_by_its_line() -> Non
     tokenizer = tiny_tokenizer()
     endless = "{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}"
     tokenizer.chat_template = CHATML + "{% if 'endless' in messages[0].content %}" + endless + "{% endif %}"
-    rows = [(line, {}, chat(question, "b")) for line, question in enumerate(("a", "endless", "c", "endless"), 1)]
+    questions = enumerate(("a", "endless", "c", "endless"), 1)
+    rows: list[NumberedRow] = [(line, {}, chat(question, "b")) for line, question in questions]
     with pytest.raises(DataError) as caught:
         _tasks(ChatTemplate(tokenizer, "this template"), rows, "rows.jsonl")
     assert str(caught.value) == (
