@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from finetune.adapters.lineage import TrainedTemplate, trained_template
 from finetune.checkpoint import verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
-from finetune.data.render import ChatTemplate, System
+from finetune.data.render import ChatTemplate, StoppedError, System
 from finetune.data.row_errors import Problems, RowError
 from finetune.data.tokenizer import end_ids
 from finetune.errors import DataError, Problem, WeightsError
@@ -152,6 +152,9 @@ def _tasks(template: ChatTemplate, rows: list[NumberedRow], path: str) -> list[_
     for line, _, conversation in rows:
         try:
             tasks.append(_task(template, conversation))
+        except StoppedError as error:
+            problems.add(path, line, error.of_row)
+            break
         except RowError as error:
             problems.add(path, line, error)
     problems.raise_if_any()

@@ -12,7 +12,7 @@ from finetune.cli.main import main
 from finetune.data import Conversation, Message, load_tokenizer
 from finetune.data.render import ChatTemplate, read_template
 from finetune.errors import DataError, WeightsError
-from finetune.evaluate import Row, _generate, _tasks, evaluate, exact_match, load_table
+from finetune.evaluate import NumberedRow, Row, _generate, _tasks, evaluate, exact_match, load_table
 from tests.rendering import chat, weather
 from tests.support import CHATML, save_tiny_mistral, save_tiny_mixtral, tiny_tokenizer
 
@@ -189,6 +189,20 @@ def test_rows_that_end_with_a_tool_call_are_refused_by_their_line(tmp_path: Path
         DataError, match=r"rows\.jsonl:1: the last message calls a tool, and exact match compares texts"
     ):
         evaluate(model, tmp_path / "rows.jsonl", "messages")
+
+
+def test_a_row_that_the_template_does_not_get_past_is_named_by_its_line() -> None:
+    tokenizer = tiny_tokenizer()
+    endless = "{% for a in range(99999) %}" + "x" * 999 + "{% endfor %}"
+    tokenizer.chat_template = CHATML + "{% if 'endless' in messages[0].content %}" + endless + "{% endif %}"
+    questions = enumerate(("a", "endless", "c", "endless"), 1)
+    rows: list[NumberedRow] = [(line, {}, chat(question, "b")) for line, question in questions]
+    with pytest.raises(DataError) as caught:
+        _tasks(ChatTemplate(tokenizer, "this template"), rows, "rows.jsonl")
+    assert str(caught.value) == (
+        "rows.jsonl:2: this template wrote more than 16,000,000 characters; "
+        "remove the row, or correct its loops, or name another one in data.chat_template"
+    )
 
 
 def test_the_load_table_has_a_line_a_layer() -> None:

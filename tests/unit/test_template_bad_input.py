@@ -171,15 +171,23 @@ def test_a_row_that_a_template_does_not_get_past_stops_the_run(
     """Whatever is said of bad rows: each further one would take as long."""
     monkeypatch.setattr(sandbox, "SECONDS", 0.25)
     file = tmp_path / "rows.jsonl"
-    rows = [{"prompt": "a", "completion": answer} for answer in ("b", "endless", "c", "endless")]
+    rows = [{"prompt": "a", "completion": answer} for answer in ("b", "", "endless", "c", "endless")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    data = {"train": {"path": str(file), "format": "prompt_completion"}, "max_length": 64, "on_bad_row": "drop"}
+    data = {
+        "train": {"path": str(file), "format": "prompt_completion"},
+        "max_length": 64,
+        "on_bad_row": "drop",
+        "max_bad_share": 1.0,
+    }
     settings, tokenizer = DataSettings.model_validate(data), tiny_tokenizer()
     tokenizer.chat_template = words(f"{{{{ m.content }}}}{{% if m.content == 'endless' %}}{code}{{% endif %}}")
     with pytest.raises(DataError) as caught:
         prepare(settings.sources("train"), tokenizer, settings, seed=0)
     name = message.replace("X", "the tokenizer's own chat template")
-    assert str(caught.value) == f"{file}:2: messages: {name}; remove the row, or correct its loops, or {ANOTHER}"
+    assert str(caught.value).splitlines()[1:] == [
+        f"{file}:3: {name}; remove the row, or correct its loops, or {ANOTHER}"
+    ]
+    assert str(caught.value).startswith(f"{file}:2: completion: "), "the bad rows before it"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def refusal(source: str, **variables: Any) -> str:
 def stopped(source: str, **variables: Any) -> str:
     with pytest.raises(StoppedError) as caught:
         written(source, **variables)
-    assert str(caught.value.at("rows.jsonl:3")).startswith("rows.jsonl:3: messages: X ")
+    assert str(caught.value.of_row.problem("rows.jsonl", 3)).startswith("rows.jsonl:3: X ")
     return str(caught.value).removeprefix("data.chat_template: ")
 
 

@@ -20,7 +20,6 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, lru_cache
 from threading import get_ident, main_thread
 from time import thread_time
@@ -31,7 +30,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from finetune.data.render.template_settings import TimeOfDayError
-from finetune.data.row_errors import RowError, shown
+from finetune.data.row_errors import FileError, RowError, shown
 from finetune.errors import DataError, Problem
 from finetune.upstream import private
 
@@ -64,15 +63,16 @@ class _Stopped(BaseException):
 
 
 class StoppedError(DataError):
-    """A template went over a bound. It is no `RowError`: after ten seconds nobody waits for the next row's."""
+    """A template went over a bound. It is no `RowError`: what tries a template in several ways must not go on."""
 
     def __init__(self, what: str, do: str) -> None:
         super().__init__(Problem("data.chat_template", what, do))
 
-    def at(self, row: str) -> DataError:
-        """The same with the row that was rendered, `file:line`."""
+    @property
+    def of_row(self) -> FileError:
+        """The same as the error of the row that was rendered; no setting drops it, and nothing behind it is read."""
         [problem] = self.problems
-        return DataError(replace(problem, where=f"{row}: messages", do=f"remove the row, or {problem.do}"))
+        return FileError(problem.what, f"remove the row, or {problem.do}")
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):

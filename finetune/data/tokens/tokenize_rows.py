@@ -59,8 +59,10 @@ def _rendered_chunks(
     chunk: list[Example] = []
     characters = 0
     for example in examples:
-        _render(example, example_type, renderer)
+        goes_on = _render(example, example_type, renderer)
         chunk.append(example)
+        if not goes_on:
+            break
         characters += sum(len(text.text) for text in example.texts)
         if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
             yield chunk
@@ -69,25 +71,28 @@ def _rendered_chunks(
         yield chunk
 
 
-def _render(example: Example, example_type: ExampleType, renderer: TextRenderer) -> None:
+def _render(example: Example, example_type: ExampleType, renderer: TextRenderer) -> bool:
+    """Set the texts of an example, or its problem; False where the rows behind it could take as long to fail."""
     if example.content is None:
-        return
+        return True
     try:
         conversations = example_type.conversations(example.content)
     except RowError as error:
         example.fail(error)
-        return
+        return True
     texts: list[Rendering] = []
     for index, conversation in enumerate(conversations):
         try:
             texts += example_type.renderings(renderer, conversation)
         except StoppedError as error:
-            raise error.at(example.where) from error
+            example.fail(error.of_row)
+            return False
         except RowError as error:
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)
-            return
+            return True
     example.texts = tuple(texts)
+    return True
 
 
 def _with_tokens(
