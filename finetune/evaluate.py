@@ -157,8 +157,6 @@ def _tasks(template: ChatTemplate, rows: list[NumberedRow], path: str) -> list[_
             break
         except RowError as error:
             problems.add(path, line, error)
-        except StoppedError as error:
-            raise error.at(f"{path}:{line}") from error
     problems.raise_if_any()
     return tasks
 

@@ -187,17 +187,18 @@ class Renderer:
         if rendering.document:
             ids = np.array([*self._bos, *ids.tolist(), self._eos_id], dtype=np.int32)
         labels = ids.copy() if rendering.everything else np.full(len(ids), IGNORED, dtype=np.int32)
-        for answer, start in zip(rendering.answers, borders, strict=True):
+        # Where everything is learned, it decides nothing where prompts end.
+        answers = () if rendering.everything else zip(rendering.answers, borders, strict=True)
+        for answer, start in answers:
             if start is None:
                 return self._straddled(rendering, ids, answer)
-            if not rendering.everything:
-                # Contents cannot contain special tokens, so the next one is the answer's own end.
-                end_id = self._id_of(answer.end_token)
-                length = int(np.argmax(ids[start:] == end_id)) + 1 if start < len(ids) else 0
-                if not length or ids[start + length - 1] != end_id:
-                    what = f"the tokenizer does not read {answer.end_token} as one token"
-                    return RowError(f"messages[{answer.message}]", what, "fix its tokenizer.json")
-                labels[start : start + length] = ids[start : start + length]
+            # Contents cannot contain special tokens, so the next one is the answer's own end.
+            end_id = self._id_of(answer.end_token)
+            length = int(np.argmax(ids[start:] == end_id)) + 1 if start < len(ids) else 0
+            if not length or ids[start + length - 1] != end_id:
+                what = f"the tokenizer does not read {answer.end_token} as one token"
+                return RowError(f"messages[{answer.message}]", what, "fix its tokenizer.json")
+            labels[start : start + length] = ids[start : start + length]
         holes = list(rendering.holes)
         if not self._train_on_reasoning:
             holes += [answer.reasoning for answer in rendering.answers if answer.reasoning]
