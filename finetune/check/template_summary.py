@@ -1,5 +1,6 @@
 """What a chat template puts around an answer: what opens and ends it, and which of its words the model must write."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from finetune.data.render.ends import common_length
 from finetune.data.types import Conversation
 
 Fields = list[tuple[str, str]]
+_MARK = re.compile(r"\{%-?\s*generation\b")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class TemplateSummary:
     `call_ends`: the token that ends a call of a tool, where that is another one. `variables`: the names that the
     template reads, with the recipe's values; `day`: the date that it writes; `reasoning_key`: the key of a message that
     it reads reasoning from; `opened`: the block that the prompt opens, unless `closing_arg` is among the variables.
+    `marks`: how the mask of the template's own `{% generation %}` marks compares, if it has any.
     """
 
     opens: str
@@ -33,6 +36,7 @@ class TemplateSummary:
     reasoning_key: str | None
     opened: str
     closing_arg: str | None
+    marks: str | None = None
 
     def fields(self, all_supervised: bool = False) -> Fields:
         """As they are printed; `all_supervised`: the loss is on all of it, and nothing is said of what it is on."""
@@ -53,7 +57,8 @@ class TemplateSummary:
         unset = ", ".join(name for name, value in self.variables if value is None)
         variables = "; ".join(filter(None, [given, unset and f"not set: {unset}"]))
         day = [] if self.day is None else [("day", f"{self.day}: the template writes the date")]
-        return [("variables", variables or "none"), *day, ("reasoning", self._reasoning())]
+        marks = [] if self.marks is None else [("marks", self.marks)]
+        return [("variables", variables or "none"), *day, ("reasoning", self._reasoning()), *marks]
 
     def _reasoning(self) -> str:
         if self.opened:
@@ -94,7 +99,21 @@ def summarise(renderer: Renderer, tokenizer: Any) -> TemplateSummary:
         reasoning_key=chat.reasoning_key,
         opened=chat.opened,
         closing_arg=None if closing is None else f"{closing[0]}: {written(closing[1])}",
+        marks=_marks(tokenizer, chat, rendering.text[place.start : place.end]),
     )
+
+
+def _marks(tokenizer: Any, chat: ChatTemplate, answer: str) -> str | None:
+    """How what the template's own marks supervise compares with `answer`; None where it has no marks."""
+    if not _MARK.search(str(tokenizer.chat_template)):
+        return None
+    options = {**chat.args, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = tokenizer.apply_chat_template(list(PROBE_TURNS), **options)
+    ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+    marked = tokenizer.decode([token for token, inside in zip(ids, mask, strict=True) if inside])
+    if marked == answer:
+        return "the template's {% generation %} marks give the same mask"
+    return f"not used: the template's {{% generation %}} marks supervise {visible(marked)}"
 
 
 def _generation_prompt(chat: ChatTemplate) -> str:

@@ -307,3 +307,22 @@ def test_a_trained_model_is_shown_with_the_variables_of_its_training(tmp_path: P
     (tmp_path / "finetune.json").write_text('{"template_args": {"enable_thinking": false}}', encoding="utf-8")
     assert "enable_thinking = false" in unwrapped(printed(of=str(tmp_path)))
     assert "enable_thinking = true" in unwrapped(printed("--set", "enable_thinking=true", of=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("llama3_training", "the template's {% generation %} marks give the same mask"),
+        ("qwen3_training", "not used: the template's {% generation %} marks supervise"),
+    ],
+)
+def test_a_template_with_marks_of_its_own_is_compared_with_them(
+    tmp_path: Path, printed: Any, name: str, said: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]}
+    )
+    tokenizer.chat_template = (TRL / f"{name}.jinja").read_text(encoding="utf-8")
+    tokenizer.save_pretrained(tmp_path)
+    assert f"marks      {said}" in unwrapped(printed(of=str(tmp_path)))

@@ -268,7 +268,11 @@ def _differently(
         do = f"remove it from the row, or change data.template_args ({given_args or 'none'})"
         return RowError(f"{field}.reasoning", what, do, shown(message["reasoning"]))
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"
-    rest = prompt[common_length(text, prompt) :]
+    place = common_length(text, prompt)
+    opening = prompt.rfind("<", 0, place)
+    if opening >= 0 and ">" not in prompt[opening:place]:
+        place = opening  # a mark as a whole
+    rest = prompt[place:]
     if rest and prompt.removesuffix(rest).strip() and len(rest) < 40:
         what += f": only generation is given {shown(rest)}"
     helping = [choice for choice in _OTHERS if choice != loss_on and _can_do(chat, given, index, choice, loss_on)]
