@@ -33,6 +33,7 @@ STEPS, MICRO_BATCHES = 3, 4
 ON_HOST = {
     "torch/optim/optimizer.py:_get_value": "the optimizer's count of steps, kept on the host",
     "bitsandbytes/functional.py:create_dynamic_map": "a table made once, on the host",
+    "finetune/upstream.py:native_dequantize": "a check at first use, on the host",
     "finetune/data/tokens/collators.py:supervised_positions": "a batch before its transfer to the device",
     "finetune/moe/experts.py:_sort_rows": "the loop over experts, where a device has no kernel for grouped products",
     "transformers/trainer_pt_utils.py:nested_numpify": "the result of an evaluation",
