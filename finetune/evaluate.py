@@ -82,7 +82,9 @@ def evaluate(
     were in training. The variables are those that a merged model records; of another model they must be given.
     """
     if not (model_path / "config.json").is_file():
-        raise WeightsError(Problem(str(model_path), "no checkpoint here", "give a folder with config.json"))
+        is_adapter = (model_path / "adapter_config.json").is_file()
+        do = "merge the adapter first: finetune merge" if is_adapter else "give a folder with config.json"
+        raise WeightsError(Problem(str(model_path), "no checkpoint here", do))
     config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
     family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
     if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:

@@ -17,7 +17,7 @@ from finetune.check.check_report import Batches, Bin, Report, Schedule, Split
 from finetune.check.duplicates import NEAR, Duplicates
 from finetune.check.samples import Piece, Sample, printable, shown
 from finetune.check.shown_template import ShownTemplate
-from finetune.data.tokens.stats import RowStats, SetStats
+from finetune.data.tokens.stats import RowStats, SetStats, counted
 from finetune.files import write_text
 
 Fields = list[tuple[str, str]]
@@ -59,9 +59,10 @@ def _row_fields(source: RowStats) -> Fields:
 
 def _examples(source: RowStats) -> str:
     """What conversations became whose answers cannot be learned in one text."""
-    conversations = f"{source.split_conversations:,} conversation{'' if source.split_conversations == 1 else 's'}"
+    conversations = counted(source.split_conversations, "conversation")
+    examples = counted(source.split_examples, "example")
     left_out = f", and {source.examples_left_out:,} too long ones were left out" if source.examples_left_out else ""
-    return f"{conversations} became {source.split_examples:,} examples: the template rewrites earlier answers{left_out}"
+    return f"{conversations} became {examples}: the template rewrites earlier answers{left_out}"
 
 
 def split_fields(split: Split) -> Fields:

@@ -153,7 +153,7 @@ class DataSettings(Section):
         "mistral-v3-tekken, mistral-v7, mistral-v7-tekken, mistral-v11, mistral-v13, mistral-v15, alpaca; null: the "
         "tokenizer's own.",
     )
-    template_args: dict[str, bool | int | float | str | None] = Field(
+    template_args: dict[str, bool | int | float | str | list[str] | None] = Field(
         default_factory=dict,
         description="Variables for the chat template beside the messages, for example {enable_thinking: false} or "
         "{reasoning_effort: low}, as `chat_template_kwargs` of a server. Recorded with the adapter; the prompts of the "

@@ -1,6 +1,7 @@
 """Reasoning in chat templates: where it comes from, what of it is learned, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from finetune.data import prepare, prepare_pair_mixture
 from finetune.data.render import IGNORED, LossOn, Renderer, set_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
-from finetune.errors import DataError
+from finetune.errors import DataError, RecipeError
 from finetune.recipe import DataSettings, DataSource
 from tests.rendering import chat, labelled, supervised
 from tests.support import tiny_tokenizer
@@ -85,9 +86,14 @@ def test_a_block_within_the_answer_is_its_reasoning(source: str) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (reasoned("<think>x</think>4"), "messages[1].content: has a <think> block beside its reasoning; got"),
+        (reasoned("<think>x</think>4"), "messages[1].content: has another <think> block than its reasoning; got"),
+        (chat("a", "So <think>x</think>4"), "messages[1].content: has text before its <think> block; got"),
+        (chat("a", " <think>x, and"), "messages[1].content: opens a <think> block and does not close it; got"),
         (chat("a", "<think>x</think>4</think>"), "messages[1].content: has more than one <think> block; got"),
-        (reasoned("4", "a </think> b"), "messages[1].content: has more than one <think> block; got"),
+        (
+            reasoned("4", "a </think> b"),
+            "messages[1].reasoning: contains <think> or </think>, which the template writes itself; got",
+        ),
         (chat("a", "<think>x</think>"), "messages[1].content: has reasoning and no answer; got"),
     ],
 )
@@ -110,7 +116,7 @@ def test_blocks_that_are_no_reasoning_before_an_answer_are_refused(given: Conver
             HYBRID,
             {"enable_thinking": False},
             'has reasoning, and the generation prompt closes the block for it; got "2 + 2"; remove it from the row, or '
-            "change data.template_args (enable_thinking: False)",
+            "change data.template_args (enable_thinking: false)",
         ),
         (
             TURNS + "{{- m.content + '<|im_end|>' -}}{%- endfor -%}"
@@ -194,7 +200,7 @@ def test_a_split_conversation_is_counted_and_said(rows: Path) -> None:
     prepared = prepare(given.sources("train"), renderer(HYBRID)._tokenizer, given, 0)
     assert len(prepared.dataset) == 3
     assert prepared.dataset["row"] == [f"{rows}:1"] * 3
-    said = "1 conversations became 3 examples, because the chat template rewrites earlier answers"
+    said = "1 conversation became 3 examples, because the chat template rewrites earlier answers"
     assert f"  {rows}: {said}" in prepared.stats.lines()
     assert prepared.stats.sets[0].source.without_reasoning == 3
 
@@ -246,3 +252,69 @@ def test_two_answers_may_differ_in_reasoning_that_is_not_learned(tmp_path: Path)
         assert tokenizer.decode(pair.rejected_ids).startswith("a guess\n</think>\n\n5")
         kept = [token for token, label in zip(pair.chosen_ids, pair.chosen_labels, strict=True) if label != IGNORED]
         assert tokenizer.decode(kept) == ("2 + 2" if learn else "") + "\n</think>\n\n4<|im_end|>"
+
+
+PLAIN = (
+    TURNS + "{{- m.content + '<|im_end|>' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+"""Knows no reasoning."""
+
+
+def test_a_block_is_part_of_the_text_where_the_template_knows_no_reasoning() -> None:
+    given = chat("a", "<think>\nso\n</think>\n\n4")
+    assert learned(renderer(PLAIN), given) == [["<think>\nso\n</think>\n\n4<|im_end|>"]]
+    without = renderer(PLAIN, train_on_reasoning=False)
+    assert learned(without, given) == [["<think>\n", "\n</think>\n\n4<|im_end|>"]]
+
+
+@pytest.mark.parametrize(("content", "reasoning"), [("Yes", "Yes"), ("I look it up.", "look"), ("No, 7.", "No")])
+def test_reasoning_is_not_taken_for_the_answer_that_says_the_same(content: str, reasoning: str) -> None:
+    given = reasoned(content, reasoning)
+    assert learned(renderer(HYBRID), given) == [[f"<think>\n{reasoning}\n</think>\n\n{content}<|im_end|>"]]
+    assert learned(renderer(OPENED), given) == [[f"{reasoning}\n</think>\n\n{content}<|im_end|>"]]
+    with pytest.raises(RowError, match="X drops the reasoning of this answer"):
+        renderer(PLAIN).examples(given)
+
+
+def test_a_block_that_repeats_the_reasoning_is_the_reasoning() -> None:
+    assert learned(renderer(HYBRID), reasoned("<think>2 + 2</think>4")) == learned(renderer(HYBRID), reasoned())
+
+
+def test_a_tokenizer_with_several_templates_and_no_default_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"rag": PLAIN, "tool_use": PLAIN}
+    with pytest.raises(DataError) as caught:
+        Renderer(tokenizer, "X")
+    assert str(caught.value) == (
+        "data.chat_template: the tokenizer has several chat templates, and none is called default; got rag, tool_use; "
+        "give one of them as a .jinja file in data.chat_template"
+    )
+
+
+def test_a_word_for_false_is_not_taken_for_true() -> None:
+    with pytest.raises(RecipeError) as caught:
+        renderer(HYBRID, {"enable_thinking": "no"})
+    assert str(caught.value) == (
+        'data.template_args.enable_thinking: is text, which a template takes for true; got "no"; write true or false, '
+        "without quotes"
+    )
+
+
+def test_the_length_that_would_do_is_that_of_the_longest_example(rows: Path) -> None:
+    given = settings(rows, max_length=60)
+    with pytest.raises(DataError) as caught:
+        prepare(given.sources("train"), renderer(HYBRID)._tokenizer, given, 0)
+    tokens = int(re.search(r"got (\d+) tokens", str(caught.value))[1])  # type: ignore[index]
+    longer = settings(rows, max_length=tokens)
+    assert len(prepare(longer.sources("train"), renderer(HYBRID)._tokenizer, longer, 0).dataset) == 3
+
+
+def test_two_answers_that_differ_only_in_reasoning_are_no_pair_where_it_is_not_learned(tmp_path: Path) -> None:
+    turns = [[{"role": "assistant", "content": "4", "reasoning_content": text}] for text in ("2 + 2", "a guess")]
+    row = {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": turns[0], "rejected": turns[1]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    source = DataSource(path=str(tmp_path / "pairs.jsonl"), format="preference")
+    given = DataSettings(train=source, max_length=200, chat_template=None, train_on_reasoning=False)
+    with pytest.raises(DataError, match=r"they differ only in what is not learned; remove the row: .* true"):
+        prepare_pair_mixture(given.sources("train"), renderer(HYBRID)._tokenizer, given, 0)

@@ -6,6 +6,7 @@ the words of each; where a template rewrites earlier turns (think blocks are dro
 another one) a conversation becomes several examples.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +15,15 @@ from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import Prompt, with_placeholder
 from finetune.data.render.content_checks import answer_problem, check_content, find_reasoning
 from finetune.data.render.ends import common_length
-from finetune.data.render.reasoning import PLACEHOLDER, closed_block, closing_mark, opened_block, without_empty_block
+from finetune.data.render.reasoning import (
+    CLOSE,
+    PLACEHOLDER,
+    closed_block,
+    closing_mark,
+    inline_reasoning,
+    opened_block,
+    without_empty_block,
+)
 from finetune.data.render.sandbox import ANOTHER_TEMPLATE
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message
@@ -144,7 +153,7 @@ def _plain(chat: ChatTemplate, message: Message, index: int, text: str, start: i
         return None
     content = message["content"]
     end = start + len(content)
-    if content[:1].isspace() or not content or not text.startswith(ending.token, end):
+    if content[:1].isspace() or not content or CLOSE in content or not text.startswith(ending.token, end):
         return None
     return Answer(index, start, end + len(ending.token), ending.token) if text.startswith(content, start) else None
 
@@ -181,7 +190,8 @@ def _rest(chat: ChatTemplate, given: Conversation, index: int, prompt: str, text
         if written.startswith(bare):
             return written[len(bare) :]
     before, reasoning = prompt.removesuffix(opened), message.get("reasoning", "")
-    if opened and text.startswith(before) and not (reasoning and reasoning in text[len(before) :]):
+    is_written = chat.reasoning_key is not None and reasoning and reasoning in text[len(before) :]
+    if opened and text.startswith(before) and not is_written:
         return reasoning + closing_mark(opened) + without_empty_block(text[len(before) :], opened)
     before = prompt.removesuffix(closed_block(prompt))
     if before != prompt and not reasoning and text.startswith(before):
@@ -218,13 +228,22 @@ def _located(
     if end < 0 or ending is None:
         return None, problems
     start = len(prompt)
-    reasoning = message.get("reasoning")
-    place = start + find_reasoning(chat, message, words) if reasoning else 0
-    span = (place, place + len(reasoning)) if reasoning else None
+    span = _reasoning_span(chat, message, words, start)
     rows_own = message["content"][:1].isspace() and rest.startswith(message["content"])
     alone = chat.prompt_alone or (prompt[-1:].isspace() and rest[:1].isspace() and not rows_own)
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
+
+
+def _reasoning_span(chat: ChatTemplate, message: Message, words: str, start: int) -> tuple[int, int] | None:
+    """The characters of the reasoning in an answer that begins at `start`; a `<think>` block in its text is some."""
+    if "reasoning" in message:
+        place = start + find_reasoning(chat, message, words)
+        return place, place + len(message["reasoning"])
+    if (written := inline_reasoning(message["content"])) and written in words:
+        place = start + words.find(written)
+        return place, place + len(written)
+    return None
 
 
 def _alone(cut: _Cut, last: _Cut) -> bool:
@@ -264,8 +283,11 @@ def _differently(
     message, field = given.messages[index], f"messages[{index}]"
     if "reasoning" in message and chat.closes_block(prompt):
         what = "has reasoning, and the generation prompt closes the block for it"
-        given_args = ", ".join(f"{key}: {value}" for key, value in chat.args.items())
-        do = f"remove it from the row, or change data.template_args ({given_args or 'none'})"
+        given_args = ", ".join(f"{key}: {json.dumps(value)}" for key, value in chat.args.items())
+        change = f"change data.template_args ({given_args or 'none'})"
+        if chat.opening_arg is not None:
+            change = f"write data.template_args: {{{chat.opening_arg[0]}: {json.dumps(chat.opening_arg[1])}}}"
+        do = f"remove it from the row, or {change}"
         return RowError(f"{field}.reasoning", what, do, shown(message["reasoning"]))
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"
     place = common_length(text, prompt)

@@ -191,12 +191,13 @@ class ChatTemplate(CompiledTemplate):
 
     @cached_property
     def reasoning_header(self) -> str:
-        """What a template writes between its generation prompt and the reasoning of an answer."""
-        if not self.reasoning_key:
-            return ""
-        answer = with_placeholder(Message(role="assistant", content=_ANSWER))
-        prompt, written = self._tried([PROBE_TURNS[0]], generation=True), self._tried([PROBE_TURNS[0], answer])
-        return written[len(prompt) :].partition(PLACEHOLDER)[0] if written.startswith(prompt) else ""
+        """What a template writes between its generation prompt and the reasoning of an answer, or of a call."""
+        prompt = self._tried([PROBE_TURNS[0]], generation=True)
+        for answer in (Message(role="assistant", content=_ANSWER), _calling(_VALUE)) if self.reasoning_key else ():
+            written = self._tried([PROBE_TURNS[0], with_placeholder(answer)])
+            if written.startswith(prompt) and PLACEHOLDER in written:
+                return written[len(prompt) :].partition(PLACEHOLDER)[0]
+        return ""
 
     @cached_property
     def _last_marks(self) -> tuple[str, ...]:
@@ -290,7 +291,7 @@ class ChatTemplate(CompiledTemplate):
 def _with_inline_reasoning(given: Conversation) -> Conversation:
     """The conversation with the `<think>` blocks of its answers as their reasoning."""
     turns = enumerate(given.messages)
-    if not any(CLOSE in message["content"] or "reasoning" in message for _, message in turns):
+    if not any("reasoning" in message or "think>" in message["content"] for _, message in turns):
         return given
     messages = [
         split_inline(message, f"messages[{index}]") if message["role"] == "assistant" else message

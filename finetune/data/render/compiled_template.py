@@ -67,7 +67,13 @@ class CompiledTemplate:
         self.stops = stop_tokens(tokenizer)
         self.control = control_tokens(tokenizer)
         self.args = template_args(tokenizer)
-        self._sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
+        try:
+            self._sources = [tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])]
+        except ValueError as error:
+            what = "the tokenizer has several chat templates, and none is called default"
+            do = "give one of them as a .jinja file in data.chat_template"
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise DataError(Problem("data.chat_template", what, do, names)) from error
         self.clock = clock_of(tokenizer)
         self._compiled = compile_templates(self._sources, name)
         check_template_args(self.variables, self.args, name)

@@ -95,12 +95,17 @@ def answer_problem(chat: ChatTemplate, message: Message, answer: str, field: str
 
 
 def find_reasoning(chat: ChatTemplate, message: Message, answer: str) -> int:
-    """Where the reasoning begins in the words of an answer; -1 if nowhere."""
+    """Where the reasoning begins in the words of an answer; -1 if nowhere.
+
+    Its words may also stand in the answer or the call: a mark follows where it is the reasoning.
+    """
     reasoning = message["reasoning"]
     for header in (chat.reasoning_header, ""):
-        if answer.startswith(header + reasoning):
+        behind = answer[len(header) + len(reasoning) :].strip()
+        if answer.startswith(header + reasoning) and behind and chat.is_frame("", behind):
             return len(header)
-    return answer.find(reasoning)
+    place = answer.find(reasoning) if chat.reasoning_key is not None else -1
+    return place if chat.is_frame(answer[:place], answer[place + len(reasoning) :]) else -1
 
 
 def _around(content: str, answer: str) -> str:
@@ -132,7 +137,8 @@ def call_problem(chat: ChatTemplate, message: Message, text: str, field: str, wh
         return RowError(place, what, f"{do}, or {TOOL_TEMPLATES}", f"{len(calls)} calls")
     missing = missing_of_calls(calls, text)
     if missing is None and whole and message["content"].strip() not in text:
-        missing = message["content"]
+        what, do = f"{chat.name} drops the text beside a tool call", f"remove it from the row, or {ANOTHER_TEMPLATE}"
+        return RowError(f"{field}.content", what, do, shown(message["content"]))
     if missing is not None:
         return RowError(place, f"{chat.name} drops or changes a tool call", TOOL_TEMPLATES, shown(missing))
     for call in calls:

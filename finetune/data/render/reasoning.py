@@ -67,23 +67,42 @@ def without_empty_block(text: str, opened: str) -> str:
     return re.sub(rf"\A\s*(?:{opening})?\s*{closing}\s*", "", text)
 
 
+def inline_reasoning(content: str) -> str:
+    """The reasoning in a `<think>` block at the beginning of a text; empty if there is none."""
+    match = _INLINE.fullmatch(content) if CLOSE in content else None
+    return match[1].strip() if match else ""
+
+
 def split_inline(message: Message, field: str) -> Message:
     """The message with a `<think>` block at its beginning as its reasoning."""
-    match = _INLINE.fullmatch(message["content"]) if CLOSE in message["content"] else None
-    reasoning = message.get("reasoning", "")
-    if match is None and not (CLOSE in reasoning or OPEN in reasoning):
+    text, reasoning = message["content"], message.get("reasoning", "")
+    if any(mark in reasoning for mark in (OPEN, CLOSE)):
+        what, do = f"contains {OPEN} or {CLOSE}, which the template writes itself", "remove the mark"
+        raise RowError(f"{field}.reasoning", what, do, shown(reasoning))
+    if CLOSE not in text:
+        if text.lstrip().startswith(OPEN):
+            do = f"write {CLOSE} and the answer, or remove the row: its end may have been cut off"
+            raise RowError(f"{field}.content", f"opens a {OPEN} block and does not close it", do, shown(text))
         return message
-    written, content = (match[1].strip(), match[2].strip()) if match else (reasoning, "")
-    if reasoning and match:
-        do = "keep one of the two"
-        raise RowError(f"{field}.content", "has a <think> block beside its reasoning", do, shown(message["content"]))
-    if any(mark in text for mark in (OPEN, CLOSE) for text in (written, content)):
-        what, do = "has more than one <think> block", "keep the one before the answer"
-        raise RowError(f"{field}.content", what, do, shown(message["content"]))
-    if not content and "tool_calls" not in message:
-        what, do = "has reasoning and no answer", "remove the row, or write the answer after </think>"
-        raise RowError(f"{field}.content", what, do, shown(message["content"]))
+    match = _INLINE.fullmatch(text)
+    assert match is not None
+    written, content = match[1].strip(), match[2].strip()
+    if problem := _inline_problem(message, written, content):
+        raise RowError(f"{field}.content", *problem, shown(text))
     split: Message = {**message, "content": content}
     if written:
         split["reasoning"] = written
     return split
+
+
+def _inline_problem(message: Message, written: str, content: str) -> tuple[str, str] | None:
+    """(what, do) of a block that is no reasoning before an answer."""
+    if message.get("reasoning", written) != written:
+        return f"has another {OPEN} block than its reasoning", "keep one of the two"
+    if OPEN in content or CLOSE in content:
+        return f"has more than one {OPEN} block", "keep the one before the answer"
+    if OPEN in written:
+        return f"has text before its {OPEN} block", "put the reasoning first"
+    if not content and "tool_calls" not in message:
+        return "has reasoning and no answer", f"remove the row, or write the answer after {CLOSE}"
+    return None

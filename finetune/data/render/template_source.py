@@ -18,6 +18,9 @@ LONGEST_SOURCE = 300_000
 _GIVEN = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"))
 """What is given to a template beside special tokens and `data.template_args`."""
 
+_SWITCH_WORDS = frozenset(("true", "false", "yes", "no", "on", "off"))
+"""Words that are meant as true or false: YAML 1.2 reads yes, no, on and off as text."""
+
 _ELSEWHERE: dict[type[nodes.Node], str] = {
     nodes.Include: "include",
     nodes.Import: "import",
@@ -92,6 +95,9 @@ def _arg_problem(key: str, value: Any, variables: Sequence[str], name: str) -> P
     if _is_reserved(key):
         return Problem(where, "the program itself gives this variable to every chat template", "remove it", got)
     if key in variables:
+        if isinstance(value, str) and value.lower() in _SWITCH_WORDS:
+            do = "write true or false, without quotes"
+            return Problem(where, "is text, which a template takes for true", do, got)
         return None
     if close := closest(key, variables):
         do = f"did you mean {close}?"

@@ -11,7 +11,7 @@ from finetune.data.formats import Reader, pairs
 from finetune.data.render import RenderedText, Renderer
 from finetune.data.row_errors import Row, RowError
 from finetune.data.tokens.cache import PAIRS, ROWS
-from finetune.data.tokens.truncation import ANSWERS, TooLongError, fit, fit_pair
+from finetune.data.tokens.truncation import ANSWERS, fit, fit_pair
 from finetune.data.types import (
     Conversation,
     Document,
@@ -200,13 +200,13 @@ class SingleRows:
 
     def fit(self, example: Example, settings: DataSettings) -> Sequence[TokenizedText | TokenPair]:
         """See `ExampleType`."""
+        if settings.overlong == "error":
+            fit(max(example.tokens, key=lambda text: text.tokens), settings)  # names the length that would do
         pieces: list[TokenizedText] = []
         problem = None
         for text in example.tokens:
             try:
                 kept = fit(text, settings)
-            except TooLongError:
-                raise
             except RowError as error:
                 kept, problem = [], error
             example.left_out += not kept

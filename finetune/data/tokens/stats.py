@@ -9,6 +9,11 @@ NAMED = 20
 """So many longest rows and duplicates are named; the rest is counted."""
 
 
+def counted(number: int, what: str) -> str:
+    """`1 example`, `2 examples`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 @dataclass
 class RowStats:
     """How many rows of one source were read, left out, cut and kept.
@@ -196,8 +201,8 @@ class DataStats:
             ),
             *(
                 [
-                    f"  {set_stats.name}: {split:,} conversations became {examples:,} examples, because the chat "
-                    "template rewrites earlier answers"
+                    f"  {set_stats.name}: {counted(split, 'conversation')} became {counted(examples, 'example')}, "
+                    "because the chat template rewrites earlier answers"
                 ]
                 if split
                 else []

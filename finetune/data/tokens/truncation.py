@@ -80,6 +80,10 @@ def fit_pair(chosen: TokenizedText, rejected: TokenizedText, settings: DataSetti
     (chosen_ids, chosen_labels), (rejected_ids, rejected_labels) = (
         (text.input_ids[start:], text.labels[start:]) for text in both
     )
+    if np.array_equal(chosen_labels[chosen_labels != IGNORED], rejected_labels[rejected_labels != IGNORED]):
+        what = "the same answer as the chosen one: they differ only in what is not learned"
+        learn = "" if settings.train_on_reasoning else ", or set data.train_on_reasoning to true"
+        raise RowError("rejected", what, f"remove the row: it does not say which answer is better{learn}")
     return [TokenPair(prompt, chosen_ids, chosen_labels, rejected_ids, rejected_labels, where)]
 
 
