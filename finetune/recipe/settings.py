@@ -211,7 +211,7 @@ class ModelSettings(Section):
     adapter: PathText | None = Field(
         default=None,
         description="Folder of a saved adapter to continue from; for dpo it is also the reference. Its base, "
-        "quantization, chat template and `lora` section must match. null: a fresh adapter.",
+        "quantization, chat template with its variables, and `lora` section must match. null: a fresh adapter.",
     )
     load_in_4bit: bool = Field(
         description="Store attention and experts as NF4 (4 bits a weight, double quantization) while they load. "

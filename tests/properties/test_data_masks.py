@@ -187,7 +187,7 @@ def check_example(
         assert len(texts) == len(answers)
         for text, index in zip(texts, answers, strict=True):
             assert text == said(conversation.messages[index], text, template, tokenizer.eos_token)
-    check_prompts(tokenizer, conversation, rendering.answers, rendering.text, ids)
+        check_prompts(tokenizer, conversation, rendering.answers, rendering.text, ids)
 
 
 def said(message: Message, text: str, template: str, eos: str) -> str:

@@ -122,7 +122,7 @@ DEEPSEEK_TOOLS = {
 }
 # Words beside a call are dropped.
 NO_WORDS = dict.fromkeys(
-    ("words beside a call/assistant", "words beside a call/completion"), "drops or changes a tool call"
+    ("words beside a call/assistant", "words beside a call/completion"), "drops the text beside a tool call"
 )
 
 IM_END = Family("<|im_end|>", "<|im_end|>")

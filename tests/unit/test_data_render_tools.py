@@ -94,7 +94,7 @@ def test_what_is_said_beside_a_call_must_stand_in_the_answer() -> None:
         "'' in message['tool_calls']", "{%- endif -%}{%- for call in message['tool_calls']"
     )
     said = row_error(dropped, Conversation(messages, weather().tools))
-    assert 'X drops or changes a tool call; got "I look."' in said
+    assert 'X drops the text beside a tool call; got "I look."' in said
 
 
 def test_a_result_that_is_written_as_json_is_not_mistaken_for_an_answer_that_says_the_same() -> None:

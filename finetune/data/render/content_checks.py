@@ -100,12 +100,14 @@ def find_reasoning(chat: ChatTemplate, message: Message, answer: str) -> int:
     Its words may also stand in the answer or the call: a mark follows where it is the reasoning.
     """
     reasoning = message["reasoning"]
-    for header in (chat.reasoning_header, ""):
-        behind = answer[len(header) + len(reasoning) :].strip()
-        if answer.startswith(header + reasoning) and behind and chat.is_frame("", behind):
-            return len(header)
-    place = answer.find(reasoning) if chat.reasoning_key is not None else -1
-    return place if chat.is_frame(answer[:place], answer[place + len(reasoning) :]) else -1
+    places = [len(header) for header in (chat.reasoning_header, "") if answer.startswith(header + reasoning)]
+    if chat.reasoning_key is not None and reasoning in answer:
+        places.append(answer.find(reasoning))
+    for place in places:
+        behind = answer[place + len(reasoning) :].strip()
+        if behind and chat.is_frame("", behind):
+            return place
+    return -1
 
 
 def _around(content: str, answer: str) -> str:

@@ -75,7 +75,7 @@ def _loss_on(template: PublishedTemplate) -> str:
     if not template.splits:
         return "any: a conversation is one example"
     one_each = f"assistant: where a conversation has {' or '.join(template.splits)}, one example for each answer"
-    return f"{one_each} (all: refused); last_assistant, completion: one example"
+    return f"{one_each} (all: refused); completion: likewise after the last user message; last_assistant: one example"
 
 
 def _calls(template: PublishedTemplate) -> str:
