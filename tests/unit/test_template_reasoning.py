@@ -318,3 +318,10 @@ def test_two_answers_that_differ_only_in_reasoning_are_no_pair_where_it_is_not_l
     given = DataSettings(train=source, max_length=200, chat_template=None, train_on_reasoning=False)
     with pytest.raises(DataError, match=r"they differ only in what is not learned; remove the row: .* true"):
         prepare_pair_mixture(given.sources("train"), renderer(HYBRID)._tokenizer, given, 0)
+
+
+def test_a_template_that_refuses_a_variable_names_it() -> None:
+    asking = "{%- if persona is not defined -%}{{- raise_exception('persona is required') -}}{%- endif -%}" + PLAIN
+    with pytest.raises(DataError, match=r"persona is required; give persona in data\.template_args, or name"):
+        renderer(asking)
+    assert learned(renderer(asking, {"persona": "Bob"}), chat("a", "b")) == [["b<|im_end|>"]]

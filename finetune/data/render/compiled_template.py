@@ -3,6 +3,7 @@
 The template is compiled once, in the sandbox of `apply_chat_template` with bounds.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from finetune.data.render.call_arguments import Form, arguments_form, with_argum
 from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.render.reasoning import PLACEHOLDER, reasoning_key
-from finetune.data.render.sandbox import write
+from finetune.data.render.sandbox import ANOTHER_TEMPLATE, write
 from finetune.data.render.template_settings import CLOCK, clock_of, stop_tokens, template_args
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
+from finetune.data.row_errors import RowError
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem
 
@@ -160,7 +162,13 @@ class CompiledTemplate:
             "tools": tools or None,
             "add_generation_prompt": generation,
         }
-        write(template, variables, written, self.name)
+        try:
+            write(template, variables, written, self.name)
+        except RowError as error:
+            named = next((name for name in self.variables if re.search(rf"\b{name}\b", error.got or "")), None)
+            if named is not None:
+                error.do = f"give {named} in data.template_args, or {ANOTHER_TEMPLATE}"
+            raise
 
     def _taken(self, message: Message) -> Any:
         """The message as generation has it: without our `train`, arguments and reasoning as the template reads them."""
