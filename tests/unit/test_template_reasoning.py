@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data import prepare, prepare_pair_mixture
+from finetune.data import load_tokenizer, prepare, prepare_pair_mixture
 from finetune.data.render import IGNORED, LossOn, Renderer, set_template_args
 from finetune.data.row_errors import RowError
 from finetune.data.types import Conversation, Message
@@ -325,3 +325,15 @@ def test_a_template_that_refuses_a_variable_names_it() -> None:
     with pytest.raises(DataError, match=r"persona is required; give persona in data\.template_args, or name"):
         renderer(asking)
     assert learned(renderer(asking, {"persona": "Bob"}), chat("a", "b")) == [["b<|im_end|>"]]
+
+
+def test_an_end_that_the_vocabulary_lacks_is_named_and_can_be_added(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = PLAIN.replace("<|im_end|>", "<|stop|>")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        DataError, match=r'write model\.added_tokens: \["<\|stop\|>"\] and model\.eos_token: "<\|stop\|>"'
+    ):
+        Renderer(load_tokenizer(str(tmp_path), None, None), "X")
+    mended = load_tokenizer(str(tmp_path), None, None, ["<|stop|>"], "<|stop|>")
+    assert learned(Renderer(mended, "X"), chat("a", "b")) == [["b<|stop|>"]]

@@ -7,6 +7,7 @@ another one) a conversation becomes several examples.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Answer, Conversation, Message
 from finetune.recipe.settings import LossOn
 
+_UNKNOWN_END = re.compile(r"<\|[^<>|\s]+\|>\Z")
 _OTHERS: tuple[LossOn, ...] = ("assistant", "last_assistant", "completion")
 
 
@@ -219,9 +221,7 @@ def _located(
         rest += ending.appended
         end = rest.find(ending.token)
     if end < 0:
-        what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
-        do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
-        problems.append(RowError(field, what, do, shown(rest[-60:])))
+        problems.append(_unended(chat, field, rest))
     words = rest if end < 0 else rest[:end]
     if problem := answer_problem(chat, message, words, field):
         problems.append(problem)
@@ -233,6 +233,15 @@ def _located(
     alone = chat.prompt_alone or (prompt[-1:].isspace() and rest[:1].isspace() and not rows_own)
     answer = Answer(index, start, start + end + len(ending.token), ending.token, span, alone)
     return _Cut(prompt, rest, answer), problems
+
+
+def _unended(chat: ChatTemplate, field: str, text: str) -> RowError:
+    """The error of an answer without an end; it may be a token that the vocabulary lacks."""
+    what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
+    do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
+    if (end := _UNKNOWN_END.search(text.rstrip())) and end[0] not in chat.control:
+        do = f'write model.added_tokens: ["{end[0]}"] and model.eos_token: "{end[0]}", or {do}'
+    return RowError(field, what, do, shown(text[-60:]))
 
 
 def _reasoning_span(chat: ChatTemplate, message: Message, words: str, start: int) -> tuple[int, int] | None:
@@ -271,9 +280,7 @@ def _check_runs_on(chat: ChatTemplate, given: Conversation, index: int, until: s
     if chat.text_end_is_appended:
         return
     if not chat.text(given.messages[: index + 1], given.tools).startswith(until):
-        what = f"{chat.name} does not end an answer with the EOS token {chat.eos}"
-        do = f"{ANOTHER_TEMPLATE}: the model would never learn to stop"
-        raise RowError(f"messages[{index}]", what, do, shown(until[-60:]))
+        raise _unended(chat, f"messages[{index}]", until)
 
 
 def _differently(
