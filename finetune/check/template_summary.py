@@ -66,7 +66,7 @@ class TemplateSummary:
             return f"written into {visible(self.opened)}, which the generation prompt opens{offer}"
         if self.reasoning_key is not None:
             return f"given to the template as {self.reasoning_key}"
-        return "not read: an answer with reasoning is refused"
+        return "not read: a reasoning field is refused, a <think> block is text"
 
 
 def visible(text: str) -> str:
