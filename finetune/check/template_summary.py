@@ -98,7 +98,7 @@ def summarise(renderer: Renderer, tokenizer: Any) -> TemplateSummary:
         day=template_day(tokenizer),
         reasoning_key=chat.reasoning_key,
         opened=chat.opened,
-        closing_arg=None if closing is None else f"{closing[0]}: {written(closing[1])}",
+        closing_arg=None if closing is None else str(closing),
         marks=_marks(tokenizer, chat, rendering.text[place.start : place.end]),
     )
 

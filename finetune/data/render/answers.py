@@ -293,7 +293,7 @@ def _differently(
         given_args = ", ".join(f"{key}: {json.dumps(value)}" for key, value in chat.args.items())
         change = f"change data.template_args ({given_args or 'none'})"
         if chat.opening_arg is not None:
-            change = f"write data.template_args: {{{chat.opening_arg[0]}: {json.dumps(chat.opening_arg[1])}}}"
+            change = f"write data.template_args: {{{chat.opening_arg}}}"
         do = f"remove it from the row, or {change}"
         return RowError(f"{field}.reasoning", what, do, shown(message["reasoning"]))
     what = f"{chat.name} renders what comes before an answer differently once the answer is there"

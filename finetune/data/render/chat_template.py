@@ -39,6 +39,16 @@ _TOOL: dict[str, Any] = {
 }
 
 
+class Switch(NamedTuple):
+    """A variable and its value, with which the generation prompt opens a block of reasoning, or none."""
+
+    name: str
+    value: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.value).lower()}"
+
+
 class Frame(NamedTuple):
     """What a template writes between its generation prompt and an answer, and between the answer and its end."""
 
@@ -146,6 +156,11 @@ class ChatTemplate(CompiledTemplate):
         return tuple(dict.fromkeys(end.token for end in (self.text_end, self.call_end) if end is not None))
 
     @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template writes the tools that may be called."""
+        return self._tried([PROBE_TURNS[0]], [_TOOL]) != self._tried([PROBE_TURNS[0]])
+
+    @cached_property
     def parallel_calls(self) -> bool:
         """Whether the template writes a second call of one answer."""
         answer = _calling(_VALUE, _OTHER)
@@ -158,13 +173,13 @@ class ChatTemplate(CompiledTemplate):
         return opened_block(self._tried([PROBE_TURNS[0]], generation=True))
 
     @cached_property
-    def closing_arg(self) -> tuple[str, bool] | None:
-        """The variable, and its value, with which the prompt opens no block; None if there is none."""
+    def closing_arg(self) -> Switch | None:
+        """The variable with which the prompt opens no block; None if there is none."""
         return self._switch(opens=False) if self.opened else None
 
     @cached_property
-    def opening_arg(self) -> tuple[str, bool] | None:
-        """The variable, and its value, with which the prompt opens a block; None if there is none."""
+    def opening_arg(self) -> Switch | None:
+        """The variable with which the prompt opens a block; None if there is none."""
         return None if self.opened else self._switch(opens=True)
 
     @cached_property
@@ -231,12 +246,12 @@ class ChatTemplate(CompiledTemplate):
         end = self.text_end.token if self.text_end and not self.text_end.appended else None
         return Frame(header, footer.partition(end)[0] if end else "")
 
-    def _switch(self, opens: bool) -> tuple[str, bool] | None:
+    def _switch(self, opens: bool) -> Switch | None:
         for name in SWITCHES:
             for value in (False, True) if name in self.variables else ():
                 prompt = self._tried([PROBE_TURNS[0]], generation=True, **{name: value})
                 if prompt and bool(opened_block(prompt)) == opens:
-                    return name, value
+                    return Switch(name, value)
         return None
 
     def _tried(self, messages: Sequence[Message], tools: Any = None, generation: bool = False, **args: Any) -> str:

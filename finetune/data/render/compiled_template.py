@@ -17,7 +17,7 @@ from finetune.data.render.sandbox import ANOTHER_TEMPLATE, write
 from finetune.data.render.template_settings import CLOCK, clock_of, stop_tokens, template_args
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
 from finetune.data.row_errors import RowError
-from finetune.data.types import Message
+from finetune.data.types import Function, Message, ToolCall
 from finetune.errors import DataError, Problem
 
 FOLDER = Path(__file__).parent / "templates"
@@ -136,13 +136,13 @@ class CompiledTemplate:
     @cached_property
     def reasoning_key(self) -> str | None:
         """The key under which the template reads the reasoning of a message; None if it reads none; tried once."""
-        question = Message(role="user", content="qhxq1")
-        call: Any = {"type": "function", "id": "abcdefghi", "function": {"name": "probe", "arguments": {}}}
-        if self.arguments_form == "text":
-            call = with_arguments_as_text(Message(role="assistant", content="", tool_calls=[call]))["tool_calls"][0]
-        answers: list[Any] = [{"role": "assistant", "content": "qhxa2"}]
-        answers.append({"role": "assistant", "content": "", "tool_calls": [call]})
-        return reasoning_key(self._rendered, [([question, answer], None) for answer in answers])
+        question, function = Message(role="user", content="qhxq1"), Function(name="probe", arguments={})
+        call = ToolCall(type="function", id="abcdefghi", function=function)
+        answers = [
+            Message(role="assistant", content="qhxa2"),
+            Message(role="assistant", content="", tool_calls=[call]),
+        ]
+        return reasoning_key(self._rendered, question, [self._taken(answer) for answer in answers])
 
     def _write(
         self,

@@ -6,7 +6,7 @@ its reasoning, the closing mark and the answer.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from finetune.data.row_errors import RowError, shown
@@ -25,12 +25,12 @@ _CLOSERS = ("</{}>", "[/{}]", "<|END_{}|>", "\u25c1/{}\u25b7", "<channel|>")
 _INLINE = re.compile(rf"\s*(?:{OPEN})?(.*?){CLOSE}(.*)", re.DOTALL)
 
 
-def reasoning_key(render: Callable[[list[Any], list[dict[str, Any]] | None], str], probes: list[Any]) -> str | None:
-    """The key that a template reads; `probes`: (messages, tools) that end with the assistant."""
+def reasoning_key(render: Callable[[list[Any], None], str], question: Message, answers: Sequence[Any]) -> str | None:
+    """The key that a template reads in one of these answers."""
     for key in REASONING_KEYS:
-        for messages, tools in probes:
+        for answer in answers:
             try:
-                if PLACEHOLDER in render([*messages[:-1], {**messages[-1], key: PLACEHOLDER}], tools):
+                if PLACEHOLDER in render([question, {**answer, key: PLACEHOLDER}], None):
                     return key
             except RowError:
                 continue

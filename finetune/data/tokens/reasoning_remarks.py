@@ -5,7 +5,7 @@ from typing import Any
 
 from finetune.data.formats import FORMATS
 from finetune.data.render import ChatTemplate
-from finetune.data.tokens.stats import DataStats
+from finetune.data.tokens.stats import DataStats, counted
 from finetune.recipe import DataSettings
 
 
@@ -23,10 +23,9 @@ def reasoning_remarks(tokenizer: Any, settings: DataSettings, stats: Mapping[str
     opened = chat.opened.strip()
     offer = ""
     if chat.closing_arg is not None:
-        name, value = chat.closing_arg
-        offer = f"; data.template_args: {{{name}: {str(value).lower()}}} gives a prompt without an open block"
+        offer = f"; data.template_args: {{{chat.closing_arg}}} gives a prompt without an open block"
     return [
-        f"{name}: {count:,} answer{'' if count == 1 else 's'} without reasoning, and the generation prompt opens "
+        f"{name}: {counted(count, 'answer')} without reasoning, and the generation prompt opens "
         f"{opened}: the model learns to close the block at once{offer}"
         for name, count in counts.items()
         if count
