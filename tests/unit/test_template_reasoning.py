@@ -305,7 +305,7 @@ def test_the_length_that_would_do_is_that_of_the_longest_example(rows: Path) -> 
     given = settings(rows, max_length=60)
     with pytest.raises(DataError) as caught:
         prepare(given.sources("train"), renderer(HYBRID)._tokenizer, given, 0)
-    tokens = int(re.search(r"got (\d+) tokens", str(caught.value))[1])  # type: ignore[index]
+    [tokens] = map(int, re.findall(r"got (\d+) tokens", str(caught.value)))
     longer = settings(rows, max_length=tokens)
     assert len(prepare(longer.sources("train"), renderer(HYBRID)._tokenizer, longer, 0).dataset) == 3
 
