@@ -132,3 +132,16 @@ def _renderer(name: str, args: tuple[tuple[str, Any], ...], loss_on: LossOn, sto
 def _oracle(name: str, args: tuple[tuple[str, Any], ...], conversation: str) -> Oracle:
     tokenizer, family = _tokenizer(name, args, ()), TEMPLATES[name].family
     return Oracle(tokenizer, family, dict(args), CONVERSATIONS[conversation])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, template in TEMPLATES.items() if "call" not in template.uses[0].refused]
+)
+def test_a_call_without_content_is_written_as_apply_chat_template_writes_null(name: str) -> None:
+    tokenizer = family_tokenizer(TEMPLATES[name].tokens, trl_template(name))
+    given = CONVERSATIONS["call"]
+    question, call = given.messages[0], {**given.messages[1], "content": None}
+    theirs = tokenizer.apply_chat_template([question, call], tools=given.tools, tokenize=False)
+    ours = Renderer(tokenizer, "its template").chat.text(given.messages[:2], given.tools)
+    assert ours == theirs
+    assert "None" not in ours
