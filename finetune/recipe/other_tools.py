@@ -30,6 +30,8 @@ _RENAMED = {
     "training.global_batch_size": ("batch_size",),
     "training.per_device_train_batch_size": ("micro_batch_size",),
     "training.optim": ("optimizer",),
+    "training.rank_timeout": ("ddp_timeout",),
+    "save.keep": ("save_total_limit",),
     "logging.project": ("wandb_project",),
     "logging.run_name": ("wandb_name",),
     "method.kind": ("rl",),
@@ -69,6 +71,14 @@ _OTHER = {
         name: Foreign("a variable of the chat template", f"write data.template_args.{name}")
         for name in ("enable_thinking", "reasoning_effort")
     },
+    "resume_from_checkpoint": Foreign(
+        "a run continues by itself since training.resume took its place",
+        "remove it, or write training.resume: never to start anew, or the path of one of the run's checkpoints",
+    ),
+    "load_best_model_at_end": Foreign(
+        "the best checkpoint is kept beside the last one", "remove it, and merge, export or evaluate RUN@best"
+    ),
+    "loss_watchdog_threshold": Foreign("another tool's name for a setting", "write watchdog.loss_spike.ceiling"),
     "precompute_ref_log_probs": Foreign(
         "another tool's name for a setting", "write method.reference: precomputed, or method.reference: live for false"
     ),

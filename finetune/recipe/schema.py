@@ -174,7 +174,8 @@ def reference() -> str:
         if setting.section:
             need = "" if setting.required else " Optional."
             rows = [s for at, s in known.items() if at.rpartition(".")[0] == path and not s.section]
-            parts.append(f"\n## `{path}`\n\n{_purpose(path, setting)}{need}\n\n{_table_once(rows, tables)}")
+            table = f"\n{_table_once(rows, tables)}" if rows else ""
+            parts.append(f"\n## `{path}`\n\n{_purpose(path, setting)}{need}\n{table}")
     return "".join(parts)
 
 

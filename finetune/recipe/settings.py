@@ -13,6 +13,7 @@ from pydantic.config import JsonDict
 
 from finetune.recipe.method_settings import DpoSettings, Section, SftSettings, Text
 from finetune.recipe.row_formats import FormatName, Role
+from finetune.recipe.run_settings import SaveSettings, WatchdogSettings
 
 PathText = Annotated[Text, AfterValidator(os.path.expanduser)]
 """A path, or a name; `~` is the home folder."""
@@ -146,6 +147,12 @@ class DataSettings(Section):
         description="What to do with a row longer than max_length tokens. truncate: cut off its end; split: make it "
         "several rows; drop: leave it out. All are counted. No row is left without supervised tokens. For pairs, "
         "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
+    )
+    max_row_characters: int = Field(
+        default=4_000_000,
+        ge=1000,
+        description="Characters of one row's texts, at most; checked before a row is tokenised, whatever `overlong` "
+        "says: a row of hundreds of megabytes would use up the machine's memory.",
     )
     chat_template: PathText | None = Field(
         default=None,
@@ -372,10 +379,25 @@ class TrainingSettings(Section):
         default=None, ge=1, description="Optimizer steps between evaluations on data.eval; null: only at the end."
     )
     save_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps between checkpoints; null: none before the end."
+        default=None, ge=1, description="Optimizer steps between checkpoints; null: a tenth of the run's steps."
     )
-    resume_from_checkpoint: bool = Field(
-        default=False, description="Continue from the newest checkpoint in output_dir."
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations in a row that are not better than the best one; needs data.eval "
+        "and eval_steps. null: train to the last step. The best checkpoint is kept: RUN@best.",
+    )
+    resume: PathText = Field(
+        default="auto",
+        description="auto: start, or continue the run in output_dir from its newest whole checkpoint, or say that it "
+        "is finished. never: start anew; an earlier run in output_dir is kept as output_dir.1. Or the path of one of "
+        "this run's checkpoints, to go back to it.",
+    )
+    rank_timeout: int = Field(
+        default=300,
+        ge=10,
+        description="With several processes, seconds that the others wait for one that does not answer before the run "
+        "ends.",
     )
     trainer_args: dict[str, Scalar] = Field(
         default_factory=dict,
@@ -390,6 +412,10 @@ class TrainingSettings(Section):
         """
         per_epoch = math.ceil(sequences / self.global_batch_size)
         return self.max_steps or math.ceil((self.num_train_epochs or 1.0) * per_epoch)
+
+    def steps_between_checkpoints(self, optimizer_steps: int) -> int:
+        """`save_steps`, or a tenth of the run's steps, rounded up."""
+        return self.save_steps or math.ceil(optimizer_steps / 10)
 
 
 class LoggingSettings(Section):
@@ -427,4 +453,6 @@ class Recipe(Section):
     )
     data: DataSettings = Field(description="Training and evaluation rows.")
     training: TrainingSettings = Field(description="Length, optimizer and batch sizes.")
+    save: SaveSettings = Field(default_factory=SaveSettings, description="Which checkpoints are kept.")
+    watchdog: WatchdogSettings = Field(default_factory=WatchdogSettings, description="What is watched in every step.")
     logging: LoggingSettings = Field(default_factory=LoggingSettings, description="The dashboards.")

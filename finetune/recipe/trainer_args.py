@@ -14,17 +14,13 @@ _PASSED = {
         "batch_eval_metrics",
         "dataloader_in_order",
         "dataloader_persistent_workers",
-        "enable_jit_checkpoint",
         "eval_do_concat_batches",
         "eval_on_start",
         "eval_use_gather_object",
         "full_determinism",
-        "load_best_model_at_end",
         "log_on_each_node",
         "logging_first_step",
         "prediction_loss_only",
-        "restore_callback_states_from_checkpoint",
-        "save_on_each_node",
         "skip_memory_metrics",
         "torch_compile",
     ),
@@ -36,12 +32,11 @@ _PASSED = {
         "greater_is_better",
         "tf32",
     ),
-    "int": ("dataloader_num_workers", "ddp_timeout"),
+    "int": ("dataloader_num_workers",),
     "int | None": (
         "dataloader_prefetch_factor",
         "ddp_bucket_cap_mb",
         "eval_accumulation_steps",
-        "save_total_limit",
         "torch_empty_cache_steps",
     ),
     "float": ("adam_beta1", "adam_beta2", "adam_epsilon", "eval_delay"),
@@ -142,10 +137,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 AT_LEAST: dict[str, int] = {
     "dataloader_num_workers": 0,
     "ddp_bucket_cap_mb": 1,
-    "ddp_timeout": 1,
     "eval_accumulation_steps": 1,
     "eval_delay": 0,
-    "save_total_limit": 1,
 }
 """The smallest value of fields for which transformers does not check it."""
 
@@ -204,7 +197,9 @@ _NAMED = {
     "eval_strategy": "training.eval_steps",
     "save_steps": "training.save_steps",
     "save_strategy": "training.save_steps",
-    "resume_from_checkpoint": "training.resume_from_checkpoint",
+    "save_total_limit": "save.keep",
+    "resume_from_checkpoint": "training.resume",
+    "ddp_timeout": "training.rank_timeout",
     "report_to": "logging.report_to",
     "run_name": "logging.run_name",
     "project": "logging.project",
@@ -224,6 +219,8 @@ _EXACT = "every row is used, and a resumed run equals an uninterrupted one"
 _CHECKPOINTING = "checkpointing is always non-reentrant and keeps the routing"
 _HUB = "a run uploads nothing"
 _LAUNCHER = "the launcher sets it"
+_SAVING = "checkpoints are written whole, once, and hold everything that a continued run needs"
+_BEST = "the best checkpoint is kept beside the last one, and RUN@best names it for merge, export and evaluate"
 _COMMANDS = "a run trains, and evaluates where data.eval is given"
 
 _SET_BY_US = {
@@ -267,6 +264,10 @@ _SET_BY_US = {
     ),
     **dict.fromkeys(("local_rank",), _LAUNCHER),
     **dict.fromkeys(("dataloader_drop_last", "ignore_data_skip", "save_only_model"), _EXACT),
+    **dict.fromkeys(
+        ("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "save_on_each_node"), _SAVING
+    ),
+    "load_best_model_at_end": _BEST,
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMANDS),
     **dict.fromkeys(
         (

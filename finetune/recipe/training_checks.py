@@ -29,7 +29,7 @@ _BY_LENGTH = ("group_by_length", "batch_rebalance")
 
 def check_training(source: Source) -> None:
     """Run every check of `training` but its length and its batches; all problems end in `source`."""
-    for check in (_warmup, _evaluation, _optimizer, _scheduler, _trainer_args, _text_arguments, _best_model):
+    for check in (_warmup, _evaluation, _optimizer, _scheduler, _trainer_args, _text_arguments, _early_stopping):
         check(source)
 
 
@@ -148,19 +148,9 @@ def _is_json_object(text: str) -> bool:
         return False
 
 
-def _best_model(source: Source) -> None:
-    """`load_best_model_at_end` needs a checkpoint of every evaluation, or it would keep the last weights in silence."""
-    if _argument(source, "load_best_model_at_end") is not True:
-        return
-    where = (*_ARGUMENTS, "load_best_model_at_end")
-    evaluation, save = (source.get(key_path(f"training.{name}")) for name in ("eval_steps", "save_steps"))
-    if not _evaluates(source):
-        do = "add data.eval, training.eval_steps and training.save_steps (the same number), or remove it"
-        source.report(where, "no evaluation before the end tells which model is the best", do, got="true")
-    elif not (source.is_broken(key_path("training.save_steps")) or save == evaluation):
-        got = f"true, eval_steps: {show(evaluation)} and save_steps: {show(save)}"
-        what = "the best evaluation may be of a step without a checkpoint"
-        source.report(where, what, f"write training.save_steps: {show(evaluation)}, or remove it", got=got)
-    if _argument(source, "eval_on_start") is True:
-        what = "the evaluation before the first step may be the best, and has no checkpoint"
-        source.report((*_ARGUMENTS, "eval_on_start"), what, "remove it, or load_best_model_at_end", got="true")
+def _early_stopping(source: Source) -> None:
+    """Without evaluations before the end nothing would ever stop the run."""
+    patience = read(source, "training.early_stopping_patience", int)
+    if patience and not _evaluates(source):
+        where, do = key_path("training.early_stopping_patience"), "add data.eval and training.eval_steps, or remove it"
+        source.report(where, "no evaluation before the end would stop the run", do, got=show(patience))

@@ -153,11 +153,10 @@ CONFLICTS = {
         'recipe.yaml:21: training.trainer_args.optim_args: not a list of name=value; got "momentum"; '
         "write name=value, several with commas between them",
     ),
-    "the best model without evaluations": (
-        training("trainer_args: {load_best_model_at_end: true}"),
-        "recipe.yaml:21: training.trainer_args.load_best_model_at_end: no evaluation before the end tells which model "
-        "is the best; got true; add data.eval, training.eval_steps and training.save_steps (the same number), "
-        "or remove it",
+    "early stopping without evaluations": (
+        training("early_stopping_patience: 3"),
+        "recipe.yaml:21: training.early_stopping_patience: no evaluation before the end would stop the run; got 3; "
+        "add data.eval and training.eval_steps, or remove it",
     ),
     "a value that would be taken for the default": (
         training("trainer_args: {train_sampling_strategy: by_length}"),
@@ -261,7 +260,7 @@ def test_checks_do_not_repeat_reported_problems(recipe_file: RecipeFile) -> None
         ("adam_beta_2: 0.9", "SFTConfig has no such field; got 0.9; did you mean adam_beta2?"),
         ("zzz: 1", "SFTConfig has no such field; got 1; write one of SFTConfig's fields"),
         ('adam_beta2: "0.9"', 'wrong type; got "0.9"; write a value of SFTConfig\'s type: float'),
-        ("save_total_limit: true", "wrong type; got true; write a value of SFTConfig's type: int | None"),
+        ("eval_accumulation_steps: true", "wrong type; got true; write a value of SFTConfig's type: int | None"),
         ("bf16: true", "the recipe has its own key for this; got true; remove it: model.dtype is given"),
         ("max_steps: 3", "the recipe has its own key for this; got 3; remove it: training.max_steps is given"),
         ("push_to_hub: true", "set by this program: a run uploads nothing; got true; remove it"),
@@ -288,6 +287,6 @@ def test_trainer_args_are_checked_against_the_trainers_fields(
 
 def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(recipe_file: RecipeFile) -> None:
     recipe = recipe_file.load(
-        training("trainer_args: {adam_beta2: 0.99, save_total_limit: 2, dataloader_num_workers: 0}")
+        training("trainer_args: {adam_beta2: 0.99, eval_accumulation_steps: 2, dataloader_num_workers: 0}")
     )
-    assert recipe.training.trainer_args == {"adam_beta2": 0.99, "save_total_limit": 2, "dataloader_num_workers": 0}
+    assert recipe.training.trainer_args == {"adam_beta2": 0.99, "eval_accumulation_steps": 2, "dataloader_num_workers": 0}

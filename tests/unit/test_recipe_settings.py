@@ -36,11 +36,15 @@ data.eval data.eval.path data.eval.id data.eval.config data.eval.split data.eval
 data.eval.format data.eval.columns data.eval.ignore_columns data.eval.roles
 data.eval.response_template data.eval.response_end data.eval.weight data.eval.max_rows
 data.on_bad_row data.max_bad_share data.stopping_strategy data.loss_on data.system
-data.max_length data.overlong data.chat_template data.template_args data.train_on_reasoning data.packing
+data.max_length data.overlong data.max_row_characters data.chat_template data.template_args data.train_on_reasoning data.packing
 training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size
 training.per_device_train_batch_size training.lr_scheduler_type training.warmup_steps training.weight_decay
 training.max_grad_norm training.optim training.gradient_checkpointing training.logging_steps training.eval_steps
-training.save_steps training.resume_from_checkpoint training.trainer_args
+training.save_steps training.early_stopping_patience training.resume training.rank_timeout training.trainer_args
+save save.keep
+watchdog watchdog.loss_spike watchdog.loss_spike.action watchdog.loss_spike.ceiling
+watchdog.dead_experts watchdog.dead_experts.action watchdog.dead_experts.ceiling
+watchdog.zero_gradient watchdog.zero_gradient.action watchdog.zero_gradient.ceiling
 logging logging.report_to logging.project logging.run_name logging.wandb_mode
 """
 
