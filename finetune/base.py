@@ -24,7 +24,7 @@ from finetune.checkpoint import (
     verify_sums,
 )
 from finetune.data.tokenizer import added_ids, load_tokenizer
-from finetune.errors import Problem, RecipeError, RunError
+from finetune.errors import Problem, RecipeError
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
-    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
+    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards, say_that_it_ends
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -86,17 +87,22 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     _audit(model, base, recipe, rows, run, state.is_main_process)
 
     # 6. The method's trainer
-    setup = TrainerSetup(recipe, run, base, model, rows, initial_adapter, dashboards, choice, start.identity, start.checkpoint)
+    setup = TrainerSetup(
+        recipe, run, base, model, rows, initial_adapter, dashboards, choice, start.identity, start.checkpoint
+    )
     trainer = method.make_trainer(setup)
 
     # 7. Train, from the newest whole checkpoint if there is one, with an evaluation after the last step; save
-    finished = trainer.run_from(start.checkpoint)
-    if state.is_main_process and finished:
-        _save(setup, trainer)
-    elif state.is_main_process:
-        _draw(run)
-        print(stop.line(run.path, newest_step(run.path), recipe.training.resume), flush=True)
-    state.wait_for_everyone()
+    stop.when_requested(partial(say_that_it_ends, run.path))
+    with stop.deferred():  # until the checkpoint or the adapter is whole
+        finished = trainer.run_from(start.checkpoint)
+        if state.is_main_process:
+            _save(setup, trainer) if finished else _draw(run)
+        state.wait_for_everyone()
+    if finished:
+        stop.requested = None  # in the last step: there is nothing to continue
+    else:
+        _say(stop.line(run.path, newest_step(run.path), recipe.training.resume))
     for callback in dashboards.callbacks:
         callback.finish()
     return run.path

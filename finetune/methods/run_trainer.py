@@ -44,7 +44,7 @@ _LONG_MINUTES = 30
 _SIGNALS = tuple(EXIT_CODES)
 
 
-class _EvaluationStopped(Exception):
+class _EvaluationStoppedError(Exception):
     """A signal has come while the run evaluates."""
 
 
@@ -66,14 +66,13 @@ class RunTrainer(StepExactTrainer):
 
         Raises RunError if fewer steps were taken than the recipe says.
         """
-        with stop.deferred():
-            # An evaluation that was due when the run began is cut short: its checkpoint is there already.
-            with suppress(_EvaluationStopped):
-                self._train_from(checkpoint)
-            if self.saver is not None and self.stopped_by_signal:
-                self.saver.wait_or_raise()
-            elif self.saver is not None:
-                self.saver.wait()
+        # An evaluation that was due when the run began is cut short: its checkpoint is there already.
+        with suppress(_EvaluationStoppedError):
+            self._train_from(checkpoint)
+        if self.saver is not None and self.stopped_by_signal:
+            self.saver.wait_or_raise()
+        elif self.saver is not None:
+            self.saver.wait()
         if not self.stopped_by_signal and not self._is_complete(vars(self.state)):
             raise RunError(
                 Problem(
@@ -146,7 +145,7 @@ class RunTrainer(StepExactTrainer):
         """As transformers'; an evaluation that a signal cuts short is made again when the run continues."""
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        except _EvaluationStopped:
+        except _EvaluationStoppedError:
             self.evaluation_due = True
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
@@ -309,7 +308,7 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.is_in_train and self.trainer.agreed():
-            raise _EvaluationStopped
+            raise _EvaluationStoppedError
 
     def _say_minutes(self, state: Any) -> None:
         """How long a checkpoint is apart from the next, by the first steps; a warning above half an hour."""

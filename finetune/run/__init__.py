@@ -4,7 +4,6 @@ from finetune.run.checkpoints import newest_step
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
 from finetune.run.metrics import MetricsCallback, draw_loss_curve, final_metrics, read_metrics, training_facts
 from finetune.run.provenance import collect_provenance
-from finetune.run.router_load import RouterLoadCallback, draw_router_load
 from finetune.run.resume import (
     Change,
     Identity,
@@ -16,8 +15,9 @@ from finetune.run.resume import (
     recipe_changes,
     row_changes,
 )
+from finetune.run.router_load import RouterLoadCallback, draw_router_load
 from finetune.run.run_folder import RunFolder, keep_aside, recorded_template_day
-from finetune.run.run_lock import lock_run, unlock_run
+from finetune.run.run_lock import lock_run, say_that_it_ends, unlock_run
 
 __all__ = [
     "Change",
@@ -44,6 +44,7 @@ __all__ = [
     "recorded_template_day",
     "resolve_report_to",
     "row_changes",
+    "say_that_it_ends",
     "training_facts",
     "unlock_run",
 ]

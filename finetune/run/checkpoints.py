@@ -18,7 +18,14 @@ from finetune.errors import FinetuneError, Problem, RunError
 STATE_FILE = "trainer_state.json"
 IDENTITY_FILE = "identity.json"
 TRAINING_FILES = ("training_state.safetensors", "training_state.json")
-REQUIRED = (STATE_FILE, IDENTITY_FILE, *TRAINING_FILES, "adapter_model.safetensors", "adapter_config.json", "finetune.json")
+REQUIRED = (
+    STATE_FILE,
+    IDENTITY_FILE,
+    *TRAINING_FILES,
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "finetune.json",
+)
 SET_ASIDE = "set-aside"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFT = re.compile(r"\.checkpoint-\d+\.(partial|lock|removed)")

@@ -69,9 +69,7 @@ class Change:
 def recipe_changes(before: Recipe, now: Recipe) -> list[Change]:
     """Settings that decide the result and differ."""
     old, new = (_deciding(recipe) for recipe in (before, now))
-    return [
-        Change(key, repr(old.get(key)), repr(new.get(key))) for key in old | new if old.get(key) != new.get(key)
-    ]
+    return [Change(key, repr(old.get(key)), repr(new.get(key))) for key in old | new if old.get(key) != new.get(key)]
 
 
 def _deciding(recipe: Recipe) -> dict[str, Any]:
