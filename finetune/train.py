@@ -324,9 +324,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
+    parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
+        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
     except Exception as error:
         if rank() > 0:
             # The main process has usually the same error, or is the reason for this one (a closed connection). Once it
