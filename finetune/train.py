@@ -47,7 +47,14 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
-    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards, say_that_it_ends
+    from finetune.run import (
+        RunFolder,
+        check_keys,
+        newest_step,
+        prepare_dashboards,
+        say_that_it_ends,
+        write_waiting_lines,
+    )
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -95,9 +102,12 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     # 7. Train, from the newest whole checkpoint if there is one, with an evaluation after the last step; save
     stop.when_requested(partial(say_that_it_ends, run.path))
     with stop.deferred():  # until the checkpoint or the adapter is whole
-        finished = trainer.run_from(start.checkpoint)
-        if state.is_main_process:
-            _save(setup, trainer) if finished else _draw(run)
+        try:
+            finished = trainer.run_from(start.checkpoint)
+            if state.is_main_process:
+                _save(setup, trainer) if finished else _draw(run)
+        finally:
+            write_waiting_lines(run.path)
         state.wait_for_everyone()
     if finished:
         stop.requested = None  # in the last step: there is nothing to continue
