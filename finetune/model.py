@@ -1,5 +1,6 @@
 """The base model and its adapter in memory, and the adapter on disk."""
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, Facto
 from finetune.base import Base, loading_options
 from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
+from finetune.files import write_text
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft import ExpertChoice, keep_chosen
 from finetune.moe.families import Family
@@ -25,6 +27,7 @@ from finetune.moe.router_bias import BIAS_FILE, save_biases
 from finetune.recipe import ModelSettings, Recipe
 from finetune.upstream import private
 
+_SETS = ("target_modules", "exclude_modules")  # in PEFT's settings
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
 
 
@@ -87,14 +90,17 @@ def save_adapter(
 ) -> AdapterRecord:
     """Write a PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say; returns that record.
 
-    `facts`: its `data`, `metrics` and `template_sha256`, of a finished training.
+    `facts`: its `data`, `metrics` and `template_sha256`, of a finished training. The same adapter gives the same bytes:
+    nothing in the files depends on the folder that the run writes to, or on how often it was started.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink()  # PEFT's card has nothing but blanks to fill in
+    _order_settings(folder / CONFIG_FILE)
     started_from = None
     if initial_adapter is not None:
-        started_from = InitialRecord(name_or_path=str(recipe.model.adapter), sha256=initial_adapter.digest())
+        started_from = InitialRecord(name_or_path=str(initial_adapter.folder), sha256=initial_adapter.digest())
     further: dict[str, Any] = dict(facts or {})
     if _save_router_bias(model, base.family, folder, recipe, initial_adapter):
         further["router_bias"] = BIAS_FILE
@@ -110,11 +116,20 @@ def save_adapter(
         dtype=recipe.model.dtype,
         adapter=started_from,
         **further,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json", exclude={"output_dir": True, "training": {"resume"}}),
         versions={"moe-finetune": finetune.__version__, **{name: version(name) for name in _MAKERS}},
     )
     record.write(folder)
     return record
+
+
+def _order_settings(file: Path) -> None:
+    """Sort the names that PEFT keeps as a set, whose order is another one in each process."""
+    settings = read_json(file)
+    for name in _SETS:
+        if isinstance(settings.get(name), list):
+            settings[name] = sorted(settings[name])
+    write_text(file, json.dumps(settings, indent=2, sort_keys=True))
 
 
 def new_tokens_of(model: PeftModel) -> list[int]:
