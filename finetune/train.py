@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, wait_passively
-from finetune.errors import FinetuneError, Problem, RunError, as_expected
+from finetune.errors import Problem, RecipeError, RunError
 from finetune.files import write_json, write_text
 from finetune.launcher import check_launcher, rank
+from finetune.progress import phase
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -42,12 +43,15 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import prepare_dashboards
+    from finetune.run.ranks import finish_ranks, ranks_training, start_timeout, watch_ranks
 
     for line in check_launcher(recipe, os.environ):
         if rank() == 0:
             print(line)
     # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
-    state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    on_cpu = not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=start_timeout(recipe.training.rank_timeout))
+    watch_ranks(recipe.training.rank_timeout)
     _reject_data_parallel(state)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
@@ -65,7 +69,8 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
 
     # 3. Rows -> token ids and labels
     _set_template_day(base, run, recipe.training.resume_from_checkpoint)
-    rows = method.prepare_rows(recipe, base)
+    with phase("preparing rows"):
+        rows = method.prepare_rows(recipe, base)
     _check_same_rows(recipe, rows, run)
     for remark in check_schedule(recipe, recipe.training.optimizer_steps(len(rows.train)), state.num_processes):
         if state.is_main_process:
@@ -82,10 +87,13 @@ def train(recipe: Recipe, command_line: Sequence[str]) -> Path:
     trainer = method.make_trainer(setup)
 
     # 6. Train, from the newest checkpoint if the recipe says so, with an evaluation after the last step; save
-    trainer.run_from(run.newest_checkpoint() if recipe.training.resume_from_checkpoint else None)
-    if state.is_main_process:
-        _save(setup, trainer, choice)
-    state.wait_for_everyone()
+    with phase("training"), ranks_training():
+        trainer.run_from(run.newest_checkpoint() if recipe.training.resume_from_checkpoint else None)
+    with phase("saving the adapter"):
+        if state.is_main_process:
+            _save(setup, trainer, choice)
+        state.wait_for_everyone()
+    finish_ranks()
     for callback in dashboards.callbacks:
         callback.finish()
     return run.path
@@ -166,9 +174,11 @@ def _load(
     choice = None if initial_adapter is None else initial_adapter.choice
     if auto and choice is None and recipe.training.resume_from_checkpoint:
         choice = read_choice(run.experts)
-    model = load_base(base, recipe.model)
+    with phase("loading the base"):
+        model = load_base(base, recipe.model)
     if auto and choice is None and base.family.moe is not None:
-        choice = choose_experts(model, base.family.moe, rows.conversations, rows.conversation_collator, recipe)
+        with phase("measuring experts"):
+            choice = choose_experts(model, base.family.moe, rows.conversations, rows.conversation_collator, recipe)
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
@@ -235,15 +245,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
-    except Exception as error:
+    except RecipeError as error:
         if rank() > 0:
-            # The main process has usually the same error, or is the reason for this one (a closed connection). Once it
-            # has said so, the launcher ends the others.
-            time.sleep(_SECONDS_TO_SAY_IT_ONCE)
-        if not isinstance(error, FinetuneError | OSError):
-            raise
-        print(expected := as_expected(error), file=sys.stderr)
-        return expected.exit_code
+            time.sleep(_SECONDS_TO_SAY_IT_ONCE)  # every process has the same; the launcher ends this one
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        from finetune.run.failure import end_run  # imports torch, without which a recipe is checked
+
+        return end_run(error)
     return 0
 
 
