@@ -17,13 +17,12 @@ from finetune.checkpoint import (
     fingerprint,
     listed_bytes,
     new_folder,
-    require_free_disk,
     sync_files,
     verify_sums,
     write_sums,
 )
 from finetune.errors import Problem, WeightsError
-from finetune.files import as_json, write_json, write_text
+from finetune.files import as_json, require_free_disk, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base_weights import INTO, reference_model
 from finetune.merge.copied_files import copy_files, write_generation
