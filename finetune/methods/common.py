@@ -12,6 +12,7 @@ from finetune.base import Base
 from finetune.data import DataStats
 from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.watchdog import Watchdog
 from finetune.moe.audit import audit_model, check_audit
 from finetune.moe.families import Family
 from finetune.recipe import Recipe
@@ -81,6 +82,7 @@ class TrainerSetup:
         return {
             "model": self.model,
             "router_term": self.router_term,
+            "watchdog": Watchdog(self.recipe.watchdog, self.run.path),
             "processing_class": self.base.tokenizer,
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,
