@@ -90,7 +90,8 @@ def test_a_spike_stops_or_skips_as_the_recipe_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("figure", ["loss", "gradient_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_stops_unless_it_is_skipped(tmp_path: Path, figure: str, value: float) -> None:
-    step = replace(StepFigures(1, 9, 2.0, 1.0), **{figure: value})
+    figures: dict[str, Any] = {"loss": 2.0, "gradient_norm": 1.0, figure: value}
+    step = StepFigures(1, 9, **figures)
     for action in ("stop", "warn"):
         with pytest.raises(RunError, match="is not finite; the optimizer step was not taken; the first router"):
             watchdog(tmp_path, loss_spike={"action": action}).skips(step, lambda: ROWS)
