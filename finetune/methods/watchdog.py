@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from finetune.errors import Problem, RunError
 from finetune.recipe.run_settings import WatchdogSettings
-from finetune.run.metrics import append_line, repair_lines
+from finetune.run import append_line, repair_lines
 
 FILE = "noticed.jsonl"
 WINDOW, FIRST = 50, 20
