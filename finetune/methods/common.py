@@ -13,6 +13,7 @@ from finetune.base import Base
 from finetune.data import DataStats
 from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.watchdog import Watchdog
 from finetune.moe.audit import audit_model, check_audit
 from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
@@ -88,6 +89,7 @@ class TrainerSetup:
             "setup": self,
             "model": self.model,
             "router_term": self.router_term,
+            "watchdog": Watchdog(self.recipe.watchdog, self.run.path),
             "processing_class": self.base.tokenizer,
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,

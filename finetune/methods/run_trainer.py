@@ -156,7 +156,8 @@ class RunTrainer(StepExactTrainer):
         if "train_loss" in logs:
             if self.stopped_by_signal:
                 return
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            # A skipped step is in no sum.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.watchdog.skipped_steps, 1)
         super().log(logs, *args, **kwargs)
         history = self.state.log_history
         history[-1] = {name: value for name, value in history[-1].items() if not is_time(name)}
