@@ -7,6 +7,7 @@ The recipe is validated before torch is imported: packages that import torch are
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 from finetune.environment import hush, wait_passively
 from finetune.errors import FinetuneError, Problem, RunError, as_expected
 from finetune.files import write_json, write_text
-from finetune.launcher import check_launcher, rank
+from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.stopping import stop
+from finetune.stopping import Interrupted, stop
 
 if TYPE_CHECKING:
     from finetune.adapters.initial import InitialAdapter
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_TO_SAY_IT_ONCE = 10
+_SECONDS_WITHOUT_LAUNCHER = 600
 
 
 def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = ()) -> Path:
@@ -326,8 +328,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
+        stop.install()
+        if (launcher := launcher_process()) is not None:
+            stop.watch(launcher, _SECONDS_WITHOUT_LAUNCHER)
+        return _main(args.recipe, args.overrides)
+    except Interrupted:
+        return _interrupted()
+
+
+def _main(recipe: Path, overrides: Sequence[str]) -> int:
+    try:
+        train(load_recipe(recipe, overrides), [sys.executable, *sys.argv])
     except Exception as error:
+        if stop.requested is not None and not stop.began:
+            return _interrupted()  # a process that this one waited for was signalled as well, and has left
         if rank() > 0:
             # The main process has usually the same error, or is the reason for this one (a closed connection). Once it
             # has said so, the launcher ends the others.
@@ -336,8 +350,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(expected := as_expected(error), file=sys.stderr)
         return expected.exit_code
-    return 0
+    return stop.exit_code
+
+
+def _interrupted() -> int:
+    """The exit code of a run that has not begun to train. Of several processes none may exit as if it had finished."""
+    if rank() == 0:
+        print(stop.line(), file=sys.stderr)
+    signalled = 128 + (stop.requested or signal.SIGTERM)
+    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else signalled
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop.finish(main()))
