@@ -48,8 +48,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
-    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards, say_that_it_ends
-    from finetune.run.ranks import ranks_training, start_timeout, watch_ranks
+    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
+    from finetune.run.ranks import start_timeout, watch_ranks
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -99,21 +99,35 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     trainer = method.make_trainer(setup)
 
     # 7. Train, from the newest whole checkpoint if there is one, with an evaluation after the last step; save
-    stop.when_requested(partial(say_that_it_ends, run.path))
-    with stop.deferred():  # until the checkpoint or the adapter is whole
-        with phase("training"), ranks_training():
-            finished = trainer.run_from(start.checkpoint)
-        with phase("saving the adapter"):
-            if state.is_main_process:
-                _save(setup, trainer) if finished else _draw(run)
-            state.wait_for_everyone()
-    if finished:
-        stop.requested = None  # in the last step: there is nothing to continue
-    else:
+    if not _train_and_save(setup, trainer):
         _say(stop.line(run.path, newest_step(run.path), recipe.training.resume))
     for callback in dashboards.callbacks:
         callback.finish()
     return run.path
+
+
+def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
+    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before its last step."""
+    from accelerate import PartialState
+
+    from finetune.run import say_that_it_ends, write_waiting_lines
+    from finetune.run.ranks import ranks_training
+
+    run, state = setup.run, PartialState()
+    stop.when_requested(partial(say_that_it_ends, run.path))
+    with stop.deferred():  # until the checkpoint or the adapter is whole
+        try:
+            with phase("training"), ranks_training():
+                finished: bool = trainer.run_from(setup.checkpoint)
+            with phase("saving the adapter"):
+                if state.is_main_process:
+                    _save(setup, trainer) if finished else _draw(run)
+        finally:
+            write_waiting_lines(run.path)
+        state.wait_for_everyone()
+    if finished:
+        stop.requested = None  # in the last step: there is nothing to continue
+    return finished
 
 
 def _say(*lines: str) -> None:
@@ -341,9 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
+    parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
+        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
         _finish()
     except RecipeError as error:
         if rank() > 0:

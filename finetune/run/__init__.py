@@ -2,7 +2,8 @@
 
 from finetune.run.checkpoints import newest_step
 from finetune.run.dashboards import Dashboards, prepare_dashboards, resolve_report_to
-from finetune.run.metrics import MetricsCallback, draw_loss_curve, final_metrics, read_metrics, training_facts
+from finetune.run.lines import append_line, read_metrics, repair_lines, write_waiting_lines
+from finetune.run.metrics import MetricsCallback, draw_loss_curve, final_metrics, training_facts
 from finetune.run.provenance import collect_provenance
 from finetune.run.resume import (
     Change,
@@ -26,6 +27,7 @@ __all__ = [
     "MetricsCallback",
     "RouterLoadCallback",
     "RunFolder",
+    "append_line",
     "check_allowed",
     "check_keys",
     "choose_checkpoint",
@@ -42,9 +44,11 @@ __all__ = [
     "read_metrics",
     "recipe_changes",
     "recorded_template_day",
+    "repair_lines",
     "resolve_report_to",
     "row_changes",
     "say_that_it_ends",
     "training_facts",
     "unlock_run",
+    "write_waiting_lines",
 ]

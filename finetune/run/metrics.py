@@ -6,9 +6,7 @@ balance term on separate axes.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import Problem, RunError
-from finetune.files import write_atomically, write_text
+from finetune.files import write_atomically
+from finetune.run.lines import append_line, read_metrics, repair_lines
 from finetune.run.run_folder import RunFolder
 
 
@@ -71,44 +69,6 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         self._repaired = True
         for path in (self.metrics, self.times):
             repair_lines(path, last_step)
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON object and sync it to disk."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line, allow_nan=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-_OF_THE_END = {"train_loss", "train_runtime"}
-
-
-def repair_lines(path: Path, last_step: int) -> None:
-    """Rewrite the file without an incomplete last line, without later steps, and without the line of the run's end."""
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path) if line["step"] <= last_step and not _OF_THE_END & line.keys()]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    if text != path.read_text(encoding="utf-8"):
-        write_text(path, text)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line, in order; an incomplete last line is skipped."""
-    *complete, _incomplete = path.read_text(encoding="utf-8").split("\n")
-    return [_parse(path, number, line) for number, line in enumerate(complete, start=1)]
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        do = "remove the line, or start in another output_dir"
-        raise RunError(Problem(f"{path}:{number}", "not a line that a run has written", do, got=repr(line[:80])))
-    return value
 
 
 def _plain(value: Any) -> Any:
