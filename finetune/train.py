@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, wait_passively
-from finetune.errors import FinetuneError, Problem, RunError, as_expected
+from finetune.errors import Problem, RecipeError, RunError
 from finetune.files import write_json, write_text
 from finetune.launcher import check_launcher, rank
+from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, dump_recipe, load_recipe
 from finetune.stopping import stop
 
@@ -47,27 +48,24 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
-    from finetune.run import (
-        RunFolder,
-        check_keys,
-        newest_step,
-        prepare_dashboards,
-        say_that_it_ends,
-        write_waiting_lines,
-    )
+    from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
+    from finetune.run.ranks import start_timeout, watch_ranks
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
         if rank() == 0:
             print(line)
     # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
-    state = PartialState(cpu=not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    on_cpu = not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=start_timeout(recipe.training.rank_timeout))
+    watch_ranks(recipe.training.rank_timeout)
     _reject_data_parallel(state)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
 
     # 1. The run folder, which no other process may hold, and the recipe of the run that it holds
     run = RunFolder(Path(recipe.output_dir))
+    PROGRESS.recipe, PROGRESS.run = recipe, run.path
     start = _open_run(run, recipe, allowed)
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
@@ -77,7 +75,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     # 3. Rows -> token ids and labels
     method = method_of(recipe.method.kind)
     _set_template_day(base, run, start.continues)
-    rows = method.prepare_rows(recipe, base)
+    with phase("preparing rows"):
+        rows = method.prepare_rows(recipe, base)
     steps = recipe.training.optimizer_steps(len(rows.train))
     for remark in check_schedule(recipe, steps, state.num_processes):
         _say(remark)
@@ -100,22 +99,35 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     trainer = method.make_trainer(setup)
 
     # 7. Train, from the newest whole checkpoint if there is one, with an evaluation after the last step; save
+    if not _train_and_save(setup, trainer):
+        _say(stop.line(run.path, newest_step(run.path), recipe.training.resume))
+    for callback in dashboards.callbacks:
+        callback.finish()
+    return run.path
+
+
+def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
+    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before its last step."""
+    from accelerate import PartialState
+
+    from finetune.run import say_that_it_ends, write_waiting_lines
+    from finetune.run.ranks import ranks_training
+
+    run, state = setup.run, PartialState()
     stop.when_requested(partial(say_that_it_ends, run.path))
     with stop.deferred():  # until the checkpoint or the adapter is whole
         try:
-            finished = trainer.run_from(start.checkpoint)
-            if state.is_main_process:
-                _save(setup, trainer) if finished else _draw(run)
+            with phase("training"), ranks_training():
+                finished: bool = trainer.run_from(setup.checkpoint)
+            with phase("saving the adapter"):
+                if state.is_main_process:
+                    _save(setup, trainer) if finished else _draw(run)
         finally:
             write_waiting_lines(run.path)
         state.wait_for_everyone()
     if finished:
         stop.requested = None  # in the last step: there is nothing to continue
-    else:
-        _say(stop.line(run.path, newest_step(run.path), recipe.training.resume))
-    for callback in dashboards.callbacks:
-        callback.finish()
-    return run.path
+    return finished
 
 
 def _say(*lines: str) -> None:
@@ -263,9 +275,11 @@ def _load(
     choice = None if initial_adapter is None else initial_adapter.choice
     if auto and choice is None and continues:
         choice = read_choice(run.experts)
-    model = load_base(base, recipe.model)
+    with phase("loading the base"):
+        model = load_base(base, recipe.model)
     if auto and choice is None and base.family.moe is not None:
-        choice = choose_experts(model, base.family.moe, rows.conversations, rows.conversation_collator, recipe)
+        with phase("measuring experts"):
+            choice = choose_experts(model, base.family.moe, rows.conversations, rows.conversation_collator, recipe)
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
@@ -327,6 +341,13 @@ def _draw(run: "RunFolder") -> None:
         print(f"{run.path}: a picture could not be drawn ({type(error).__name__}: {error}); the run is not affected")
 
 
+def _finish() -> None:
+    """The process ends, and no other one waits for it."""
+    from finetune.run.ranks import finish_ranks
+
+    finish_ranks()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
@@ -334,18 +355,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
+    parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv])
-    except Exception as error:
+        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
+        _finish()
+    except RecipeError as error:
         if rank() > 0:
-            # The main process has usually the same error, or is the reason for this one (a closed connection). Once it
-            # has said so, the launcher ends the others.
-            time.sleep(_SECONDS_TO_SAY_IT_ONCE)
-        if not isinstance(error, FinetuneError | OSError):
-            raise
-        print(expected := as_expected(error), file=sys.stderr)
-        return expected.exit_code
+            time.sleep(_SECONDS_TO_SAY_IT_ONCE)  # every process has the same; the launcher ends this one
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        from finetune.run.failure import end_run  # imports torch, without which a recipe is checked
+
+        return end_run(error)
     return 0
 
 

@@ -16,8 +16,8 @@ from finetune.cards import adapter_card
 from finetune.checkpoint import new_folder, sync_files, write_sums
 from finetune.data import template_args, template_day
 from finetune.data.tokenizer import end_ids
-from finetune.errors import Problem, RunError
-from finetune.files import disk_problem, write_json, write_text
+from finetune.errors import Problem, RunError, disk_problem
+from finetune.files import write_json, write_text
 from finetune.generation_config import FILE, generation_settings
 from finetune.methods.common import TrainerSetup
 from finetune.methods.router_term import STATE_FILE as ROUTER_FILE

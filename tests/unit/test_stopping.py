@@ -15,7 +15,7 @@ import pytest
 from finetune.stopping import EXIT_CODES, Stop
 
 PROGRAM = """
-import ctypes, os, signal, subprocess, sys, time
+import ctypes, os, signal, subprocess, sys, threading, time
 import finetune.stopping
 from finetune.stopping import Interrupted, hold, stop
 
@@ -31,7 +31,7 @@ def never_returns():
     # To Python: a lock that this thread holds already. A pass through a large model looks the same to a handler.
     lock, library = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     library.pthread_mutex_lock(lock)
-    say("ready")
+    threading.Timer(0.2, say, ["ready"]).start()
     library.pthread_mutex_lock(lock)
 
 try:
