@@ -24,7 +24,15 @@ from finetune.methods.router_term import STATE_FILE as ROUTER_FILE
 from finetune.methods.training_state import write_state
 from finetune.model import AdapterSnapshot, save_adapter, snapshot_adapter
 from finetune.run import training_facts
-from finetune.run.checkpoints import IDENTITY_FILE, STATE_FILE, checkpoint_folder, checkpoints, remove_old
+from finetune.run.checkpoints import (
+    IDENTITY_FILE,
+    STATE_FILE,
+    checkpoint_folder,
+    checkpoints,
+    remove_old,
+    replace_by,
+    replacement,
+)
 
 _TRIES = 10
 """A checkpoint that could not be written is tried again after a tenth of the steps between checkpoints."""
@@ -127,9 +135,9 @@ class CheckpointSaver:
 
     def _write(self, snapshot: Snapshot) -> None:
         target = checkpoint_folder(self.run, snapshot.step)
-        if target.is_dir():  # of this step, and verified when the run continued from it
-            return
-        with new_folder(target) as folder:
+        # One that is there already was written before its evaluation; it stays until the new one is whole.
+        written = replacement(target) if target.is_dir() else target
+        with new_folder(written) as folder:
             write_adapter(folder, self.setup, snapshot.adapter, snapshot.facts)
             write_state(folder, snapshot.state)
             if snapshot.router is not None:
@@ -138,6 +146,8 @@ class CheckpointSaver:
             write_json(folder / IDENTITY_FILE, {"identity": self.setup.identity})
             write_sums(folder)
             sync_files(folder)
+        if written != target:
+            replace_by(target, written)
         remove_old(self.run, self.setup.recipe.save.keep, snapshot.best)
 
 
