@@ -108,7 +108,7 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
-    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before that."""
+    """Train and write the adapter; False if a signal has ended the training before its last step."""
     from accelerate import PartialState
 
     from finetune.run import say_that_it_ends, write_waiting_lines
