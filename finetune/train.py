@@ -45,11 +45,11 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from transformers import set_seed
 
     from finetune.base import read_base
+    from finetune.failures import start_timeout, watch_ranks
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
-    from finetune.run.ranks import start_timeout, watch_ranks
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -107,11 +107,11 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
-    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before its last step."""
+    """Train and write the adapter; False if a signal ended the training, with a checkpoint, before its last step."""
     from accelerate import PartialState
 
+    from finetune.failures import ranks_training
     from finetune.run import say_that_it_ends, write_waiting_lines
-    from finetune.run.ranks import ranks_training
 
     run, state = setup.run, PartialState()
     stop.when_requested(partial(say_that_it_ends, run.path))
@@ -343,7 +343,7 @@ def _draw(run: "RunFolder") -> None:
 
 def _finish() -> None:
     """The process ends, and no other one waits for it."""
-    from finetune.run.ranks import finish_ranks
+    from finetune.failures import finish_ranks
 
     finish_ranks()
 
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.exit_code
     except Exception as error:
-        from finetune.run.failure import end_run  # imports torch, without which a recipe is checked
+        from finetune.failures import end_run  # imports torch, without which a recipe is checked
 
         return end_run(error)
     return 0

@@ -6,7 +6,7 @@ import threading
 import time
 
 from finetune.errors import FinetuneError, RunError, as_expected
-from finetune.run.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
+from finetune.failures.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
 
 
 def end_run(error: Exception) -> int:
