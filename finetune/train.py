@@ -8,7 +8,6 @@ The recipe is validated before torch is imported: packages that import torch are
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, wait_passively
-from finetune.errors import Problem, RecipeError, RunError
+from finetune.errors import Problem, RunError
+from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json, write_text
-from finetune.launcher import check_launcher, rank
+from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.stopping import stop
+from finetune.stopping import Interrupted, stop
 
 if TYPE_CHECKING:
     from finetune.adapters.initial import InitialAdapter
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from finetune.moe.esft import ExpertChoice
     from finetune.run import RunFolder
 
-
-_SECONDS_TO_SAY_IT_ONCE = 10
 
 
 def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = ()) -> Path:
@@ -45,7 +43,6 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from transformers import set_seed
 
     from finetune.base import read_base
-    from finetune.failures import start_timeout, watch_ranks
     from finetune.methods import method_of
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
@@ -107,10 +104,9 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
-    """Train and write the adapter; False if a signal ended the training, with a checkpoint, before its last step."""
+    """Train and write the adapter; False if a signal has ended the training before its last step."""
     from accelerate import PartialState
 
-    from finetune.failures import ranks_training
     from finetune.run import say_that_it_ends, write_waiting_lines
 
     run, state = setup.run, PartialState()
@@ -341,13 +337,6 @@ def _draw(run: "RunFolder") -> None:
         print(f"{run.path}: a picture could not be drawn ({type(error).__name__}: {error}); the run is not affected")
 
 
-def _finish() -> None:
-    """The process ends, and no other one waits for it."""
-    from finetune.failures import finish_ranks
-
-    finish_ranks()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
@@ -358,19 +347,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
-        _finish()
-    except RecipeError as error:
-        if rank() > 0:
-            time.sleep(_SECONDS_TO_SAY_IT_ONCE)  # every process has the same; the launcher ends this one
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        from finetune.failures import end_run  # imports torch, without which a recipe is checked
+        stop.install()
+        if (launcher := launcher_process()) is not None:
+            stop.watch(launcher, _SECONDS_WITHOUT_LAUNCHER)
+        return _main(args.recipe, args.overrides, args.allow_change)
+    except Interrupted:
+        return _interrupted()
 
+
+def _main(recipe: Path, overrides: Sequence[str], allowed: Sequence[str]) -> int:
+    try:
+        train(load_recipe(recipe, overrides), [sys.executable, *sys.argv], allowed)
+        finish_ranks()
+    except Exception as error:
+        if stop.requested is not None and not stop.began:
+            return _interrupted()  # another process, which this one waited for, was signalled as well, and has left
         return end_run(error)
-    return 0
+    return stop.exit_code
+
+
+def _interrupted() -> int:
+    """The exit code of a signal that came before the training, or once everything was saved."""
+    if stop.began or stop.requested is None:
+        return 0
+    if (lost := lost_rank()) is not None:
+        print(lost, file=sys.stderr)  # and the signal is the launcher's, which ends the others
+        return 1
+    finish_ranks()
+    if rank() == 0:
+        print(stop.line(), file=sys.stderr)
+    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
+    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop.finish(main()))

@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
-import torch
 
 from finetune.errors import FinetuneError, Problem
 from finetune.progress import PROGRESS
@@ -83,7 +82,8 @@ def start_timeout(rank_timeout: int) -> timedelta:
 
 def watch_ranks(rank_timeout: int) -> None:
     """Start the heartbeats of this process, once the process group exists; does nothing with one process."""
-    distributed = torch.distributed
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         _RANKS[:] = [Ranks(rank_timeout)]
 
@@ -106,7 +106,10 @@ def ranks_training() -> Iterator[None]:
 
 def first_reason(error: BaseException) -> tuple[str, bool]:
     """Why the run ends, and whether this process is the first to know. `error` is what happened here."""
-    return _RANKS[0].first_reason(error) if _RANKS else (str(error), True)
+    if not _RANKS:
+        # Nothing connects them yet: every process has the same error, and the main one says it.
+        return str(error), os.environ.get("RANK", "0") == "0"
+    return _RANKS[0].first_reason(error)
 
 
 def lost_rank() -> str | None:
@@ -116,21 +119,25 @@ def lost_rank() -> str | None:
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether an operation between processes has failed, which says nothing about why."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _CONNECTION)
+    if not _RANKS or not isinstance(error, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or any(mark in str(error) for mark in _CONNECTION)
 
 
 class Ranks:
     """The processes of the run, as this one sees them."""
 
     def __init__(self, timeout: int) -> None:
-        self.timeout, self.rank = timeout, torch.distributed.get_rank()
+        from torch import distributed
+
+        self.timeout, self.rank = timeout, distributed.get_rank()
         self.interval = min(max(timeout / 30, 0.25), 5.0)
         store = private("torch.distributed.distributed_c10d:_get_default_store")()
         # A connection each for the thread and for everybody else: an operation that waits blocks its connection.
         self._store, self._thread_store = store.clone(), store.clone()
-        self._numbers = range(torch.distributed.get_world_size())
+        self._numbers = range(distributed.get_world_size())
         self._ending, self._claimed = threading.Event(), threading.Lock()
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
         self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
