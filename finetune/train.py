@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from finetune.run import RunFolder
 
 
+_SECONDS_WITHOUT_LAUNCHER = 600
+
 
 def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = ()) -> Path:
     """Start the recipe's run, continue it, or say that it is finished; returns the run folder.
@@ -67,6 +69,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
+    PROGRESS.config = base.config.get_text_config().to_dict()
+    PROGRESS.base_bytes = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
     initial_adapter = _initial_adapter(recipe, base)
 
     # 3. Rows -> token ids and labels
@@ -288,6 +292,7 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
     from finetune.moe.audit import audit_model, audit_table, check_audit
 
     parts = audit_model(model, base.family)
+    PROGRESS.parts, PROGRESS.audit_table = [part.as_dict() for part in parts.values()], audit_table(parts)
     if is_main:
         audit = {"parts": [part.as_dict() for part in parts.values()], "rows": rows.counts()}
         write_json(run.audit, {**audit, "template_day": template_day(base.tokenizer)})

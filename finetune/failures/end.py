@@ -35,6 +35,9 @@ def _on_sigterm(handler: signal.Handlers) -> None:
 def _expected(error: Exception) -> FinetuneError | None:
     if (memory := out_of_memory(error)) is not None:
         return memory
-    if isinstance(error, FinetuneError | OSError):
+    if not isinstance(error, FinetuneError | OSError):
+        return None
+    try:
         return as_expected(error)
-    return None
+    except OSError:
+        return None  # about no path: not expected
