@@ -21,6 +21,7 @@ from finetune.methods.checkpointing import CheckpointSaver, Snapshot, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
+from finetune.progress import phase
 from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
 from finetune.run.metrics import is_time
@@ -176,6 +177,10 @@ class RunTrainer(StepExactTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Take a snapshot of this step; the saver writes it."""
+        with phase("saving a checkpoint"):
+            self._snapshot()
+
+    def _snapshot(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
         if self.saver is None:
