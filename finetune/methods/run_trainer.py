@@ -285,7 +285,7 @@ class RunTrainer(StepExactTrainer):
         self._total_loss_scalar += own["loss"]
         if self.evaluation_due:
             self._evaluate_now()
-        self.log({"train_loss": 0.0, "total_flos": self.state.total_flos})
+        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
 
 class _Flow(TrainerCallback):  # type: ignore[misc]
