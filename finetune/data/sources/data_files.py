@@ -17,14 +17,12 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 
 from finetune.data.row_errors import FileError, shown
+from finetune.data.sources.bounds import Expansion
 from finetune.errors import DataError, Problem
-from finetune.files import NotRegularError, read_json, regular_descriptor
+from finetune.files import NotRegularError, open_regular, read_json, regular_descriptor
 from finetune.recipe.row_formats import looks_like_hub_id
 
 BUFFER = 1 << 20
-MAX_ROW_BYTES = 1 << 28
-"""No row is longer (256 MiB): what looks like one is a file of another kind, or one whose quotes do not match."""
-
 COPY_AGAIN = "copy or download it again"
 _SAVE_AGAIN = "save or copy the folder again"
 _SHOWN = 20  # names in a message
@@ -64,8 +62,9 @@ class _Counted(io.FileIO):
 class _Unpacked(io.RawIOBase):
     """The output of a decompressor as soon as it is there, so that all before a damaged place is read."""
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
+    def __init__(self, read: Callable[[int], bytes], expansion: Expansion) -> None:
         self._read = read
+        self._expansion = expansion
 
     def readable(self) -> bool:
         return True
@@ -81,6 +80,7 @@ class _Unpacked(io.RawIOBase):
                 raise FileError("the compressed file is truncated", COPY_AGAIN) from error
             what = "not the format of its suffix, or damaged"
             raise FileError(what, f"{COPY_AGAIN}, or give it the right suffix", str(error)) from error
+        self._expansion.add(len(piece))
         view[: len(piece)] = piece
         return len(piece)
 
@@ -94,11 +94,14 @@ def opened(path: str, packed: str | None, place: Place) -> Iterator[ByteStream]:
     with _Counted(regular_descriptor(path)) as raw:
         raw.place = place
         stream: ByteStream = io.BufferedReader(raw, BUFFER)
+        size = os.fstat(raw.fileno()).st_size
         if packed == ".gz":
-            stream = io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=stream).read1), BUFFER)
+            unpacked = _Unpacked(gzip.GzipFile(fileobj=stream).read1, Expansion(size, Expansion.GZIP))
+            stream = io.BufferedReader(unpacked, BUFFER)
         elif packed == ".zst":
             read = pa.CompressedInputStream(stream, "zstd").read
-            stream = io.BufferedReader(_Unpacked(lambda size: read(min(size, _ZSTD_PIECE))), BUFFER)
+            unpacked = _Unpacked(lambda wanted: read(min(wanted, _ZSTD_PIECE)), Expansion(size))
+            stream = io.BufferedReader(unpacked, BUFFER)
         head = stream.peek(8)[:8]
         for magic, (kind, do) in _MAGIC.items():
             if head.startswith(magic):
@@ -182,6 +185,8 @@ def _data_file(path: str) -> DataFile:
         return _saved_folder(path)
     _check_readable(path)
     kind, packed = _kind(path)
+    if kind in _TEXT and not packed:
+        _check_no_hole(path)
     return DataFile(path, kind, packed, {path: os.path.getsize(path)})
 
 
@@ -208,6 +213,14 @@ def _check_readable(path: str) -> None:
         raise _error(path, str(error.strerror), _NAME_ONE) from error
     except OSError as error:
         raise _error(path, f"cannot be read ({error.strerror})", "check that it exists and can be read") from error
+
+
+def _check_no_hole(path: str) -> None:
+    """Refuse text with a hole, which a crash leaves: it reads as NUL bytes, and may be of any length."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size and hasattr(os, "SEEK_HOLE") and (hole := os.lseek(file.fileno(), 0, os.SEEK_HOLE)) < size:
+            raise _error(path, f"nothing was written from byte {hole:,} on (a hole)", COPY_AGAIN, f"{size:,} bytes")
 
 
 def _saved_folder(path: str) -> DataFile:
