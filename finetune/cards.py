@@ -37,10 +37,13 @@ def adapter_name(folder: str) -> str:
     return f"{run}/{path.name}" if _IN_A_RUN.fullmatch(path.name) and run not in ("", "..") else public_name(folder)
 
 
-def merged_card(report: Facts, records: Sequence[Facts], rows: Iterable[Row], compared: Iterable[Row] = ()) -> str:
+def merged_card(
+    report: Facts, records: Sequence[Facts], output: str, rows: Iterable[Row], compared: Iterable[Row] = ()
+) -> str:
     """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order.
 
-    `rows`: what the merge reports, without paths; `compared`: the losses, where `--compare` measured them.
+    `output`: the merged folder; `rows`: what the merge reports, without paths; `compared`: the losses, where
+    `--compare` measured them.
     """
     base = _base_name(report, records)
     missing = report["proof"]["not_proven"]
@@ -48,7 +51,7 @@ def merged_card(report: Facts, records: Sequence[Facts], rows: Iterable[Row], co
     sections = [
         _front_matter(base, "transformers", tags),
         *([_warning(missing)] if missing else []),
-        f"# {public_name(report['output'])}",
+        f"# {public_name(output)}",
         f"{base} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
         f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
         "## Proof",

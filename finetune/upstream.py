@@ -17,6 +17,7 @@ from typing import Any
 from finetune.errors import FinetuneError, Problem
 
 TESTED = {
+    "accelerate": "1.15.0",
     "bitsandbytes": "0.50.2",
     "datasets": "5.2.0",
     "peft": "0.21.2",
@@ -33,11 +34,16 @@ _QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer"
 _LOADER = "transformers.core_model_loading"
 
 NAMES: dict[str, tuple[str, ...]] = {
+    # What a config file and the defaults make of the launcher's arguments.
+    "accelerate.commands.launch:_validate_launch_command": ("args",),
     # Stay out of DDP's broadcast: frozen weights, which each rank reads itself.
     "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         "module",
         "params_and_buffers_to_ignore",
     ),
+    # Heartbeats through the process group's own store, and its timeout, which differs before and in training.
+    "torch.distributed.distributed_c10d:_get_default_store": (),
+    "torch.distributed.distributed_c10d:_set_pg_timeout": ("timeout", "group"),
     # Tensors inside nested arguments.
     "torch.utils._pytree:tree_map_only": ("type_or_types_or_pred", "func", "tree"),
     "torch.utils._pytree:tree_leaves": ("tree",),
@@ -99,7 +105,19 @@ NAMES: dict[str, tuple[str, ...]] = {
     # Overridden or called by the trainers.
     "transformers.trainer:Trainer._clip_grad_norm": ("model",),
     "transformers.trainer:Trainer._save_checkpoint": ("model", "trial"),
-    "transformers.trainer:Trainer._save": ("output_dir", "state_dict"),
+    "transformers.trainer:Trainer._load_optimizer_and_scheduler": ("checkpoint",),
+    "transformers.trainer:Trainer._load_scaler": ("checkpoint",),
+    "transformers.trainer:Trainer._load_rng_state": ("checkpoint",),
+    "transformers.trainer:Trainer._init_training_state": (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "transformers.trainer:Trainer._determine_best_metric": ("metrics", "trial"),
+    "transformers.trainer:Trainer._maybe_log_save_evaluate": (),
+    "transformers.trainer:Trainer._evaluate": ("trial", "ignore_keys_for_eval"),
     "transformers.trainer:Trainer._prepare_inputs": ("self", "inputs"),
     "transformers.trainer:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint"),
     "transformers.trainer:Trainer.get_batch_samples": ("epoch_iterator", "num_batches", "device"),
@@ -131,6 +149,9 @@ READ_BY = {
     # Set to False on a linear layer; a release that no longer reads it would lose the gradient on AVX512-BF16 CPUs.
     "bitsandbytes.nn:Linear4bit.forward": "support_avx512bf16_for_cpu",
     "peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters": "_disable_adapters",
+    # The loss since the last line, and the step of that line: a skipped step is taken out of both.
+    "transformers.trainer:Trainer._run_epoch": "_tr_loss",
+    "transformers.trainer:Trainer._maybe_log_save_evaluate": "_globalstep_last_logged",
 }
 """`module:function` and an attribute that it must read for a value set by this package to count."""
 
