@@ -83,19 +83,20 @@ def disk_problem(
 
     `needed`: bytes that were to be written, if known. `elsewhere`: how to name another place.
     """
-    if isinstance(error, DiskError):
-        return error.problems[0]
+    if isinstance(error, FinetuneError):
+        return error.problems[0] if isinstance(error, DiskError) else None
     number = _number(error)
     if number is None:
         return None if error.__cause__ is None else disk_problem(error.__cause__, path, needed, elsewhere)
+    own = str(written_path(error) or path)  # it may have been something that is read meanwhile
     if number in _NO_PERMISSION:
-        own = written_path(error) or path
-        return Problem(str(own), "this user may not read or write it", f"change its permissions, or {elsewhere}")
+        return Problem(own, "this user may not read or write it", f"change its permissions, or {elsewhere}")
     if number == errno.EROFS:
         do = f"mount it for writing (the system makes a failing disk read-only: see dmesg), or {elsewhere}"
         return Problem(str(path), "the disk is read-only", do)
     if number in _BROKEN:
-        return Problem(str(path), f"the disk fails ({os.strerror(number)})", f"see dmesg, and {elsewhere}")
+        what = f"a disk fails while this is written ({os.strerror(number)})"
+        return Problem(own, what, f"see dmesg, and {elsewhere}")
     return _full(number, path, needed, elsewhere)
 
 
@@ -190,5 +191,6 @@ def as_expected(error: Exception) -> FinetuneError:
         return DiskError(problem)
     if not isinstance(error, OSError) or path is None:
         raise error
-    what = f"cannot be accessed ({error.strerror})"
-    return FinetuneError(Problem(str(path), what, "check that its folder exists and can be written to"))
+    # Without a number it is one of ours: a FIFO or a device in place of a file, or a NUL in a name.
+    do = "check that its folder exists and can be written to" if error.errno else "name a regular file"
+    return FinetuneError(Problem(str(path), f"cannot be accessed ({error.strerror})", do))

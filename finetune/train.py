@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from finetune.environment import hush, wait_passively
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.files import write_json, write_text
-from finetune.launcher import check_launcher, rank
+from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.stopping import stop
+from finetune.stopping import Interrupted, stop
 
 if TYPE_CHECKING:
     from finetune.adapters.initial import InitialAdapter
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _SECONDS_TO_SAY_IT_ONCE = 10
+_SECONDS_WITHOUT_LAUNCHER = 600
 
 
 def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = ()) -> Path:
@@ -107,7 +108,7 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
-    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before its last step."""
+    """Train and write the adapter; False if a signal has ended the training before its last step."""
     from accelerate import PartialState
 
     from finetune.run import say_that_it_ends, write_waiting_lines
@@ -358,7 +359,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
+        stop.install()
+        if (launcher := launcher_process()) is not None:
+            stop.watch(launcher, _SECONDS_WITHOUT_LAUNCHER)
+        return _main(args.recipe, args.overrides, args.allow_change)
+    except Interrupted:
+        return _interrupted()
+
+
+def _main(recipe: Path, overrides: Sequence[str], allowed: Sequence[str]) -> int:
+    try:
+        train(load_recipe(recipe, overrides), [sys.executable, *sys.argv], allowed)
         _finish()
     except RecipeError as error:
         if rank() > 0:
@@ -368,9 +379,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         from finetune.run.failure import end_run  # imports torch, without which a recipe is checked
 
+        if stop.requested is not None and not stop.began:
+            return _interrupted()  # another process, which this one waited for, was signalled as well, and has left
         return end_run(error)
-    return 0
+    return stop.exit_code
+
+
+def _interrupted() -> int:
+    """The exit code of a signal that came before the training, or once everything was saved."""
+    if stop.began or stop.requested is None:
+        return 0
+    if "finetune.run.ranks" in sys.modules:
+        _finish()
+    if rank() == 0:
+        print(stop.line(), file=sys.stderr)
+    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
+    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop.finish(main()))

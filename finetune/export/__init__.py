@@ -20,7 +20,7 @@ from finetune.checkpoint import (
 )
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
-from finetune.files import write_json, write_text
+from finetune.files import disk_named, write_json, write_text
 from finetune.generation_config import stop_ids
 from finetune.merge import merge
 from finetune.merge.job import base_folder
@@ -133,8 +133,7 @@ def _further_ends(adapter: Path, base: Path) -> dict[str, Any]:
 def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:
     gguf.require_converter()
     gguf.check_output(output)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(output.absolute()) as work:
+    with disk_named(output), temporary_folder(output.absolute()) as work:
         if (source / CONFIG_FILE).is_file():
             model = work / "merged"
             merge(source, model, base=base, layouts=None if layout is None else [layout])
@@ -142,7 +141,7 @@ def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, out
             model = _whole_model(source, base, layout)
         outtype = outtype or gguf.own_type(CheckpointReader(model))
         print(f"converting to {outtype} with llama.cpp's converter", flush=True)
-        gguf.convert(model, work / output.name, outtype)
+        gguf.convert(model, work / output.name, outtype, output)
         gguf.replace_with(work / output.name, output)
     return Exported(output, (f"{output.stat().st_size / 2**30:.2f} GiB, {outtype}",))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
@@ -21,7 +21,7 @@ from finetune.methods.checkpointing import CheckpointSaver, Snapshot, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
-from finetune.run.checkpoints import read_trainer_state
+from finetune.run.checkpoints import STATE_FILE, read_trainer_state
 from finetune.run.metrics import is_time
 from finetune.run.resume import recorded_identity
 from finetune.stopping import EXIT_CODES, stop
@@ -156,7 +156,8 @@ class RunTrainer(StepExactTrainer):
         if "train_loss" in logs:
             if self.stopped_by_signal:
                 return
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            # A skipped step is in no sum.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self.watchdog.skipped_steps, 1)
         super().log(logs, *args, **kwargs)
         history = self.state.log_history
         history[-1] = {name: value for name, value in history[-1].items() if not is_time(name)}
@@ -257,9 +258,9 @@ class RunTrainer(StepExactTrainer):
     def _own_of(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """This process's sums; with another number of processes those of all on the first one."""
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        if len(ranks) == count:
-            return ranks[rank]
         first = ranks[0]
+        if len(ranks) == count:
+            return dict(ranks[rank])
         loss = sum(one["loss"] for one in ranks) / len(ranks)
         window = [sum(values) for values in zip(*(one["window"] for one in ranks), strict=True)]
         return {**first, "loss": loss, "window": window if rank == 0 else [0.0] * len(window)}
@@ -278,13 +279,13 @@ class RunTrainer(StepExactTrainer):
     def _finish_from(self, checkpoint: Path) -> None:
         """From the checkpoint of the last step: only its evaluation and the line of the run's end may be missing."""
         self._load_from_checkpoint(str(checkpoint))
-        self.state = type(self.state).load_from_json(str(checkpoint / "trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         self._total_loss_scalar = self._resumed["loss_sum"]
         own = self._own_of(self._resumed["ranks"])
         self._total_loss_scalar += own["loss"]
         if self.evaluation_due:
             self._evaluate_now()
-        self.log({"train_loss": 0.0, "total_flos": self.state.total_flos})
+        self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
 
 class _Flow(TrainerCallback):  # type: ignore[misc]

@@ -34,8 +34,8 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     looks like that of an uninterrupted run.
     """
 
-    def __init__(self, metrics: Path, times: Path) -> None:
-        self.metrics, self.times = metrics, times
+    def __init__(self, metrics: Path) -> None:
+        self.metrics, self.times = metrics, metrics.with_name("times.jsonl")
         self._repaired = False
 
     def on_train_begin(

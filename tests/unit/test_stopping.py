@@ -17,7 +17,7 @@ from finetune.stopping import EXIT_CODES, Stop
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, threading, time
 import finetune.stopping
-from finetune.stopping import Interrupted, hold, stop
+from finetune.stopping import Interrupted, stop
 
 def say(text):
     print(text, flush=True)
@@ -158,8 +158,13 @@ def test_ctrl_c_counts_in_the_background_of_a_script_too() -> None:
 
 
 def test_a_signal_between_two_programs_is_kept_for_the_second() -> None:
-    program = "import os, signal, sys, finetune.stopping as s; s.hold(); os.kill(os.getpid(), signal.SIGUSR1)\n"
-    program += "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    program = """
+import os, signal, sys
+from finetune.stopping import held
+with held():
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+"""
     command = [sys.executable, "-c", program, PROGRAM.replace("BODY", PREPARE)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout, done.stderr) == (85, "interrupted\n", "")
