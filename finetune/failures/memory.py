@@ -15,12 +15,14 @@ from typing import Any
 from finetune.errors import Problem, RunError
 from finetune.progress import PROGRESS
 
+_THREAD = "can't start new thread"
 _MARKS = (
     "can't allocate memory",  # torch's allocator of the CPU
     "Cannot allocate memory",  # the system, for a file that is mapped
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "bad_alloc",
+    _THREAD,
 )
 _ASKED = re.compile(r"(?:you tried to allocate|Tried to allocate|Unable to allocate) (\d[\d.]* ?(?:bytes|[KMGT]i?B))")
 _NO_LIMIT = 2**60
@@ -54,6 +56,8 @@ def out_of_memory(error: Exception, command: str | None = None) -> RunError | No
     _release(error)
     where = f"out of memory while {PROGRESS}" if command is None else f"finetune {command}: out of memory"
     what = f"{asked} more could not be had on the {'GPU' if on_gpu else 'CPU'}" if asked else "no more could be had"
+    if _THREAD in str(error):
+        what = "a thread could not be started, for want of memory or by the limit of processes (ulimit -u)"
     try:
         do = COMMANDS.get(command, "use a machine with more memory") if command else _advice(on_gpu)
         return RunError(Problem(where, what, do, _used(on_gpu)))
