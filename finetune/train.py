@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, wait_passively
-from finetune.errors import Problem, RunError
+from finetune.errors import DiskError, Problem, RunError
 from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json, write_text
 from finetune.launcher import check_launcher, launcher_process, rank
@@ -317,18 +317,30 @@ def _save(setup: "TrainerSetup", trainer: Any) -> None:
     The pictures come first: a run with an adapter is finished, and nothing of it is made again.
     """
     from finetune.checkpoint import new_folder, sync_files, write_sums
-    from finetune.methods.checkpointing import adapter_facts, write_adapter
+    from finetune.methods.checkpointing import adapter_facts, tensor_bytes, write_adapter
     from finetune.model import snapshot_adapter
 
     run = setup.run
     _draw(run)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter, facts = snapshot_adapter(model, setup.base.family), adapter_facts(setup)
-    with new_folder(run.adapter) as folder:
-        write_adapter(folder, setup, adapter, facts)
-        write_sums(folder)
-        sync_files(folder)
+    try:
+        with new_folder(run.adapter, tensor_bytes(adapter.factors)) as folder:
+            write_adapter(folder, setup, adapter, facts)
+            write_sums(folder)
+            sync_files(folder)
+    except DiskError as error:
+        raise DiskError([_with_what_is_saved(problem, run) for problem in error.problems]) from error
     print(f"adapter: {run.adapter}")
+
+
+def _with_what_is_saved(problem: Problem, run: "RunFolder") -> Problem:
+    """The reason why the adapter is not saved, with what the same command will do once it is gone."""
+    from finetune.run import newest_step
+
+    step = newest_step(run.path)
+    then = "starts anew: no checkpoint was saved" if step is None else f"goes on from checkpoint-{step}, which is saved"
+    return replace(problem, do=f"{problem.do}; the same command then {then}")
 
 
 def _draw(run: "RunFolder") -> None:
