@@ -8,7 +8,6 @@ The recipe is validated before torch is imported: packages that import torch are
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, no_telemetry, wait_passively
-from finetune.errors import Problem, RecipeError, RunError
+from finetune.errors import DiskError, Problem, RunError
+from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json, write_text
-from finetune.launcher import check_launcher, rank
+from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, dump_recipe, load_recipe
-from finetune.stopping import stop
+from finetune.stopping import Interrupted, stop
 
 if TYPE_CHECKING:
     from finetune.adapters.initial import InitialAdapter
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from finetune.run import RunFolder
 
 
-_SECONDS_TO_SAY_IT_ONCE = 10
+_SECONDS_WITHOUT_LAUNCHER = 600
 
 
 def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = ()) -> Path:
@@ -49,7 +49,6 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
-    from finetune.run.ranks import start_timeout, watch_ranks
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -70,6 +69,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
+    PROGRESS.config = base.config.get_text_config().to_dict()
+    PROGRESS.base_bytes = sum(path.stat().st_size for path in base.folder.glob("*.safetensors"))
     initial_adapter = _initial_adapter(recipe, base)
 
     # 3. Rows -> token ids and labels
@@ -107,11 +108,10 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
-    """Train and write the adapter; False if a signal has ended the training, with a checkpoint, before its last step."""
+    """Train and write the adapter; False if a signal has ended the training before its last step."""
     from accelerate import PartialState
 
     from finetune.run import say_that_it_ends, write_waiting_lines
-    from finetune.run.ranks import ranks_training
 
     run, state = setup.run, PartialState()
     stop.when_requested(partial(say_that_it_ends, run.path))
@@ -292,6 +292,7 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
     from finetune.moe.audit import audit_model, audit_table, check_audit
 
     parts = audit_model(model, base.family)
+    PROGRESS.parts, PROGRESS.audit_table = [part.as_dict() for part in parts.values()], audit_table(parts)
     if is_main:
         audit = {"parts": [part.as_dict() for part in parts.values()], "rows": rows.counts()}
         write_json(run.audit, {**audit, "template_day": template_day(base.tokenizer)})
@@ -316,18 +317,30 @@ def _save(setup: "TrainerSetup", trainer: Any) -> None:
     The pictures come first: a run with an adapter is finished, and nothing of it is made again.
     """
     from finetune.checkpoint import new_folder, sync_files, write_sums
-    from finetune.methods.checkpointing import adapter_facts, write_adapter
+    from finetune.methods.checkpointing import adapter_facts, tensor_bytes, write_adapter
     from finetune.model import snapshot_adapter
 
     run = setup.run
     _draw(run)
     model = trainer.accelerator.unwrap_model(trainer.model)
     adapter, facts = snapshot_adapter(model, setup.base.family), adapter_facts(setup)
-    with new_folder(run.adapter) as folder:
-        write_adapter(folder, setup, adapter, facts)
-        write_sums(folder)
-        sync_files(folder)
+    try:
+        with new_folder(run.adapter, tensor_bytes(adapter.factors)) as folder:
+            write_adapter(folder, setup, adapter, facts)
+            write_sums(folder)
+            sync_files(folder)
+    except DiskError as error:
+        raise DiskError([_with_what_is_saved(problem, run) for problem in error.problems]) from error
     print(f"adapter: {run.adapter}")
+
+
+def _with_what_is_saved(problem: Problem, run: "RunFolder") -> Problem:
+    """The reason why the adapter is not saved, with what the same command will do once it is gone."""
+    from finetune.run import newest_step
+
+    step = newest_step(run.path)
+    then = "starts anew: no checkpoint was saved" if step is None else f"goes on from checkpoint-{step}, which is saved"
+    return replace(problem, do=f"{problem.do}; the same command then {then}")
 
 
 def _draw(run: "RunFolder") -> None:
@@ -341,13 +354,6 @@ def _draw(run: "RunFolder") -> None:
         print(f"{run.path}: a picture could not be drawn ({type(error).__name__}: {error}); the run is not affected")
 
 
-def _finish() -> None:
-    """The process ends, and no other one waits for it."""
-    from finetune.run.ranks import finish_ranks
-
-    finish_ranks()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
@@ -359,19 +365,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-change", action="append", default=[], help="as of `finetune train`")
     args = parser.parse_args(argv)
     try:
-        train(load_recipe(args.recipe, args.overrides), [sys.executable, *sys.argv], args.allow_change)
-        _finish()
-    except RecipeError as error:
-        if rank() > 0:
-            time.sleep(_SECONDS_TO_SAY_IT_ONCE)  # every process has the same; the launcher ends this one
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        from finetune.run.failure import end_run  # imports torch, without which a recipe is checked
+        stop.install()
+        if (launcher := launcher_process()) is not None:
+            stop.watch(launcher, _SECONDS_WITHOUT_LAUNCHER)
+        return _main(args.recipe, args.overrides, args.allow_change)
+    except Interrupted:
+        return _interrupted()
 
+
+def _main(recipe: Path, overrides: Sequence[str], allowed: Sequence[str]) -> int:
+    try:
+        train(load_recipe(recipe, overrides), [sys.executable, *sys.argv], allowed)
+        finish_ranks()
+    except Exception as error:
+        if stop.requested is not None and not stop.began:
+            return _interrupted()  # another process, which this one waited for, was signalled as well, and has left
         return end_run(error)
-    return 0
+    return stop.exit_code
+
+
+def _interrupted() -> int:
+    """The exit code of a signal that came before the training, or once everything was saved."""
+    if stop.began or stop.requested is None:
+        return 0
+    if (lost := lost_rank()) is not None:
+        print(lost, file=sys.stderr)  # and the signal is the launcher's, which ends the others
+        return 1
+    finish_ranks()
+    if rank() == 0:
+        print(stop.line(), file=sys.stderr)
+    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
+    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(stop.finish(main()))

@@ -17,6 +17,7 @@ from typing import Any
 from finetune.errors import FinetuneError, Problem
 
 TESTED = {
+    "accelerate": "1.15.0",
     "bitsandbytes": "0.50.2",
     "datasets": "5.2.0",
     "peft": "0.21.2",
@@ -33,6 +34,8 @@ _QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer"
 _LOADER = "transformers.core_model_loading"
 
 NAMES: dict[str, tuple[str, ...]] = {
+    # What a config file and the defaults make of the launcher's arguments.
+    "accelerate.commands.launch:_validate_launch_command": ("args",),
     # Stay out of DDP's broadcast: frozen weights, which each rank reads itself.
     "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         "module",

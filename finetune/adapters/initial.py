@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest, read_adapter
+from finetune.adapters.locate import adapter_folder
 from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, read_record
 from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_header
@@ -52,11 +53,10 @@ class InitialAdapter:
 
 
 def read_initial_adapter(folder: Path) -> InitialAdapter:
-    """The adapter in a folder; WeightsError where there is none that says what it was trained on."""
-    where = "model.adapter"
+    """The adapter of a folder or a run; WeightsError where there is none that says what it was trained on."""
+    where, folder = "model.adapter", adapter_folder(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        inside = folder / "adapter" / WEIGHTS_FILE
-        do = f"write {inside.parent}" if inside.is_file() else "name the folder adapter/ of a finished run"
+        do = "name the output_dir of a finished run, RUN/checkpoint-N or RUN@best"
         raise WeightsError(Problem(where, f"no adapter here: {WEIGHTS_FILE} is missing", do, got=str(folder)))
     try:
         initial = _from_record(folder, read_record(folder))

@@ -71,9 +71,9 @@ class TrainerSetup:
     rows: MethodRows
     initial_adapter: InitialAdapter | None
     dashboards: Dashboards
-    choice: ExpertChoice | None
-    identity: str
-    checkpoint: Path | None
+    choice: ExpertChoice | None = None
+    identity: str = ""
+    checkpoint: Path | None = None
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
@@ -96,7 +96,7 @@ class TrainerSetup:
             "eval_dataset": self.rows.eval,
             "callbacks": [
                 PreparedAudit(self.base.family, self.recipe),
-                MetricsCallback(self.run.metrics, self.run.times),
+                MetricsCallback(self.run.metrics),
                 router_load,
                 *self.dashboards.callbacks,
             ],

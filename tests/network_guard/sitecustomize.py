@@ -12,7 +12,7 @@ from typing import Any
 
 _NAMES = ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
 _ADDRESSES = ("socket.connect", "socket.sendto", "socket.sendmsg")
-_THIS_MACHINE = ("localhost", "::1", "0.0.0.0", "::", "", "None")  # noqa: S104
+_THIS_MACHINE = ("localhost", "::1", "0.0.0.0", "::", "", "None")
 
 
 def _host(event: str, args: tuple[Any, ...]) -> str | None:

@@ -6,7 +6,8 @@ import threading
 import time
 
 from finetune.errors import FinetuneError, RunError, as_expected
-from finetune.run.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
+from finetune.failures.memory import out_of_memory
+from finetune.failures.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
 
 
 def end_run(error: Exception) -> int:
@@ -14,12 +15,11 @@ def end_run(error: Exception) -> int:
 
     An error that is not expected is raised again, unless it only follows from one of another process.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from the launcher, which ends the others: nothing to say
+    _on_sigterm(signal.SIG_IGN)  # the launcher, which ends the others when one has ended, may be faster than this
     expected = _expected(error)
     said, first = first_reason(error if expected is None else expected)
     if not first:
-        # Once the process with the reason has ended, the launcher ends the others.
+        _on_sigterm(signal.SIG_DFL)
         time.sleep(LAUNCHER_SECONDS)
     if expected is None and not is_connection_error(error):
         raise error
@@ -27,7 +27,17 @@ def end_run(error: Exception) -> int:
     return RunError.exit_code if expected is None else expected.exit_code
 
 
+def _on_sigterm(handler: signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _expected(error: Exception) -> FinetuneError | None:
-    if isinstance(error, FinetuneError | OSError):
+    if (memory := out_of_memory(error)) is not None:
+        return memory
+    if not isinstance(error, FinetuneError | OSError):
+        return None
+    try:
         return as_expected(error)
-    return None
+    except OSError:
+        return None  # about no path: not expected
