@@ -178,9 +178,9 @@ class RunTrainer(StepExactTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Take a snapshot of this step; the saver writes it."""
         with phase("saving a checkpoint"):
-            self._snapshot()
+            self._save_this_step()
 
-    def _snapshot(self) -> None:
+    def _save_this_step(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
         if self.saver is None:
