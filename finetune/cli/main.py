@@ -9,7 +9,7 @@ from pathlib import Path
 
 import finetune
 from finetune.cli import check, evaluate, export, families, inspect, merge, schema, template, train, upcycle
-from finetune.environment import hush, wait_passively
+from finetune.environment import hush, no_telemetry, wait_passively
 from finetune.errors import FinetuneError, as_expected
 from finetune.failures import out_of_memory
 
@@ -43,6 +43,7 @@ def _expanded(args: argparse.Namespace) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; expected errors are printed one a line, without a traceback."""
     wait_passively()
+    no_telemetry()
     hush()
     args = _expanded(build_parser().parse_args(argv))
     if isinstance(sys.stdout, TextIOWrapper):
