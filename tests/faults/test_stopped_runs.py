@@ -113,7 +113,7 @@ def test_a_disk_that_is_full_for_a_while_is_tried_again(number: int, sft: Undist
     try:
         with disk_of(run.path, int(room * one)) as resize:
             running = run.start()
-            full = "it is tried again at step"
+            full = "the run goes on, and it"
             wait_for(lambda: full in running.output, running)
             resize(20 * one)
             ended = succeed(running.wait())
