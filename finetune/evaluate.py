@@ -15,16 +15,18 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.adapters.lineage import TrainedTemplate, trained_template
-from finetune.checkpoint import verify_sums
+from finetune.checkpoint import CheckpointReader, verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, StoppedError, System
 from finetune.data.row_errors import Problems, RowError
 from finetune.data.tokenizer import end_ids
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
+from finetune.model_files import load_config, read_config, reading
 from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import Family, MoeLayout, family_of
 from finetune.moe.nf4_loading import QUANT_METHOD
+from finetune.moe.preflight import check_loadable
 from finetune.moe.router import capture, find_routers
 
 SPARE_TOKENS = 8  # generated beyond the longest reference answer, to notice answers that do not stop
@@ -85,9 +87,10 @@ def evaluate(
         is_adapter = (model_path / "adapter_config.json").is_file()
         do = "merge the adapter first: finetune merge" if is_adapter else "give a folder with config.json"
         raise WeightsError(Problem(str(model_path), "no checkpoint here", do))
-    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model_path)
     family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
-    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
         what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
         raise WeightsError(Problem(str(model_path / "config.json"), what, do, got=QUANT_METHOD))
     rows = read_conversations(str(data), row_format)
@@ -133,11 +136,18 @@ def _template_args(trained: Mapping[str, Any], given: Mapping[str, Any] | None) 
 
 def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        family.transformers_class()
-        .from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, device_map={"": device})
-        .eval()
-    )
+    check_loadable(CheckpointReader(folder), family.transformers_class(), load_in_4bit=False)
+    with reading(folder, "transformers cannot load it", "give a complete checkpoint"):
+        model = family.transformers_class().from_pretrained(
+            folder,
+            config=load_config(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return model.eval()
 
 
 class _Task(NamedTuple):

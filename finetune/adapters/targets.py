@@ -14,6 +14,7 @@ from typing import Any
 from finetune.adapters.adapter import Adapter
 from finetune.adapters.tensors import EMBEDDING, HEAD
 from finetune.checkpoint import CheckpointReader
+from finetune.model_files import build_config
 from finetune.moe.families import ExpertStack, Family, MoeLayout
 from finetune.upstream import private
 
@@ -50,7 +51,7 @@ def base_layout(base: CheckpointReader, family: Family) -> BaseLayout:
 
     Only layers that the architecture loads count: a published checkpoint may have more (multi-token prediction).
     """
-    num_layers = int(base.config["num_hidden_layers"])
+    num_layers = int(build_config(base.config, base.folder).num_hidden_layers)
     prefixes = [f"model.layers.{number}." for number in range(num_layers)]
     stacks: tuple[Stack, ...] = ()
     renamed: dict[str, str] = {}
