@@ -96,7 +96,7 @@ def build_config(settings: Mapping[str, Any], folder: Path) -> Any:
     _refuse_detours(folder)
     where, plain = folder / CONFIG_FILE, _with_floats(without_code(settings))
     kind = plain.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         what = "names no architecture that transformers knows"
         raise WeightsError(Problem(f"{where}: model_type", what, "see `finetune families`", got=str(kind)))
     with reading(where):
@@ -140,9 +140,8 @@ def _too_large(file: Path, settings: Any, name: str = "") -> Iterator[Problem]:
         for value in settings:
             yield from _too_large(file, value, name)
     elif isinstance(settings, int) and abs(settings) > _LARGEST:
-        yield Problem(
-            f"{file}: {name}", f"is beyond {_LARGEST}", FETCH_AGAIN, f"a number of {len(str(abs(settings)))} digits"
-        )
+        got = f"a number of {len(str(abs(settings)))} digits"
+        yield Problem(f"{file}: {name}", f"is beyond {_LARGEST}", FETCH_AGAIN, got)
 
 
 def _absurd(file: Path, settings: Mapping[str, Any]) -> Iterator[Problem]:
