@@ -15,7 +15,7 @@ from benchmarks.harness import Bar, interleaved
 from benchmarks.memory import transient_bytes
 from benchmarks.mixtral import mixtral_config
 from benchmarks.shapes import Shape
-from finetune.methods.trainer import fit_head
+from finetune.methods.loss_head import fit_head
 
 LOGITS, TRL, OURS = "full logits", "TRL's fused head", "fused head here"
 PEAK_BAR = 0.15

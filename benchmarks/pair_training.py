@@ -18,7 +18,7 @@ from finetune.adapters.initial import read_initial_adapter
 from finetune.base import read_base
 from finetune.methods import dpo, sft
 from finetune.methods.common import TrainerSetup
-from finetune.model import adapt, load_base, save_adapter
+from finetune.model import adapt, load_base, save_adapter, snapshot_adapter
 from finetune.moe.audit import storage_of
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, RunFolder
@@ -121,7 +121,7 @@ class Workplace:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        save_adapter(model, self.initial_adapter, recipe, base)
+        save_adapter(snapshot_adapter(model, base.family), self.initial_adapter, recipe, base)
         base.tokenizer.save_pretrained(self.initial_adapter)
 
 

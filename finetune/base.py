@@ -23,7 +23,7 @@ from finetune.checkpoint import (
     verify_sums,
 )
 from finetune.data.tokenizer import added_ids, load_tokenizer
-from finetune.errors import Problem, RecipeError, RunError
+from finetune.errors import Problem, RecipeError
 from finetune.model_files import load_config, read_config, vocabulary_size
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
@@ -31,7 +31,7 @@ from finetune.moe.lora import check_targets, check_vocabulary, lora_config
 from finetune.moe.preflight import check_layers, check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
-from finetune.run import RunFolder
+from finetune.run import Change, RunFolder
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,18 @@ def _provenance(folder: Path, name: str) -> BaseRecord:
     return BaseRecord.model_validate(record if sources is None else {**record, "made_from": sources})
 
 
-def check_resumed_base(base: Base, run: RunFolder) -> None:
-    """Raise RunError if the base has other weights or another forward than the one that the run started with."""
+def base_changes(base: Base, run: RunFolder) -> list[Change]:
+    """What differs where the base has other weights or another forward than the one that the run started with."""
     if not run.provenance.exists():
-        return
-    before = BaseRecord.model_validate(read_json(run.provenance)["base"])
-    now, do = base.provenance, "put the base back as it was to continue that run, or name another output_dir"
-    where = f"model.name_or_path: {now.name_or_path}"
+        return []
+    before, now = BaseRecord.model_validate(read_json(run.provenance)["base"]), base.provenance
+    key, name = "model.name_or_path", before.name_or_path
     if before.fingerprint not in (None, now.fingerprint):
-        what = f"its weights are not those that the run in {run.path} began with"
-        raise RunError(Problem(where, what, do, got=f"fingerprint {str(now.fingerprint)[:12]}"))
+        marks = [str(record.fingerprint)[:12] for record in (before, now)]
+        return [Change(key, f"{name} with the fingerprint {marks[0]}", f"{now.name_or_path} with {marks[1]}")]
     if changed := differing_settings(before.config, now.config or {}):
-        what = f"its config.json is not that which the run in {run.path} began with"
-        raise RunError(Problem(where, what, do, got="; ".join(changed)))
+        return [Change(key, f"{name} with another config.json", "; ".join(changed))]
+    return []
 
 
 def checkpoint_family(folder: Path, recipe: Recipe) -> Family:

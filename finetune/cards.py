@@ -81,10 +81,13 @@ def _block(text: str, language: str) -> str:
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
-def merged_card(report: Facts, records: Sequence[Facts], rows: Iterable[Row], compared: Iterable[Row] = ()) -> str:
+def merged_card(
+    report: Facts, records: Sequence[Facts], output: str, rows: Iterable[Row], compared: Iterable[Row] = ()
+) -> str:
     """`report`: `MergeReport.as_dict()`; `records`: `finetune.json` of its adapters, in their order.
 
-    `rows`: what the merge reports, without paths; `compared`: the losses, where `--compare` measured them.
+    `output`: the merged folder; `rows`: what the merge reports, without paths; `compared`: the losses, where
+    `--compare` measured them.
     """
     base = _base_name(report, records)
     missing = report["proof"]["not_proven"]
@@ -92,7 +95,7 @@ def merged_card(report: Facts, records: Sequence[Facts], rows: Iterable[Row], co
     sections = [
         _front_matter(base, "transformers", tags),
         *([_warning(missing)] if missing else []),
-        f"# {_inline(public_name(report['output']))}",
+        f"# {_inline(public_name(output))}",
         f"{_inline(base)} with {_count(len(records))} merged into its weights by moe-finetune {finetune.__version__}: "
         f"{report['nbytes'] / 2**30:.2f} GiB, {'/'.join(report['dtypes'])}.",
         "## Proof",
@@ -119,9 +122,9 @@ def adapter_card(record: Facts) -> str:
     sections = [
         _front_matter(base, "peft", ["moe-finetune", "lora", *_methods([record])], relation="adapter"),
         "# LoRA adapter",
-        f"An adapter for {_inline(base)}: {rank}, on {_inline(targets)}. `PeftModel.from_pretrained` loads it on the base in 16 or 32 "
-        "bits; `finetune merge` writes it into the weights, and proves the result; `finetune export` makes a folder "
-        "for vLLM, or a GGUF file.",
+        f"An adapter for {_inline(base)}: {rank}, on {_inline(targets)}. `PeftModel.from_pretrained` loads it on the "
+        "base in 16 or 32 bits; `finetune merge` writes it into the weights, and proves the result; `finetune export` "
+        "makes a folder for vLLM, or a GGUF file.",
         *_training(record),
     ]
     return "\n\n".join(sections) + "\n"
@@ -208,9 +211,10 @@ def _training(record: Facts) -> list[str]:
         return ["How it was trained is not recorded."]
     sections = []
     if args := record.get("template_args"):
+        given = _code(f"chat_template_kwargs={json.dumps(args)}")
         sections += [
-            f"Prompts must be rendered with {_code(f'chat_template_kwargs={json.dumps(args)}')}, as in training: in requests to "
-            "a server, or as keyword arguments of `apply_chat_template`."
+            f"Prompts must be rendered with {given}, as in training: in requests to a server, or as keyword arguments "
+            "of `apply_chat_template`."
         ]
     if data := record.get("data"):
         sections += ["### Data", _table(("set", "rows", "tokens", "fingerprint (SHA-256)"), _data_rows(data))]

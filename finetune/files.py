@@ -1,14 +1,17 @@
-"""Read regular files only, and write files atomically."""
+"""Read regular files only, write files atomically, and say which disk has refused what."""
 
 import errno
 import io
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from finetune.errors import DiskError, disk_problem, free_bytes
 
 MAX_JSON_BYTES = 1 << 25
 """No JSON file that is read as a whole is larger (32 MiB): as Python objects it takes up to 25 times as much memory."""
@@ -104,21 +107,48 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old or the new file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+@contextmanager
+def disk_named(path: Path, needed: int | None = None, elsewhere: str = "write to another disk") -> Iterator[None]:
+    """Raise DiskError with `path`, needed and free bytes in place of what any package raises for its disk.
+
+    Enter it outside of what removes half-written files: the free bytes are then those that the write had.
+    """
     try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except Exception as error:
+        if isinstance(error, DiskError) or (problem := disk_problem(error, path, needed, elsewhere)) is None:
+            raise
+        raise DiskError(problem) from error
+
+
+def require_free_disk(path: Path, needed: int, elsewhere: str = "write to another disk") -> None:
+    """Refuse with DiskError when the disk of `path` (which need not exist yet) has less than `needed` bytes free."""
+    free = free_bytes(path)
+    if free is not None and free < needed:
+        with disk_named(path, needed, elsewhere):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], needed: int | None = None) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: a kill leaves the old or the new file.
+
+    `needed`: its size in bytes, for the DiskError.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with disk_named(path, needed):
+        try:
+            write(temporary)
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    content = text.encode("utf-8")
+    write_atomically(path, lambda temporary: temporary.write_bytes(content), len(content))
 
 
 def as_json(value: Any) -> str:

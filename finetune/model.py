@@ -1,20 +1,26 @@
 """The base model and its adapter in memory, and the adapter on disk."""
 
+import copy
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 import finetune
-from finetune.adapters.adapter import CONFIG_FILE, adapter_digest, deciding_settings
+from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_digest, deciding_settings
 from finetune.adapters.initial import InitialAdapter
 from finetune.adapters.record import EXPERT_LAYOUT, FORMAT, AdapterRecord, FactorLayout, InitialRecord
 from finetune.base import Base, loading_options
 from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
+from finetune.files import write_text
 from finetune.model_files import check_model_folder, reading
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft import ExpertChoice, keep_chosen
@@ -22,10 +28,11 @@ from finetune.moe.families import Family
 from finetune.moe.lora import add_adapter, grow_vocabulary
 from finetune.moe.nf4_loading import MoeNf4Config, check_weights
 from finetune.moe.preflight import differences
-from finetune.moe.router_bias import BIAS_FILE, save_biases
+from finetune.moe.router_bias import BIAS_FILE, find_biases
 from finetune.recipe import ModelSettings, Recipe
 from finetune.upstream import private
 
+_SETS = ("target_modules", "exclude_modules")  # in PEFT's settings
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
 
 
@@ -82,8 +89,35 @@ def adapt(
     return peft_model
 
 
+@dataclass(frozen=True)
+class AdapterSnapshot:
+    """An adapter as it is at one step, on the CPU: training further does not change it.
+
+    `biases`: the routers' correction biases by name; None for a model without them.
+    """
+
+    config: Any
+    factors: dict[str, torch.Tensor]
+    new_tokens: list[int]
+    biases: dict[str, torch.Tensor] | None
+
+
+def snapshot_adapter(model: PeftModel, family: Family) -> AdapterSnapshot:
+    """A copy of what training changes."""
+    # Without the whole embedding, which PEFT would add where new tokens made it longer.
+    factors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    biases = {} if family.moe is None else find_biases(model, family.moe)
+    return AdapterSnapshot(
+        copy.deepcopy(model.peft_config["default"]), _copied(factors), new_tokens_of(model), _copied(biases) or None
+    )
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def save_adapter(
-    model: PeftModel,
+    adapter: AdapterSnapshot,
     folder: Path,
     recipe: Recipe,
     base: Base,
@@ -93,16 +127,24 @@ def save_adapter(
 ) -> AdapterRecord:
     """Write a PEFT adapter and, beside it, `finetune.json` with what PEFT's format cannot say; returns that record.
 
-    `facts`: its `data`, `metrics` and `template_sha256`, of a finished training.
+    The bytes are those of PEFT's own `save_pretrained`, without its card, which has only blanks to fill in, and with
+    names in one order. `facts`: its `data`, `metrics` and `template_sha256`. The same adapter gives the same bytes:
+    nothing in the files depends on the folder that the run writes to, or on how often it was started.
     """
-    config = model.peft_config["default"]
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(adapter.config)
     config.base_model_name_or_path, config.revision = recipe.model.name_or_path, recipe.model.revision
-    model.save_pretrained(folder, save_embedding_layers=False)
+    config.inference_mode = True
+    save_file(adapter.factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    _order_settings(folder / CONFIG_FILE)
     started_from = None
     if initial_adapter is not None:
-        started_from = InitialRecord(name_or_path=str(recipe.model.adapter), sha256=initial_adapter.digest())
+        started_from = InitialRecord(name_or_path=str(initial_adapter.folder), sha256=initial_adapter.digest())
     further: dict[str, Any] = dict(facts or {})
-    if _save_router_bias(model, base.family, folder, recipe, initial_adapter):
+    moved = recipe.router is not None and recipe.router.bias_update_rate > 0
+    if adapter.biases and (moved or (initial_adapter is not None and initial_adapter.has_biases)):
+        save_file(adapter.biases, folder / BIAS_FILE, metadata={"format": "pt"})
         further["router_bias"] = BIAS_FILE
     record = AdapterRecord(
         format=FORMAT,
@@ -111,30 +153,28 @@ def save_adapter(
         settings=deciding_settings(read_json(folder / CONFIG_FILE)),
         sha256=adapter_digest(folder),
         experts=None if choice is None else choice.as_dict(),
-        added_tokens=dict(zip(recipe.model.added_tokens, new_tokens_of(model), strict=True)),
+        added_tokens=dict(zip(recipe.model.added_tokens, adapter.new_tokens, strict=True)),
         quantization="nf4" if recipe.model.load_in_4bit else None,
         dtype=recipe.model.dtype,
         adapter=started_from,
         **further,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=recipe.model_dump(mode="json", exclude={"output_dir": True, "training": {"resume"}}),
         versions={"moe-finetune": finetune.__version__, **{name: version(name) for name in _MAKERS}},
     )
     record.write(folder)
     return record
 
 
+def _order_settings(file: Path) -> None:
+    """Sort the names that PEFT keeps as a set, whose order is another one in each process."""
+    settings = read_json(file)
+    for name in _SETS:
+        if isinstance(settings.get(name), list):
+            settings[name] = sorted(settings[name])
+    write_text(file, json.dumps(settings, indent=2, sort_keys=True))
+
+
 def new_tokens_of(model: PeftModel) -> list[int]:
     """The ids whose rows an adapter holds, ascending."""
     indices: dict[str, list[int]] = model.peft_config["default"].trainable_token_indices or {}
     return next(iter(indices.values()), [])
-
-
-def _save_router_bias(
-    model: PeftModel, family: Family, folder: Path, recipe: Recipe, initial_adapter: InitialAdapter | None
-) -> bool:
-    """Write the correction biases if this training or an earlier one has moved them; returns whether one has."""
-    moved = recipe.router is not None and recipe.router.bias_update_rate > 0
-    if family.moe is None or not (moved or (initial_adapter is not None and initial_adapter.has_biases)):
-        return False
-    save_biases(model, family.moe, folder)
-    return True

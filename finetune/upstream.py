@@ -38,6 +38,9 @@ NAMES: dict[str, tuple[str, ...]] = {
         "module",
         "params_and_buffers_to_ignore",
     ),
+    # Heartbeats through the process group's own store, and its timeout, which differs before and in training.
+    "torch.distributed.distributed_c10d:_get_default_store": (),
+    "torch.distributed.distributed_c10d:_set_pg_timeout": ("timeout", "group"),
     # Tensors inside nested arguments.
     "torch.utils._pytree:tree_map_only": ("type_or_types_or_pred", "func", "tree"),
     "torch.utils._pytree:tree_leaves": ("tree",),
@@ -99,7 +102,19 @@ NAMES: dict[str, tuple[str, ...]] = {
     # Overridden or called by the trainers.
     "transformers.trainer:Trainer._clip_grad_norm": ("model",),
     "transformers.trainer:Trainer._save_checkpoint": ("model", "trial"),
-    "transformers.trainer:Trainer._save": ("output_dir", "state_dict"),
+    "transformers.trainer:Trainer._load_optimizer_and_scheduler": ("checkpoint",),
+    "transformers.trainer:Trainer._load_scaler": ("checkpoint",),
+    "transformers.trainer:Trainer._load_rng_state": ("checkpoint",),
+    "transformers.trainer:Trainer._init_training_state": (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "transformers.trainer:Trainer._determine_best_metric": ("metrics", "trial"),
+    "transformers.trainer:Trainer._maybe_log_save_evaluate": (),
+    "transformers.trainer:Trainer._evaluate": ("trial", "ignore_keys_for_eval"),
     "transformers.trainer:Trainer._prepare_inputs": ("self", "inputs"),
     "transformers.trainer:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint"),
     "transformers.trainer:Trainer.get_batch_samples": ("epoch_iterator", "num_batches", "device"),

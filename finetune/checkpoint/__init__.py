@@ -6,7 +6,6 @@ from finetune.checkpoint.model_config import announced_dtype, differing_settings
 from finetune.checkpoint.output_folder import (
     check_output_free,
     new_folder,
-    require_free_disk,
     sync_files,
     temporary_folder,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "listed_bytes",
     "new_folder",
     "read_json",
-    "require_free_disk",
     "resolve_checkpoint",
     "sync_files",
     "temporary_folder",

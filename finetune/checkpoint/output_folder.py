@@ -1,4 +1,4 @@
-"""Write a folder that appears complete or not at all; check and reserve disk space."""
+"""Write a folder that appears complete or not at all."""
 
 import fcntl
 import os
@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import Problem, WeightsError
+from finetune.files import disk_named
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
 
-    `target` must be absent or an empty folder. Raises WeightsError.
+    `target` must be absent or an empty folder. Raises WeightsError; DiskError, with `needed` bytes if that is known,
+    for what its disk refuses inside.
     """
-    target = Path(target).absolute()
+    shown, target = target, Path(target).absolute()
     check_output_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(target) as temporary:
+    with disk_named(shown, needed), temporary_folder(target) as temporary:
         yield temporary
         _sync(temporary)
         check_output_free(target)
@@ -33,8 +34,9 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
     A lock file beside it (`.NAME.lock`) marks it: its lock dies with the process, the file stays after a kill. So a
     folder with the file and without a living holder is what a killed process left, and is removed first. Anything else
-    in its place, and a folder that another process is writing, is a WeightsError.
+    in its place, and a folder that another process is writing, is a WeightsError. Parents of `target` are made.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.partial"
     if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
         do = "remove it yourself, or name another output"
@@ -106,15 +108,3 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def require_free_disk(folder: Path, nbytes: int) -> None:
-    """Refuse with WeightsError when the disk of `folder` (which need not exist yet) has less than `nbytes` free."""
-    existing = Path(folder).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < nbytes:
-        do = "free space or write to another disk"
-        got = f"{free / 2**30:.2f} GiB free"
-        raise WeightsError(Problem(str(folder), f"too little disk: {nbytes / 2**30:.2f} GiB are needed", do, got))

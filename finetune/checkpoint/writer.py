@@ -1,5 +1,6 @@
 """Write a safetensors checkpoint as a stream: headers first, then tensors or rows of tensors in any order."""
 
+import errno
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import torch
 
 from finetune.checkpoint.reader import DISK_DTYPES, INDEX_FILE, SINGLE_FILE, TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
-from finetune.files import write_json
+from finetune.files import disk_named, write_json
 
 DEFAULT_SHARD_BYTES = 2 * 2**30
 
@@ -200,11 +201,11 @@ def _shard_names(count: int) -> list[str]:
 def _reserve(file: Path, descriptor: int, nbytes: int) -> None:
     """Take the file's whole space on disk now: a disk that others fill meanwhile cannot stop the stream half-way."""
     try:
-        os.posix_fallocate(descriptor, 0, nbytes)
+        with disk_named(file, nbytes):
+            os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
-        do = "free space or write to another disk"
-        what = f"{nbytes / 2**30:.2f} GiB cannot be reserved"
-        raise WeightsError(Problem(str(file), what, do, got=os.strerror(error.errno or 0))) from error
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that cannot reserve
+            raise
 
 
 def _write_at(descriptor: int, offset: int, data: memoryview) -> None:

@@ -19,6 +19,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="accelerate config of the machine, such as accelerate_configs/multi_gpu.yaml (default: the one written by "
         "`accelerate config`, else one process on the first GPU, or on the CPU)",
     )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="continue the run in output_dir although this key of the recipe differs from what it began with (also "
+        "data.train for other rows, model.name_or_path for another base); may be given several times",
+    )
     parser.set_defaults(run=run)
 
 
@@ -31,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     # --quiet: without a second traceback from the launcher of one process.
     launcher = [sys.executable, "-m", "finetune.launcher", "--quiet", *flags]
     command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
+    command += [f"--allow-change={key}" for key in args.allow_change]
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command, {**os.environ, **changes})

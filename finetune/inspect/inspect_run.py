@@ -6,8 +6,7 @@ from typing import Any
 from finetune.checkpoint.reader import read_json
 from finetune.inspect.lines import Line, figures, named, reading, recipe_lines
 from finetune.recipe import load_recipe
-from finetune.run import RunFolder
-from finetune.run.metrics import read_metrics
+from finetune.run import RunFolder, read_metrics
 
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 _SHOWN = ("step", "loss", "eval_loss", "balance_loss", "rewards/margins", "rewards/accuracies")

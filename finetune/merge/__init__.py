@@ -17,18 +17,25 @@ from finetune.checkpoint import (
     fingerprint,
     listed_bytes,
     new_folder,
-    require_free_disk,
     sync_files,
     verify_sums,
     write_sums,
 )
 from finetune.errors import Problem, WeightsError
-from finetune.files import as_json, write_json, write_text
+from finetune.files import as_json, require_free_disk, write_json, write_text
 from finetune.merge import proof
 from finetune.merge.base_weights import INTO, reference_model
 from finetune.merge.copied_files import copy_files, write_generation
 from finetune.merge.job import DTYPES, Job, Request, prepare
-from finetune.merge.report import COMPARE_ROWS, Comparison, MergeReport, Proof, part_figures, report_card
+from finetune.merge.report import (
+    COMPARE_ROWS,
+    TIMES_FILE,
+    Comparison,
+    MergeReport,
+    Proof,
+    part_figures,
+    report_card,
+)
 from finetune.merge.routing_replay import Routing
 from finetune.merge.stream import TensorLog, stream_merged
 
@@ -99,9 +106,10 @@ def _complete(folder: Path, job: Job, report: MergeReport, show_progress: bool) 
     config = as_json(job.config)
     write_json(folder / REPORT_FILE, report.as_dict())
     records = [weighted.adapter.record.as_dict() for weighted in job.adapters]
-    write_text(folder / "README.md", report_card(report.as_dict(), records))
+    write_text(folder / "README.md", report_card(report.as_dict(), records, report.output))
     with _bar("checksums", "B", report.nbytes, show_progress) as bar:
         write_sums(folder, {"config.json": config}, bar.update)
+    write_json(folder / TIMES_FILE, report.times())  # after the sums, which are the same for every such merge
     # Last of all: without it no reader takes the folder for a model.
     write_text(folder / "config.json", config)
 

@@ -1,4 +1,4 @@
-"""The figures of a merge: the contents of `merge-report.json`, and their rows as text.
+"""The figures of a merge: the contents of `merge-report.json` and `merge-times.json`, and their rows as text.
 
 The rows are worded once, for the terminal, the model card and `finetune inspect`.
 """
@@ -218,6 +218,11 @@ class Comparison:
     advice: str
 
 
+TIMES_FILE = "merge-times.json"
+"""Beside `merge-report.json`, and not in the list of checksums."""
+_OF_ONE_MERGE = ("output", "stream_seconds", "proof_seconds")
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """Everything that was measured; every proof in it has passed."""
@@ -249,9 +254,13 @@ class MergeReport:
         return self.proof.logits
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        report = asdict(self)
+        """For JSON: the same for every merge of the same adapters into the same base."""
+        report = {name: value for name, value in asdict(self).items() if name not in _OF_ONE_MERGE}
         return {**report, "proof": {**report["proof"], "not_proven": list(self.proof.not_proven)}}
+
+    def times(self) -> dict[str, Any]:
+        """For JSON: what differs between two merges of the same adapters."""
+        return {name: getattr(self, name) for name in _OF_ONE_MERGE}
 
     def table(self) -> str:
         """The rows to print, in two columns."""
@@ -270,9 +279,12 @@ def report_lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return as_lines(rows)
 
 
-def report_card(report: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """The merged model's card; `report` is `MergeReport.as_dict()`, `records` are `finetune.json` of its adapters."""
-    return merged_card(report, records, report_rows(report), comparison_rows(report.get("compare")))
+def report_card(report: Facts, records: Sequence[Facts], output: str) -> str:
+    """The card of the merged model in `output`; `records` are `finetune.json` of its adapters.
+
+    `report` is `MergeReport.as_dict()`.
+    """
+    return merged_card(report, records, output, report_rows(report), comparison_rows(report.get("compare")))
 
 
 def part_figures(log: TensorLog) -> dict[str, PartFigures]:

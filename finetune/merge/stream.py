@@ -118,13 +118,14 @@ def stream_merged(
     `advance` is called with the bytes as they are written, from several threads. `threads`: tensors at a time, by
     default the number of processors. Raises WeightsError for a result that is not finite.
     """
-    log = TensorLog()
+    done: dict[str, TensorResult] = {}
     with CheckpointWriter(folder, specs, shard_bytes(sources.base, specs), wait=False) as writer:
         work = _Work(sources, writer, FactorReader(), advance)
         for result in _results(work, specs, threads or _threads()):
             if result is not None:
-                log.results[result.key] = result
-    return log
+                done[result.key] = result
+    # In the order of the file, not of the threads: the figures are sums, whose last digit depends on it.
+    return TensorLog({spec.key: done[spec.key] for spec in specs if spec.key in done})
 
 
 def _threads() -> int:

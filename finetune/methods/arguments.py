@@ -80,8 +80,9 @@ def common_arguments(
         "logging_steps": training.logging_steps,
         "eval_strategy": "steps" if recipe.data.eval and training.eval_steps else "no",
         "eval_steps": training.eval_steps,
-        "save_strategy": "steps" if training.save_steps else "no",
-        "save_steps": training.save_steps or 500,
+        "save_strategy": "steps",
+        "save_steps": training.save_steps or 0.1,  # a share of the run's steps
+        "metric_for_best_model": "eval_loss" if recipe.data.eval else None,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
         "gradient_checkpointing": False,  # enabled by finetune.moe.checkpointing instead

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -13,6 +14,7 @@ from finetune.data import DataStats
 from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.audit import audit_model, check_audit
+from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
 from finetune.recipe import Recipe
 from finetune.run import Dashboards, MetricsCallback, RouterLoadCallback, RunFolder
@@ -58,7 +60,8 @@ class MethodRows:
 
 @dataclass(frozen=True)
 class TrainerSetup:
-    """`initial_adapter`: the adapter that training starts from, if it is not a fresh one."""
+    """`initial_adapter`: the adapter that training starts from, if it is not a fresh one; `choice`: the experts that
+    are adapted, if not all; `identity`: of the run, for its checkpoints; `checkpoint`: the one to continue from."""
 
     recipe: Recipe
     run: RunFolder
@@ -67,6 +70,9 @@ class TrainerSetup:
     rows: MethodRows
     initial_adapter: InitialAdapter | None
     dashboards: Dashboards
+    choice: ExpertChoice | None
+    identity: str
+    checkpoint: Path | None
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
@@ -79,6 +85,7 @@ class TrainerSetup:
         """The arguments that all trainers take."""
         router_load = RouterLoadCallback(self.run.router_load)
         return {
+            "setup": self,
             "model": self.model,
             "router_term": self.router_term,
             "processing_class": self.base.tokenizer,
@@ -87,7 +94,7 @@ class TrainerSetup:
             "eval_dataset": self.rows.eval,
             "callbacks": [
                 PreparedAudit(self.base.family, self.recipe),
-                MetricsCallback(self.run.metrics),
+                MetricsCallback(self.run.metrics, self.run.times),
                 router_load,
                 *self.dashboards.callbacks,
             ],

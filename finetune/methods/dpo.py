@@ -148,7 +148,7 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     if method.reference == "precomputed":
         store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
         _precompute(trainer, store, rows)
-    if not recipe.training.resume_from_checkpoint:
+    if setup.checkpoint is None:
         batches = _batches(trainer, rows.train["pairs"])
         check_start(trainer, batches[PartialState().process_index % len(batches)])
     return trainer

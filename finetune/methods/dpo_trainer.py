@@ -14,7 +14,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, loss_weights, pair_weights
 from finetune.methods.pairs import RoutingOverlap, score_pairs
 from finetune.methods.reference import Reference
-from finetune.methods.trainer import StepExactTrainer
+from finetune.methods.run_trainer import RunTrainer
 from finetune.moe.router import RouterRecord, capture
 from finetune.recipe import DpoSettings
 from finetune.upstream import require
@@ -22,7 +22,7 @@ from finetune.upstream import require
 require("trl.trainer.dpo_trainer:DPOTrainer._prepare_dataset")
 
 
-class MoeDpoTrainer(StepExactTrainer, DPOTrainer):  # type: ignore[misc]
+class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
     """TRL's DPOTrainer on pairs tokenised by `finetune.data`, in the layouts of `PairCollator`.
 
     One forward gives the log-probabilities of both answers (`score_pairs`), `dpo_losses` the loss of each pair. A

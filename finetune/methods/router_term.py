@@ -1,7 +1,7 @@
 """The routers as every method uses them: captured in the forward, terms added to the loss, figures when logged."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from finetune.errors import Problem, RunError
-from finetune.files import write_json
 from finetune.moe.balance import StepBalance, StepFigures, load_figures, token_sums
 from finetune.moe.families import Family
 from finetune.moe.router import RouterRecord, capture, find_routers
@@ -125,13 +124,22 @@ class RouterTerm:
                     return router.name
         return None
 
-    def save(self, folder: Path) -> None:
-        """Write the state that a resumed run needs."""
+    def window(self) -> dict[str, Any]:
+        """The sums since the last logged line, for a checkpoint."""
+        return {"router_window": self._window.tolist(), "router_steps": self._window_steps}
+
+    def load_window(self, state: Mapping[str, Any]) -> None:
+        """Continue from `window()`."""
+        self._window += torch.tensor(state["router_window"], dtype=self._window.dtype, device=self._window.device)
+        self._window_steps = state["router_steps"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continued run needs, as plain numbers."""
         bias = {} if self.bias is None else {"bias": self.bias.state_dict()}
-        write_json(folder / STATE_FILE, self.balance.state_dict() | bias)
+        return {**self.balance.state_dict(), **bias}
 
     def load(self, folder: Path) -> None:
-        """Continue from `save`; raises RunError where the checkpoint lacks it."""
+        """Continue from `state_dict()`, read from a checkpoint; raises RunError where the checkpoint lacks it."""
         path = folder / STATE_FILE
         if not path.is_file():
             raise RunError(Problem(str(path), "the checkpoint has no router state", "start anew in another output_dir"))

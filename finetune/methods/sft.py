@@ -15,11 +15,11 @@ from finetune.data.tokens.collators import needs_one_row
 from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.methods.arguments import sft_config
 from finetune.methods.common import MethodRows, TrainerSetup
-from finetune.methods.trainer import StepExactTrainer
+from finetune.methods.run_trainer import RunTrainer
 from finetune.recipe import Recipe
 
 
-class MoeSftTrainer(StepExactTrainer, SFTTrainer):  # type: ignore[misc]
+class MoeSftTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer on rows tokenised by `finetune.data`, with a loss and figures of its own.
 
     TRL's `compute_loss` reads five values from the device in each micro-batch, for figures that are means of

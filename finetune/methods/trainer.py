@@ -1,104 +1,33 @@
 """Base of every trainer: an optimizer step does not depend on how it is cut into micro-batches.
 
 `StepExactTrainer` goes before TRL's trainer among the base classes. It adds the router term in the scope of the
-optimizer step, figures that are exact over all ranks and micro-batches, a stop before a step that is not finite, and
-checkpoints that a resumed run continues bit for bit.
+optimizer step, figures that are exact over all ranks and micro-batches, and a stop before a step that is not finite.
+`RunTrainer` (`run_trainer.py`) adds checkpoints.
 
-`fit_head` adapts TRL's fused head. It cuts the logits into tiles of 4,096 tokens and 32,768 entries, of which on the
-CPU eight are in memory at once, so that the head would need nearly three times the memory of a full logits tensor, and
-take five times as long (`benchmarks/LOG.md`).
-
-T tokens, N of them supervised, H hidden.
+T tokens, flattened.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
-from pathlib import Path
-from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerCallback
 
-from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
-from finetune.files import write_json
+from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
-from finetune.upstream import changed, require
+from finetune.upstream import require
 
 require(
     "transformers.trainer:Trainer._clip_grad_norm",
-    "transformers.trainer:Trainer._save_checkpoint",
-    "transformers.trainer:Trainer._save",
     "transformers.trainer:Trainer._prepare_inputs",
-    "transformers.trainer:Trainer._load_from_checkpoint",
     "transformers.trainer:Trainer.get_batch_samples",
     "transformers.trainer:Trainer.get_decay_parameter_names",
 )
 
-TILE = 512
-"""Entries of the vocabulary in a tile on the CPU: 8 MB with 4,096 tokens in float32."""
-
-
-def fit_head(model: Any) -> None:
-    """Let a model, to which TRL has added its fused head, take `supervised` positions; on a CPU, also smaller tiles.
-
-    `supervised` are the flattened positions of labels that are not -100, `[N]`. TRL would find them by a mask, which
-    waits for the device three times in each micro-batch. The head stays TRL's own function, with its handling of
-    architectures; the globals that it reads are replaced, for this model only. Raises UpstreamError where another
-    release of TRL no longer looks them up.
-    """
-    added: Any = model.forward.__func__
-    names = dict(added.__globals__)
-    log_probs = _SupervisedLogProbs(names.get("_ChunkedLogProbFunction"))
-    replaced: dict[str, Any] = {"_ChunkedLogProbFunction": log_probs, "_use_triton": log_probs.by_mask}
-    if next(model.parameters()).device.type == "cpu":
-        replaced["_CHUNKED_LOGPROB_CHUNK_SIZE"] = TILE
-    if missing := replaced.keys() - (names.keys() & set(added.__code__.co_names)):
-        raise changed("trl", "add_fused_lm_head", f"no longer reads {' and '.join(sorted(missing))}")
-    fitted = FunctionType(added.__code__, names | replaced, added.__name__, added.__defaults__, added.__closure__)
-    fitted.__kwdefaults__ = added.__kwdefaults__
-
-    @wraps(added)
-    def forward(self: Any, *args: Any, supervised: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        log_probs.positions = supervised
-        try:
-            return fitted(self, *args, **kwargs)
-        finally:
-            log_probs.positions = None
-
-    model.forward = MethodType(forward, model)
-
-
-class _SupervisedLogProbs:
-    """Replaces TRL's autograd function: computes the log-probabilities at `positions` alone, if they are set."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.positions: torch.Tensor | None = None
-
-    def by_mask(self, _device: torch.device) -> bool:
-        """Replaces the check for Triton, which decides whether TRL itself selects the supervised tokens by a mask."""
-        return self.positions is None
-
-    def apply(self, hidden: torch.Tensor, weight: Any, bias: Any, labels: torch.Tensor, *settings: Any) -> Any:
-        """TRL's figures of each token of `hidden` `[T, H]`, 0 outside of the positions."""
-        if self.positions is None:
-            return self.function.apply(hidden, weight, bias, labels, *settings)
-        positions = self.positions
-        selected = hidden.index_select(0, positions), weight, bias, labels.index_select(0, positions)
-        values = self.function.apply(*selected, *settings)
-        return tuple(
-            None if value is None else value.new_zeros(len(hidden)).index_copy(0, positions, value) for value in values
-        )
-
-
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and the load by layer and expert for each logged line, on the main process."""
-
-TOKENS_FILE = "num_tokens.json"
 
 ZERO_STEPS = 3
 """After so many optimizer steps in a row with a gradient of exactly 0 a run stops."""
@@ -152,42 +81,21 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         """The figures of an evaluation, `loss` among them, from its sums over all ranks."""
         raise NotImplementedError
 
-    def run_from(self, checkpoint: Path | None) -> None:
-        """Train to the last step, from a checkpoint if one is given, with its balance frequencies and token count.
+    def own_state(self) -> dict[str, Any]:
+        """This rank's sums since the last logged line, for a checkpoint; reads them from the device."""
+        router = {} if self.router_term is None else self.router_term.window()
+        sums = {"window": self._window.tolist(), "steps": self._window_steps, **router}
+        return {**sums, "loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
 
-        Raises RunError if fewer steps were taken than the recipe says.
-        """
-        if checkpoint is not None:
-            check_same_factors(self.accelerator.unwrap_model(self.model), checkpoint)
-        if checkpoint is None:
-            self.train()
-        elif not self._load_own_state(checkpoint):
-            self.train(resume_from_checkpoint=str(checkpoint))
-        if self.state.global_step < self.state.max_steps:
-            raise RunError(
-                Problem(
-                    "training",
-                    f"the run stopped before its {self.state.max_steps} steps; nothing was saved",
-                    "give more rows than one micro-batch holds, and look at training.trainer_args",
-                    got=f"{self.state.global_step} steps",
-                )
-            )
-
-    def _load_own_state(self, checkpoint: Path) -> bool:
-        """Load what transformers does not from a checkpoint; True if it is that of the last step."""
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        tokens = checkpoint / TOKENS_FILE
-        if not tokens.is_file():
-            do = "start anew in another output_dir"
-            raise RunError(Problem(str(tokens), "the checkpoint does not say how many tokens came before it", do))
-        self._tokens = torch.full_like(self._tokens, json.loads(tokens.read_text(encoding="utf-8"))["num_tokens"])
+    def load_own_state(self, state: Mapping[str, Any], num_tokens: int) -> None:
+        """Continue from `own_state()` and `num_tokens`; call it when the training has begun."""
+        self._window += torch.tensor(state["window"], dtype=self._window.dtype, device=self._window.device)
+        self._window_steps = state["steps"]
         if self.router_term is not None:
-            self.router_term.load(checkpoint)
-        if state["global_step"] < state["max_steps"]:
-            return False
-        self._load_from_checkpoint(str(checkpoint))
-        self.state.global_step = self.state.max_steps = state["max_steps"]
-        return True
+            self.router_term.load_window(state)
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged = state["logged"]
+        self._tokens = torch.full_like(self._tokens, num_tokens)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
@@ -311,25 +219,6 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
     def num_tokens(self) -> int:
         """Tokens of all steps of the run so far, over all ranks; may wait for the device."""
         return int(self._tokens.item())
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.is_world_process_zero():
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            # Not from the log: its last line may be older than the checkpoint.
-            write_json(folder / TOKENS_FILE, {"num_tokens": self.num_tokens})
-            if self.router_term is not None:
-                self.router_term.save(folder)
-        super()._save_checkpoint(model, trial)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As transformers', without the whole embedding, which PEFT would add where new tokens made it longer."""
-        model = self.model
-        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.save_pretrained
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As transformers', without the rows of added tokens: weight decay would pull their embeddings to 0."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from finetune.errors import Problem, RecipeError, WeightsError
 from finetune.moe.families import Family, MoeLayout
@@ -106,12 +106,6 @@ class BiasBalance:
     def load_state_dict(self, state: Mapping[str, list[Any]], where: str) -> None:
         """Continue from `state_dict()`, read from the file `where`."""
         copy_biases(self.biases, {name: torch.tensor(values) for name, values in state.items()}, where)
-
-
-def save_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:
-    """Write `router_bias.safetensors`: float32, by the names of transformers' model."""
-    biases = {name: bias.detach().cpu().clone() for name, bias in find_biases(model, moe).items()}
-    save_file(biases, folder / BIAS_FILE, metadata={"format": "pt"})
 
 
 def load_biases(model: torch.nn.Module, moe: MoeLayout, folder: Path) -> None:

@@ -264,9 +264,7 @@ _SET_BY_US = {
     ),
     **dict.fromkeys(("local_rank",), _LAUNCHER),
     **dict.fromkeys(("dataloader_drop_last", "ignore_data_skip", "save_only_model"), _EXACT),
-    **dict.fromkeys(
-        ("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "save_on_each_node"), _SAVING
-    ),
+    **dict.fromkeys(("enable_jit_checkpoint", "restore_callback_states_from_checkpoint", "save_on_each_node"), _SAVING),
     "load_best_model_at_end": _BEST,
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), _COMMANDS),
     **dict.fromkeys(

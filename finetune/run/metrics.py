@@ -1,13 +1,12 @@
 """The metrics of a run: `metrics.jsonl`, the loss curve, and the facts in the adapter's record.
 
-`metrics.jsonl` has one JSON object per log event, on disk before the next step starts. The curve shows the loss, the
-figures of preference pairs and the balance term on separate axes.
+`metrics.jsonl` has one JSON object per log event, on disk before the next step starts; times and rates, in which two
+runs of one recipe differ, stand in `times.jsonl`. The curve shows the loss, the figures of preference pairs and the
+balance term on separate axes.
 """
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,29 +16,34 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from finetune.errors import Problem, RunError
-from finetune.files import write_atomically, write_text
+from finetune.files import write_atomically
+from finetune.run.lines import append_line, read_metrics, repair_lines
 from finetune.run.run_folder import RunFolder
 
 
+def is_time(name: str) -> bool:
+    """Whether a logged figure is a time or a rate, not one of the training."""
+    return name == "time" or name.endswith(("_runtime", "_per_second"))
+
+
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
-    """Append what the trainer logs, unrounded, with `step`, `epoch` and `time` (seconds since 1970).
+    """Append what the trainer logs, unrounded, with `step` and `epoch`; times in seconds, `time` since 1970.
 
     Only the main process writes. A kill can leave an incomplete line; it is removed before the next one is written. A
-    resumed run removes the steps after its checkpoint, because it repeats them: the file looks like that of an
-    uninterrupted run.
+    continued run removes the steps after its checkpoint, because it repeats them, and the line of its end: the file
+    looks like that of an uninterrupted run.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, metrics: Path, times: Path) -> None:
+        self.metrics, self.times = metrics, times
         self._repaired = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remove the steps that a resumed run will repeat."""
+        """Remove the steps that a continued run will repeat."""
         if state.is_world_process_zero:
-            self._repair(last_step=state.global_step)
+            self._repair(state.global_step)
 
     def on_log(
         self,
@@ -49,53 +53,22 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Append one line and sync it to disk."""
+        """Append one line to each file and sync it to disk."""
         if not state.is_world_process_zero or not logs:
             return
         if not self._repaired:
-            self._repair(last_step=None)
+            self._repair(state.global_step)
         values = {key: _plain(value) for key, value in logs.items()}
-        line = {**values, "step": state.global_step, "epoch": state.epoch, "time": time.time()}
-        append_line(self.path, line)
+        figures = {key: value for key, value in values.items() if not is_time(key)}
+        times = {key: value for key, value in values.items() if is_time(key)}
+        if figures.keys() - {"epoch"}:
+            append_line(self.metrics, {**figures, "step": state.global_step, "epoch": state.epoch})
+        append_line(self.times, {"step": state.global_step, **times, "time": time.time()})
 
-    def _repair(self, last_step: int | None) -> None:
+    def _repair(self, last_step: int) -> None:
         self._repaired = True
-        repair_lines(self.path, last_step)
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one JSON object and sync it to disk."""
-    with path.open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(line, allow_nan=False) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def repair_lines(path: Path, last_step: int | None) -> None:
-    """Rewrite the file without an incomplete last line and, if `last_step` is given, without later steps."""
-    if not path.exists():
-        return
-    kept = [line for line in read_metrics(path) if last_step is None or line["step"] <= last_step]
-    text = "".join(json.dumps(line) + "\n" for line in kept)
-    if text != path.read_text(encoding="utf-8"):
-        write_text(path, text)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line, in order; an incomplete last line is skipped."""
-    *complete, _incomplete = path.read_text(encoding="utf-8").split("\n")
-    return [_parse(path, number, line) for number, line in enumerate(complete, start=1)]
-
-
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        do = "remove the line, or start in another output_dir"
-        raise RunError(Problem(f"{path}:{number}", "not a line that a run has written", do, got=repr(line[:80])))
-    return value
+        for path in (self.metrics, self.times):
+            repair_lines(path, last_step)
 
 
 def _plain(value: Any) -> Any:
@@ -148,7 +121,7 @@ def _draw_series(axis: Any, lines: list[dict[str, Any]], key: str, name: str) ->
 
 
 # Logged values that describe the machine or the moment, not the model.
-_NOT_OF_THE_MODEL = ("epoch", "time", "learning_rate", "grad_norm", "runtime", "per_second", "total_flos")
+_NOT_OF_THE_MODEL = ("epoch", "learning_rate", "grad_norm", "total_flos")
 
 
 def training_facts(

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from finetune.files import write_atomically
-from finetune.run.metrics import append_line, read_metrics, repair_lines
+from finetune.run.lines import append_line, read_metrics, repair_lines
 
 _PIXELS = 8  # width and height of one cell (expert of a layer) in a dashboard's image
 _COLOURS = "coolwarm"

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from finetune import __version__
-from finetune.checkpoint import new_folder, require_free_disk, write_sums
+from finetune.checkpoint import new_folder, write_sums
 from finetune.errors import Problem, RecipeError, WeightsError
-from finetune.files import write_json
+from finetune.files import require_free_disk, write_json
 from finetune.upcycle.dense import DenseSource, check_tensors
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
 
@@ -76,8 +76,9 @@ def upcycle(source: Path, out: Path, options: Options) -> Report:
     _check(options)
     dense = open_source(source, options.dtype)
     nbytes = sum(spec.nbytes for piece in plan(dense, options.num_experts) for spec in piece.targets)
-    with new_folder(out) as folder:
-        require_free_disk(folder, nbytes + COMPANION_BYTES)
+    needed = nbytes + COMPANION_BYTES
+    with new_folder(out, needed) as folder:
+        require_free_disk(out, needed)
         write_config(folder, dense, options)
         dense.write_companions(folder)
         parameters = write_weights(folder, dense, options)

@@ -48,10 +48,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    output = tmp_path_factory.mktemp("merged") / "tiny-merged"
-    merged = merge(run / "adapter", output, show_progress=False)
-    report: dict[str, Any] = json.loads(json.dumps(merged.as_dict()))
+def merged(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(merge(run, tmp_path_factory.mktemp("merged") / "tiny-merged", show_progress=False).output)
+
+
+@pytest.fixture(scope="module")
+def report(merged: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((merged / "merge-report.json").read_text())
     return report
 
 
@@ -83,10 +86,9 @@ def test_the_adapter_records_data_metrics_template_and_versions(run: Path) -> No
 
 
 def test_adapter_and_merged_model_say_how_prompts_are_rendered_and_where_answers_end(
-    run: Path, report: dict[str, Any]
+    run: Path, merged: Path, report: dict[str, Any]
 ) -> None:
     """The tokenizer's EOS is no token of the base's own list, which may hold ids that no text has."""
-    merged = Path(report["output"])
     for folder in (run / "adapter", merged):
         settings = json.loads((folder / "generation_config.json").read_text())
         assert settings == {"eos_token_id": [2, 0, 500], "temperature": 0.5, "pad_token_id": 2}
@@ -117,7 +119,7 @@ def test_the_card_of_a_merged_model_holds_recipe_data_metrics_proof_and_versions
     run: Path, report: dict[str, Any]
 ) -> None:
     record = read_record(run / "adapter").as_dict()
-    text = report_card(report, [record])
+    text = report_card(report, [record], "tiny-merged")
     data, body = read_card(text)
     assert data["base_model"] == "tiny-moe"
     assert data["library_name"] == "transformers"
@@ -144,7 +146,7 @@ def test_the_card_of_a_merged_model_holds_recipe_data_metrics_proof_and_versions
 def test_a_model_that_was_not_proven_says_so_before_anything_else(run: Path, report: dict[str, Any]) -> None:
     missing = ["that the merged model gives the logits of base + adapter"]
     unproven = {**report, "proof": {**report["proof"], "changed": None, "logits": None, "not_proven": missing}}
-    data, body = read_card(report_card(unproven, [read_record(run / "adapter").as_dict()]))
+    data, body = read_card(report_card(unproven, [read_record(run / "adapter").as_dict()], "tiny-merged"))
     assert "not-proven" in data["tags"]
     assert body.lstrip().startswith("> **NOT PROVEN.**")
     assert missing[0] in body.partition("# tiny-merged")[0]
@@ -152,14 +154,14 @@ def test_a_model_that_was_not_proven_says_so_before_anything_else(run: Path, rep
 
 
 def test_an_adapter_without_a_record_has_a_card_that_says_it(report: dict[str, Any]) -> None:
-    body = read_card(report_card(report, [{}]))[1]
+    body = read_card(report_card(report, [{}], "tiny-merged"))[1]
     assert "How it was trained is not recorded." in body
 
 
 def test_an_older_record_without_data_and_metrics_has_a_card(run: Path, report: dict[str, Any]) -> None:
     record = read_record(run / "adapter").as_dict()
     older = {key: value for key, value in record.items() if key not in ("data", "metrics", "template_sha256")}
-    body = read_card(report_card(report, [older]))[1]
+    body = read_card(report_card(report, [older], "tiny-merged"))[1]
     assert "### Recipe" in body
     assert "### Data" not in body
 
@@ -167,7 +169,7 @@ def test_an_older_record_without_data_and_metrics_has_a_card(run: Path, report: 
 def test_several_adapters_each_have_their_part_and_their_weight(run: Path, report: dict[str, Any]) -> None:
     first = report["adapters"][0]
     several = {**report, "adapters": [first, {**first, "weight": 0.5, "sha256": "f" * 64}]}
-    body = read_card(report_card(several, [read_record(run / "adapter").as_dict(), {}]))[1]
+    body = read_card(report_card(several, [read_record(run / "adapter").as_dict(), {}], "tiny-merged"))[1]
     assert "## Adapter 1" in body
     assert "0.5" in body.partition("## Adapter 2")[2]
 

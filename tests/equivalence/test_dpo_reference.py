@@ -9,7 +9,7 @@ from finetune.base import read_base
 from finetune.errors import RunError
 from finetune.methods.dpo import check_start
 from finetune.methods.dpo_trainer import MoeDpoTrainer
-from finetune.model import adapt, load_base, save_adapter
+from finetune.model import adapt, load_base, save_adapter, snapshot_adapter
 from tests.equivalence.dpo_runs import dpo_recipe, dpo_run, dpo_trainer, write_pairs
 from tests.equivalence.sft_runs import assert_same_steps
 
@@ -29,7 +29,7 @@ def initial_adapter(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFa
     record = read_base(recipe)
     model = adapt(load_base(record, recipe.model), record, recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, record)
+    save_adapter(snapshot_adapter(model, record.family), folder, recipe, record)
     record.tokenizer.save_pretrained(folder)
     return folder
 

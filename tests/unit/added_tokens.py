@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from finetune.adapters.record import BaseRecord
 from finetune.data import load_tokenizer
-from finetune.model import save_adapter
+from finetune.model import save_adapter, snapshot_adapter
 from finetune.recipe import ModelSettings, Recipe
 from tests.bases import base_at, load_folder, with_lora
 from tests.support import save_tiny_mixtral, tiny_tokenizer
@@ -77,7 +77,7 @@ def saved(recipe: Recipe, folder: Path, fingerprint: str, seed: int = 0) -> Path
     """The adapter folder of a run: adapter, record and tokenizer."""
     base = base_at(Path(recipe.model.name_or_path), recipe.model, NEW)
     base = replace(base, provenance=BaseRecord(name_or_path=recipe.model.name_or_path, fingerprint=fingerprint))
-    save_adapter(trained(recipe, seed), folder, recipe, base)
+    save_adapter(snapshot_adapter(trained(recipe, seed), base.family), folder, recipe, base)
     template = recipe.data.chat_template
     load_tokenizer(recipe.model.name_or_path, None, template, MARKS, MARKS[1]).save_pretrained(folder)
     return folder

@@ -9,7 +9,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
-from finetune.methods.trainer import fit_head
+from finetune.methods.loss_head import fit_head
 from tests.bases import with_lora
 from tests.support import tiny_tokenizer
 from tests.unit.engine import base_model, lora_settings

@@ -16,7 +16,6 @@ REPORT: dict[str, Any] = {
     "base_fingerprint": "b" * 64,
     "into": "original",
     "through_nf4": 0,
-    "output": "out",
     "fingerprint": "c" * 64,
     "dtypes": ["BF16"],
     "nbytes": 3 * 2**30,
@@ -31,7 +30,7 @@ REPORT: dict[str, Any] = {
 
 
 def card(**changes: Any) -> str:
-    return report_card({**REPORT, **changes}, [{}])
+    return report_card({**REPORT, **changes}, [{}], "out")
 
 
 def test_a_merge_in_16_bits() -> None:
@@ -46,7 +45,7 @@ def test_a_merge_in_16_bits() -> None:
 
 def test_terminal_and_inspect_show_the_rows_of_the_card() -> None:
     report = {**REPORT, "into": "dequantized", "through_nf4": 24, "added_tokens": 2, "untied": True}
-    text, lines = report_card(report, [{}]), dict(report_lines(report))
+    text, lines = report_card(report, [{}], "out"), dict(report_lines(report))
     assert lines["base fingerprint"] == f"{'b' * 12}, matches the adapter's record"
     assert lines["adapter"] == f"1 x runs/sft/adapter, SHA-256 {'a' * 12}"
     shown = lines.keys() - {"base fingerprint", "adapter"}
@@ -141,7 +140,7 @@ def test_cards_and_reports_say_the_variables_of_the_template() -> None:
     record = {"base": {"name_or_path": "b"}, "recipe": {"data": {"train": {"path": "rows.jsonl"}}}}
     said = 'Prompts must be rendered with `chat_template_kwargs={"enable_thinking": false}`, as in training'
     assert said in adapter_card({**record, "template_args": args})
-    assert said in report_card(REPORT, [{**record, "template_args": args}])
+    assert said in report_card(REPORT, [{**record, "template_args": args}], "out")
     assert "chat_template_kwargs" not in adapter_card(record)
     report = {**REPORT, "adapters": [{**REPORT["adapters"][0], "template_args": args}]}
     assert dict(report_lines(report))["prompts with"].startswith('chat_template_kwargs={"enable_thinking": false}')

@@ -16,10 +16,10 @@ from finetune.checkpoint import (
     TensorSpec,
     fingerprint,
     new_folder,
-    require_free_disk,
 )
 from finetune.checkpoint.reader import DISK_DTYPES
-from finetune.errors import WeightsError
+from finetune.errors import DiskError, WeightsError
+from finetune.files import require_free_disk
 
 TENSORS = {
     "wide": torch.randn(5, 7),
@@ -249,6 +249,6 @@ def test_a_link_in_place_of_the_temporary_folder_is_refused(tmp_path: Path) -> N
 
 def test_too_little_disk_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     require_free_disk(tmp_path / "not" / "yet", 1)
-    with pytest.raises(WeightsError, match=r"too little disk: 1048576.00 GiB are needed; got .* GiB free"):
+    with pytest.raises(DiskError, match=r"not/yet: there is too little .*: 1048576.00 GiB are needed; got .* GiB free"):
         require_free_disk(tmp_path / "not" / "yet", 2**50)
     assert list(tmp_path.iterdir()) == []

@@ -61,7 +61,8 @@ def test_by_default_it_is_the_models_own(base: Path) -> None:
 def test_a_merged_folder_with_its_card_is_taken(adapter: Path, tmp_path: Path) -> None:
     # The converter reads the card's front matter.
     report = merge(adapter, tmp_path / "merged", show_progress=False)
-    (tmp_path / "merged" / "README.md").write_text(report_card(report.as_dict(), [read_record(adapter).as_dict()]))
+    card = report_card(report.as_dict(), [read_record(adapter).as_dict()], report.output)
+    (tmp_path / "merged" / "README.md").write_text(card)
     export(tmp_path / "merged", tmp_path / "model.gguf", "gguf")
     fields = GGUFReader(tmp_path / "model.gguf").fields
     assert "moe-finetune" in fields["general.tags"].contents()

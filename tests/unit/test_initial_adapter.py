@@ -21,7 +21,7 @@ from finetune.adapters.initial import (
 from finetune.adapters.record import BaseRecord
 from finetune.base import Base, read_base
 from finetune.errors import WeightsError
-from finetune.model import adapt, load_base, save_adapter
+from finetune.model import adapt, load_base, save_adapter, snapshot_adapter
 from finetune.recipe import Recipe
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
 from tests.families import save_tiny
@@ -48,7 +48,7 @@ def saved(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     recipe = dpo_recipe(base, pairs, folder)
     record, model = adapted_base(recipe)
     disturb(model)
-    save_adapter(model, folder, recipe, record)
+    save_adapter(snapshot_adapter(model, record.family), folder, recipe, record)
     record.tokenizer.save_pretrained(folder)
     return folder
 
@@ -100,7 +100,7 @@ def test_what_was_taken_over_is_written_beside_the_next_adapter(
 ) -> None:
     recipe, initial = recipe_on(base, pairs, saved), read_initial_adapter(saved)
     used, model = adapted_base(recipe, initial)
-    save_adapter(model, tmp_path, recipe, used, None, initial)
+    save_adapter(snapshot_adapter(model, used.family), tmp_path, recipe, used, None, initial)
     record = json.loads((tmp_path / "finetune.json").read_text())
     assert record["adapter"] == {"name_or_path": str(saved), "sha256": initial.digest()}
     assert read_initial_adapter(tmp_path).digest() == initial.digest(), "the same weights"
@@ -117,13 +117,13 @@ def test_moved_correction_biases_come_along(pairs: Path, tmp_path: Path) -> None
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):
         folder.mkdir()
-    save_adapter(model, first, recipe, record)
+    save_adapter(snapshot_adapter(model, record.family), first, recipe, record)
     initial = read_initial_adapter(first)
     going_on = dpo_recipe(base, pairs, tmp_path, router={"router_aux_loss_coef": 0.1})
     record, model = adapted_base(going_on, initial)
     found = [p for name, p in [*model.named_parameters(), *model.named_buffers()] if "correction_bias" in name]
     assert [each.tolist() for each in found] == [each.tolist() for each in biases]
-    save_adapter(model, second, going_on, record, None, initial)
+    save_adapter(snapshot_adapter(model, record.family), second, going_on, record, None, initial)
     assert (second / "router_bias.safetensors").read_bytes() == (first / "router_bias.safetensors").read_bytes()
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import supervised_positions
-from finetune.methods.trainer import TILE, fit_head
+from finetune.methods.loss_head import TILE, fit_head
 from finetune.upstream import UpstreamError
 from tests.families import save_tiny
 from tests.unit.pairs import FIELDS

@@ -13,7 +13,7 @@ import finetune.adapters.deltas
 import finetune.merge.job
 from finetune.adapters.deltas import Delta
 from finetune.errors import WeightsError
-from finetune.merge import merge, proof
+from finetune.merge import merge, proof, stream
 from finetune.merge.stream import stream_merged
 from tests.support import save_tiny_mistral, save_tiny_mixtral
 from tests.unit.merge_adapters import EVERYTHING, EXPERTS, ROUTER, load, logits, save_adapter
@@ -105,6 +105,23 @@ def test_the_report_stands_beside_the_weights(base: Path, adapter: Path, tmp_pat
     assert written["proof"]["logits"]["other_experts"] == 0
     assert "34 of 34 targeted, no others" in report.table()
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_two_merges_are_the_same_bytes_but_for_the_file_of_their_times(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge(adapter, tmp_path / "one" / "merged", show_progress=False)
+    ended = stream._results  # the second time the threads end in another order
+    monkeypatch.setattr(stream, "_results", lambda *work: reversed(list(ended(*work))))
+    merge(adapter, tmp_path / "two" / "merged", show_progress=False)
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "merged").iterdir()} for name in ("one", "two")
+    )
+    times = [json.loads(files.pop("merge-times.json")) for files in (one, two)]
+    assert one == two
+    assert times[0] != times[1]
+    assert times[0].keys() == {"output", "stream_seconds", "proof_seconds"}
+    assert b"merge-times.json" not in one["SHA256SUMS"]
 
 
 def test_a_choice_of_experts_that_rounding_tips_is_told_apart_from_wrong_weights() -> None:

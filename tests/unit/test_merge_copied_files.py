@@ -32,6 +32,7 @@ def test_tokenizer_template_and_generation_settings_come_from_the_base(
     merge(adapter, tmp_path / "out", show_progress=False)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in base.iterdir()} | {
         "merge-report.json",
+        "merge-times.json",
         "SHA256SUMS",
         "README.md",
     }

@@ -289,4 +289,8 @@ def test_trainer_args_passes_fields_that_the_recipe_has_no_key_for(recipe_file: 
     recipe = recipe_file.load(
         training("trainer_args: {adam_beta2: 0.99, eval_accumulation_steps: 2, dataloader_num_workers: 0}")
     )
-    assert recipe.training.trainer_args == {"adam_beta2": 0.99, "eval_accumulation_steps": 2, "dataloader_num_workers": 0}
+    assert recipe.training.trainer_args == {
+        "adam_beta2": 0.99,
+        "eval_accumulation_steps": 2,
+        "dataloader_num_workers": 0,
+    }

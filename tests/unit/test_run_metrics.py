@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from finetune.errors import RunError
-from finetune.run.metrics import MetricsCallback, draw_loss_curve, read_metrics
+from finetune.run import MetricsCallback, draw_loss_curve, read_metrics
 
 ARGUMENTS = TrainingArguments(output_dir="unused", report_to="none", use_cpu=True)
 

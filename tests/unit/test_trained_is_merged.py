@@ -21,7 +21,7 @@ from finetune.evaluate import evaluate
 from finetune.export import export
 from finetune.inspect import inspect
 from finetune.merge import merge
-from finetune.model import save_adapter
+from finetune.model import save_adapter, snapshot_adapter
 from finetune.run import RunFolder
 from finetune.upcycle import open_source
 from tests.equivalence.dpo_runs import dpo_recipe, write_pairs
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     disturb(model)
     adapter.mkdir()
     read = read_base(recipe)
-    save_adapter(model, adapter, recipe, read)
+    save_adapter(snapshot_adapter(model, read.family), adapter, recipe, read)
     read.tokenizer.save_pretrained(adapter)
     write_sums(adapter)
     return base, adapter

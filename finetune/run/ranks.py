@@ -1,0 +1,294 @@
+"""Processes of one run, which ends when one of them does: heartbeats, and one reason for all.
+
+Each process counts up a number in the store of the process group from a thread of its own, and reads the others'. A
+process whose number stands still for `training.rank_timeout` has stopped; one that works for an hour before training,
+while the others wait in a barrier, has not. So the timeout of the group's own operations is long before and after
+training, and ends a run in training of which every process is alive and one takes part in nothing.
+
+The first process that fails writes its reason into the store and prints it. The others wait for the launcher, which
+ends them, and print that reason themselves if it does not.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+
+from finetune.errors import FinetuneError, Problem
+from finetune.progress import PROGRESS
+from finetune.upstream import private
+
+START_SECONDS = 300
+"""The processes wait for each other at the start at least so long: they import packages at different speeds."""
+
+LAUNCHER_SECONDS = 10
+"""After so long the launcher has ended the other processes; those that are left say the reason themselves."""
+
+_NO_LIMIT = timedelta(days=7)
+_LEAST_IN_TRAINING = 60  # seconds
+_GRACE_SECONDS = 5  # for the main thread, which knows more, to fail by itself
+_CONNECTION = ("gloo/", "Connection closed by peer", "Connection reset by peer")
+_DONE = b"done"
+_CONTINUE = "the same command continues the run"
+
+_RANKS: list["Ranks"] = []
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A process of the run. `machine` is empty where nothing can be said about whose processes can be looked at."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
+
+    def state(self) -> tuple[str, float] | None:
+        """Of a process of this machine: its state, and the seconds it has worked; None where it has ended."""
+        try:
+            process = psutil.Process(self.pid)
+            state, cpu = process.status(), process.cpu_times()
+        except psutil.NoSuchProcess:
+            return None
+        return None if state == psutil.STATUS_ZOMBIE else (str(state), cpu.user + cpu.system)
+
+
+@dataclass
+class _Beat:
+    """The last value that was read of a process, and since when it stands still; `cpu`: seconds it had worked then."""
+
+    value: bytes
+    since: float
+    cpu: float
+
+
+def start_timeout(rank_timeout: int) -> timedelta:
+    """The timeout with which the process group is made."""
+    return timedelta(seconds=max(rank_timeout, START_SECONDS))
+
+
+def watch_ranks(rank_timeout: int) -> None:
+    """Start the heartbeats of this process, once the process group exists; does nothing with one process."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        _RANKS[:] = [Ranks(rank_timeout)]
+
+
+def finish_ranks() -> None:
+    """This process has done its part of the run, and may end before the others."""
+    while _RANKS:
+        _RANKS.pop().finish()
+
+
+@contextmanager
+def ranks_training() -> Iterator[None]:
+    """While training an operation between the processes may take twice `training.rank_timeout`, or a minute."""
+    for ranks in _RANKS:
+        ranks.limit(timedelta(seconds=max(2 * ranks.timeout, _LEAST_IN_TRAINING)))
+    yield
+    for ranks in _RANKS:
+        ranks.limit(_NO_LIMIT)
+
+
+def first_reason(error: BaseException) -> tuple[str, bool]:
+    """Why the run ends, and whether this process is the first to know. `error` is what happened here."""
+    return _RANKS[0].first_reason(error) if _RANKS else (str(error), True)
+
+
+def lost_rank() -> str | None:
+    """Why another process has ended, if one has: a signal that reaches this one may only be the launcher's answer."""
+    return _RANKS[0].lost() if _RANKS else None
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether an operation between processes has failed, which says nothing about why."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _CONNECTION)
+
+
+class Ranks:
+    """The processes of the run, as this one sees them."""
+
+    def __init__(self, timeout: int) -> None:
+        self.timeout, self.rank = timeout, torch.distributed.get_rank()
+        self.interval = min(max(timeout / 30, 0.5), 5.0)
+        store = private("torch.distributed.distributed_c10d:_get_default_store")()
+        # A connection each for the thread and for everybody else: an operation that waits blocks its connection.
+        self._store, self._thread_store = store.clone(), store.clone()
+        self._numbers = range(torch.distributed.get_world_size())
+        self._ending, self._claimed = threading.Event(), threading.Lock()
+        self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
+        self._store.set(f"beat/{self.rank}", "0")
+        self.peers = [Peer(**json.loads(text)) for text in self._read("who", self._store)]
+        self._read("beat", self._store)
+        for each in (self._store, self._thread_store):
+            each.set_timeout(timedelta(seconds=timeout))
+        self.limit(_NO_LIMIT)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def limit(self, timeout: timedelta) -> None:
+        """Set how long an operation of the process group may take."""
+        private("torch.distributed.distributed_c10d:_set_pg_timeout")(timeout, None)
+
+    def finish(self) -> None:
+        """No process waits for this one any more."""
+        self._ending.set()
+        self._thread.join(timeout=_GRACE_SECONDS)  # its last heartbeat comes before the word that ends them
+        try:
+            self._store.set(f"beat/{self.rank}", _DONE)
+        except RuntimeError:
+            return  # whoever has the store has finished as well
+
+    def lost(self) -> str | None:
+        """What another process has said, or that one of this machine is gone; nothing is waited for."""
+        try:
+            return self._said(self._store) or self._dead(self._read("beat", self._store))
+        except RuntimeError:
+            return None
+
+    def first_reason(self, error: BaseException) -> tuple[str, bool]:
+        """Publish what happened here, unless another process was earlier."""
+        self._ending.set()
+        if not self._claimed.acquire(blocking=False):
+            time.sleep(2 * LAUNCHER_SECONDS)  # the thread is ending the process
+        if not is_connection_error(error):
+            said, first = self._publish(f"{self.peers[self.rank]}: has failed: {summary(error)}")
+            return (str(error), True) if first else (said, False)
+        try:
+            reason = self._diagnosis(error)
+        except RuntimeError:
+            reason = self._store_lost() or str(Problem("processes", "the connection was lost", _CONTINUE, str(error)))
+        return self._publish(reason)
+
+    def _publish(self, reason: str) -> tuple[str, bool]:
+        """The reason of the run's end, and whether it is this one."""
+        try:
+            said: str = self._store.compare_set("reason", "", reason).decode()
+        except RuntimeError:
+            return reason, True
+        return said, said == reason
+
+    def _diagnosis(self, error: BaseException) -> str:
+        """Why a connection broke. Processes of other machines are watched for some heartbeats."""
+        before = self._read("beat", self._store)
+        deadline = time.monotonic() + max(3 * self.interval, _GRACE_SECONDS)
+        while time.monotonic() < deadline:
+            values = self._read("beat", self._store)
+            if found := self._said(self._store) or self._dead(values):
+                return found
+            time.sleep(0.2)
+        for peer, old, new in zip(self.peers, before, values, strict=True):
+            if old == new and peer.rank != self.rank:
+                return str(Problem(str(peer), f"has ended or cannot be reached; it was last {doing(new)}", _CONTINUE))
+        what = "an operation between the processes failed although all of them answer"
+        do = f"{_CONTINUE}; if it happens again, look at the network, and raise training.rank_timeout if a step is long"
+        each = ", ".join(f"{peer}: {doing(value)}" for peer, value in zip(self.peers, values, strict=True))
+        return str(Problem("processes", what, do, f"{summary(error)}; {each}"))
+
+    def _watch(self) -> None:
+        """The thread: beat, look at the others, and end the process where one of them is lost."""
+        now = time.monotonic()
+        beats = [_Beat(b"", now, 0.0) for _ in self.peers]
+        count, looked = 0, now
+        while not self._ending.wait(self.interval):
+            count, now = count + 1, time.monotonic()
+            if now - looked > 3 * self.interval + 1:
+                for beat in beats:
+                    beat.since = now  # this process itself was stopped, or its machine suspended
+            looked = now
+            try:
+                self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
+                values = self._read("beat", self._thread_store)
+                found = self._said(self._thread_store) or self._dead(values) or self._stopped(beats, values)
+            except RuntimeError:
+                if (found := self._store_lost()) is None:
+                    return
+            if found and not self._ending.wait(_GRACE_SECONDS):
+                self._end(found)
+
+    def _end(self, reason: str) -> None:
+        """End the process from the thread: the main one waits in an operation that nothing interrupts."""
+        if not self._claimed.acquire(blocking=False):
+            return
+        said, first = self._publish(reason)
+        if not first:
+            time.sleep(LAUNCHER_SECONDS)
+        print(f"\n{said}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(1)
+
+    def _read(self, name: str, store: Any) -> list[bytes]:
+        values: list[bytes] = store.multi_get([f"{name}/{number}" for number in self._numbers])
+        return values
+
+    def _said(self, store: Any) -> str | None:
+        return store.get("reason").decode() if store.check(["reason"]) else None
+
+    def _dead(self, values: Sequence[bytes]) -> str | None:
+        """A process of this machine that has ended without having finished."""
+        for peer, value in zip(self.peers, values, strict=True):
+            if self._is_near(peer) and not value.startswith(_DONE) and peer.state() is None:
+                what = f"has ended without a word while {doing(value)}: it was killed"
+                do = f"look for a memory limit, or a person or scheduler who ended it; {_CONTINUE}"
+                return str(Problem(str(peer), what, do))
+        return None
+
+    def _stopped(self, beats: Sequence[_Beat], values: Sequence[bytes]) -> str | None:
+        """A process that has not answered for `training.rank_timeout`."""
+        now = time.monotonic()
+        for peer, beat, value in zip(self.peers, beats, values, strict=True):
+            state, cpu = (peer.state() if self._is_near(peer) else None) or ("", 0.0)
+            # A process in a long call into a library that keeps Python's lock cannot beat, and works.
+            if value != beat.value or cpu > beat.cpu + 0.1:
+                beat.value, beat.since, beat.cpu = value, now, cpu
+            elif now - beat.since > self.timeout and not value.startswith(_DONE):
+                what = f"has not answered for {self.timeout} s while {doing(value)}" + (state and f" (it is {state})")
+                do = f"look at its machine; {_CONTINUE}; training.rank_timeout sets how long the others wait"
+                return str(Problem(str(peer), what, do))
+        return None
+
+    def _store_lost(self) -> str | None:
+        """The store is rank 0's, or the launcher's: whether that one has ended is not the heartbeats' matter."""
+        if self.rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return None
+        return str(Problem(str(self.peers[0]), "has ended, or its machine cannot be reached", _CONTINUE))
+
+    def _is_near(self, peer: Peer) -> bool:
+        """Whether it is another process of this machine that can be looked at."""
+        return peer.rank != self.rank and peer.machine == self.peers[self.rank].machine != ""
+
+
+def this_process(rank: int) -> Peer:
+    """This process, with a name of its machine that only processes that see each other's numbers share."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            machine = f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        machine = ""
+    return Peer(rank, socket.gethostname(), os.getpid(), machine)
+
+
+def doing(beat: bytes) -> str:
+    """What a process was doing at a heartbeat."""
+    return beat.decode().partition(" ")[2] or "starting"
+
+
+def summary(error: BaseException) -> str:
+    """The first line of an error, with its class where it is not an expected one."""
+    first = str(error).partition("\n")[0]
+    return first if isinstance(error, FinetuneError) else f"{type(error).__name__}: {first}"
