@@ -204,6 +204,7 @@ def _batches(tokenizer: Any, prompts: list[str], batch_size: int, device: torch.
 def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
     """What the model writes behind each prompt, special tokens included, up to the first that ends an answer."""
     ends = end_ids(tokenizer)
+    model.generation_config = GenerationConfig()  # what the settings below leave open is taken from here
     for batch in _batches(tokenizer, prompts, batch_size, model.device, "Generating"):
         ids = model.generate(
             input_ids=batch["input_ids"],

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.environment import hush, wait_passively
+from finetune.environment import hush, print_plainly, wait_passively
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.files import write_json, write_text
 from finetune.launcher import check_launcher, rank
@@ -352,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m finetune.train RECIPE [key.path=value ...]`: what `accelerate launch` starts on every process."""
     wait_passively()
     hush()
+    print_plainly()
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")

@@ -148,6 +148,9 @@ def _absurd(file: Path, settings: Mapping[str, Any]) -> Iterator[Problem]:
     """Values beyond the bounds of their keys; values of other types are left to transformers."""
     rope = [value for name in ("rope_parameters", "rope_scaling") if isinstance(value := settings.get(name), dict)]
     for name, value in [item for each in (settings, *rope) for item in each.items()]:
+        if name in ("rope_parameters", "rope_scaling") and not isinstance(value, dict | None):
+            yield Problem(f"{file}: {name}", "must be an object", FETCH_AGAIN, got=json.dumps(value)[:80])
+            continue
         found = next(((what, low, high) for pattern, what, low, high in _PATTERNS if pattern.fullmatch(name)), None)
         if found is None or value is None or isinstance(value, dict | list):
             continue
