@@ -75,6 +75,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def check_values(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raise WeightsError for values that no model has, in settings that another file than a config.json holds."""
+    if problems := [*_too_large(file, settings), *_absurd(file, settings), *_contradictions(file, settings)]:
+        raise WeightsError(problems[:10])
+
+
 def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without the keys that choose code, kernels or files, in nested ones too."""
     return {
@@ -157,7 +163,7 @@ def _absurd(file: Path, settings: Mapping[str, Any]) -> Iterator[Problem]:
         what, low, high = found
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (what != "a number" and value != int(value)):
-            must = f"must be {what} from {low:g} to {high:g}"
+            must = f"must be {what} from {low:,} to {high:,}"
             yield Problem(f"{file}: {name}", must, FETCH_AGAIN, got=json.dumps(value)[:80])
 
 

@@ -50,7 +50,7 @@ def reading(where: Path | str, what: str = "transformers cannot read it", do: st
             raise
         if isinstance(error, FinetuneError) or _of_the_machine(error):
             raise
-        named = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        named = "" if isinstance(error, OSError | ValueError) or type(error) is Exception else f"{type(error).__name__}: "
         raise WeightsError(Problem(str(where), what, do, named + first_line(error))) from error
 
 
