@@ -21,7 +21,14 @@ _POLL = 0.02
 # What a value is replaced with; a whole JSON text is given as it is.
 HOSTILE: tuple[Any, ...] = (
     *(None, True, -1, 0, 7, 10**9, 10**18, 0.5, -1.5, 1e308, float("nan"), float("inf")),
-    *("", "evil", "\x1b]0;pwned\x07\x1b[31m", "../../../etc/passwd", "kernels-community/evil", "https://evil.example/x"),
+    *(
+        "",
+        "evil",
+        "\x1b]0;pwned\x07\x1b[31m",
+        "../../../etc/passwd",
+        "kernels-community/evil",
+        "https://evil.example/x",
+    ),
     *([], [1, 2], ["a", "b"], {}, {"evil": {"evil": [1]}}, {"": None}, [[[[[[]]]]]]),
 )
 
@@ -94,7 +101,9 @@ def _run(command: Callable[[], int], log: Path) -> None:
 
 def paths_of(value: Any, depth: int = 3) -> Iterator[tuple[Any, ...]]:
     """Where values stand in JSON, by keys and indices; of a long list or object only the first few."""
-    items = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    items = (
+        list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+    )
     for key, child in items[:60]:
         yield (key,)
         if depth > 1:

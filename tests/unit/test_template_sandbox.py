@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.data.render import StoppedError, sandbox
+from finetune.data.render.operand_sizes import GROWING_FILTERS
 from finetune.data.row_errors import RowError
 from finetune.errors import DataError
 from finetune.upstream import private
@@ -154,7 +155,8 @@ def test_no_memory_is_said_to_be_that() -> None:
 def test_usual_texts_are_made() -> None:
     """What the bounds look at works as in Jinja, for long rows as well."""
     source = "{{ text.replace('\n', '\n    ') | length }} {{ 'a'.center(3) }} {{ '%-3s|' % 'a' }}"
-    source += " {{ ['a', 'b'] | join('-') }} {{ ['a', 'b'] | map('upper') | join }} {{ '{:>3}'.format('a') }} {{ ','.join(['a', 'b']) }}"
+    source += " {{ ['a', 'b'] | join('-') }} {{ ['a', 'b'] | map('upper') | join }} {{ '{:>3}'.format('a') }}"
+    source += " {{ ','.join(['a', 'b']) }}"
     source += " {{ [1] | tojson(indent=2) | length }} {{ 'a\nb' | indent(2) | length }} {{ 'ab' | replace('a', 'b') }}"
     source += " {{ '{a}'.format(a=text) | length }} {{ '%s' % text | length }}"
     long = "line\n" * 1_000_000
