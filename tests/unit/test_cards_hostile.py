@@ -7,7 +7,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from typing import Any
 
-import markdown
+import markdown  # type: ignore[import-untyped]
 import pytest
 import yaml
 

@@ -64,7 +64,7 @@ def refusal(command: Callable[[], object]) -> str:
     return str(as_expected(caught.value))
 
 
-def merged(adapter: Path, base: Path) -> Path:
+def merged(adapter: Path, base: Path) -> object:
     return merge(adapter, adapter.parent / "out", base=base, show_progress=False)
 
 
@@ -116,7 +116,6 @@ def test_the_published_values_of_every_family_are_within_the_bounds(tmp_path: Pa
     ("name", "text"),
     [
         ("config.json", '{"model_type": "mixtral", "layer_types": 7}'),
-        ("tokenizer.json", "{}"),
         ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 3, "merges": []}}'),
         ("tokenizer_config.json", '{"tokenizer_class": 7}'),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 1}}'),
