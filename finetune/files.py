@@ -1,4 +1,4 @@
-"""Read regular files only, write files atomically, and say which disk has refused what."""
+"""Read regular files only; write files atomically, and say which disk has refused what."""
 
 import errno
 import io
@@ -23,6 +23,7 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFDIR: "a folder",
 }
+_NO_NAME = "no file can have this name: it has a NUL byte, or half of a surrogate pair"
 
 
 class NotRegularError(OSError):
@@ -32,8 +33,8 @@ class NotRegularError(OSError):
         super().__init__(0, what, os.fspath(path))
 
 
-def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a regular file, or a link to one, for reading, unbuffered; `NotRegularError` for anything else, at once.
+def regular_descriptor(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a regular file, or of a link to one, for reading; `NotRegularError` for anything else, at once.
 
     The kind is that of the open file, so that nothing can be put in its place in between. Never waits for the writer
     of a FIFO.
@@ -43,10 +44,15 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
     try:
         _check_kind(path, os.fstat(descriptor))
         os.set_blocking(descriptor, True)
-        return io.FileIO(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """The same as a file, unbuffered."""
+    return io.FileIO(regular_descriptor(path), "rb")
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
@@ -54,7 +60,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     try:
         _check_kind(path, os.stat(path))
     except ValueError as error:
-        raise NotRegularError(path, "its name has a NUL byte") from error
+        raise NotRegularError(path, _NO_NAME) from error
 
 
 def check_all_regular(folder: str | os.PathLike[str]) -> None:

@@ -1,18 +1,28 @@
-"""`accelerate launch`: its settings held against the recipe, and a start that ends without the launcher's traceback.
+"""`accelerate launch`: its settings held against the recipe, and a start that hands signals on to what it started.
 
 The recipe decides the arithmetic and the step. Settings of the launcher that would change them and that can be put back
 are put back, which is said; a run that asks for sharding, or for more processes than were started, is refused.
 """
 
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune.errors import Problem, RunError
 from finetune.recipe import Recipe
+from finetune.stopping import EXIT_CODES, Interrupted, held, stop
+from finetune.upstream import private
+
+_REPLACED = "FINETUNE_LAUNCHER"
+"""Environment variable: pid and arguments of a launcher that the training process has replaced."""
+
+_SECONDS_BETWEEN_SIGNALS = 5
 
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """accelerate's name of what `model.dtype` asks for."""
@@ -90,18 +100,42 @@ def launch_command(process: Any = None) -> list[str] | None:
     """Arguments of the `accelerate launch` that started this process, None where it was something else."""
     import psutil
 
+    number, arguments = json.loads(os.environ.get(_REPLACED, "[0, []]"))
+    if process is None and number == os.getpid():
+        return list(arguments)
     try:
         parent = (process or psutil.Process()).parent()
         words: list[str] = [] if parent is None else parent.cmdline()
     except psutil.Error:
         return None
+    return _launch_arguments(words)
+
+
+def _launch_arguments(words: Sequence[str]) -> list[str] | None:
     for number, word in enumerate(words[:4]):
         name = Path(word).name
         if name == "accelerate-launch" or word in ("accelerate.commands.launch", "finetune.launcher"):
-            return words[number + 1 :]
+            return list(words[number + 1 :])
         if name == "accelerate" and words[number + 1 : number + 2] == ["launch"]:
-            return words[number + 2 :]
+            return list(words[number + 2 :])
     return None
+
+
+def launcher_process() -> Any:
+    """The process that started this one to train, a psutil.Process; None where it was a person, a shell or a job."""
+    import psutil
+
+    try:
+        parents = psutil.Process().parents()
+        for parent in parents:
+            words = parent.cmdline()
+            torchrun = any(Path(word).name in ("torchrun", "torch.distributed.run") for word in words[:4])
+            if torchrun or _launch_arguments(words) is not None:
+                return parent
+    except psutil.Error:
+        return None
+    # Another program that uses torch's agent; it starts its processes itself.
+    return parents[0] if parents and "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def _command_problems(
@@ -132,28 +166,106 @@ def _command_problems(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m finetune.launcher ARGUMENTS`: `accelerate launch ARGUMENTS`, without its traceback.
+    """`python -m finetune.launcher ARGUMENTS`: `accelerate launch ARGUMENTS`, which hands signals on.
 
-    Processes print their own errors; the launcher adds a line only about one that a signal ended.
+    One process to train replaces this one, so that there is one to signal and none to leave behind. Several are started
+    by torch's agent; processes print their own errors, and a line is added only about one that a signal ended.
     """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        stop.install(at_once=_end_children)
+        return _launch(arguments)
+    except Interrupted:
+        print(stop.line(), file=sys.stderr)
+        return stop.exit_code
+
+
+def _launch(arguments: list[str]) -> int:
     import logging
 
-    from accelerate.commands.launch import launch_command as launch
-    from accelerate.commands.launch import launch_command_parser
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    args = _validated(arguments)
+    kinds = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm, args.tpu)
+    if args.cpu or not any(kinds):
+        _become(args, arguments)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    args = launch_command_parser().parse_args(arguments)
+    # Of torch's agent only SIGQUIT: at a signal it would give the others 30 seconds, and then report its own traceback.
+    args.signals_to_handle = "SIGQUIT"
+    stop.when_requested(_keep_telling_children)
     try:
-        launch(launch_command_parser().parse_args(arguments))
+        with stop.deferred():
+            launch_command(args)
+    except SignalException as error:
+        return 128 + error.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            do = "look for a memory limit or a person who ended it; what was saved is whole"
-            print(Problem(f"process {rank}", f"was ended by {name}", do), file=sys.stderr)
-            return 128 - failure.exitcode
-        return int(failure.exitcode)
-    return 0
+        return _failed(*error.get_first_failure())
+    return stop.exit_code
+
+
+def _validated(arguments: list[str]) -> Any:
+    """The arguments with what accelerate adds to them; its warnings are left to the launch itself."""
+    import logging
+
+    from accelerate.commands.launch import launch_command_parser
+
+    logger = logging.getLogger("accelerate.commands.launch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        validate = private("accelerate.commands.launch:_validate_launch_command")
+        return validate(launch_command_parser().parse_args(arguments))[0]
+    finally:
+        logger.setLevel(level)
+
+
+def _become(args: Any, arguments: list[str]) -> NoReturn:
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    command, environment = prepare_simple_launcher_cmd_env(args)
+    with held():
+        os.execvpe(command[0], command, {**environment, _REPLACED: json.dumps([os.getpid(), arguments])})
+
+
+def _failed(rank: int, failure: Any) -> int:
+    """The exit code of the process that failed first, `failure`; for one that a signal ended also a line."""
+    code = int(failure.exitcode)
+    if code >= 0:
+        # 128 + number: a process that was signalled before it trained ends the others, which may wait for it.
+        return EXIT_CODES.get(code - 128, code)
+    if stop.requested is not None:
+        print(stop.line(), file=sys.stderr)
+        return stop.exit_code
+    do = "look for a memory limit or a person who ended it; what was saved is whole"
+    print(Problem(f"process {rank}", f"was ended by {signal.Signals(-code).name}", do), file=sys.stderr)
+    return 128 - code
+
+
+def _keep_telling_children() -> None:
+    """Again and again: one that is only being started may miss it.
+
+    SIGTERM, whatever was received: exit code 0 of the first to end lets the others save.
+    """
+    while True:
+        for child in _children():
+            with suppress(OSError):
+                os.kill(child, signal.SIGTERM)
+        time.sleep(_SECONDS_BETWEEN_SIGNALS)
+
+
+def _end_children() -> None:
+    for child in _children():
+        with suppress(OSError):
+            os.kill(child, signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process().children()]
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:

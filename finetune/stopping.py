@@ -4,6 +4,7 @@ SIGTERM, SIGUSR1, SIGINT and SIGHUP (a closed terminal) ask for the same thing, 
 differ. `stop` is the one object of the process: Python has one handler a signal.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGUSR1: 85, signal.SIGINT: 130}
+EXIT_CODES: dict[int, int] = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGUSR1: 85, signal.SIGINT: 130}
 """What `finetune train` exits with. 85: to be queued again, for schedulers that tell it from an end and a failure."""
 
 _SECONDS_TO_PREPARE_THE_END = 10
@@ -33,12 +34,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self.began = False
         self._deferred = False
+        self._code: int | None = None
         self._when_requested: list[Callable[[], object]] = []
         self._at_once: Callable[[], object] = lambda: None
 
     def install(self, at_once: Callable[[], object] = lambda: None) -> None:
-        """Handle the signals from now on, also those that `hold` kept. On the main thread.
+        """Handle the signals from now on, also those that `held` kept. On the main thread.
 
         `at_once` is called before a second Ctrl-C ends the process. An ignored SIGHUP, which is what `nohup` leaves,
         stays ignored.
@@ -53,6 +56,7 @@ class Stop:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
         os.register_at_fork(after_in_child=_handle_nothing)
+        atexit.register(_ignore)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
     @contextmanager
@@ -60,7 +64,7 @@ class Stop:
         """Only note signals meanwhile. Raises Interrupted where one has come before."""
         if self.requested is not None:
             raise Interrupted
-        self._deferred = True
+        self.began = self._deferred = True
         try:
             yield
         finally:
@@ -72,7 +76,7 @@ class Stop:
             self.requested = signal.Signals(number)
 
     def when_requested(self, call: Callable[[], object]) -> None:
-        """Call it, on another thread, as soon as the first signal arrives; a training step may still be running."""
+        """Call it, on a thread of its own, as soon as the first signal arrives; a step may still be running."""
         self._when_requested.append(call)
 
     @property
@@ -87,6 +91,12 @@ class Stop:
         how = "run the same command again" if resume == "auto" else "run the same command with training.resume=auto"
         return f"stopped after step {step}; {how} to continue from {run}/checkpoint-{step}"
 
+    def finish(self, code: int) -> int:
+        """The process is about to exit with `code`, and does so within seconds of a further signal."""
+        self._code = code
+        self._deferred = False
+        return code
+
     def watch(self, launcher: Any, seconds: float) -> None:
         """Once `launcher`, a psutil.Process, is dead: as SIGTERM, and an end after `seconds` at the latest."""
         threading.Thread(target=self._watch, args=(launcher, seconds), daemon=True).start()
@@ -94,7 +104,7 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first = self.requested is None
         self.request(number)
-        if first and not self._deferred:
+        if first and not self._deferred and self._code is None:
             raise Interrupted
 
     def _listen(self, reads: int) -> None:
@@ -119,13 +129,13 @@ class Stop:
             with suppress(OSError):
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _HINT.encode())
         for call in self._when_requested:
-            call()
+            threading.Thread(target=call, daemon=True).start()
 
     def _end_soon(self, number: int) -> None:
         """`Interrupted` may be lost in a destructor, or wait for a call that does not return to Python."""
         time.sleep(_SECONDS_TO_PREPARE_THE_END)
         if not self._deferred:
-            os._exit(EXIT_CODES[signal.Signals(number)])
+            os._exit(EXIT_CODES[number] if self._code is None else self._code)
 
     def _watch(self, launcher: Any, seconds: float) -> None:
         while _is_alive(launcher):
@@ -138,17 +148,29 @@ class Stop:
 stop = Stop()
 
 
-def hold() -> None:
+@contextmanager
+def held() -> Iterator[None]:
     """Keep the signals until `install`, also over an `exec`: none may arrive between two programs' handlers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 
 def _handle_nothing() -> None:
     """In a forked worker: whoever ends it must not wait for a checkpoint."""
     signal.set_wakeup_fd(-1)
+    atexit.unregister(_ignore)
     for number in EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _ignore() -> None:
+    """Last of all, as the interpreter takes its handlers away before it ends."""
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_alive(process: Any) -> bool:

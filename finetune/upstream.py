@@ -17,6 +17,7 @@ from typing import Any
 from finetune.errors import FinetuneError, Problem
 
 TESTED = {
+    "accelerate": "1.15.0",
     "bitsandbytes": "0.50.2",
     "datasets": "5.2.0",
     "peft": "0.21.2",
@@ -33,6 +34,8 @@ _QUANTIZER = "transformers.quantizers.quantizer_bnb_4bit:Bnb4BitHfQuantizer"
 _LOADER = "transformers.core_model_loading"
 
 NAMES: dict[str, tuple[str, ...]] = {
+    # What a config file and the defaults make of the launcher's arguments.
+    "accelerate.commands.launch:_validate_launch_command": ("args",),
     # Stay out of DDP's broadcast: frozen weights, which each rank reads itself.
     "torch.nn.parallel:DistributedDataParallel._set_params_and_buffers_to_ignore_for_model": (
         "module",
@@ -146,6 +149,9 @@ READ_BY = {
     # Set to False on a linear layer; a release that no longer reads it would lose the gradient on AVX512-BF16 CPUs.
     "bitsandbytes.nn:Linear4bit.forward": "support_avx512bf16_for_cpu",
     "peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters": "_disable_adapters",
+    # The loss since the last line, and the step of that line: a skipped step is taken out of both.
+    "transformers.trainer:Trainer._run_epoch": "_tr_loss",
+    "transformers.trainer:Trainer._maybe_log_save_evaluate": "_globalstep_last_logged",
 }
 """`module:function` and an attribute that it must read for a value set by this package to count."""
 

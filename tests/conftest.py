@@ -34,7 +34,7 @@ def repository() -> Path:
 
 
 # Directories by how long one file takes: with two workers the last files should be short ones.
-SLOWEST_FIRST = ("end_to_end", "equivalence", "properties", "unit", "repo", "gpu")
+SLOWEST_FIRST = ("faults", "end_to_end", "equivalence", "properties", "unit", "repo", "gpu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

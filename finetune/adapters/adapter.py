@@ -19,7 +19,7 @@ from finetune.adapters.record import (
     wrong_type,
 )
 from finetune.adapters.tensors import EMBEDDING, FactorPair, read_contents
-from finetune.checkpoint import verify_sums
+from finetune.checkpoint import SUMS_FILE, listed_files, verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json, read_tensor
 from finetune.errors import Problem, WeightsError
 from finetune.files import open_regular
@@ -80,7 +80,12 @@ DECIDING_SETTINGS = (
     "trainable_token_indices",
     "modules_to_save",
 )
-_STATE_FILES = ("trainer_state.json", "router_balance.json")  # in a trainer's own checkpoint
+_TRAINER_FILES = ("trainer_state.json", "router_balance.json")
+TRAINING_FILES = (
+    *("training_state.json", "training_state.safetensors"),
+    *("identity.json", *_TRAINER_FILES),
+)
+"""In a checkpoint, besides the adapter: what a run needs to continue from it."""
 _MODULE = re.compile(r"[\w.]+")
 _NAMES = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern")
 _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
@@ -213,14 +218,14 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     """
     folder = Path(folder)
     _require_files(folder)
-    verified = verify_sums(folder)
-    _check_not_training_state(folder)
+    verify_sums(folder)
+    _check_checkpoint(folder)
     settings = read_json(folder / CONFIG_FILE)
     _check_types(settings, folder / CONFIG_FILE)
     record = read_record(folder)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     _check_record(record, folder)
-    _check_recorded_values(record, settings, folder, verified)
+    _check_recorded_values(record, settings, folder)
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
@@ -247,9 +252,16 @@ def _require_files(folder: Path) -> None:
     raise WeightsError(Problem(str(folder), f"has no {WEIGHTS_FILE}", "give the folder that the run wrote"))
 
 
-def _check_not_training_state(folder: Path) -> None:
-    """A trainer's checkpoint with moved router biases does not hold them among its factors."""
-    if all((folder / name).is_file() for name in _STATE_FILES) and read_json(folder / _STATE_FILES[1]).get("bias"):
+def _check_checkpoint(folder: Path) -> None:
+    """A checkpoint of a run is an adapter as well if it is whole, and of this version of the program.
+
+    Earlier ones, and those that TRL writes by itself, do not hold the router biases that training moved.
+    """
+    if (folder / TRAINING_FILES[0]).is_file() and not (folder / SUMS_FILE).is_file():
+        what = f"is a checkpoint of a run without its {SUMS_FILE}, and may be damaged"
+        raise WeightsError(Problem(str(folder), what, "name another checkpoint of the run, or copy this one again"))
+    of_a_trainer = all((folder / name).is_file() for name in _TRAINER_FILES) and not (folder / BIAS_FILE).is_file()
+    if of_a_trainer and read_json(folder / _TRAINER_FILES[1]).get("bias"):
         do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
         what = "is a state of training, and its moved router biases are not among the factors"
         raise WeightsError(Problem(str(folder), what, do))
@@ -304,10 +316,10 @@ def deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], folder: Path, verified: bool) -> None:
+def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], folder: Path) -> None:
     """Raise WeightsError where settings or weights are not those that the run wrote down.
 
-    `verified`: the weights were compared with the folder's checksums. A record of an earlier version has the recipe
+    Weights that the folder's checksums list were compared with these. A record of an earlier version has the recipe
     alone, of which `r`, `lora_alpha` and `use_rslora` are PEFT's own.
     """
     recorded = record.settings
@@ -326,6 +338,8 @@ def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], f
         for name in now
         if name in recorded and recorded[name] != now[name]
     ]
+    held = {name for name in (WEIGHTS_FILE, BIAS_FILE) if (folder / name).is_file()}
+    verified = held <= listed_files(folder)
     if not problems and not verified and record.sha256 not in (None, digest := adapter_digest(folder)):
         what = f"the weights are not those that {RECORD_FILE} was written for"
         problems.append(Problem(str(folder / WEIGHTS_FILE), what, do, got=f"SHA-256 {digest[:12]}"))

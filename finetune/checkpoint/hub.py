@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from huggingface_hub import is_offline_mode, snapshot_download
+from huggingface_hub.constants import HF_HUB_CACHE
 
-from finetune.errors import Problem, WeightsError
+from finetune.errors import DiskError, Problem, WeightsError, disk_problem
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "tokenizer*"]
 
@@ -26,6 +27,8 @@ def resolve_checkpoint(
     try:
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
+        if problem := disk_problem(error, Path(HF_HUB_CACHE), elsewhere="set HF_HOME to a folder on another disk"):
+            raise DiskError(problem) from error
         do = "check the path or hub id, the network and, for gated models, `hf auth login`"
         if is_offline_mode():
             do = "check the path or hub id; HF_HUB_OFFLINE is set: unset it, or fetch the model first"

@@ -37,6 +37,11 @@ def listed_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in _read(folder) if (folder / name).is_file())
 
 
+def listed_files(folder: Path) -> set[str]:
+    """Names of the files in the folder's list; none without a list."""
+    return set(_read(folder))
+
+
 def verify_sums(folder: Path, advance: Callable[[int], object] = lambda _: None) -> bool:
     """Check the folder's files against its list; False if it has none. WeightsError with every file that differs."""
     wanted = _read(folder)

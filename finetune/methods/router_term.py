@@ -1,7 +1,7 @@
 """The routers as every method uses them: captured in the forward, terms added to the loss, figures when logged."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finetune.errors import Problem, RunError
-from finetune.moe.balance import StepBalance, StepFigures, load_figures, token_sums
+from finetune.moe.balance import AllReduce, StepBalance, StepFigures, load_figures, token_sums
 from finetune.moe.families import Family
 from finetune.moe.router import RouterRecord, capture, find_routers
 from finetune.moe.router_bias import BiasBalance
@@ -82,9 +82,18 @@ class RouterTerm:
         weighted = self.settings.router_aux_loss_coef * balance + self.settings.router_z_loss_coef * z
         return loss + ranks * weighted
 
-    def end_step(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Close the optimizer step over all ranks, and move the correction biases."""
-        self._last = self.balance.end_step(all_reduce)
+    def dead_share(self, all_reduce: AllReduce) -> torch.Tensor:
+        """Share of the experts that got no token of the step's micro-batches and ranks. Scalar, on the device."""
+        return self.balance.dead_share(all_reduce)
+
+    def end_step(self, all_reduce: AllReduce, skipped: bool = False) -> None:
+        """Close the optimizer step over all ranks, and move the correction biases.
+
+        `skipped`: the weights did not move; biases, frequencies and means stay as they are.
+        """
+        self._last = self.balance.end_step(all_reduce, skipped)
+        if skipped:
+            return
         self._window += torch.stack([self._last.value, self._last.z])
         self._window_steps += 1
         if self.bias is not None:

@@ -7,17 +7,21 @@ optimizer step, figures that are exact over all ranks and micro-batches, and a s
 T tokens, flattened.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from finetune.errors import Problem, RunError
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
-from finetune.upstream import require
+from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
+from finetune.progress import PROGRESS, phase
+from finetune.recipe.run_settings import WatchdogSettings
+from finetune.upstream import require, require_reads
 
 require(
     "transformers.trainer:Trainer._clip_grad_norm",
@@ -25,12 +29,11 @@ require(
     "transformers.trainer:Trainer.get_batch_samples",
     "transformers.trainer:Trainer.get_decay_parameter_names",
 )
+for _name in ("_run_epoch", "_maybe_log_save_evaluate"):
+    require_reads(f"transformers.trainer:Trainer.{_name}")
 
 RouterObserver = Callable[[int, Mapping[str, Any]], None]
 """Called with the step and the load by layer and expert for each logged line, on the main process."""
-
-ZERO_STEPS = 3
-"""After so many optimizer steps in a row with a gradient of exactly 0 a run stops."""
 
 # For the type checker; at run time TRL's trainer follows in the method resolution order.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
@@ -51,6 +54,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         model: Any,
         router_term: RouterTerm | None,
         router_observers: Sequence[RouterObserver] = (),
+        watchdog: Watchdog | None = None,
         **kwargs: Any,
     ) -> None:
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -61,7 +65,8 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.router_term, self.router_observers = router_term, router_observers
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
-        self._zero_since: int | None = None  # the first of the last steps whose gradient was exactly 0
+        self.watchdog = watchdog or Watchdog(WatchdogSettings(), Path(self.args.output_dir))
+        self._skipped = False  # whether the running step was skipped
         # This rank's sums: over the steps since the last line, and over the running evaluation.
         self._window, self._eval_window = (self._zeros() for _ in range(2))
         self._window_steps = 0
@@ -82,10 +87,11 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         raise NotImplementedError
 
     def own_state(self) -> dict[str, Any]:
-        """This rank's sums since the last logged line, for a checkpoint; reads them from the device."""
+        """This rank's sums since the last logged line and the watchdog's, for a checkpoint; reads from the device."""
         router = {} if self.router_term is None else self.router_term.window()
         sums = {"window": self._window.tolist(), "steps": self._window_steps, **router}
-        return {**sums, "loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
+        last_line = {"loss": self._tr_loss.item(), "logged": self._globalstep_last_logged}
+        return {**sums, **last_line, "watchdog": self.watchdog.state_dict()}
 
     def load_own_state(self, state: Mapping[str, Any], num_tokens: int) -> None:
         """Continue from `own_state()` and `num_tokens`; call it when the training has begun."""
@@ -95,6 +101,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
             self.router_term.load_window(state)
         self._tr_loss += state["loss"]
         self._globalstep_last_logged = state["logged"]
+        self.watchdog.load_state_dict(state["watchdog"])
         self._tokens = torch.full_like(self._tokens, num_tokens)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -102,12 +109,16 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step_rows = [sample["rows"] for sample in samples]
         self._step_losses.clear()
+        self._skipped = False
+        if self.watchdog.may_skip:
+            self._before_step = self._tr_loss.clone(), self._window.clone()
         if samples:
             self.begin_step(samples, device)
         return samples, num_items
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""
+        PROGRESS.begin_step(self.state.global_step + 1)
         tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
         tokens = self.sum_over_ranks(tokens)
         self._tokens = self._tokens + tokens
@@ -143,16 +154,17 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with exact figures in place of means of batch means."""
         self._eval_window.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with phase("evaluating"):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self.evaluation_figures(self._over_ranks(self._eval_window))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
     def end_step(self) -> None:
         """Close the optimizer step over all of its micro-batches and ranks, without waiting for the device."""
-        self._window_steps += 1
+        self._window_steps += not self._skipped
         if self.router_term is not None:
-            self.router_term.end_step(self.sum_over_ranks)
+            self.router_term.end_step(self.sum_over_ranks, self._skipped)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the method's figures and the router's, apart, over the optimizer steps since the last line."""
@@ -168,52 +180,43 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip; stop here, before the optimizer step, where a loss or the gradient is not finite or nothing is learned.
+        """Clip; here, before the optimizer step, the watchdog decides whether it is taken, skipped, or the last.
 
         The only read of the device in a step, apart from logging and from transformers' attention masks.
         """
         norm = super()._clip_grad_norm(model)
-        norm_value, *losses = torch.stack([value.float() for value in (norm.detach(), *self._step_losses)]).tolist()
-        for loss, rows in zip(losses, self._step_rows, strict=True):
-            if not math.isfinite(loss):
-                raise self._not_finite("loss", loss, rows)
-        # In float16 overflows are expected: the gradient scaler skips the step by itself.
-        if self.accelerator.scaler is None and not math.isfinite(norm_value):
-            raise self._not_finite("gradient norm", norm_value, [row for rows in self._step_rows for row in rows])
-        self._check_learning(norm_value, losses)
+        figures, losses = self._step_figures(norm)
+        self._skipped = self.watchdog.skips(figures, partial(self._rank_rows, losses), self.is_world_process_zero())
+        if self._skipped:
+            model.zero_grad(set_to_none=True)  # no optimizer changes a parameter, or its state, without a gradient
+            self._forget_step()
         return norm
 
-    def _check_learning(self, norm: float, losses: Sequence[float]) -> None:
-        """Raise RunError after `ZERO_STEPS` steps without a gradient, or at the run's end after fewer.
+    def _step_figures(self, norm: torch.Tensor) -> tuple[StepFigures, list[float]]:
+        """The step over all ranks, and the losses of this rank's micro-batches."""
+        term, ranks = self.router_term, self.accelerator.num_processes
+        loss = torch.stack(self._step_losses).sum()
+        dead = loss.new_zeros(()) if term is None else term.dead_share(self.sum_over_ranks).to(loss.device)
+        if ranks > 1:
+            loss = self.sum_over_ranks(loss) / ranks
+        read = torch.stack([value.detach().float() for value in (norm, dead, loss, *self._step_losses)])
+        norm_value, dead_value, total, *losses = read.tolist()
+        number, scaled = self.state.global_step + 1, self.accelerator.scaler is not None
+        dead_experts = None if term is None else dead_value
+        return StepFigures(number, self.state.max_steps, total, norm_value, dead_experts, scaled), losses
 
-        Where the loss is 0 as well there is nothing left to learn: pairs beyond the margin of `hinge`, rows known by
-        heart, or no supervised token in the step.
-        """
-        step = self.state.global_step + 1
-        if norm != 0 or not any(losses):
-            self._zero_since = None
-            return
-        first = self._zero_since = self._zero_since or step
-        if step - first + 1 < ZERO_STEPS and step < self.state.max_steps:
-            return
-        do = "start anew with a lower training.learning_rate"
-        if first == 1:
-            do = "add to lora.targets: what is adapted does not change the answers of these rows"
-        what = f"the gradient is exactly 0 from step {first} on: nothing is learned any more, and no adapter was saved"
-        raise RunError(Problem(f"step {step}", what, do, f"loss {sum(losses):.4g}, gradient norm 0"))
-
-    def _not_finite(self, what: str, value: float, rows: list[str]) -> RunError:
-        shown = ", ".join(rows[:32]) + (" ..." if len(rows) > 32 else "")
+    def _rank_rows(self, losses: list[float]) -> list[RankRows]:
+        """Every rank's rows of the step; may wait for the device."""
         router = None if self.router_term is None else self.router_term.first_not_finite()
-        first = "" if router is None else f"; the first router with logits that are not finite: {router}"
-        return RunError(
-            Problem(
-                f"step {self.state.global_step + 1}",
-                f"the {what} is not finite; the optimizer step was not taken{first}; rows of the step: {shown}",
-                "look at these rows, lower training.learning_rate, or use model.dtype bfloat16 instead of float16",
-                got=str(value),
-            )
-        )
+        gathered: list[RankRows] = gather_object([RankRows(self._step_rows, losses, router)])
+        return gathered
+
+    def _forget_step(self) -> None:
+        """Take a skipped step out of the figures since the last line."""
+        tr_loss, window = self._before_step
+        self._tr_loss.copy_(tr_loss)
+        self._window.copy_(window)
+        self._globalstep_last_logged += 1  # transformers divides by the steps since this one
 
     @property
     def num_tokens(self) -> int:
@@ -242,6 +245,10 @@ class _StepEnd(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, trainer: StepExactTrainer) -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.trainer.watchdog.begin(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.end_step()

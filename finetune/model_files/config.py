@@ -59,6 +59,7 @@ _BOUNDS: tuple[tuple[str, str, float, float], ...] = (
 _PATTERNS = tuple((re.compile(pattern), what, low, high) for pattern, what, low, high in _BOUNDS)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "moe_top_k", "num_experts_per_token", "top_k_experts")
+_TEMPLATES = "additional_chat_templates"
 _ADAPTER_FILE, _SHARDED_FILE = "adapter_config.json", ".metadata"
 
 
@@ -117,6 +118,8 @@ def vocabulary_size(folder: Path) -> int:
 def check_model_folder(folder: Path) -> None:
     """Raise where a folder that a library is to read holds something that is no regular file, or leads elsewhere."""
     check_all_regular(folder)
+    if (folder / _TEMPLATES).is_dir():
+        check_all_regular(folder / _TEMPLATES)
     _refuse_detours(folder)
 
 

@@ -50,8 +50,9 @@ def reading(where: Path | str, what: str = "transformers cannot read it", do: st
             raise
         if isinstance(error, FinetuneError) or _of_the_machine(error):
             raise
-        named = "" if isinstance(error, OSError | ValueError) or type(error) is Exception else f"{type(error).__name__}: "
-        raise WeightsError(Problem(str(where), what, do, named + first_line(error))) from error
+        plain = isinstance(error, OSError | ValueError) or type(error) is Exception
+        got = first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
+        raise WeightsError(Problem(str(where), what, do, got)) from error
 
 
 def _of_the_machine(error: BaseException) -> bool:

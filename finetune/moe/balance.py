@@ -31,6 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from finetune.moe.router import RouterRecord
 
 Scores = Literal["softmax", "sigmoid"]
+AllReduce = Callable[[torch.Tensor], torch.Tensor]
+CHOICES_PER_EXPERT = 10
+"""Mean choices for an expert in a step, below which one without a token says nothing about the router."""
 
 
 def balance_value(frequency_LE: torch.Tensor, probability_LE: torch.Tensor, pooled: bool = False) -> torch.Tensor:
@@ -113,12 +116,14 @@ class StepBalance:
         uniform_L1 = torch.tensor(top_k, dtype=torch.float32, device=device).unsqueeze(-1) / num_experts
         self.frequency_LE = uniform_L1.repeat(1, num_experts)
         self._sums = torch.zeros(len(top_k), 2 * num_experts + 2, device=device)
+        self._total: torch.Tensor | None = None  # the sums over all ranks, once they are asked for
         self._step_tokens = torch.ones((), device=device)
 
     def begin_step(self, step_tokens: torch.Tensor) -> None:
         """`step_tokens`: real tokens of the whole optimizer step, over all ranks and micro-batches; a scalar."""
         self._step_tokens = step_tokens.to(self._sums).clamp_min(1.0)
         self._sums = torch.zeros_like(self._sums)
+        self._total = None
 
     def terms(self, sums: TokenSums, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """This micro-batch's shares of the balance term and of the z-loss, with gradient; `tokens`: its real
@@ -129,14 +134,29 @@ class StepBalance:
         balance = balance_value(frequency_LE, sums.probability_LE / self._step_tokens, self.pooled)
         return balance, sums.z_L.mean() / self._step_tokens
 
-    def end_step(self, all_reduce: Callable[[torch.Tensor], torch.Tensor]) -> StepFigures:
-        """Finish the step; `all_reduce` sums a tensor over all ranks."""
-        total = all_reduce(self._sums)
+    def total(self, all_reduce: AllReduce) -> torch.Tensor:
+        """The sums over all ranks, `[L, 2 E + 2]`, once all micro-batches are through; reduced once in a step."""
+        if self._total is None:
+            self._total = all_reduce(self._sums)
+        return self._total
+
+    def dead_share(self, all_reduce: AllReduce) -> torch.Tensor:
+        """Share of the experts without a token of the step; a layer with few choices counts as having none. Scalar."""
+        experts = self.frequency_LE.shape[-1]
+        count_LE = self.total(all_reduce)[:, experts : 2 * experts]
+        enough_L1 = count_LE.sum(-1, keepdim=True) >= CHOICES_PER_EXPERT * experts
+        return ((count_LE == 0) & enough_L1).float().mean()
+
+    def end_step(self, all_reduce: AllReduce, skipped: bool = False) -> StepFigures:
+        """Finish the step; `all_reduce` sums over all ranks. `skipped`: the next step uses what this one used."""
+        total = self.total(all_reduce)
         experts = self.frequency_LE.shape[-1]
         mean = total / self._step_tokens
-        self.frequency_LE = mean[:, experts : 2 * experts]
+        frequency_LE = mean[:, experts : 2 * experts]
+        if not skipped:
+            self.frequency_LE = frequency_LE
         return StepFigures(
-            value=balance_value(self.frequency_LE, mean[:, :experts], self.pooled),
+            value=balance_value(frequency_LE, mean[:, :experts], self.pooled),
             z=mean[:, -2].mean(),
             count_LE=total[:, experts : 2 * experts],
             changed_L=mean[:, -1],

@@ -26,9 +26,10 @@ class LossSpike(Section):
         "this step. A loss or gradient that is not finite stops the run, unless this is skip_batch.",
     )
     ceiling: float = Field(
-        default=3.0,
-        gt=1,
-        description="Highest loss, as a multiple of the median of the last 50 steps; looked at from step 20 on.",
+        default=6.0,
+        gt=0,
+        description="Highest loss of a step, in standard deviations above the mean of the last 50 steps (one is at "
+        "least 5% of the mean); looked at after 20 steps.",
     )
 
 
@@ -39,17 +40,23 @@ class DeadExperts(Section):
         default="warn", description="What to do in a step with a higher share of dead experts."
     )
     ceiling: float = Field(
-        default=0.5, gt=0, le=1, description="Highest share of experts without a token, over all layers of a step."
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Highest share of experts without a token, over all layers of a step. A step of fewer than 10 "
+        "choices for each expert is not looked at.",
     )
 
 
 class ZeroGradient(Section):
     """Steps in which nothing is learned although the loss is not 0."""
 
-    action: Literal["stop", "skip_batch", "warn"] = Field(
+    action: Literal["stop", "warn"] = Field(
         default="stop", description="What to do once so many steps in a row had a gradient of exactly 0."
     )
-    ceiling: int = Field(default=3, ge=1, description="Steps in a row with a gradient of exactly 0.")
+    ceiling: int = Field(
+        default=3, ge=1, description="Steps in a row with a gradient of exactly 0; at the run's end one is enough."
+    )
 
 
 class WatchdogSettings(Section):

@@ -23,7 +23,7 @@ from finetune.run.run_folder import RunFolder
 
 def is_time(name: str) -> bool:
     """Whether a logged figure is a time or a rate, not one of the training."""
-    return name == "time" or name.endswith(("_runtime", "_per_second"))
+    return name == "time" or name.endswith(("_time", "_runtime", "_per_second"))
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]
@@ -34,8 +34,8 @@ class MetricsCallback(TrainerCallback):  # type: ignore[misc]
     looks like that of an uninterrupted run.
     """
 
-    def __init__(self, metrics: Path, times: Path) -> None:
-        self.metrics, self.times = metrics, times
+    def __init__(self, metrics: Path) -> None:
+        self.metrics, self.times = metrics, metrics.with_name("times.jsonl")
         self._repaired = False
 
     def on_train_begin(

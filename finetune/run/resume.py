@@ -35,6 +35,7 @@ FREE = (
     "output_dir",
     "logging",
     "save",
+    "watchdog",
     "training.resume",
     "training.rank_timeout",
     "training.save_steps",
@@ -43,7 +44,8 @@ FREE = (
     _BATCH_SIZE,
     "training.gradient_checkpointing",
 )
-"""Settings that do not change the result: output, logging, saving, and how a step is split into micro-batches."""
+"""Settings that do not change the result, or (the watchdog's) only steps to come: output, logging, saving, and how a
+step is split into micro-batches."""
 
 FIXED = (
     "lora",

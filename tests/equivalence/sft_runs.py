@@ -11,12 +11,11 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.base import read_base
-from finetune.data import Collator, prepare
-from finetune.methods.arguments import sft_config
-from finetune.methods.router_term import RouterTerm
-from finetune.methods.sft import MoeSftTrainer
+from finetune.methods.common import TrainerSetup
+from finetune.methods.sft import MoeSftTrainer, make_trainer, prepare_rows
 from finetune.model import adapt, load_base
 from finetune.recipe import Recipe
+from finetune.run import Dashboards, RunFolder
 
 WORDS = ["turn", "the", "light", "on", "in", "the", "kitchen", "and", "set", "a", "timer", "for", "ten", "minutes"]
 
@@ -95,21 +94,15 @@ def trainer_for(recipe: Recipe) -> tuple[MoeSftTrainer, Steps]:
     """The trainer as `finetune.train` builds it."""
     torch.manual_seed(recipe.seed)
     base = read_base(recipe)
-    tokenizer = base.tokenizer
+    rows = prepare_rows(recipe, base)
     model = adapt(load_base(base, recipe.model), base, recipe)
-    assert recipe.router is not None
-    steps = Steps(model)
-    trainer = MoeSftTrainer(
-        model=model,
-        router_term=RouterTerm(model, base.family, recipe.router),
-        args=sft_config(recipe, Path(recipe.output_dir), {"report_to": [], "disable_tqdm": True}, 1),
-        processing_class=tokenizer,
-        data_collator=Collator(tokenizer),
-        train_dataset=prepare(recipe.data.sources("train"), tokenizer, recipe.data, recipe.seed).dataset,
-        eval_dataset=recipe.data.eval
-        and prepare(recipe.data.sources("eval"), tokenizer, recipe.data, recipe.seed).dataset,
-        callbacks=[steps],
+    dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
+    trainer = make_trainer(
+        TrainerSetup(recipe, RunFolder(Path(recipe.output_dir)), base, model, rows, None, dashboards)
     )
+    trainer.saver = None  # without checkpoints
+    steps = Steps(model)
+    trainer.add_callback(steps)
     return trainer, steps
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from finetune.errors import RunError
 from finetune.methods.arguments import EVALUATION_TOKENS, evaluation_metrics, evaluation_rows
-from finetune.methods.trainer import StepExactTrainer
 from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos, recipe, run, trainer_for
 
 
@@ -202,33 +200,6 @@ def test_a_run_that_has_stopped_learning_is_stopped(base: Path, rows: Path, tmp_
         "loss "
     )
     assert message.endswith(", gradient norm 0; start anew with a lower training.learning_rate")
-
-
-@pytest.mark.parametrize(
-    ("norms", "losses", "stops"),
-    [
-        ([1, 0, 0, 0, 0], [2, 2, 2, 2, 2], 4),
-        ([0, 0, 1, 0, 0, 1], [2] * 6, None),
-        ([1, 1, 1, 1, 1, 0], [2] * 6, 6),  # at the end one step is enough: the adapter would be saved
-        ([0, 0, 0, 0, 0, 0], [0] * 6, None),  # nothing left to learn
-        ([0, 0, 0], [2] * 3, 3),
-    ],
-)
-def test_only_steps_without_gradient_and_with_a_loss_count(
-    norms: list[float], losses: list[float], stops: int | None
-) -> None:
-    trainer: Any = SimpleNamespace(_zero_since=None, state=SimpleNamespace(global_step=0, max_steps=6))
-    stopped, message = None, ""
-    for step, (norm, loss) in enumerate(zip(norms, losses, strict=True)):
-        trainer.state.global_step = step
-        try:
-            StepExactTrainer._check_learning(trainer, norm, [loss, 0])
-        except RunError as error:
-            stopped, message = step + 1, str(error)
-            break
-    assert stopped == stops
-    never = "add to lora.targets: what is adapted does not change the answers of these rows"
-    assert message.endswith(never) == (norms[0] == 0 and stops is not None)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:

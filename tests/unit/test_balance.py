@@ -1,5 +1,6 @@
 """The balance term and the z-loss: per layer, over real tokens, the same for every cut of a step."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from finetune.errors import RunError
-from finetune.methods.router_term import RouterTerm
+from finetune.methods.router_term import STATE_FILE, RouterTerm
 from finetune.moe.balance import StepBalance, balance_value, load_figures, token_sums
 from finetune.moe.families import FAMILIES
 from finetune.moe.router import RouterRecord
@@ -214,7 +215,7 @@ def test_coefficients_of_zero_leave_the_loss_bit_for_bit(base: Path) -> None:
 def test_the_balance_state_survives_a_checkpoint_and_a_missing_one_is_an_error(base: Path, tmp_path: Path) -> None:
     saved, loaded = term_of(trained_model(base)), term_of(trained_model(base))
     saved.balance.frequency_LE = torch.tensor([[0.9, 0.6, 0.3, 0.2], [0.1, 0.4, 0.8, 0.7]])
-    saved.save(tmp_path)
+    (tmp_path / STATE_FILE).write_text(json.dumps(saved.state_dict()))
     loaded.load(tmp_path)
     assert torch.equal(loaded.balance.frequency_LE, saved.balance.frequency_LE)
     with pytest.raises(RunError, match=r"router_balance.json: the checkpoint has no router state; start anew"):

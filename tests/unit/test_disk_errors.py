@@ -94,18 +94,17 @@ def test_each_way_in_which_a_disk_refuses_has_its_own_words(tmp_path: Path, monk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3500))
     path = tmp_path / "not" / "yet"
-    assert (
-        str(full(path, errno.ENOSPC))
-        == f"{path}: the disk is full; got 3.42 KiB free; make room on it, or write to another disk"
-    )
+    line = f"{path}: the disk is full: more than 3.42 KiB are needed; got 3.42 KiB free; make room on it, or write to"
+    assert str(full(path, errno.ENOSPC)) == f"{line} another disk"
     what = "there is too little room on the disk: 2.00 MiB are needed"
     assert full(path, errno.ENOSPC, 2 * 2**20).what == what
-    assert "quota" in full(path, errno.ENOSPC, 100).do, "what is needed is free, so something else is the reason"
     assert full(path, errno.EDQUOT, 100).what == "your quota on this disk is used up: 100 bytes are needed"
     assert full(path, errno.EROFS, 100).what == "the disk is read-only"
-    assert full(path, errno.EIO).what == "the disk fails (Input/output error)"
-    assert full(path, errno.ESTALE).what == "the disk fails (Stale file handle)"
+    assert full(path, errno.EIO).what == "a disk fails while this is written (Input/output error)"
+    assert full(path, errno.ESTALE).what == "a disk fails while this is written (Stale file handle)"
     assert full(path, errno.EACCES).what == "this user may not read or write it"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**30))
+    assert "(a quota, a reserve or a limit" in full(path, errno.ENOSPC, 100).do, "what is needed is free"
 
 
 def test_needed_and_free_bytes_never_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +125,20 @@ def test_a_disk_without_room_for_one_more_file_says_so(tmp_path: Path, monkeypat
     assert full(tmp_path, errno.ENOSPC).what == "the disk has no room for one more file (see df -i)"
 
 
+def unreadable() -> FinetuneError:
+    """An error about something that is read while something else is written: it has its own name already."""
+    error = FinetuneError(Problem("a.jsonl:1", "No space left on device", "mend the row"))
+    error.__cause__ = OSError(errno.EIO, "Input/output error")
+    return error
+
+
 def test_errors_that_are_not_a_disk_s_stay_what_they_are(tmp_path: Path) -> None:
     others = [
         ValueError("row 3: 'No space left on device (os error 28)'"),
         KeyError("[Errno 28]"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         FileNotFoundError(errno.ENOENT, "No such file or directory", str(tmp_path)),
-        FinetuneError(Problem("a.jsonl:1", "No space left on device", "mend the row")),
+        unreadable(),
         sqlite3.OperationalError("no such table: seen"),
     ]
     for error in others:
@@ -145,7 +151,7 @@ def without_reason() -> None:
     try:
         raise sqlite3.OperationalError("database or disk is full")
     except sqlite3.OperationalError as error:
-        raise FinetuneError(Problem("rows", "cannot be prepared", "try again")) from error
+        raise ConnectionError("the rows cannot be kept") from error
 
 
 def test_the_reason_behind_another_error_is_found_and_the_first_name_is_kept(tmp_path: Path) -> None:

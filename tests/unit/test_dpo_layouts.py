@@ -12,9 +12,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
+from finetune.methods.loss_head import fit_head
 from finetune.methods.pairs import score_pairs, shared_prompt_mask
 from finetune.methods.router_term import RouterTerm
-from finetune.methods.loss_head import fit_head
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.families import FAMILIES
 from finetune.moe.lora import grow_vocabulary

@@ -56,7 +56,7 @@ def test_only_regular_files_are_opened_and_nothing_waits_for_a_writer(tmp_path: 
         tmp_path: "it is a folder",
         Path("/dev/zero"): "it is a device",
         tmp_path / "to-memory.json": "the kernel makes up",
-        tmp_path / "a\0b": "its name has a NUL byte",
+        tmp_path / "a\0b": "it has a NUL byte",
     }
     for path, reason in kinds.items():
         for read in (open_regular, check_regular, read_json):

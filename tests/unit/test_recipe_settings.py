@@ -36,7 +36,8 @@ data.eval data.eval.path data.eval.id data.eval.config data.eval.split data.eval
 data.eval.format data.eval.columns data.eval.ignore_columns data.eval.roles
 data.eval.response_template data.eval.response_end data.eval.weight data.eval.max_rows
 data.on_bad_row data.max_bad_share data.stopping_strategy data.loss_on data.system
-data.max_length data.overlong data.max_row_characters data.chat_template data.template_args data.train_on_reasoning data.packing
+data.max_length data.overlong data.max_row_characters data.chat_template data.template_args data.train_on_reasoning
+data.packing
 training training.max_steps training.num_train_epochs training.learning_rate training.global_batch_size
 training.per_device_train_batch_size training.lr_scheduler_type training.warmup_steps training.weight_decay
 training.max_grad_norm training.optim training.gradient_checkpointing training.logging_steps training.eval_steps

@@ -29,8 +29,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from finetune.errors import RunError
 from finetune.recipe import LoggingSettings, load_recipe
-from finetune.run.dashboards import RunTensorBoardCallback, prepare_dashboards, resolve_report_to
 from finetune.run import MetricsCallback, read_metrics
+from finetune.run.dashboards import RunTensorBoardCallback, prepare_dashboards, resolve_report_to
 from finetune.run.run_folder import RunFolder
 
 KEY = "k" * 40

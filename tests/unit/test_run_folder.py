@@ -1,4 +1,4 @@
-"""The run folder: what it refuses, what it continues, and files that appear whole or not at all."""
+"""The run folder: what it refuses, and what is recorded in it."""
 
 import json
 import subprocess
@@ -12,103 +12,41 @@ from accelerate import PartialState
 
 from finetune.data import set_template_day, template_day
 from finetune.errors import RunError
-from finetune.recipe import dump_recipe
 from finetune.run.provenance import _toolkit_commit, collect_provenance
-from finetune.run.run_folder import RunFolder, check_same_recipe, check_same_rows
+from finetune.run.run_folder import RunFolder
 from finetune.train import _set_template_day
 from tests.support import tiny_tokenizer
-from tests.unit.recipe_writing import SOUND, RecipeFile
 
 
-def save_checkpoint(run: RunFolder, step: int, state: str = "{}") -> Path:
-    folder = run.path / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    (folder / "trainer_state.json").write_text(state)
-    return folder
-
-
-def test_a_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "runs" / "one")
-    run.create()
-    assert run.path.is_dir()
+def test_the_paths_are_below_the_folder(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "one")
     assert {path.parent for path in (run.adapter, run.recipe, run.audit, run.metrics, run.provenance)} == {run.path}
 
 
-def test_a_run_that_died_before_its_first_step_is_started_again(tmp_path: Path) -> None:
+def test_a_run_that_died_before_its_first_step_may_be_started_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    for path in (run.recipe, run.audit, run.experts, run.provenance, tmp_path / ".tmp-1-audit.json"):
+    for path in (run.identity, run.audit, run.experts, run.provenance, tmp_path / ".tmp-1-audit.json"):
         path.write_text("")
-    run.create()
+    run.check_contents()
+    assert not run.has_begun
 
 
-def test_a_finished_run_is_kept_aside_under_the_next_free_number(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run")
-    for number in (1, 2):
-        run.adapter.mkdir(parents=True)
-        run.metrics.write_text(str(number))
-        assert run.create() == tmp_path / f"run.{number}"
-        assert list(run.path.iterdir()) == []
-    assert [(tmp_path / f"run.{number}" / "metrics.jsonl").read_text() for number in (1, 2)] == ["1", "2"]
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-5", "adapter"])
+def test_a_run_has_begun_once_it_has_logged_or_saved(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name == "adapter" else (tmp_path / name).write_text("")
+    assert RunFolder(tmp_path).has_begun
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoint-5"])
-def test_a_folder_that_holds_an_unfinished_run_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("")
-    with pytest.raises(RunError) as error:
-        RunFolder(tmp_path).create()
-    assert str(error.value) == (
-        f"{tmp_path}: output_dir holds an unfinished run; got {name}; choose another output_dir, or remove this one"
-    )
+def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"files that are not a run's; got thesis.tex; choose another output_dir"):
+        RunFolder(tmp_path).check_contents()
 
 
-def test_continuing_is_offered_where_there_is_something_to_continue_from(tmp_path: Path) -> None:
-    save_checkpoint(RunFolder(tmp_path), 5)
-    with pytest.raises(RunError, match=r"remove this one, or set training.resume_from_checkpoint=true to continue it"):
-        RunFolder(tmp_path).create()
-
-
-def test_a_finished_run_is_not_continued(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    save_checkpoint(run, 5)
-    run.adapter.mkdir()
-    with pytest.raises(RunError, match=r"the run is finished, there is nothing to continue; set training.resume_from_"):
-        run.create(resume=True)
-
-
-def test_a_run_is_continued_only_as_what_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe_file = RecipeFile(tmp_path, monkeypatch)
-    run = RunFolder(Path("runs/test"))
-    run.path.mkdir(parents=True)
-    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND)))
-    free = ("logging.report_to=none", "training.save_steps=3", "training.resume_from_checkpoint=true")
-    check_same_recipe(run, recipe_file.load(SOUND, *free))
-    changed = ("training.learning_rate=1e-4", "lora.r=4", "data.template_args={enable_thinking: false}")
-    with pytest.raises(RunError) as error:
-        check_same_recipe(run, recipe_file.load(SOUND, *changed, *free))
-    assert str(error.value).splitlines() == [
-        "lora.r: the run in runs/test was made with 8; got 4; "
-        "set it back to continue that run, or name another output_dir",
-        "training.learning_rate: the run in runs/test was made with 0.001; got 0.0001; "
-        "set it back to continue that run, or name another output_dir",
-        "data.template_args.enable_thinking: the run in runs/test was made with None; got False; "
-        "set it back to continue that run, or name another output_dir",
-    ]
-
-
-def test_a_run_is_continued_only_on_the_rows_that_it_began_with(tmp_path: Path) -> None:
-    def rows(digest: str) -> dict[str, Any]:
-        return {"train": {"sets": [{"name": "a.jsonl", "digest": "1"}, {"name": "b.jsonl", "digest": digest}]}}
-
-    run = RunFolder(tmp_path)
-    check_same_rows(run, rows("2"))
-    run.audit.write_text(json.dumps({"rows": rows("2")}))
-    check_same_rows(run, rows("2"))
-    with pytest.raises(RunError) as error:
-        check_same_rows(run, rows("3"))
-    assert str(error.value) == (
-        f"b.jsonl: its rows are not those that the run in {tmp_path} began with; "
-        "put the data back as it was to continue that run, or name another output_dir"
-    )
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(RunError, match="output_dir is a file; name a folder"):
+        RunFolder(tmp_path / "run").check_contents()
 
 
 def test_a_resumed_run_writes_the_date_of_its_first_start(tmp_path: Path) -> None:
@@ -127,49 +65,6 @@ def test_a_resumed_run_writes_the_date_of_its_first_start(tmp_path: Path) -> Non
         set_template_day(base.tokenizer, None)
         _set_template_day(base, run, resume)
         assert template_day(base.tokenizer) == day
-
-
-def test_the_cut_of_a_step_is_free_unless_the_balance_term_depends_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe_file = RecipeFile(tmp_path, monkeypatch)
-    run = RunFolder(Path("runs/test"))
-    run.path.mkdir(parents=True)
-    cut = "training.per_device_train_batch_size=4"
-    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND)))
-    check_same_recipe(run, recipe_file.load(SOUND, cut))
-    run.recipe.write_text(dump_recipe(recipe_file.load(SOUND, "router.scope=micro_batch")))
-    with pytest.raises(RunError, match=r"training.per_device_train_batch_size: the run in runs/test was made with 1"):
-        check_same_recipe(run, recipe_file.load(SOUND, "router.scope=micro_batch", cut))
-
-
-def test_a_folder_with_foreign_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(RunError, match=r"files that are not a run's; got thesis.tex; choose another output_dir"):
-        RunFolder(tmp_path).create()
-
-
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(RunError, match="output_dir is a file; name a folder"):
-        RunFolder(tmp_path / "run").create()
-
-
-def test_resuming_continues_from_the_newest_whole_checkpoint(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    save_checkpoint(run, 9)
-    whole = save_checkpoint(run, 10)
-    save_checkpoint(run, 11, state='{"global_step": 1')
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-old").mkdir()
-    run.create(resume=True)
-    assert run.newest_checkpoint() == whole
-
-
-def test_resuming_where_there_is_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no whole checkpoint to continue from; set training.resume_from_checkpoint=f"):
-        RunFolder(tmp_path / "typo").create(resume=True)
-    assert not (tmp_path / "typo").exists()
 
 
 def test_provenance_says_what_the_run_was_made_from() -> None:

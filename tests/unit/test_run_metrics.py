@@ -37,7 +37,15 @@ def test_each_log_event_is_one_line_unrounded(path: Path) -> None:
     first, second = read_metrics(path)
     assert (first["loss"], first["ce_loss"], first["tokens"]) == (0.1 + 0.2, 1.5, 3)
     assert (second["step"], second["epoch"], second["eval_loss"]) == (2, 0.2, 1 / 3)
-    assert second["time"] >= first["time"] > 0
+    times = read_metrics(path.with_name("times.jsonl"))
+    assert times[1]["time"] >= times[0]["time"] > 0
+
+
+def test_times_and_rates_stand_in_a_file_of_their_own(path: Path) -> None:
+    log(MetricsCallback(path), 1, eval_loss=2.0, eval_runtime=3.0, eval_samples_per_second=4.0)
+    assert read_metrics(path) == [{"eval_loss": 2.0, "step": 1, "epoch": 0.1}]
+    (times,) = read_metrics(path.with_name("times.jsonl"))
+    assert times.keys() == {"step", "eval_runtime", "eval_samples_per_second", "time"}
 
 
 def test_a_value_that_is_not_finite_is_named_and_the_line_stays_json(path: Path) -> None:
@@ -63,6 +71,7 @@ def test_a_resumed_run_reads_as_if_it_had_not_been_interrupted(path: Path) -> No
     before = MetricsCallback(path)
     for step in (1, 2, 3):
         log(before, step, loss=float(step))
+    log(before, 2, train_loss=1.5)
     after = MetricsCallback(path)
     resume(after, step=2)
     for step in (3, 4):
@@ -97,10 +106,10 @@ def test_the_curve_has_a_panel_for_each_term(path: Path, logs: dict[str, Any], p
     assert draw_loss_curve(path, picture)
     height, width = imread(picture).shape[:2]
     assert (height, width) == (420 * panels, 960)
-    assert sorted(entry.name for entry in path.parent.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == ["loss_curve.png", "metrics.jsonl", "times.jsonl"]
 
 
 def test_a_run_too_short_to_log_a_loss_has_no_curve(path: Path) -> None:
-    log(MetricsCallback(path), 1, train_runtime=3.0)
+    log(MetricsCallback(path), 1, train_loss=3.0)
     assert not draw_loss_curve(path, path.with_name("loss_curve.png"))
     assert not path.with_name("loss_curve.png").exists()

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,7 +22,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from finetune.data.row_errors import FileError, Row
 from finetune.data.sources.tables import rows_of
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError, DiskError, Problem, disk_problem
 from finetune.recipe import DataSource
 from finetune.upstream import private
 
@@ -145,6 +146,9 @@ def _library_errors(settings: DataSource) -> Iterator[None]:
         what = "the data set has no such revision"
         raise _error(settings, what, "write a branch, tag or commit of it", settings.revision) from error
     except Exception as error:
+        elsewhere = "set HF_HOME to a folder on another disk"
+        if problem := disk_problem(error, Path(datasets.config.HF_DATASETS_CACHE), elsewhere=elsewhere):
+            raise DiskError(problem) from error
         raise _translated(settings, error) from error
 
 

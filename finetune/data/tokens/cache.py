@@ -8,15 +8,13 @@ An entry is a folder that appears whole, by one rename, or not at all. Nothing r
 may be deleted at any time.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +26,10 @@ import pyarrow as pa
 
 from finetune.data.render import stop_tokens, template_args, template_day
 from finetune.data.types import Ints
-from finetune.errors import DataError, Problem
+from finetune.errors import DiskError, disk_problem
+from finetune.files import disk_named
 from finetune.recipe import DataSettings, DataSource, row_formats
 
-_LITTLE_SPACE = 1 << 16  # bytes
 _LIBRARIES = ("tokenizers", "transformers", "jinja2", "datasets", "pyarrow", "numpy")
 # The settings that the token rows of one source depend on. The rest (weights, packing) is applied to them later.
 _SOURCE_KEYS = (
@@ -93,38 +91,29 @@ def entry(name: str, write: Callable[[Path], None]) -> Path:
     target = root / name
     if target.is_dir():
         return target
-    root.mkdir(parents=True, exist_ok=True)
-    _remove_left_behind(root)
     temporary = root / f".{name}.{socket.gethostname()}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with _full_disk_named(root):
-            write(temporary)
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
+    with disk_named(root, elsewhere="set FINETUNE_CACHE to a folder on another disk"):
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(root)
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            write(temporary)
+            for path in temporary.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            _rename(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
-@contextmanager
-def _full_disk_named(root: Path) -> Iterator[None]:
-    """Name the folder in the error of a full disk; numpy and pyarrow do not name the file, or even the cause."""
+def _rename(temporary: Path, target: Path) -> None:
     try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or shutil.disk_usage(root).free < _LITTLE_SPACE
-        if error.filename is not None or not full:
+        temporary.rename(target)
+    except OSError:
+        if not target.is_dir():
             raise
-        do = "free some space, or set FINETUNE_CACHE to a folder with more"
-        raise DataError(Problem(str(root), "no space left for the prepared rows", do, str(error))) from error
 
 
 def _remove_left_behind(root: Path) -> None:
@@ -264,7 +253,18 @@ class Seen:
         digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         number = int.from_bytes(digest, "big", signed=True)
         insert = "INSERT OR IGNORE INTO seen VALUES (?, ?)"
-        if self._database.execute(insert, (number, place)).rowcount:
-            return None
-        earlier: str = self._database.execute("SELECT place FROM seen WHERE key = ?", (number,)).fetchone()[0]
+        try:
+            if self._database.execute(insert, (number, place)).rowcount:
+                return None
+            earlier: str = self._database.execute("SELECT place FROM seen WHERE key = ?", (number,)).fetchone()[0]
+        except sqlite3.OperationalError as error:
+            raise _temporary_disk(error) from error
         return earlier
+
+
+def _temporary_disk(error: sqlite3.OperationalError) -> Exception:
+    """The error of SQLite's temporary file, which it makes once its cache is full, with the folder that it takes."""
+    folders = [os.environ.get("SQLITE_TMPDIR"), os.environ.get("TMPDIR"), "/var/tmp", "/usr/tmp", "/tmp", "."]
+    folder = next(Path(each) for each in folders if (each and os.access(each, os.W_OK | os.X_OK)) or each == ".")
+    problem = disk_problem(error, folder, elsewhere="set SQLITE_TMPDIR to a folder on another disk")
+    return error if problem is None else DiskError(problem)
