@@ -1,4 +1,4 @@
-"""Settings of the process: waiting threads, hidden log lines. Call before torch is imported; imports nothing heavy."""
+"""Settings of the process: waiting threads, telemetry, hidden log lines. Call before torch is imported; imports nothing heavy."""
 
 import logging
 import os
@@ -12,6 +12,15 @@ def wait_passively() -> None:
     runtime that torch ships, one other busy process on the machine made a step 9 times slower (`benchmarks/LOG.md`).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def no_telemetry() -> None:
+    """Keep Hugging Face's packages from reporting to their server, unless the user has decided otherwise.
+
+    Without it TRL reports architecture, GPU and number of processes of each run, and every request to the hub, also one
+    that the recipe asks for, first fetches a list of programs (`/api/agent-harnesses`) to name the one that it runs in.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def hush() -> None:

@@ -14,13 +14,15 @@ ROLES: tuple[Role, ...] = get_args(Role)
 class WrittenFloat(float):
     """A number of a JSON file with its spelling there: as an answer, 1.10 is not 1.1."""
 
+    __slots__ = ("text",)  # a third of the memory: a row may hold millions
+
+    text: str
+
     def __new__(cls, text: str) -> "WrittenFloat":
         """The number that `text` spells."""
         number = super().__new__(cls, text)
         number.text = text
         return number
-
-    text: str
 
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")

@@ -18,6 +18,7 @@ from finetune.recipe.yaml import resolve
 def load_recipe(path: str | PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Read, override (`key.path=value`) and validate a recipe. Raises RecipeError with all problems at once."""
     source = read_source(FilePath(path), overrides)
+    source.check_values()
     _fill_empty_sections(source)
     recipe = None
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
 from finetune.errors import Problem, RecipeError
+from finetune.files import open_regular
 from finetune.recipe.yaml import MAX_BYTES, Path, Reading, Value, read_yaml
 
 COMMAND_LINE = "command line"
@@ -15,6 +16,8 @@ MAX_SHOWN_CHARS = 80
 _NAME = r"[A-Za-z_]\w*(?:\[[0-9]{1,6}\])*"
 _OVERRIDE = re.compile(rf"({_NAME}(?:\.{_NAME})*)=(.*)", re.DOTALL)
 _PART = re.compile(r"([A-Za-z_]\w*)|([0-9]+)")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+_LARGEST = 1 << 53  # beyond it a float is another number, and other libraries take none
 _SHAPE = "write key.path=value, for example lora.r=32"
 
 
@@ -127,6 +130,20 @@ class Source:
                 return line, f"{self.name}:{line}"
         return 1, f"{self.name}:1"
 
+    def check_values(self) -> None:
+        """Report text and numbers that no setting can be, whatever its type."""
+        waiting: list[tuple[Path, Value]] = [((), self.values)]
+        while waiting:
+            path, value = waiting.pop()
+            if isinstance(value, str) and _NO_TEXT.search(value):
+                self.report(path, "text with a NUL byte or half of a surrogate pair", "remove it", got=show(value))
+            elif isinstance(value, int) and abs(value) > _LARGEST:
+                self.report(path, "out of range", "write a smaller number", got=show(value))
+            elif isinstance(value, dict):
+                waiting += [((*path, key), entry) for key, entry in value.items()]
+            elif isinstance(value, list):
+                waiting += [((*path, index), entry) for index, entry in enumerate(value)]
+
     def raise_problems(self) -> None:
         """Raise all problems at once, ordered by line, those of the command line last."""
         if self.problems:
@@ -171,7 +188,7 @@ def read_source(path: FilePath, overrides: Sequence[str]) -> Source:
 
 def _read_file(path: FilePath) -> Reading:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         what = f"cannot be read: {error.strerror}"

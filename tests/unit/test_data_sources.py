@@ -306,15 +306,40 @@ class TestRefusedPaths:
     @pytest.mark.parametrize(
         ("name", "content", "message"),
         [
-            ("state.json", b"{", "is damaged; save or copy the folder again"),
-            ("dataset_dict.json", b"[]", "is damaged; save or copy the folder again"),
+            ("state.json", b"{", "is damaged; got Expecting property name"),
+            ("state.json", b"\xff", "is damaged; got 'utf-8' codec can't decode byte 0xff"),
+            ("state.json", b'{"a":' * 100_000, "is damaged; got nested too deeply"),
+            ("state.json", b'{"_data_files": 5}', "is damaged: it has no list _data_files; got 5"),
+            ("state.json", b'{"_data_files": {"filename": "a"}}', "is damaged: it has no list _data_files; got {"),
+            ("state.json", b'{"_data_files": [5]}', "names a file outside its folder, or none at all; got 5"),
+            ("state.json", b'{"_data_files": [{"filename": "../a"}]}', "names a file outside its folder, or none"),
+            ("state.json", b'{"_data_files": [{"filename": "/etc/passwd"}]}', "names a file outside its folder"),
+            ("state.json", b'{"_data_files": [{"filename": "a\\u0000b"}]}', "names a file outside its folder"),
+            ("dataset_dict.json", b"[]", "is damaged: it has no list splits; got []"),
+            ("dataset_dict.json", b'{"splits": ["../x"]}', "names a file outside its folder"),
         ],
     )
     def test_a_saved_folder_whose_index_is_damaged(
         self, tmp_path: Path, name: str, content: bytes, message: str
     ) -> None:
         write(tmp_path / "d" / name, content)
-        assert refusal(tmp_path / "d") == [f"{tmp_path}/d/{name}: {message}"]
+        [refused] = refusal(tmp_path / "d")
+        assert refused.startswith(f"{tmp_path}/d/{name}: {message}")
+        assert refused.endswith("; save or copy the folder again")
+
+    def test_a_saved_folder_that_names_a_file_twice(self, tmp_path: Path) -> None:
+        write(tmp_path / "d" / "state.json", b'{"_data_files": [{"filename": "a"}, {"filename": "a"}]}')
+        assert refusal(tmp_path / "d") == [
+            f"{tmp_path}/d/state.json: names a file twice; save or copy the folder again"
+        ]
+
+    @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json", "data-00000-of-00001.arrow"])
+    def test_a_saved_folder_with_a_fifo_in_it(self, tmp_path: Path, name: str) -> None:
+        Dataset.from_list([{"a": 1}]).save_to_disk(tmp_path / "d")
+        (tmp_path / "d" / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / "d" / name)
+        [refused] = refusal(tmp_path / "d")
+        assert "it is a FIFO or pipe, not a regular file" in refused
 
     def test_a_saved_folder_that_names_no_file(self, tmp_path: Path) -> None:
         write(tmp_path / "d" / "state.json", b"{}")
@@ -337,7 +362,7 @@ class TestRefusedPaths:
             f"2: {advice.replace('suffix .xlsx', 'no suffix')}",
             "3.parquet.gz: .parquet files are read as they are, not packed; got suffix .parquet.gz; unpack it",
             f"4.jsonl: a link to a file that does not exist; got {tmp_path}/gone; fix the link",
-            "5.jsonl: is not a file; give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk",
+            "5.jsonl: it is a FIFO or pipe, not a regular file; give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk",
         ]
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -19,8 +19,10 @@ from finetune.data.render.template_source import check_template_args, compile_te
 from finetune.data.row_errors import RowError
 from finetune.data.types import Function, Message, ToolCall
 from finetune.errors import DataError, Problem
+from finetune.files import read_text
 
 FOLDER = Path(__file__).parent / "templates"
+MAX_TEMPLATE_BYTES = 1 << 20
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.jinja")))
 
 Tools = list[dict[str, Any]] | None
@@ -30,13 +32,15 @@ def read_template(name_or_path: str) -> str:
     """The Jinja source of a shipped template (by name) or of a file; `DataError` if it is neither."""
     path = FOLDER / f"{name_or_path}.jinja" if name_or_path in SHIPPED else Path(name_or_path)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MAX_TEMPLATE_BYTES)
     except (OSError, UnicodeDecodeError) as error:
+        absent = isinstance(error, FileNotFoundError)
+        reason = error.__class__.__name__ if absent else getattr(error, "strerror", None) or error
         raise DataError(
             Problem(
                 where="data.chat_template",
-                what="no such template",
-                got=f"{name_or_path!r} ({error.__class__.__name__})",
+                what="no such template" if absent else "cannot be read as a template",
+                got=f"{name_or_path!r} ({reason})",
                 do=f"name a shipped template ({', '.join(SHIPPED)}) or the path of a .jinja file",
             )
         ) from error

@@ -6,7 +6,6 @@ Files are decompressed while they are read, the position in them is kept, and da
 import glob
 import gzip
 import io
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,15 +16,16 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
-from finetune.data.row_errors import FileError
+from finetune.data.row_errors import FileError, shown
+from finetune.data.sources.bounds import Expansion
 from finetune.errors import DataError, Problem
+from finetune.files import NotRegularError, open_regular, read_json, regular_descriptor
 from finetune.recipe.row_formats import looks_like_hub_id
 
 BUFFER = 1 << 20
-MAX_ROW_BYTES = 1 << 28
-"""No row is longer (256 MiB): what looks like one is a file of another kind, or one whose quotes do not match."""
-
 COPY_AGAIN = "copy or download it again"
+_SAVE_AGAIN = "save or copy the folder again"
+_SHOWN = 20  # names in a message
 _ZSTD_PIECE = 1 << 13  # bytes; what pyarrow has unpacked of a piece is lost when the piece breaks
 _MAGIC = {
     b"\x1f\x8b": ("gzip", "add .gz to its name"),
@@ -62,8 +62,9 @@ class _Counted(io.FileIO):
 class _Unpacked(io.RawIOBase):
     """The output of a decompressor as soon as it is there, so that all before a damaged place is read."""
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
+    def __init__(self, read: Callable[[int], bytes], expansion: Expansion) -> None:
         self._read = read
+        self._expansion = expansion
 
     def readable(self) -> bool:
         return True
@@ -79,6 +80,7 @@ class _Unpacked(io.RawIOBase):
                 raise FileError("the compressed file is truncated", COPY_AGAIN) from error
             what = "not the format of its suffix, or damaged"
             raise FileError(what, f"{COPY_AGAIN}, or give it the right suffix", str(error)) from error
+        self._expansion.add(len(piece))
         view[: len(piece)] = piece
         return len(piece)
 
@@ -89,14 +91,17 @@ def opened(path: str, packed: str | None, place: Place) -> Iterator[ByteStream]:
 
     `FileError` if the file is of another kind than its name says.
     """
-    with _Counted(path) as raw:
+    with _Counted(regular_descriptor(path)) as raw:
         raw.place = place
         stream: ByteStream = io.BufferedReader(raw, BUFFER)
+        size = os.fstat(raw.fileno()).st_size
         if packed == ".gz":
-            stream = io.BufferedReader(_Unpacked(gzip.GzipFile(fileobj=stream).read1), BUFFER)
+            unpacked = _Unpacked(gzip.GzipFile(fileobj=stream).read1, Expansion(size, Expansion.GZIP))
+            stream = io.BufferedReader(unpacked, BUFFER)
         elif packed == ".zst":
             read = pa.CompressedInputStream(stream, "zstd").read
-            stream = io.BufferedReader(_Unpacked(lambda size: read(min(size, _ZSTD_PIECE))), BUFFER)
+            unpacked = _Unpacked(lambda wanted: read(min(wanted, _ZSTD_PIECE)), Expansion(size))
+            stream = io.BufferedReader(unpacked, BUFFER)
         head = stream.peek(8)[:8]
         for magic, (kind, do) in _MAGIC.items():
             if head.startswith(magic):
@@ -161,7 +166,7 @@ def _working_directory() -> str:
 
 
 def _is_saved(path: str) -> bool:
-    return os.path.isfile(os.path.join(path, "state.json"))
+    return os.path.lexists(os.path.join(path, "state.json"))
 
 
 def _error(path: str, what: str, do: str, got: str | None = None) -> DataError:
@@ -178,10 +183,10 @@ def _data_file(path: str) -> DataFile:
         raise _error(path, "no such data file", do, _working_directory())
     if os.path.isdir(path):
         return _saved_folder(path)
-    if not os.path.isfile(path):
-        raise _error(path, "is not a file", _NAME_ONE)
-    kind, packed = _kind(path)
     _check_readable(path)
+    kind, packed = _kind(path)
+    if kind in _TEXT and not packed:
+        _check_no_hole(path)
     return DataFile(path, kind, packed, {path: os.path.getsize(path)})
 
 
@@ -203,32 +208,59 @@ def _suffix(path: str) -> str:
 
 def _check_readable(path: str) -> None:
     try:
-        with open(path, "rb"):
-            pass
+        os.close(regular_descriptor(path))
+    except NotRegularError as error:
+        raise _error(path, str(error.strerror), _NAME_ONE) from error
     except OSError as error:
         raise _error(path, f"cannot be read ({error.strerror})", "check that it exists and can be read") from error
 
 
+def _check_no_hole(path: str) -> None:
+    """Refuse text with a hole, which a crash leaves: it reads as NUL bytes, and may be of any length."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size and hasattr(os, "SEEK_HOLE") and (hole := os.lseek(file.fileno(), 0, os.SEEK_HOLE)) < size:
+            raise _error(path, f"nothing was written from byte {hole:,} on (a hole)", COPY_AGAIN, f"{size:,} bytes")
+
+
 def _saved_folder(path: str) -> DataFile:
-    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        names = _load(path, "dataset_dict.json", "splits")
-        do = f"give the folder of one: {' or '.join(os.path.join(path, name) for name in names)}"
-        raise _error(path, "is a folder of several splits", do, ", ".join(names))
+    if os.path.lexists(os.path.join(path, "dataset_dict.json")):
+        names = [_plain_name(path, "dataset_dict.json", name) for name in _load(path, "dataset_dict.json", "splits")]
+        do = f"give the folder of one: {' or '.join(os.path.join(path, name) for name in names[:_SHOWN])}"
+        raise _error(path, "is a folder of several splits", do, ", ".join(names[:_SHOWN]))
     if not _is_saved(path):
         raise _error(path, "is a folder", f"write a glob, such as {os.path.join(path, '*.jsonl')}")
     if _load(path, "state.json", "_indices_data_files"):
         raise _error(path, "is a save_to_disk folder of an old version, with an index", "save it again")
-    parts = [os.path.join(path, entry["filename"]) for entry in _load(path, "state.json", "_data_files")]
+    entries = _load(path, "state.json", "_data_files")
+    written = [entry.get("filename") if isinstance(entry, dict) else entry for entry in entries]
+    names = [_plain_name(path, "state.json", name) for name in written]
+    parts = [os.path.join(path, name) for name in names]
     if not parts:
         raise _error(path, "is a save_to_disk folder whose state.json names no file", "save or copy it again")
+    if len(set(parts)) < len(parts):
+        raise _error(os.path.join(path, "state.json"), "names a file twice", _SAVE_AGAIN)
     for part in parts:
         _check_readable(part)
     return DataFile(path, SAVED, None, {part: os.path.getsize(part) for part in parts})
 
 
 def _load(folder: str, name: str, key: str) -> list[Any]:
+    """The list under a key of a JSON file of the folder; empty where there is none."""
+    path = os.path.join(folder, name)
     try:
-        values = json.loads(Path(folder, name).read_text(encoding="utf-8")).get(key) or []
-    except (ValueError, AttributeError) as error:
-        raise _error(os.path.join(folder, name), "is damaged", "save or copy the folder again") from error
-    return list(values)
+        about = read_json(path)
+    except (OSError, ValueError) as error:
+        raise _error(path, "is damaged", _SAVE_AGAIN, getattr(error, "strerror", None) or str(error)) from error
+    values = (about.get(key) or []) if isinstance(about, dict) else about
+    if not (isinstance(about, dict) and isinstance(values, list)):
+        raise _error(path, f"is damaged: it has no list {key}", _SAVE_AGAIN, shown(values))
+    return values
+
+
+def _plain_name(folder: str, file: str, name: Any) -> str:
+    """A name that a JSON file of the folder gives, if it is one of this folder."""
+    if not isinstance(name, str) or name in ("", ".", "..") or os.path.basename(name) != name or "\0" in name:
+        what = "names a file outside its folder, or none at all"
+        raise _error(os.path.join(folder, file), what, _SAVE_AGAIN, shown(name))
+    return name

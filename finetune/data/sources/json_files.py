@@ -11,7 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
-from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
+from finetune.data.sources.bounds import (
+    MAX_BLANK_LINES,
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    first_repeated,
+    too_many_values,
+)
+from finetune.data.sources.data_files import BUFFER, COPY_AGAIN, ByteStream, DataFile, Place, opened
 from finetune.data.types import WrittenFloat
 from finetune.recipe.row_formats import ROW_FORMATS
 
@@ -28,8 +35,7 @@ _BAD_BYTE = re.compile("[\udc80-\udcff]")
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = first_repeated([key for key, _ in pairs])
         raise RowError(twice, "the key occurs twice in one object", "keep one of them")
     return row
 
@@ -44,10 +50,12 @@ DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_float=Written
 
 def parse_line(content: bytes) -> RowValue:
     """The row of one line (no white space around it)."""
+    if (error := too_many_values(content)) is not None:
+        return error
     try:
         return parse_text(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return not_utf8(content[error.start])
+    except UnicodeDecodeError as wrong:
+        return not_utf8(content[wrong.start])
 
 
 def parse_text(text: str) -> RowValue:
@@ -67,6 +75,8 @@ def checked(value: Any, escaped_surrogates: bool) -> RowValue:
     """The value if it is an object without half surrogate pairs; these can only come from \\ud... escapes."""
     if not isinstance(value, dict):
         return RowError(None, "a row must be a JSON object", WRITE_JSONL, shown(value))
+    if len(value) > MAX_COLUMNS:
+        return RowError(None, f"{len(value):,} keys", f"a row has at most {MAX_COLUMNS:,}: remove the others")
     if escaped_surrogates and (surrogate := _half_surrogate(value)) is not None:
         return RowError(
             surrogate[0] or None, "half of a surrogate pair", "fix the \\u escapes", shown(ascii(surrogate[1]))
@@ -232,6 +242,8 @@ class JsonStream:
         if len(pieces[0]) > MAX_ROW_BYTES:
             what = f"the row that begins here has more than {MAX_ROW_BYTES >> 20} MiB"
             raise FileError(what, f"is a quote or a bracket missing? {_FIX}", self._rest())
+        if (error := too_many_values(pieces[0])) is not None:
+            raise FileError(error.what, error.do, self._rest())
         wanted = max(BUFFER, len(pieces[0]))
         try:
             while wanted > 0 and (piece := self._stream.read1(BUFFER)):
@@ -411,12 +423,15 @@ def _is_indented(first: bytes, stream: ByteStream) -> bool:
 
 def _lines(first: bytes, stream: ByteStream, place: Place) -> Iterator[RowValue]:
     # Bytes, cut at \n only: U+2028 and the like may occur inside a JSON string and do not end a line.
-    line = first
+    line, blank = first, 0
     while line:
         if len(line) == MAX_ROW_BYTES:
             raise FileError(f"a line of more than {MAX_ROW_BYTES >> 20} MiB", WRITE_JSONL)
         content = line.strip(WHITE_BYTES)
         if content:
             yield parse_line(content)
+            blank = 0
+        elif (blank := blank + 1) > MAX_BLANK_LINES:
+            raise FileError(f"more than {MAX_BLANK_LINES:,} blank lines", WRITE_JSONL)
         place.number += 1
         line = stream.readline(MAX_ROW_BYTES)

@@ -8,6 +8,7 @@ from finetune.data.row_errors import FileError, Row, RowValue
 from finetune.data.sources.data_files import SAVED, DataFile, Place
 from finetune.data.sources.json_files import read_json, read_json_lines
 from finetune.data.sources.tables import read_arrow, read_csv, read_parquet
+from finetune.files import open_regular
 
 FileReader = Callable[[DataFile, Place], Iterator[RowValue]]
 """Yields rows or their errors and moves the place along; raises `FileError` where it cannot continue."""
@@ -72,6 +73,6 @@ class LocalSource:
         for file in self.files:
             whole.update(f"{file.kind}{file.packed}{len(file.parts)}\n".encode())
             for part in file.parts:
-                with open(part, "rb") as content:
+                with open_regular(part) as content:
                     whole.update(hashlib.file_digest(content, "sha256").digest())
         return whole.hexdigest()

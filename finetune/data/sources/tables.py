@@ -1,7 +1,7 @@
 """Parquet, Arrow and CSV files: rows as plain Python, a few at a time."""
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -10,24 +10,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
-from finetune.data.sources.data_files import COPY_AGAIN, MAX_ROW_BYTES, ByteStream, DataFile, Place, opened
+from finetune.data.sources.bounds import (
+    MAX_BLANK_LINES,
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    MAX_VALUES,
+    Expansion,
+    check_columns,
+    first_repeated,
+    too_many_values,
+)
+from finetune.data.sources.data_files import COPY_AGAIN, ByteStream, DataFile, Place, opened
 from finetune.data.sources.json_files import DECODER, SAVE_UTF8, not_utf8
+from finetune.data.sources.table_checks import check_batch
+from finetune.files import check_regular
 
 _PIECE = 1 << 24
 """Bytes of a table that are turned into Python objects at a time; at least one row, at most 1000."""
+_LARGE_PIECE = 4 * _PIECE
 
 
 def read_parquet(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of a Parquet file, through row groups of any size."""
     # Columns are read as they are needed: by default each row group is fetched as a whole, and may be all of the file.
     streamed = {"pre_buffer": False, "buffer_size": 1 << 20}
+    check_regular(file.path)
     with _damage_named("Parquet", file.path), pq.ParquetFile(file.path, **streamed) as parquet:
         about = parquet.metadata
         nbytes = sum(about.row_group(index).total_byte_size for index in range(about.num_row_groups))
-        for batch in parquet.iter_batches(batch_size=_rows_a_piece(nbytes, about.num_rows)):
+        batches = parquet.iter_batches(batch_size=_rows_a_piece(nbytes, about.num_rows))
+        for batch in _checked(batches, Expansion(file.size)):
             for value in rows_of(batch):
                 place.number += 1
-                place.done = file.size * place.number // about.num_rows
+                place.done = min(file.size, file.size * place.number // max(1, about.num_rows))
                 yield value
 
 
@@ -35,9 +50,11 @@ def read_arrow(file: DataFile, place: Place) -> Iterator[RowValue]:
     """The rows of an .arrow file (stream or file format), or of all those of a `save_to_disk` folder."""
     before = 0
     for part, size in file.parts.items():
+        check_regular(part)
         with _damage_named("Arrow", part), pa.memory_map(part) as mapped:
-            for batch, done in _batches(mapped):
-                place.done = before + done
+            ends: list[int] = []
+            for batch in _checked(_batches(mapped, ends), Expansion(size)):
+                place.done = before + ends[-1]
                 for value in rows_of(batch):
                     place.number += 1
                     yield value
@@ -48,22 +65,33 @@ def read_arrow(file: DataFile, place: Place) -> Iterator[RowValue]:
 def _damage_named(kind: str, path: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, ArithmeticError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise FileError(f"not a {kind} file, or damaged", COPY_AGAIN, reason.replace(path, "the file")) from error
 
 
-def _batches(mapped: pa.MemoryMappedFile) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Batches, and the bytes up to their end."""
+def _batches(mapped: pa.MemoryMappedFile, ends: list[int]) -> Iterator[pa.RecordBatch]:
+    """Batches; the bytes up to the end of each are appended to `ends`."""
     is_stream = mapped.read(6) != b"ARROW1"
     mapped.seek(0)
     if is_stream:
         for batch in pa.ipc.open_stream(mapped):
-            yield batch, mapped.tell()
+            ends.append(mapped.tell())
+            yield batch
         return
     file = pa.ipc.open_file(mapped)
     for index in range(file.num_record_batches):
-        yield file.get_batch(index), mapped.size() * (index + 1) // file.num_record_batches
+        ends.append(mapped.size() * (index + 1) // file.num_record_batches)
+        yield file.get_batch(index)
+
+
+def _checked(batches: Iterable[pa.RecordBatch], expansion: Expansion) -> Iterator[pa.RecordBatch]:
+    """Batches that point to nothing outside of the file, and are not far more than it holds."""
+    for batch in batches:
+        check_columns(batch.schema.names)
+        check_batch(batch)
+        expansion.add(batch.nbytes, batch.num_rows)
+        yield batch
 
 
 def _rows_a_piece(nbytes: int, rows: int) -> int:
@@ -72,14 +100,24 @@ def _rows_a_piece(nbytes: int, rows: int) -> int:
 
 def rows_of(table: pa.RecordBatch | pa.Table) -> Iterator[RowValue]:
     """Each row as a dict: structs and maps are dicts, missing fields of structs None, JSON columns decoded."""
-    names = table.schema.names
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise FileError(f"two columns are named {shown(twice)}", "name each column once")
+    check_columns(table.schema.names)
     for batch in [table] if isinstance(table, pa.RecordBatch) else table.to_batches():
         step = _rows_a_piece(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
-            yield from _to_python(batch.slice(start, step))
+            yield from _rows_of_piece(batch.slice(start, step))
+
+
+def _rows_of_piece(piece: pa.RecordBatch) -> Iterator[RowValue]:
+    """The rows of a piece, in halves where a few of them hold most of its bytes."""
+    if piece.nbytes > _LARGE_PIECE and piece.num_rows > 1:
+        half = piece.num_rows // 2
+        yield from _rows_of_piece(piece.slice(0, half))
+        yield from _rows_of_piece(piece.slice(half))
+    elif piece.nbytes > MAX_ROW_BYTES:
+        what = f"{piece.nbytes:,} bytes in one row"
+        yield RowError(None, what, f"a row may have {MAX_ROW_BYTES >> 20} MiB: shorten or remove it")
+    else:
+        yield from _to_python(piece)
 
 
 def _to_python(batch: pa.RecordBatch) -> list[RowValue]:
@@ -100,7 +138,10 @@ def _column(array: pa.Array) -> list[Any]:
     and columns that `datasets` stores as JSON text decoded."""
     kind = array.type
     if isinstance(kind, pa.JsonType):
-        return [None if text is None else DECODER.decode(text) for text in array.storage.to_pylist()]
+        return [None if text is None else _decoded(text) for text in array.storage.to_pylist()]
+    if pa.types.is_dictionary(kind):
+        values = _column(array.dictionary)  # once, however often it is pointed to
+        return [None if index is None else values[index] for index in array.indices.to_pylist()]
     if pa.types.is_struct(kind) and len({field.name for field in kind}) == kind.num_fields > 0:
         names = [field.name for field in kind]
         fields = [_column(field) for field in array.flatten()]
@@ -112,6 +153,12 @@ def _column(array: pa.Array) -> list[Any]:
         return _with_nulls(array, [values[start:end] for start, end in pairwise(borders)])
     values = array.to_pylist(maps_as_pydicts="strict")
     return list(values)
+
+
+def _decoded(text: str) -> Any:
+    if (error := too_many_values(text)) is not None:
+        raise error
+    return DECODER.decode(text)
 
 
 def _with_nulls(array: pa.Array, values: list[Any]) -> list[Any]:
@@ -144,13 +191,14 @@ def read_csv(file: DataFile, place: Place) -> Iterator[RowValue]:
 def _header(record: list[str] | RowError, kind: str) -> list[str]:
     if isinstance(record, RowError):
         raise FileError(record.what, record.do, record.got)
+    if len(record) > MAX_COLUMNS:
+        raise FileError(f"{len(record):,} columns", f"a file of rows has at most {MAX_COLUMNS:,}: remove the others")
     if "" in record:
         do = "the first line must name every column (pandas writes the row numbers without a name unless index=False)"
         raise FileError(f"column {record.index('') + 1} has no name", do, shown(record))
     if len(set(record)) < len(record):
-        twice = next(name for name in record if record.count(name) > 1)
         do = "the first line must name each column once"
-        raise FileError(f"two columns are named {shown(twice)}", do, shown(record))
+        raise FileError(f"two columns are named {shown(first_repeated(record))}", do, shown(record))
     if len(record) == 1:
         for character, do in ((";", "write commas"), ("\t", "name it .tsv"), (",", "name it .csv")):
             if character in record[0]:
@@ -162,20 +210,33 @@ def _header(record: list[str] | RowError, kind: str) -> list[str]:
 class _Lines:
     """Decoded lines; the error of one is kept in `error` until its record can be named."""
 
-    def __init__(self, stream: ByteStream) -> None:
-        self._stream = stream
-        self.error: RowError | None = None
+    def __init__(self, stream: ByteStream, separator: str) -> None:
+        self._stream, self._separator = stream, separator.encode()
+        self.error: RowError | None
+        self.start_record()
+
+    def start_record(self) -> None:
+        """Forget what belongs to the record before."""
+        self.error = None
+        self._left, self._separators = MAX_ROW_BYTES, 0
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        line = self._stream.readline(MAX_ROW_BYTES)
+        line = self._stream.readline(self._left)
         if not line:
             raise StopIteration
+        self._left -= len(line)
+        # Counted in large records only.
+        self._separators += line.count(self._separator) if MAX_ROW_BYTES - self._left > MAX_VALUES else 0
+        if self._separators > MAX_VALUES:
+            raise FileError(f"more than {MAX_VALUES:,} fields in a record", "write one record a line")
         if len(line) == MAX_ROW_BYTES:
             # The csv module would take the rest of it for another record.
             raise FileError(f"a line of more than {MAX_ROW_BYTES >> 20} MiB", "write one record a line")
+        if not self._left:
+            raise _broken("field limit")
         if b"\0" in line:
             self.error = RowError(None, "a NUL byte: binary data, or UTF-16", SAVE_UTF8)
         try:
@@ -186,11 +247,12 @@ class _Lines:
 
 
 def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[str] | RowError]:
-    lines = _Lines(stream)
+    lines = _Lines(stream, delimiter)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    blank = 0
     while True:
         place.number = reader.line_num + 1
-        lines.error = None
+        lines.start_record()
         record: list[str] | RowError
         try:
             record = next(reader)
@@ -202,6 +264,9 @@ def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[
                 raise record from error
         if record:
             yield lines.error or record
+            blank = 0
+        elif (blank := blank + 1) > MAX_BLANK_LINES:
+            raise FileError(f"more than {MAX_BLANK_LINES:,} blank lines", "write one record a line")
 
 
 def _broken(reason: str) -> RowError:
