@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from finetune.stopping import EXIT_CODES, Stop
 
@@ -130,19 +131,20 @@ def test_a_second_ctrl_c_ends_what_trains_although_python_does_not_run() -> None
 def test_what_prepares_ends_although_python_does_not_run() -> None:
     process = start("    finetune.stopping._SECONDS_TO_PREPARE_THE_END = 0.2\n    never_returns()")
     process.send_signal(signal.SIGUSR1)
-    assert ended(process) == ("", "", 85)
+    assert ended(process) == ("", "stopped before it trained; run the same command again\n", 85)
 
 
-def test_an_interruption_that_a_destructor_lost_comes_before_training() -> None:
-    process = start("""
+@pytest.mark.parametrize("what", ["stop.deferred()", "finetune.stopping.held()"])
+def test_an_interruption_that_a_destructor_lost_comes_before_training_and_before_another_program(what: str) -> None:
+    process = start(f"""
     class Lost:
         def __del__(self):
             say("ready")
             time.sleep(30)
     lost = Lost()
     del lost
-    with stop.deferred():
-        say("trains")
+    with {what}:
+        say("goes on")
 """)
     process.send_signal(signal.SIGTERM)
     out, _, code = ended(process)
