@@ -175,12 +175,17 @@ def held() -> Iterator[None]:
 
 
 def _handle_nothing() -> None:
-    """In a forked worker: whoever ends it must not wait for a checkpoint."""
+    """In a forked worker, of a data loader for example: only the process that forked it ends it.
+
+    A signal to the whole group or job would otherwise end the workers, and so the run, before the checkpoint. Whoever
+    ends a worker does so with SIGTERM and waits.
+    """
     signal.set_wakeup_fd(-1)
     atexit.unregister(_ignore)
     for number in EXIT_CODES:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    with suppress(OSError):
+        os.setpgid(0, 0)
 
 
 def _say(text: str) -> None:

@@ -190,19 +190,27 @@ def test_a_signal_while_the_interpreter_ends_changes_nothing() -> None:
     assert ended(process) == ("", "", 85)
 
 
-def test_a_forked_worker_is_ended_by_a_signal_as_any_process() -> None:
-    process = start("""
+def test_a_forked_worker_is_ended_by_its_process_alone() -> None:
+    """A signal to the group or to every process of a job must leave it its workers until the checkpoint is written."""
+    body = """
     with stop.deferred():
         worker = os.fork()
         if not worker:
             say("ready")
             time.sleep(30)
             os._exit(0)
-        time.sleep(0.3)
+        step()
+        say(str(os.waitpid(worker, os.WNOHANG)))
         os.kill(worker, signal.SIGTERM)
-        say(f"{os.waitpid(worker, 0)[1]} {stop.requested}")
-""")
-    assert ended(process) == (f"{signal.SIGTERM.value} None\n", "", 0)
+        say(str(os.waitpid(worker, 0)[1]))
+"""
+    for number in CODES:
+        process = start(body, start_new_session=True)
+        if number != signal.SIGTERM:
+            (worker,) = psutil.Process(process.pid).children()
+            worker.send_signal(number)
+        os.killpg(process.pid, number)
+        assert ended(process)[::2] == (f"(0, 0)\n{signal.SIGTERM.value}\n", CODES[number])
 
 
 def test_the_checkpoint_is_written_although_ctrl_c_ended_tee_too(tmp_path: Path) -> None:
