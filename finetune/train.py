@@ -319,8 +319,7 @@ def _interrupted() -> int:
     finish_ranks()
     if rank() == 0:
         print(stop.line(), file=sys.stderr)
-    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
-    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
+    return stop.early_exit_code
 
 
 if __name__ == "__main__":
