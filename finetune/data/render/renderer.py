@@ -17,7 +17,7 @@ import numpy as np
 from finetune.data.render.answers import find_examples, find_holes
 from finetune.data.render.chat_template import PROBE, PROBE_TURNS, ChatTemplate, System
 from finetune.data.render.control_tokens import by_first_character, control_tokens, find_token
-from finetune.data.render.encoder import Encoder, own_bos
+from finetune.data.render.encoder import TOO_MANY, Encoder, own_bos
 from finetune.data.render.sandbox import template_problem
 from finetune.data.render.template_checks import problems_of_template
 from finetune.data.row_errors import RowError, shown
@@ -82,6 +82,7 @@ class Renderer:
             return (self._document(example),)
         if not self._checked:
             self._check_template()
+        self.chat.clock_of_row.start(len(example.messages))
         given = self.chat.conversation(example)
         merged = len(example.messages) - len(given.messages)
         try:
@@ -190,6 +191,9 @@ class Renderer:
         # Where everything is learned, it decides nothing where prompts end.
         answers = () if rendering.everything else zip(rendering.answers, borders, strict=True)
         for answer, start in answers:
+            if start == TOO_MANY:
+                what = f"{len(rendering.answers):,} answers, each of whose prompts must be tokenised, are too many"
+                return RowError("messages", what, "split the conversation", f"{len(rendering.text):,} characters")
             if start is None:
                 return self._straddled(rendering, ids, answer)
             # Contents cannot contain special tokens, so the next one is the answer's own end.
