@@ -11,6 +11,12 @@ from pathlib import Path
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = (*(code for code in range(0x20) if chr(code) != "\n"), *range(0x7F, 0xA0), 0x2028, 0x2029, *_BIDI)
 _ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
+_ON_ONE_LINE = {**_ESCAPED, ord("\n"): "\\n"}
+
+
+def printable(text: str) -> str:
+    """Text of files, names and rows on one line, without characters that a terminal or a browser obeys."""
+    return text.translate(_ON_ONE_LINE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Problem:
     def __str__(self) -> str:
         got = "" if self.got is None else f"; got {self.got}"
         # What files and rows hold must not reach the terminal as commands.
-        return f"{self.where}: {self.what}{got}; {self.do}".translate(_ESCAPED)
+        return f"{printable(self.where)}: " + f"{self.what}{got}; {self.do}".translate(_ESCAPED)
 
 
 class FinetuneError(Exception):
@@ -81,7 +87,7 @@ def disk_problem(
 ) -> Problem | None:
     """What a disk has refused while `path` was written, whatever package raised `error`; None for any other error.
 
-    `needed`: bytes that were to be written, if known. `elsewhere`: how to name another place.
+    `needed`: bytes that were to be written, or at least those, if known. `elsewhere`: how to name another place.
     """
     if isinstance(error, FinetuneError):
         return error.problems[0] if isinstance(error, DiskError) else None
@@ -103,19 +109,20 @@ def disk_problem(
 def _full(number: int, path: Path, needed: int | None, elsewhere: str) -> Problem:
     free = free_bytes(path)
     got = None if free is None else f"{_distinct(free, needed)} free"
+    need = "" if needed is None else f": {_distinct(needed, free)} are needed"
     if number == errno.EDQUOT:
-        what, do = "your quota on this disk is used up", "remove files of yours from it"
+        what, do = "your quota on this disk is used up" + need, "remove files of yours from it"
     elif number == errno.EFBIG:
-        what, do = "the file would be larger than is allowed here", "raise the limit (ulimit -f shows it)"
+        what, do = "the file would be larger than is allowed here" + need, "raise the limit (ulimit -f shows it)"
     elif no_inode_free(path):
         what, do, got = "the disk has no room for one more file (see df -i)", "remove files from it", "0 inodes free"
+    elif free is None or (needed is not None and needed > free):
+        what, do = "there is too little room on the disk" + need, "make room on it"
+    elif free < _MUCH:
+        what, do = f"the disk is full: more than {readable_size(free)} are needed", "make room on it"
     else:
-        what = "the disk is full" if needed is None else "there is too little room on the disk"
-        do = "make room on it"
-        if free is not None and free >= (_MUCH if needed is None else needed):
-            do += " (a quota, a reserve or a limit (ulimit -f) can leave less than it reports)"
-    if needed is not None:
-        what += f": {_distinct(needed, free)} are needed"
+        what = "the disk is full" + need
+        do = "make room on it (a quota, a reserve or a limit (ulimit -f) can leave less than it reports)"
     return Problem(str(path), what, f"{do}, or {elsewhere}", got)
 
 

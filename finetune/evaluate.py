@@ -5,8 +5,9 @@ finetune evaluate out/merged --data data/quickstart/eval.jsonl --output runs/qui
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +15,25 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from finetune.adapters.lineage import TrainedTemplate, trained_template
-from finetune.checkpoint import verify_sums
+from finetune.adapters.adapter import CONFIG_FILE, read_adapter
+from finetune.adapters.lineage import TrainedTemplate, Weighted, check_related, trained_template
+from finetune.adapters.locate import adapter_folder
+from finetune.adapters.record import RECORD_FILE
+from finetune.checkpoint import CheckpointReader, fingerprint, forward_settings, verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, StoppedError, System
 from finetune.data.row_errors import Problems, RowError
 from finetune.data.tokenizer import end_ids
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
+from finetune.merge.job import base_folder
+from finetune.model_files import load_config, read_config, reading
 from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import Family, MoeLayout, family_of
 from finetune.moe.nf4_loading import QUANT_METHOD
+from finetune.moe.preflight import check_loadable
 from finetune.moe.router import capture, find_routers
+from finetune.recipe import ModelSettings
 
 SPARE_TOKENS = 8  # generated beyond the longest reference answer, to notice answers that do not stop
 NumberedRow = tuple[int, dict[str, Any], Conversation]
@@ -71,34 +79,31 @@ def evaluate(
     model_path: Path,
     data: Path,
     row_format: str,
-    dtype: str = "float32",
+    dtype: str | None = None,
     batch_size: int = 16,
     system: System = "error",
     template_args: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Generate greedily for every row's prompt and compare with its last assistant message.
 
+    `model_path`: a full checkpoint, computed in `dtype` (float32 by default); or an adapter folder, a run,
+    `RUN/checkpoint-N` or `RUN@best`: the base as in training, quantised or not, with the adapter, in the `dtype` of
+    the training by default.
     `system` and `template_args` are `data.system` and `data.template_args` of the recipe: prompts are rendered as they
     were in training. The variables are those that a merged model records; of another model they must be given.
     """
-    if not (model_path / "config.json").is_file():
-        is_adapter = (model_path / "adapter_config.json").is_file()
-        do = "merge the adapter first: finetune merge" if is_adapter else "give a folder with config.json"
-        raise WeightsError(Problem(str(model_path), "no checkpoint here", do))
-    config = json.loads((model_path / "config.json").read_text(encoding="utf-8"))
-    family = family_of(str(config.get("model_type")), str(model_path / "config.json"))
-    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
-        what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
-        raise WeightsError(Problem(str(model_path / "config.json"), what, do, got=QUANT_METHOD))
+    folder = adapter_folder(model_path)
+    is_adapter = (folder / CONFIG_FILE).is_file()
+    family, load = (_adapter if is_adapter else _checkpoint)(folder, dtype)
     rows = read_conversations(str(data), row_format)
     _check_no_calls(rows, str(data))
-    verify_sums(model_path)
-    trained = trained_template(model_path) or TrainedTemplate(None, {})
+    verify_sums(folder)
+    trained = trained_template(folder) or TrainedTemplate(None, {})
     args = _template_args(trained.args, template_args)
-    tokenizer = load_tokenizer(str(model_path), None, None, template_args=args)
+    tokenizer = load_tokenizer(str(folder), None, None, template_args=args)
     set_template_day(tokenizer, trained.day)
     tokenizer.padding_side = "left"
-    model = _load_model(model_path, family, dtype)
+    model = load()
     template = ChatTemplate(tokenizer, "the model's chat template", system)
     tasks = _tasks(template, rows, str(data))
     written = tokenizer([task.written for task in tasks], add_special_tokens=False)["input_ids"]
@@ -108,8 +113,8 @@ def evaluate(
         Row(line, str(row.get("split", "rows")), task.prompt, task.reference, template.answer_in(answer))
         for (line, row, _), task, answer in zip(rows, tasks, answers, strict=True)
     ]
-    load = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
-    return Evaluation(str(model_path), str(data), len(results), args, exact_match(results), load, results)
+    shares = None if family.moe is None else _load(model, family.moe, tokenizer, prompts, batch_size)
+    return Evaluation(str(model_path), str(data), len(results), args, exact_match(results), shares, results)
 
 
 def _check_no_calls(rows: list[NumberedRow], path: str) -> None:
@@ -131,13 +136,61 @@ def _template_args(trained: Mapping[str, Any], given: Mapping[str, Any] | None) 
     return given or trained
 
 
+Opened = tuple[Family, Callable[[], Any]]
+"""The architecture of what is evaluated, and what loads it."""
+
+
+def _checkpoint(folder: Path, dtype: str | None) -> Opened:
+    """A full model; WeightsError where there is none."""
+    if not (folder / "config.json").is_file():
+        do = "give a folder with config.json, an adapter, or a run"
+        raise WeightsError(Problem(str(folder), "no checkpoint here", do))
+    config = read_config(folder)
+    family = family_of(str(config.get("model_type")), str(folder / "config.json"))
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
+        what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
+        raise WeightsError(Problem(str(folder / "config.json"), what, do, got=QUANT_METHOD))
+    return family, partial(_load_model, folder, family, dtype or "float32")
+
+
+def _adapter(folder: Path, dtype: str | None) -> Opened:
+    """The base that an adapter records, with the adapter; WeightsError where it does not say how it was trained."""
+    from finetune.adapters.initial import read_initial_adapter
+    from finetune.base import Base
+    from finetune.model import load_trained
+
+    adapter = read_adapter(folder)
+    if adapter.record.recipe is None or adapter.record.base is None:
+        what = f"the adapter does not say what it was trained on: it has no {RECORD_FILE} of this program"
+        raise WeightsError(Problem(str(folder), what, "merge it first: finetune merge"))
+    initial = read_initial_adapter(folder)
+    with reading(folder / RECORD_FILE, "does not hold a recipe's section model"):
+        settings = ModelSettings.model_validate(adapter.record.recipe["model"])
+    settings = settings.model_copy(update={"dtype": dtype or settings.dtype})
+    where = base_folder(adapter, None)
+    weighted = Weighted(adapter, 1.0, adapter.digest())
+    check_related(where, fingerprint(where), forward_settings(where), (weighted,))
+    config = load_config(where)
+    family = family_of(str(config.model_type), str(where / "config.json"))
+    base = Base(where, family, config, None, tuple(sorted(adapter.added_tokens.values())), initial.base)
+    return family, partial(load_trained, base, settings, initial)
+
+
 def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        family.transformers_class()
-        .from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, device_map={"": device})
-        .eval()
-    )
+    check_loadable(CheckpointReader(folder), family.transformers_class(), load_in_4bit=False)
+    with reading(folder, "transformers cannot load it", "give a complete checkpoint"):
+        model = family.transformers_class().from_pretrained(
+            folder,
+            config=load_config(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return model.eval()
 
 
 class _Task(NamedTuple):
@@ -194,6 +247,7 @@ def _batches(tokenizer: Any, prompts: list[str], batch_size: int, device: torch.
 def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
     """What the model writes behind each prompt, special tokens included, up to the first that ends an answer."""
     ends = end_ids(tokenizer)
+    model.generation_config = GenerationConfig()  # what the settings below leave open is taken from here
     for batch in _batches(tokenizer, prompts, batch_size, model.device, "Generating"):
         ids = model.generate(
             input_ids=batch["input_ids"],

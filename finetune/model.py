@@ -21,6 +21,7 @@ from finetune.base import Base, loading_options
 from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
 from finetune.files import write_text
+from finetune.model_files import check_model_folder, reading
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft import ExpertChoice, keep_chosen
 from finetune.moe.families import Family
@@ -28,7 +29,7 @@ from finetune.moe.lora import add_adapter, grow_vocabulary
 from finetune.moe.nf4_loading import MoeNf4Config, check_weights
 from finetune.moe.preflight import differences
 from finetune.moe.router_bias import BIAS_FILE, find_biases
-from finetune.recipe import ModelSettings, Recipe
+from finetune.recipe import LoraSettings, ModelSettings, Recipe
 from finetune.upstream import private
 
 _SETS = ("target_modules", "exclude_modules")  # in PEFT's settings
@@ -43,13 +44,18 @@ def load_base(base: Base, settings: ModelSettings) -> Any:
     options = loading_options(settings)
     if settings.load_in_4bit:
         options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"])
-    model, report = base.family.transformers_class().from_pretrained(
-        base.folder,
-        device_map={"": PartialState().device},
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
+    check_model_folder(base.folder)
+    with reading(base.folder, "transformers cannot load it", "give a complete checkpoint"):
+        model, report = base.family.transformers_class().from_pretrained(
+            base.folder,
+            config=base.config,
+            device_map={"": PartialState().device},
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **options,
+        )
     if problems := differences(str(base.folder), report):
         raise WeightsError(problems)
     check_weights(model, settings.load_in_4bit, str(base.folder))
@@ -69,11 +75,7 @@ def adapt(
 
     The adapter is a fresh one, or starts as `initial_adapter`; rows of the new tokens belong to it.
     """
-    peft_model = add_adapter(model, base.family, recipe.lora, base.new_tokens)
-    if choice is not None:
-        keep_chosen(peft_model, choice.experts)
-    if initial_adapter is not None:
-        initial_adapter.load_into(peft_model, base.family)
+    peft_model = _with_adapter(model, base, recipe.lora, choice, initial_adapter)
     # DDP would broadcast the frozen base, tensor by tensor, from rank 0 although every rank has read it itself; a
     # 4-bit stack cannot be written to. The adapter, initialised at random, is still synchronised.
     frozen = [name for name, parameter in peft_model.named_parameters() if not parameter.requires_grad]
@@ -81,6 +83,23 @@ def adapt(
     ignore(peft_model, frozen)
     enable_checkpointing(peft_model, recipe.training.gradient_checkpointing)
     return peft_model
+
+
+def _with_adapter(
+    model: Any, base: Base, lora: LoraSettings, choice: ExpertChoice | None, initial_adapter: InitialAdapter | None
+) -> PeftModel:
+    peft_model = add_adapter(model, base.family, lora, base.new_tokens)
+    if choice is not None:
+        keep_chosen(peft_model, choice.experts)
+    if initial_adapter is not None:
+        initial_adapter.load_into(peft_model, base.family)
+    return peft_model
+
+
+def load_trained(base: Base, settings: ModelSettings, adapter: InitialAdapter) -> Any:
+    """The base as an adapter's training had it, with that adapter, to generate with."""
+    model = _with_adapter(load_base(base, settings), base, adapter.lora, adapter.choice, adapter)
+    return model.get_base_model().eval()
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ class Progress:
     def __str__(self) -> str:
         return self.doing if self.step is None else f"{self.doing}, step {self.step}"
 
+    def begin_step(self, step: int) -> None:
+        """Training, step `step`; an evaluation or a checkpoint before it is over."""
+        self.doing, self.step = "training", step
+
     def saved(self) -> str:
         """What of the run is on disk, for the end of a message."""
         if self.run is None:

@@ -4,6 +4,7 @@ SIGTERM, SIGUSR1, SIGINT and SIGHUP (a closed terminal) ask for the same thing, 
 differ. `stop` is the one object of the process: Python has one handler a signal.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -55,6 +56,7 @@ class Stop:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
         os.register_at_fork(after_in_child=_handle_nothing)
+        atexit.register(_ignore)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
     @contextmanager
@@ -159,9 +161,16 @@ def held() -> Iterator[None]:
 def _handle_nothing() -> None:
     """In a forked worker: whoever ends it must not wait for a checkpoint."""
     signal.set_wakeup_fd(-1)
+    atexit.unregister(_ignore)
     for number in EXIT_CODES:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def _ignore() -> None:
+    """Last of all, as the interpreter takes its handlers away before it ends."""
+    for number in EXIT_CODES:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_alive(process: Any) -> bool:

@@ -3,16 +3,26 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.record import EXPERT_LAYOUT, RECORD_FILE, AdapterRecord, MergeSources, read_record, wrong_type
+from finetune.adapters.record import (
+    EXPERT_LAYOUT,
+    RECORD_FILE,
+    SAVE_AGAIN,
+    AdapterRecord,
+    MergeSources,
+    read_record,
+    wrong_type,
+)
 from finetune.adapters.tensors import EMBEDDING, FactorPair, read_contents
-from finetune.checkpoint import verify_sums
+from finetune.checkpoint import SUMS_FILE, listed_files, verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json, read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.files import open_regular
 from finetune.moe.router_bias import BIAS_FILE
 from finetune.upstream import private
 
@@ -70,12 +80,23 @@ DECIDING_SETTINGS = (
     "trainable_token_indices",
     "modules_to_save",
 )
-_STATE_FILES = ("trainer_state.json", "router_balance.json")  # in a trainer's own checkpoint
+_TRAINER_FILES = ("trainer_state.json", "router_balance.json")
+TRAINING_FILES = (
+    *("training_state.json", "training_state.safetensors"),
+    *("identity.json", *_TRAINER_FILES),
+)
+"""In a checkpoint, besides the adapter: what a run needs to continue from it."""
+_MODULE = re.compile(r"[\w.]+")
+_NAMES = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern")
 _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "rank_pattern": ("an object", (dict,)),
     "alpha_pattern": ("an object", (dict,)),
-    "target_modules": ("a list or text", (list, str)),
-    "target_parameters": ("a list", (list,)),
+    "target_modules": ("a list of names or text", (list, str)),
+    "target_parameters": ("a list of names", (list,)),
+    "exclude_modules": ("a list of names or text", (list, str)),
+    "layers_pattern": ("a list of names or text", (list, str)),
+    "base_model_name_or_path": ("text", (str,)),
+    "revision": ("text", (str,)),
     "trainable_token_indices": ("a list or an object", (list, dict)),
     "layers_to_transform": ("a list or a whole number", (list, int)),
     "auto_mapping": ("an object", (dict,)),
@@ -197,14 +218,14 @@ def read_adapter(folder: Path, layout: str | None = None) -> Adapter:
     """
     folder = Path(folder)
     _require_files(folder)
-    verified = verify_sums(folder)
-    _check_not_training_state(folder)
+    verify_sums(folder)
+    _check_checkpoint(folder)
     settings = read_json(folder / CONFIG_FILE)
     _check_types(settings, folder / CONFIG_FILE)
     record = read_record(folder)
     _require_plain_lora(folder / CONFIG_FILE, settings)
     _check_record(record, folder)
-    _check_recorded_values(record, settings, folder, verified)
+    _check_recorded_values(record, settings, folder)
     contents = read_contents(folder / WEIGHTS_FILE, _modules_to_save(folder / CONFIG_FILE, settings))
     return Adapter(
         folder=folder,
@@ -231,14 +252,19 @@ def _require_files(folder: Path) -> None:
     raise WeightsError(Problem(str(folder), f"has no {WEIGHTS_FILE}", "give the folder that the run wrote"))
 
 
-def _check_not_training_state(folder: Path) -> None:
-    """A trainer's checkpoint with moved router biases does not hold them among its factors."""
-    if all((folder / name).is_file() for name in _STATE_FILES):
-        state = json.loads((folder / _STATE_FILES[1]).read_text(encoding="utf-8"))
-        if isinstance(state, dict) and state.get("bias"):
-            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
-            what = "is a state of training, and its moved router biases are not among the factors"
-            raise WeightsError(Problem(str(folder), what, do))
+def _check_checkpoint(folder: Path) -> None:
+    """A checkpoint of a run is an adapter as well if it is whole, and of this version of the program.
+
+    Earlier ones, and those that TRL writes by itself, do not hold the router biases that training moved.
+    """
+    if (folder / TRAINING_FILES[0]).is_file() and not (folder / SUMS_FILE).is_file():
+        what = f"is a checkpoint of a run without its {SUMS_FILE}, and may be damaged"
+        raise WeightsError(Problem(str(folder), what, "name another checkpoint of the run, or copy this one again"))
+    of_a_trainer = all((folder / name).is_file() for name in _TRAINER_FILES) and not (folder / BIAS_FILE).is_file()
+    if of_a_trainer and read_json(folder / _TRAINER_FILES[1]).get("bias"):
+        do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
+        what = "is a state of training, and its moved router biases are not among the factors"
+        raise WeightsError(Problem(str(folder), what, do))
 
 
 def _check_types(settings: Mapping[str, Any], file: Path) -> None:
@@ -248,6 +274,13 @@ def _check_types(settings: Mapping[str, Any], file: Path) -> None:
         for name, (expected, types) in _TYPES.items()
         if settings.get(name) is not None and not isinstance(settings[name], types)
     ]
+    for name in _NAMES:
+        values = settings.get(name)
+        if isinstance(values, list) and not all(isinstance(value, str) for value in values):
+            problems.append(wrong_type(f"{file}: {name}", "a list of names", values))
+    layers = settings.get("layers_to_transform")
+    if isinstance(layers, list) and not all(type(layer) is int for layer in layers):
+        problems.append(wrong_type(f"{file}: layers_to_transform", "a list of whole numbers", layers))
     for name in ("rank_pattern", "alpha_pattern"):
         values = settings.get(name)
         if isinstance(values, dict) and not all(_is_positive(value) for value in values.values()):
@@ -269,6 +302,9 @@ def _check_record(record: AdapterRecord, folder: Path) -> None:
     if layout not in (None, EXPERT_LAYOUT):
         do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
         raise WeightsError(Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=layout))
+    if record.router_bias not in (None, "", BIAS_FILE):
+        do = f"only {BIAS_FILE} is known; {SAVE_AGAIN}"
+        raise WeightsError(Problem(f"{folder / RECORD_FILE}: router_bias", "unknown file", do, got=record.router_bias))
     if record.router_bias and not (folder / record.router_bias).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
         raise WeightsError(Problem(str(folder / record.router_bias), what, "copy the whole adapter folder of the run"))
@@ -280,10 +316,10 @@ def deciding_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], folder: Path, verified: bool) -> None:
+def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], folder: Path) -> None:
     """Raise WeightsError where settings or weights are not those that the run wrote down.
 
-    `verified`: the weights were compared with the folder's checksums. A record of an earlier version has the recipe
+    Weights that the folder's checksums list were compared with these. A record of an earlier version has the recipe
     alone, of which `r`, `lora_alpha` and `use_rslora` are PEFT's own.
     """
     recorded = record.settings
@@ -302,6 +338,8 @@ def _check_recorded_values(record: AdapterRecord, settings: Mapping[str, Any], f
         for name in now
         if name in recorded and recorded[name] != now[name]
     ]
+    held = {name for name in (WEIGHTS_FILE, BIAS_FILE) if (folder / name).is_file()}
+    verified = held <= listed_files(folder)
     if not problems and not verified and record.sha256 not in (None, digest := adapter_digest(folder)):
         what = f"the weights are not those that {RECORD_FILE} was written for"
         problems.append(Problem(str(folder / WEIGHTS_FILE), what, do, got=f"SHA-256 {digest[:12]}"))
@@ -326,8 +364,8 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
         where_it_is, do = f"{where}: lora_B_layout", f"only {' and '.join(DECLARED_ORDERS)} are known"
         problems.append(Problem(where_it_is, "unknown order of the experts' factors", do, got=json.dumps(declared)))
     types: dict[str, Callable[[Any], bool]] = {
-        "r": lambda value: isinstance(value, int) and value > 0,
-        "lora_alpha": lambda value: isinstance(value, int | float),
+        "r": lambda value: type(value) is int and value > 0,
+        "lora_alpha": lambda value: type(value) in (int, float),
     }
     problems += [
         Problem(f"{where}: {name}", "missing or not a number", "save the adapter again", got=str(settings.get(name)))
@@ -341,7 +379,7 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
 def _modules_to_save(where: Path, settings: dict[str, Any]) -> list[str]:
     """Last parts of the modules that were trained whole."""
     value = settings.get("modules_to_save") or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) and _MODULE.fullmatch(name) for name in value):
         what = "must be a list of names of modules"
         raise WeightsError(Problem(f"{where}: modules_to_save", what, "save the adapter again", json.dumps(value)))
     return value
@@ -351,7 +389,7 @@ def _tokens(where: Path, setting: Any) -> dict[str, tuple[int, ...]]:
     """`trainable_token_indices`: tokens by module, or a list of tokens, which are the embedding's."""
     by_module = {EMBEDDING.removesuffix(".weight"): setting} if isinstance(setting, list) else setting or {}
     for tokens in by_module.values():
-        sound = isinstance(tokens, list) and all(isinstance(token, int) and token >= 0 for token in tokens)
+        sound = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
         if not sound or len(set(tokens)) != len(tokens):
             what = "must name each token once, by its number"
             do = "save the adapter again"
@@ -364,6 +402,6 @@ def adapter_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in (WEIGHTS_FILE, BIAS_FILE):
         if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -9,10 +9,13 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from finetune.adapters.adapter import WEIGHTS_FILE, adapter_digest, read_adapter
+from finetune.adapters.locate import adapter_folder
 from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, read_record
 from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
+from finetune.files import read_text
+from finetune.model_files import reading
 from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
 from finetune.moe.lora import ADAPTER
@@ -52,11 +55,10 @@ class InitialAdapter:
 
 
 def read_initial_adapter(folder: Path) -> InitialAdapter:
-    """The adapter in a folder; WeightsError where there is none that says what it was trained on."""
-    where = "model.adapter"
+    """The adapter of a folder or a run; WeightsError where there is none that says what it was trained on."""
+    where, folder = "model.adapter", adapter_folder(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        inside = folder / "adapter" / WEIGHTS_FILE
-        do = f"write {inside.parent}" if inside.is_file() else "name the folder adapter/ of a finished run"
+        do = "name the output_dir of a finished run, RUN/checkpoint-N or RUN@best"
         raise WeightsError(Problem(where, f"no adapter here: {WEIGHTS_FILE} is missing", do, got=str(folder)))
     try:
         initial = _from_record(folder, read_record(folder))
@@ -117,7 +119,9 @@ def _other_prompts(initial: InitialAdapter, recipe: Recipe, template: str) -> li
     """What makes the run's prompts other ones than the adapter was trained on: the template, its variables."""
     problems = []
     saved = initial.folder / TEMPLATE_FILE
-    if (saved.read_text(encoding="utf-8") if saved.is_file() else None) != template:
+    with reading(saved, "cannot be read"):
+        before_it = read_text(saved) if saved.exists() else None
+    if before_it != template:
         what = f"the adapter in {initial.folder} was trained with another chat template"
         do = f"write data.chat_template: {saved}, or what the adapter's recipe has there"
         problems.append(Problem("data.chat_template", what, do, got=str(recipe.data.chat_template)))

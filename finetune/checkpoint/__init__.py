@@ -1,7 +1,7 @@
 """Safetensors checkpoints on disk, read and written tensor by tensor, without a model and without mmap."""
 
 from finetune.checkpoint.hub import resolve_checkpoint
-from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, verify_sums, write_sums
+from finetune.checkpoint.integrity import SUMS_FILE, fingerprint, listed_bytes, listed_files, verify_sums, write_sums
 from finetune.checkpoint.model_config import announced_dtype, differing_settings, forward_settings
 from finetune.checkpoint.output_folder import (
     check_output_free,
@@ -24,6 +24,7 @@ __all__ = [
     "fingerprint",
     "forward_settings",
     "listed_bytes",
+    "listed_files",
     "new_folder",
     "read_json",
     "resolve_checkpoint",

@@ -5,9 +5,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from finetune.errors import Problem, WeightsError
+from finetune.errors import DiskError, Problem, WeightsError
 from finetune.files import disk_named
 
 
@@ -15,17 +16,22 @@ from finetune.files import disk_named
 def new_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; rename it to `target` on success, remove it on any exception.
 
-    `target` must be absent or an empty folder. Raises WeightsError; DiskError, with `needed` bytes if that is known,
+    `target` must be absent or an empty folder. Raises WeightsError; DiskError, which names the `needed` bytes,
     for what its disk refuses inside.
     """
     shown, target = target, Path(target).absolute()
     check_output_free(target)
-    with disk_named(shown, needed), temporary_folder(target) as temporary:
-        yield temporary
-        _sync(temporary)
-        check_output_free(target)
-        os.rename(temporary, target)  # replaces an empty folder
-        _sync(target.parent)
+    try:
+        with disk_named(shown, needed), temporary_folder(target) as temporary:
+            yield temporary
+            _sync(temporary)
+            check_output_free(target)
+            os.rename(temporary, target)  # replaces an empty folder
+            _sync(target.parent)
+    except DiskError as error:
+        hidden = str(_temporary(target))
+        problems = [replace(each, where=each.where.replace(hidden, str(shown))) for each in error.problems]
+        raise DiskError(problems) from error
 
 
 @contextmanager
@@ -37,7 +43,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     in its place, and a folder that another process is writing, is a WeightsError. Parents of `target` are made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.partial"
+    temporary = _temporary(target)
     if temporary.is_symlink() or (temporary.exists() and not temporary.is_dir()):
         do = "remove it yourself, or name another output"
         raise WeightsError(Problem(str(temporary), "a file or link blocks the temporary output folder", do))
@@ -49,6 +55,10 @@ def temporary_folder(target: Path) -> Iterator[Path]:
             yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
 
 
 def _remove_left_by_kill(temporary: Path, was_marked: bool) -> None:

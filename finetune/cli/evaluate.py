@@ -10,11 +10,17 @@ from finetune.recipe.row_formats import CONVERSATION_FORMATS
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
     parser = subparsers.add_parser("evaluate", help="held-out exact match by greedy generation, and router load")
-    parser.add_argument("model", type=Path, help="folder of a full checkpoint")
+    parser.add_argument(
+        "model", type=Path, help="folder of a full checkpoint, an adapter or a run, RUN/checkpoint-N or RUN@best"
+    )
     parser.add_argument("--data", type=Path, required=True, help="JSONL file of held-out rows")
     parser.add_argument("--format", default="messages", choices=CONVERSATION_FORMATS)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the computation (default: float32; for an adapter that of its training)",
+    )
     parser.add_argument(
         "--system",
         default="error",

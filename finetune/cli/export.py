@@ -17,7 +17,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="peft: a complete copy of the adapter. vllm: a LoRA folder with per-expert factors for vLLM's "
         "fused-MoE LoRA. gguf: one file for llama.cpp, from a merged folder; an adapter is merged and verified first.",
     )
-    parser.add_argument("path", type=Path, help="adapter folder; for gguf also the folder of a merged model")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="adapter folder, run, RUN/checkpoint-N or RUN@best; for gguf also the folder of a merged model",
+    )
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--output", type=Path, required=True, help="new folder; for gguf a new file")
     parser.add_argument("--base", type=Path, help="base checkpoint folder, if it has moved since training")

@@ -9,7 +9,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "inspect", help="show what an adapter, checkpoint or run is, how it was made, and whether it can be merged"
     )
-    parser.add_argument("path", type=Path, help="the folder")
+    parser.add_argument(
+        "path", type=Path, help="the folder, or RUN@best: the checkpoint of a run with the best evaluation"
+    )
     parser.set_defaults(run=run)
 
 

@@ -4,13 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from pathlib import Path
 
 import finetune
 from finetune.cli import check, evaluate, export, families, inspect, merge, schema, template, train, upcycle
-from finetune.environment import hush, wait_passively
+from finetune.environment import hush, no_telemetry, print_plainly, wait_passively
 from finetune.errors import FinetuneError, as_expected
+from finetune.failures import out_of_memory
 
 INTERRUPTED, PIPE_CLOSED = 130, 141
 """What shells report for the two signals."""
@@ -42,10 +42,10 @@ def _expanded(args: argparse.Namespace) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; expected errors are printed one a line, without a traceback."""
     wait_passively()
+    no_telemetry()
     hush()
+    print_plainly()
     args = _expanded(build_parser().parse_args(argv))
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every row
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -56,8 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read has seen enough (`| head`). Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
-    except (FinetuneError, OSError) as error:
-        print(expected := as_expected(error), file=sys.stderr)
+    except Exception as error:
+        expected: FinetuneError | None = out_of_memory(error, args.command)
+        if expected is None and isinstance(error, FinetuneError | OSError):
+            expected = as_expected(error)
+        if expected is None:
+            raise
+        print(expected, file=sys.stderr)
         return expected.exit_code
     return code
 

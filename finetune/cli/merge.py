@@ -17,8 +17,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=Path,
         nargs="+",
         metavar="ADAPTER",
-        help="adapter folder, such as runs/my-run/adapter; several are summed in one pass, each trained on the base "
-        "or on the base with the previous ones merged in",
+        help="adapter folder or run, such as runs/my-run, runs/my-run/checkpoint-40 or runs/my-run@best; several are "
+        "summed in one pass, each trained on the base or on the base with the previous ones merged in",
     )
     parser.add_argument("--output", type=Path, required=True, help="new folder for the merged checkpoint")
     parser.add_argument(

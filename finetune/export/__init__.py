@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.adapters.adapter import CONFIG_FILE, EXPORT_FILE, WEIGHTS_FILE, Adapter, read_adapter
 from finetune.adapters.lineage import Weighted, check_related
+from finetune.adapters.locate import adapter_folder
 from finetune.adapters.record import RECORD_FILE
 from finetune.cards import vllm_card
 from finetune.checkpoint import (
@@ -50,12 +51,13 @@ def export(
 ) -> Exported:
     """Write `source` to `output` as one of FORMATS.
 
-    `source`: an adapter folder; for gguf also a folder of a whole model. `base` replaces the recorded location of the
-    adapter's base, whose fingerprint must still be the recorded one. `layout`: the order of its experts' factors, where
-    its files do not say (one of the merge's LAYOUTS). `outtype` of gguf: one of its OUTTYPES, by default
-    the model's own. Raises WeightsError for everything that does not fit; then there is no output.
+    `source`: an adapter folder, a run, `RUN/checkpoint-N` or `RUN@best`; for gguf also a folder of a whole model.
+    `base` replaces the recorded location of the adapter's base, whose fingerprint must still be the recorded one.
+    `layout`: the order of its experts' factors, where its files do not say (one of the merge's LAYOUTS). `outtype` of
+    gguf: one of its OUTTYPES, by default the model's own. Raises WeightsError for everything that does not fit; then
+    there is no output.
     """
-    source, output = Path(source), Path(output)
+    source, output = adapter_folder(source), Path(output)
     if outtype is not None and form != "gguf":
         raise WeightsError(Problem("--outtype", "applies to GGUF only", "leave it out, or write --format gguf"))
     if form == "gguf":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune.adapters.adapter import CONFIG_FILE as ADAPTER_FILE
+from finetune.adapters.locate import adapter_folder
 from finetune.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from finetune.errors import Problem, WeightsError
 from finetune.inspect.inspect_adapter import adapter_lines
@@ -30,13 +31,13 @@ _KINDS: Sequence[tuple[tuple[str, ...], Callable[[Path], list[Line]]]] = (
 def inspect(folder: Path) -> str:
     """The lines to print. Reads headers, hashes the files that a list of checksums names, loads no weight.
 
-    Raises WeightsError for a folder that is none of the three, and for one that is damaged.
+    `folder`: also `RUN@best`. Raises WeightsError for a folder that is none of the three, and for one that is damaged.
     """
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).exists() else adapter_folder(folder)
     for names, lines in _KINDS:
         if any((folder / name).is_file() for name in names):
             return as_text(lines(folder))
-    where, do = str(folder), "give a run's output_dir, its folder adapter/, or a checkpoint with its weights"
+    where, do = str(folder), "give a run's output_dir, RUN/checkpoint-N, RUN@best, an adapter, or a model with weights"
     if not folder.is_dir():
         raise WeightsError(Problem(where, "is not a folder", do))
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "an empty folder"

@@ -67,12 +67,12 @@ def adapter_lines(folder: Path) -> list[Line]:
 
 
 def _of_a_run(state: Path) -> str:
-    """What the trainer's own folder is."""
+    """What a checkpoint is."""
     from finetune.run import RunFolder
 
     step, run = read_json(state).get("global_step", "that is not recorded"), RunFolder(state.absolute().parent.parent)
     finished = f"its finished adapter is in {run.adapter}" if run.adapter.is_dir() else "the run is not finished"
-    return f"training state of a run at step {step}; {finished}"
+    return f"checkpoint of a run at step {step}; {finished}"
 
 
 def _maker(adapter: Adapter, record: AdapterRecord) -> str:

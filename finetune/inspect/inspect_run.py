@@ -1,5 +1,6 @@
 """Describe a run folder: its recipe, its progress and its files."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ from finetune.checkpoint.reader import read_json
 from finetune.inspect.lines import Line, figures, named, reading, recipe_lines
 from finetune.recipe import load_recipe
 from finetune.run import RunFolder, read_metrics
+from finetune.run.checkpoints import best_of, checkpoints, whole_checkpoints
 
+Checkpoints = Mapping[int, Path]
+"""Whole checkpoints by step."""
 _PACKAGES = ("torch", "transformers", "peft", "trl")
 _SHOWN = ("step", "loss", "eval_loss", "balance_loss", "rewards/margins", "rewards/accuracies")
 
@@ -15,7 +19,8 @@ _SHOWN = ("step", "loss", "eval_loss", "balance_loss", "rewards/margins", "rewar
 def run_lines(folder: Path) -> list[Line]:
     """What `finetune inspect` says of a run."""
     run = RunFolder(folder)
-    lines: list[Line] = [("what", f"run, {_state(run)}")]
+    whole = dict(whole_checkpoints(folder))
+    lines: list[Line] = [("what", f"run, {_state(run, whole)}")]
     if run.provenance.is_file():
         lines += _provenance(run)
     if run.recipe.is_file():
@@ -27,7 +32,7 @@ def run_lines(folder: Path) -> list[Line]:
         last = next((line for line in reversed(logged) if key in line), None)
         if last is not None:
             lines.append((name, figures({metric: last[metric] for metric in _SHOWN if metric in last})))
-    return [*lines, ("merge", _merge(run))]
+    return [*lines, *_checkpoints(run, whole, logged), ("merge", _merge(run, whole))]
 
 
 def _provenance(run: RunFolder) -> list[Line]:
@@ -41,12 +46,26 @@ def _provenance(run: RunFolder) -> list[Line]:
         return [("started", f"{started}; {packages or 'packages not recorded'}"), ("base", base)]
 
 
-def _state(run: RunFolder) -> str:
+def _state(run: RunFolder, whole: Checkpoints) -> str:
     if run.adapter.is_dir():
         return "finished"
-    names = (path.name.rpartition("-")[2] for path in run.path.glob("checkpoint-*") if path.is_dir())
-    steps = sorted(int(name) for name in names if name.isdecimal())
-    return f"not finished; it can continue from step {steps[-1]}" if steps else "not finished, without a checkpoint"
+    return f"not finished; it can continue from step {max(whole)}" if whole else "not finished, without a checkpoint"
+
+
+def _checkpoints(run: RunFolder, whole: Checkpoints, logged: Sequence[dict[str, Any]]) -> list[Line]:
+    """The checkpoints that can be named, those that are damaged, and the best one with its evaluation."""
+    present = checkpoints(run.path)
+    if not present:
+        return []
+    damaged = [folder.name for step, folder in present.items() if step not in whole]
+    names = ", ".join(f"checkpoint-{step}" for step in sorted(whole)) or "none is whole"
+    lines = [("checkpoints", names + (f"; damaged: {', '.join(damaged)}" if damaged else ""))]
+    best = best_of(whole[max(whole)]) if whole else None
+    if best is None:
+        return [*lines, ("best", "not known: nothing was evaluated" if whole else "not known")]
+    evaluated = next((line for line in logged if line["step"] == best.step and "eval_loss" in line), {})
+    shown = figures({metric: evaluated[metric] for metric in _SHOWN if metric in evaluated and metric != "loss"})
+    return [*lines, ("best", f"{shown or f'step {best.step}'}: {run.path}@best")]
 
 
 def _parts(run: RunFolder) -> list[Line]:
@@ -61,5 +80,8 @@ def _part(part: dict[str, Any]) -> str:
     return f"{stored}; adapted {part['adapted']} of {part['adaptable']}; {part['trained']:,} trained"
 
 
-def _merge(run: RunFolder) -> str:
-    return f"see finetune inspect {run.adapter}" if run.adapter.is_dir() else "there is no adapter yet"
+def _merge(run: RunFolder, whole: Checkpoints) -> str:
+    """What to name in a merge."""
+    if run.adapter.is_dir():
+        return f"finetune merge {run.path}; see finetune inspect {run.adapter}"
+    return f"finetune merge {whole[max(whole)]}" if whole else "there is no adapter yet"

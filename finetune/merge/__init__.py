@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from finetune.adapters.factor_layouts import LAYOUTS
 from finetune.adapters.lineage import REPORT_FILE
+from finetune.adapters.locate import adapter_folder
 from finetune.checkpoint import (
     CheckpointReader,
     announced_dtype,
@@ -62,8 +63,9 @@ def merge(
 ) -> MergeReport:
     """Write base + adapters to `output`, and prove it before the folder gets its name.
 
-    `weights`: of the adapters, 1 each by default. `base` replaces the recorded location only: its fingerprint must
-    still be the recorded one. `dtype`: one of DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
+    `adapters`: folders of adapters, runs, `RUN/checkpoint-N` or `RUN@best`. `weights`: of the adapters, 1 each by
+    default. `base` replaces the recorded location only: its fingerprint must still be the recorded one. `dtype`: one of
+    DTYPES. `into`: "dequantized" adds to the values that 4-bit training saw.
     `layouts`: of LAYOUTS, one for each adapter, the order of its experts' factors where its files do not say. `prove`
     False leaves out what reads the output again. `prompts`: a text file, one a line, in place of the fixed ones.
     `compare`: a data file, on the first `compare_rows` rows of which merges into both bases are measured. Raises
@@ -71,7 +73,7 @@ def merge(
     """
     check_output_free(Path(output).absolute())
     _check_options(prompts, prove, compare_rows)
-    given = (adapters,) if isinstance(adapters, Path) else tuple(adapters)
+    given = tuple(map(adapter_folder, (adapters,) if isinstance(adapters, Path) else adapters))
     factors = tuple(weights or [1.0] * len(given))
     request = Request(given, factors, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))

@@ -24,7 +24,15 @@ from finetune.methods.router_term import STATE_FILE as ROUTER_FILE
 from finetune.methods.training_state import write_state
 from finetune.model import AdapterSnapshot, save_adapter, snapshot_adapter
 from finetune.run import training_facts
-from finetune.run.checkpoints import IDENTITY_FILE, STATE_FILE, checkpoint_folder, checkpoints, remove_old
+from finetune.run.checkpoints import (
+    IDENTITY_FILE,
+    STATE_FILE,
+    checkpoint_folder,
+    checkpoints,
+    remove_old,
+    replace_by,
+    replacement,
+)
 
 _TRIES = 10
 """A checkpoint that could not be written is tried again after a tenth of the steps between checkpoints."""
@@ -106,18 +114,18 @@ class CheckpointSaver:
         if problem is None:
             raise error
         self.retry_at = self._step + self._pause
-        kept = list(checkpoints(self.run))
-        last = f"the last checkpoint is of step {kept[-1]}" if kept else "there is no checkpoint yet"
-        print(f"{problem}; the run goes on, {last}, and it is tried again at step {self.retry_at}", flush=True)
+        print(f"{problem}; the run goes on, {self._kept()}, and it is tried again at step {self.retry_at}", flush=True)
 
     def wait_or_raise(self) -> None:
         """As `wait`; RunError where the disk did not take the last checkpoint."""
         self.wait()
         if self.retry_at is not None:
-            kept = list(checkpoints(self.run))
-            last = f"the last whole checkpoint is of step {kept[-1]}" if kept else "there is no whole checkpoint"
-            what, do = f"the checkpoint of step {self._step} could not be saved; {last}", "free space, and start again"
-            raise RunError(Problem(str(self.run), what, do))
+            what = f"the checkpoint of step {self._step} could not be saved, {self._kept()}"
+            raise RunError(Problem(str(self.run), what, "make room, and give the same command again"))
+
+    def _kept(self) -> str:
+        kept = list(checkpoints(self.run))
+        return f"its last whole checkpoint is of step {kept[-1]}" if kept else "it has no whole checkpoint yet"
 
     def _write_noting_errors(self, snapshot: Snapshot) -> None:
         try:
@@ -127,9 +135,9 @@ class CheckpointSaver:
 
     def _write(self, snapshot: Snapshot) -> None:
         target = checkpoint_folder(self.run, snapshot.step)
-        if target.is_dir():  # of this step, and verified when the run continued from it
-            return
-        with new_folder(target) as folder:
+        # One that is there already was written before its evaluation; it stays until the new one is whole.
+        written = replacement(target) if target.is_dir() else target
+        with new_folder(written, tensor_bytes((snapshot.adapter.factors, snapshot.state))) as folder:
             write_adapter(folder, self.setup, snapshot.adapter, snapshot.facts)
             write_state(folder, snapshot.state)
             if snapshot.router is not None:
@@ -138,7 +146,18 @@ class CheckpointSaver:
             write_json(folder / IDENTITY_FILE, {"identity": self.setup.identity})
             write_sums(folder)
             sync_files(folder)
+        if written != target:
+            replace_by(target, written)
         remove_old(self.run, self.setup.recipe.save.keep, snapshot.best)
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors and arrays in nested containers."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, list | tuple):
+        return sum(map(tensor_bytes, tree))
+    return int(getattr(tree, "nbytes", 0))
 
 
 def state_text(state: Any) -> str:

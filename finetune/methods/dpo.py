@@ -25,6 +25,7 @@ from finetune.methods.common import MethodRows, TrainerSetup
 from finetune.methods.dpo_trainer import MoeDpoTrainer
 from finetune.methods.pairs import pair_layout, score_pairs
 from finetune.methods.reference import Reference, ReferenceStore, compute_missing, digest_of
+from finetune.progress import phase
 from finetune.recipe import DpoSettings, Recipe
 
 TOLERANCE = {torch.float32: 1e-4}
@@ -147,7 +148,8 @@ def make_trainer(setup: TrainerSetup) -> MoeDpoTrainer:
     )
     if method.reference == "precomputed":
         store = ReferenceStore(setup.run.reference, _made_from(setup, method, rows.tables))
-        _precompute(trainer, store, rows)
+        with phase("computing the reference"):
+            _precompute(trainer, store, rows)
     if setup.checkpoint is None:
         batches = _batches(trainer, rows.train["pairs"])
         check_start(trainer, batches[PartialState().process_index % len(batches)])

@@ -21,6 +21,8 @@ from finetune.methods.checkpointing import CheckpointSaver, Snapshot, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
+from finetune.progress import phase
+from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
 from finetune.run.metrics import is_time
 from finetune.run.resume import recorded_identity
@@ -89,6 +91,8 @@ class RunTrainer(StepExactTrainer):
             self.train()
             return
         self._read(checkpoint)
+        if self.evaluation_due:
+            self._evaluate_now(checkpoint)
         if self._is_complete(read_trainer_state(checkpoint)):
             self._finish_from(checkpoint)
         else:
@@ -121,6 +125,11 @@ class RunTrainer(StepExactTrainer):
                 )
         return is_best
 
+    @property
+    def rate_follows_evaluations(self) -> bool:
+        """Whether an evaluation decides the learning rate; it is then never cut short."""
+        return self.setup.recipe.training.lr_scheduler_type in BY_EVALUATION
+
     def agreed(self) -> int:
         """The signal that ended the run on any process, 0 without one; and whether a checkpoint is tried again.
 
@@ -143,9 +152,11 @@ class RunTrainer(StepExactTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """As transformers'; an evaluation that a signal cuts short is made again when the run continues."""
+        generators = rng_state() if self.control.should_evaluate else {}
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
         except _EvaluationStoppedError:
+            set_rng_state(generators)
             self.evaluation_due = True
             self.control.should_evaluate = False
             self.control.should_save = self.control.should_training_stop = True
@@ -166,6 +177,10 @@ class RunTrainer(StepExactTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Take a snapshot of this step; the saver writes it."""
+        with phase("saving a checkpoint"):
+            self._save_this_step()
+
+    def _save_this_step(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
         if self.saver is None:
@@ -182,16 +197,18 @@ class RunTrainer(StepExactTrainer):
             "position": {"epoch": self.state.epoch, "rows_per_step": self.setup.recipe.training.global_batch_size},
             "evaluation_due": self.evaluation_due,
         }
-        self.saver.save(
-            Snapshot.take(
-                self.setup,
-                self.accelerator.unwrap_model(self.model),
-                self.state.global_step,
-                state=snapshot(state),
-                trainer_state=state_text(self.state),
-                router=None if self.router_term is None else self.router_term.state_dict(),
-                best=self.state.best_global_step,
-            )
+        self.saver.save(self._snapshot(snapshot(state)))
+
+    def _snapshot(self, state: Mapping[str, Any]) -> Snapshot:
+        """This step's; `state`: what `training_state` writes of it."""
+        return Snapshot.take(
+            self.setup,
+            self.accelerator.unwrap_model(self.model),
+            self.state.global_step,
+            state=state,
+            trainer_state=state_text(self.state),
+            router=None if self.router_term is None else self.router_term.state_dict(),
+            best=self.state.best_global_step,
         )
 
     def _read(self, checkpoint: Path) -> None:
@@ -247,13 +264,11 @@ class RunTrainer(StepExactTrainer):
             set_rng_state(ranks[rank]["rng"])
 
     def restore(self) -> None:
-        """The sums of the checkpoint, once transformers has set its own to 0; and the evaluation that is due."""
+        """The sums of the checkpoint, once transformers has set its own to 0."""
         if not self._resumed:
             return
         self.load_own_state(self._own_of(self._resumed["ranks"]), self._resumed["num_tokens"])
         self._total_loss_scalar = self._resumed["loss_sum"]
-        if self.evaluation_due:
-            self._evaluate_now()
 
     def _own_of(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         """This process's sums; with another number of processes those of all on the first one."""
@@ -265,26 +280,31 @@ class RunTrainer(StepExactTrainer):
         window = [sum(values) for values in zip(*(one["window"] for one in ranks), strict=True)]
         return {**first, "loss": loss, "window": window if rank == 0 else [0.0] * len(window)}
 
-    def _evaluate_now(self) -> None:
-        """The evaluation that a signal cut short; it draws from the generators as it would have done then."""
-        self.evaluation_due = False
-        self._load_rng_state("")
-        metrics = self._evaluate(None, None)
-        if self._determine_best_metric(metrics=metrics, trial=None) or self.control.should_training_stop:
-            self._save_checkpoint(self.model, None)
-        rank = self.accelerator.process_index
-        if rank < len(self._resumed["ranks"]):
-            self._resumed["ranks"][rank]["rng"] = rng_state()
+    def _evaluate_now(self, checkpoint: Path) -> None:
+        """The evaluation that a signal cut short, before anything else; the checkpoint is then written once more.
 
-    def _finish_from(self, checkpoint: Path) -> None:
-        """From the checkpoint of the last step: only its evaluation and the line of the run's end may be missing."""
+        It draws from the generators as it would have done then.
+        """
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
-        self._total_loss_scalar = self._resumed["loss_sum"]
-        own = self._own_of(self._resumed["ranks"])
-        self._total_loss_scalar += own["loss"]
-        if self.evaluation_due:
-            self._evaluate_now()
+        self._load_rng_state(str(checkpoint))
+        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+        generators = gather_object([snapshot(rng_state())])
+        if len(generators) == len(self._resumed["ranks"]):
+            for own, generator in zip(self._resumed["ranks"], generators, strict=True):
+                own["rng"] = generator
+        self._resumed["evaluation_due"] = self.evaluation_due = False
+        if self.saver is not None:
+            self.saver.save(self._snapshot({name: self._resumed[name] for name in self._resumed if name != "changed"}))
+            self.saver.wait()
+        self.accelerator.wait_for_everyone()
+
+    def _finish_from(self, checkpoint: Path) -> None:
+        """From the checkpoint of the last step: only the line of the run's end is missing."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._total_loss_scalar = self._resumed["loss_sum"] + self._own_of(self._resumed["ranks"])["loss"]
+        self.watchdog.load_state_dict(self._own_of(self._resumed["ranks"])["watchdog"])
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})
 
 
@@ -301,14 +321,19 @@ class _Flow(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.trainer.agreed():
-            self.trainer.evaluation_due = control.should_evaluate
-            control.should_evaluate = False
+            if not self.trainer.rate_follows_evaluations:
+                self.trainer.evaluation_due = control.should_evaluate
+                control.should_evaluate = False
             control.should_save = control.should_training_stop = True
         if state.is_world_process_zero and state.global_step - self._first == _MEASURED_STEPS:
             self._say_minutes(state)
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.is_in_train and self.trainer.agreed():
+        if (self.trainer.is_in_train or self.trainer.evaluation_due) and not self.trainer.rate_follows_evaluations:
+            self._end_where_asked_for()
+
+    def _end_where_asked_for(self) -> None:
+        if self.trainer.agreed():
             raise _EvaluationStoppedError
 
     def _say_minutes(self, state: Any) -> None:

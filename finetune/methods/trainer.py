@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
+from finetune.progress import PROGRESS, phase
 from finetune.recipe.run_settings import WatchdogSettings
 from finetune.upstream import require, require_reads
 
@@ -117,6 +118,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""
+        PROGRESS.begin_step(self.state.global_step + 1)
         tokens = torch.stack([self.weights(sample).sum() for sample in samples]).sum().to(device)
         tokens = self.sum_over_ranks(tokens)
         self._tokens = self._tokens + tokens
@@ -152,7 +154,8 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with exact figures in place of means of batch means."""
         self._eval_window.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with phase("evaluating"):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self.evaluation_figures(self._over_ranks(self._eval_window))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output

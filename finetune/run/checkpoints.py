@@ -28,7 +28,8 @@ REQUIRED = (
 )
 SET_ASIDE = "set-aside"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFT = re.compile(r"\.checkpoint-\d+\.(partial|lock|removed)")
+_LEFT = re.compile(r"\.checkpoint-\d+\.(partial|lock|removed)|\.\.checkpoint-\d+\.new\.(partial|lock)")
+_NEW = re.compile(r"\.(checkpoint-\d+)\.new")
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -82,9 +83,30 @@ def set_aside(run: Path, folder: Path) -> Path:
 
 def remove_leftovers(run: Path) -> None:
     """Remove what a killed run left of a checkpoint that it was writing or removing. Only with the run's lock."""
-    for path in run.glob(".checkpoint-*"):
-        if _LEFT.fullmatch(path.name):
+    for path in run.glob(".*checkpoint-*"):
+        if match := _NEW.fullmatch(path.name):
+            replace_by(run / match[1], path)
+        elif _LEFT.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def replacement(folder: Path) -> Path:
+    """Where a checkpoint is written that takes the place of another one of the same step."""
+    return folder.with_name(f".{folder.name}.new")
+
+
+def replace_by(folder: Path, new: Path) -> None:
+    """Let the whole checkpoint `new` take the place of `folder`; a kill leaves one of them, or `new` alone."""
+    hidden = _hidden(folder)
+    shutil.rmtree(hidden, ignore_errors=True)
+    if folder.exists():
+        folder.rename(hidden)
+    new.rename(folder)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
 
 
 def remove_old(run: Path, keep: int, best: int | None) -> None:
@@ -93,7 +115,7 @@ def remove_old(run: Path, keep: int, best: int | None) -> None:
     for step in steps[: max(len(steps) - keep, 0)]:
         if step != best:
             folder = checkpoint_folder(run, step)
-            hidden = folder.with_name(f".{folder.name}.removed")
+            hidden = _hidden(folder)
             shutil.rmtree(hidden, ignore_errors=True)
             folder.rename(hidden)
             shutil.rmtree(hidden, ignore_errors=True)

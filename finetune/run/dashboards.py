@@ -176,8 +176,9 @@ class _DashboardCallback(TrainerCallback):  # type: ignore[misc]
         self._tokens = load["tokens"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Start the run."""
-        self._attempt(self.setup, args, state, model)
+        """Start the run, unless a figure that was logged before the training has started it."""
+        if not self._initialized:
+            self._attempt(self.setup, args, state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """The dashboard's own `on_log`, with the image if there is one."""

@@ -17,24 +17,24 @@ _WAITING: dict[Path, list[str]] = {}  # by file, those with lines that their dis
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append one JSON object and sync it to disk, or keep it for the next append."""
-    path = path.absolute()
-    waiting = _WAITING.get(path, [])
+    key = path.absolute()
+    waiting = _WAITING.get(key, [])
     lines = [*waiting, json.dumps(line, allow_nan=False) + "\n"]
     problem = _write(path, lines)
     if problem is not None:
-        if not any(other.parent == path.parent for other in _WAITING):
+        if not any(other.parent == key.parent for other in _WAITING):
             print(f"{problem}; the run goes on: it keeps its lines in memory until there is room", flush=True)
-        _WAITING[path] = lines
-    elif _WAITING.pop(path, None):
+        _WAITING[key] = lines
+    elif _WAITING.pop(key, None):
         print(f"{path}: {_lines(len(waiting))} that waited for room are written", flush=True)
 
 
 def write_waiting_lines(folder: Path) -> None:
     """The last attempt, at the end of a run: write what waits for room in `folder`, and say what could not be."""
-    for path in [path for path in _WAITING if path.parent == folder.absolute()]:
-        lines = _WAITING.pop(path)
-        if problem := _write(path, lines):
-            print(f"{problem}; the last {_lines(len(lines))} of this file are lost, and nothing else", flush=True)
+    for key in [key for key in _WAITING if key.parent == folder.absolute()]:
+        lines = _WAITING.pop(key)
+        if problem := _write(folder / key.name, lines):
+            print(f"{problem}; the last {_lines(len(lines))} of the run are not in this file", flush=True)
 
 
 def _lines(count: int) -> str:

@@ -23,7 +23,7 @@ from finetune.run.run_folder import RunFolder
 
 def is_time(name: str) -> bool:
     """Whether a logged figure is a time or a rate, not one of the training."""
-    return name == "time" or name.endswith(("_runtime", "_per_second"))
+    return name == "time" or name.endswith(("_time", "_runtime", "_per_second"))
 
 
 class MetricsCallback(TrainerCallback):  # type: ignore[misc]

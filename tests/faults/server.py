@@ -14,7 +14,7 @@ import threading
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import peft
 import transformers
@@ -79,25 +79,28 @@ def work(job: dict[str, Any]) -> NoReturn:
     os._exit(code)
 
 
-def serve() -> None:
+def serve(answers: TextIO) -> None:
+    """Answer until the input ends; then end whatever still runs."""
     jobs: dict[int, dict[str, Any]] = {}
     for line in sys.stdin:
         job = json.loads(line)
         if number := job.get("wait"):
             _, status = os.waitpid(number, 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+            print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
             import_what_it_did(jobs.pop(number))
             continue
         child = os.fork()
         if child == 0:
             work(job)
         jobs[child] = job
-        print(child, flush=True)
+        print(child, file=answers, flush=True)
     for number in jobs:
         with suppress(ProcessLookupError):
             os.killpg(number, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    serve()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # some modules print when they are imported
+    serve(answers)
     os._exit(0)

@@ -94,18 +94,17 @@ def test_each_way_in_which_a_disk_refuses_has_its_own_words(tmp_path: Path, monk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3500))
     path = tmp_path / "not" / "yet"
-    assert (
-        str(full(path, errno.ENOSPC))
-        == f"{path}: the disk is full; got 3.42 KiB free; make room on it, or write to another disk"
-    )
+    line = f"{path}: the disk is full: more than 3.42 KiB are needed; got 3.42 KiB free; make room on it, or write to"
+    assert str(full(path, errno.ENOSPC)) == f"{line} another disk"
     what = "there is too little room on the disk: 2.00 MiB are needed"
     assert full(path, errno.ENOSPC, 2 * 2**20).what == what
-    assert "quota" in full(path, errno.ENOSPC, 100).do, "what is needed is free, so something else is the reason"
     assert full(path, errno.EDQUOT, 100).what == "your quota on this disk is used up: 100 bytes are needed"
     assert full(path, errno.EROFS, 100).what == "the disk is read-only"
     assert full(path, errno.EIO).what == "a disk fails while this is written (Input/output error)"
     assert full(path, errno.ESTALE).what == "a disk fails while this is written (Stale file handle)"
     assert full(path, errno.EACCES).what == "this user may not read or write it"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2**30))
+    assert "(a quota, a reserve or a limit" in full(path, errno.ENOSPC, 100).do, "what is needed is free"
 
 
 def test_needed_and_free_bytes_never_read_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,13 +173,12 @@ def test_everything_that_differs_in_lora_is_named_at_once(base: Path, pairs: Pat
     )
 
 
-def test_a_folder_without_an_adapter_is_refused_with_the_one_inside_it(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(WeightsError) as caught:
-        read_initial_adapter(saved.parent)
-    assert str(caught.value) == (
-        f"model.adapter: no adapter here: adapter_model.safetensors is missing; got {saved.parent}; write {saved}"
-    )
-    with pytest.raises(WeightsError, match="name the folder adapter/ of a finished run"):
+def test_of_a_run_it_is_the_finished_adapter(saved: Path) -> None:
+    assert read_initial_adapter(saved.parent).folder == saved
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="name the output_dir of a finished run, RUN/checkpoint-N or RUN@best"):
         read_initial_adapter(tmp_path)
 
 

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_a_run(adapter: Path, tmp_path: Path, finished: bool) ->
     if finished:
         shutil.copytree(adapter, tmp_path / "run" / "adapter")
     then = f"its finished adapter is in {tmp_path / 'run' / 'adapter'}" if finished else "the run is not finished"
-    assert said(copy)["what"] == f"training state of a run at step 7; {then}"
+    assert said(copy)["what"] == f"checkpoint of a run at step 7; {then}"
 
 
 def test_an_export_for_vllm(base: Path, tmp_path: Path) -> None:
@@ -197,7 +197,8 @@ def test_a_run_of_which_little_is_recorded(tmp_path: Path) -> None:
     assert shown["what"] == "run, not finished, without a checkpoint"
     assert shown["started"] == "start time not recorded; packages not recorded"
     (tmp_path / "checkpoint-3").mkdir()
-    assert said(tmp_path)["what"] == "run, not finished; it can continue from step 3"
+    assert said(tmp_path)["what"] == "run, not finished, without a checkpoint"
+    assert said(tmp_path)["checkpoints"] == "none is whole; damaged: checkpoint-3"
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_what_cannot_be_written_until_the_end_is_said(
         append_line(path, {"step": step, "note": NOTE})
     capsys.readouterr()
     write_waiting_lines(path.parent)
-    assert "the last 3 lines of this file are lost, and nothing else" in capsys.readouterr().out
+    assert "the last 3 lines of the run are not in this file" in capsys.readouterr().out
     assert steps(path) == [1, 2, 3]
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from finetune.stopping import EXIT_CODES, Stop
 
@@ -26,6 +25,8 @@ def step():
     for _ in range(1500):
         if stop.requested is None:
             time.sleep(0.02)
+    assert stop.requested is not None
+    time.sleep(0.2)
 
 def never_returns():
     # To Python: a lock that this thread holds already. A pass through a large model looks the same to a handler.
@@ -39,62 +40,77 @@ try:
 BODY
 except Interrupted:
     say("interrupted")
-sys.exit(stop.exit_code)
+sys.exit(stop.finish(stop.exit_code))
 """
 PREPARE = """
     try:
         say("ready")
         time.sleep(30)
     finally:
-        time.sleep(0.3)
+        time.sleep(0.2)
         say("cleaned")
 """
 TRAIN = """
     with stop.deferred():
         say("ready")
         step()
-        time.sleep(0.3)
         say(stop.line("runs/a", 7))
 """
-CODES = [(signal.SIGTERM, 0), (signal.SIGHUP, 0), (signal.SIGUSR1, 85), (signal.SIGINT, 130)]
+TRAIN_AND_SAVE = """
+    with stop.deferred():
+        open("ready", "w").close()
+        step()
+        say(stop.line("runs/a", 7))
+        os.rename("ready", "saved")
+"""
+CODES = {signal.SIGTERM: 0, signal.SIGHUP: 0, signal.SIGUSR1: 85, signal.SIGINT: 130}
 HINT = "\nsaving at the end of this step; Ctrl-C again ends at once, without saving\n"
 
 
-def start(body: str, *words: str, **options: Any) -> "subprocess.Popen[str]":
+def command(body: str) -> list[str]:
+    return [sys.executable, "-c", PROGRAM.replace("BODY", body)]
+
+
+def start(body: str, **options: Any) -> "subprocess.Popen[str]":
     """The program, once it has said that it is ready."""
-    command = [sys.executable, "-c", PROGRAM.replace("BODY", body), *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    process = subprocess.Popen(command, text=True, **pipes)
-    if process.stdout is not None:
-        assert process.stdout.readline() == "ready\n"
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process: subprocess.Popen[str] = subprocess.Popen(command(body), text=True, **options)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
     return process
 
 
+def ended(process: "subprocess.Popen[str]") -> tuple[str, str, int]:
+    out, err = process.communicate(timeout=20)
+    return out, err, process.returncode
+
+
 def test_the_signals_and_their_exit_codes() -> None:
-    assert sorted(EXIT_CODES.items()) == sorted(CODES)
+    assert sorted(EXIT_CODES.items()) == sorted(CODES.items())
     assert Stop().exit_code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_what_prepares_ends_at_once_and_cleans_up(number: signal.Signals, code: int) -> None:
-    process = start(PREPARE)
-    process.send_signal(number)
+def test_what_prepares_ends_at_once_and_cleans_up() -> None:
+    processes = {number: start(PREPARE) for number in CODES}
+    for number, process in processes.items():
+        process.send_signal(number)
     time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)  # `timeout` sends its signal to the process and to its group
-    assert process.communicate(timeout=20) == ("cleaned\ninterrupted\n", "")
-    assert process.returncode == code
+    for process in processes.values():
+        process.send_signal(signal.SIGTERM)  # `timeout` sends its signal to the process and to its group
+    for number, process in processes.items():
+        assert ended(process) == ("cleaned\ninterrupted\n", "", CODES[number])
 
 
-@pytest.mark.parametrize(("number", "code"), CODES)
-def test_what_trains_comes_to_the_end_of_its_step(number: signal.Signals, code: int) -> None:
-    process = start(TRAIN)
-    process.send_signal(number)
+def test_what_trains_comes_to_the_end_of_its_step() -> None:
+    processes = {number: start(TRAIN) for number in CODES}
+    for number, process in processes.items():
+        process.send_signal(number)
     time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=20)
-    assert out == "stopped after step 7; run the same command again to continue from runs/a/checkpoint-7\n"
-    assert err == (HINT if number == signal.SIGINT else "")
-    assert process.returncode == code
+    for process in processes.values():
+        process.send_signal(signal.SIGTERM)
+    line = "stopped after step 7; run the same command again to continue from runs/a/checkpoint-7\n"
+    for number, process in processes.items():
+        assert ended(process) == (line, HINT if number == signal.SIGINT else "", CODES[number])
 
 
 def test_the_line_says_what_continues_for_each_setting_of_resume() -> None:
@@ -104,25 +120,17 @@ def test_the_line_says_what_continues_for_each_setting_of_resume() -> None:
 
 
 def test_a_second_ctrl_c_ends_what_trains_although_python_does_not_run() -> None:
-    process = start("""
-    with stop.deferred():
-        never_returns()
-""")
+    process = start("    with stop.deferred():\n        never_returns()")
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=5) == ("", HINT)
-    assert process.returncode == 130
+    assert ended(process) == ("", HINT, 130)
 
 
 def test_what_prepares_ends_although_python_does_not_run() -> None:
-    process = start("""
-    finetune.stopping._SECONDS_TO_PREPARE_THE_END = 0.2
-    never_returns()
-""")
+    process = start("    finetune.stopping._SECONDS_TO_PREPARE_THE_END = 0.2\n    never_returns()")
     process.send_signal(signal.SIGUSR1)
-    assert process.communicate(timeout=5) == ("", "")
-    assert process.returncode == 85
+    assert ended(process) == ("", "", 85)
 
 
 def test_an_interruption_that_a_destructor_lost_comes_before_training() -> None:
@@ -137,24 +145,20 @@ def test_an_interruption_that_a_destructor_lost_comes_before_training() -> None:
         say("trains")
 """)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=20)
-    assert (out, process.returncode) == ("interrupted\n", 0)
+    out, _, code = ended(process)
+    assert (out, code) == ("interrupted\n", 0)
 
 
-def test_nohup_stays_in_force() -> None:
-    process = start(TRAIN, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+def test_nohup_stays_in_force_and_ctrl_c_counts_in_the_background_of_a_script() -> None:
+    def as_a_script_does() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    process = start(TRAIN, preexec_fn=as_a_script_does)
     process.send_signal(signal.SIGHUP)
     time.sleep(0.1)
-    process.send_signal(signal.SIGUSR1)
-    assert "stopped after step 7" in process.communicate(timeout=20)[0]
-    assert process.returncode == 85
-
-
-def test_ctrl_c_counts_in_the_background_of_a_script_too() -> None:
-    process = start(TRAIN, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    assert process.returncode == 130
+    assert ended(process)[2] == 130
 
 
 def test_a_signal_between_two_programs_is_kept_for_the_second() -> None:
@@ -165,9 +169,23 @@ with held():
     os.kill(os.getpid(), signal.SIGUSR1)
     os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
 """
-    command = [sys.executable, "-c", program, PROGRAM.replace("BODY", PREPARE)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout, done.stderr) == (85, "interrupted\n", "")
+    words = [sys.executable, "-c", program, command(PREPARE)[-1]]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert (done.stdout, done.stderr, done.returncode) == ("interrupted\n", "", 85)
+
+
+def test_a_signal_while_the_interpreter_ends_changes_nothing() -> None:
+    process = start("""
+    class Last:
+        def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+            kill(pid, number)
+    sys.last = Last()
+    with stop.deferred():
+        say("ready")
+        step()
+""")
+    process.send_signal(signal.SIGUSR1)
+    assert ended(process) == ("", "", 85)
 
 
 def test_a_forked_worker_is_ended_by_a_signal_as_any_process() -> None:
@@ -180,38 +198,40 @@ def test_a_forked_worker_is_ended_by_a_signal_as_any_process() -> None:
             os._exit(0)
         time.sleep(0.3)
         os.kill(worker, signal.SIGTERM)
-        say(str(os.waitpid(worker, 0)[1]))
-        say(str(stop.requested))
+        say(f"{os.waitpid(worker, 0)[1]} {stop.requested}")
 """)
-    assert process.communicate(timeout=20)[0] == f"{signal.SIGTERM.value}\nNone\n"
+    assert ended(process) == (f"{signal.SIGTERM.value} None\n", "", 0)
 
 
 def test_the_checkpoint_is_written_although_ctrl_c_ended_tee_too(tmp_path: Path) -> None:
     reads, writes = os.pipe()
-    saved = tmp_path / "saved"
-    body = TRAIN.replace('say("ready")', "open(sys.argv[1], 'w').close()") + '    os.rename(sys.argv[1], "saved")\n'
-    process = start(body, str(tmp_path / "ready"), stdout=writes, stderr=writes, cwd=tmp_path, env=environment())
+    process = subprocess.Popen(command(TRAIN_AND_SAVE), stdout=writes, stderr=writes, cwd=tmp_path, env=environment())
     os.close(writes)
     wait_for(tmp_path / "ready")
     os.close(reads)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
-    assert saved.exists()
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_closed_terminal_is_taken_as_sigterm(tmp_path: Path) -> None:
     master, terminal = pty.openpty()
-    saved = tmp_path / "saved"
-    body = TRAIN.replace('say("ready")', "open(sys.argv[1], 'w').close()") + '    os.rename(sys.argv[1], "saved")\n'
-    options = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "start_new_session": True}
-    steal = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    command = [sys.executable, "-c", steal + PROGRAM.replace("BODY", body), str(tmp_path / "ready")]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **options)  # type: ignore[call-overload]
+    words = command(TRAIN_AND_SAVE)
+    words[-1] = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + words[-1]
+    process = subprocess.Popen(
+        words,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
     os.close(terminal)
     wait_for(tmp_path / "ready")
     os.close(master)  # the kernel sends SIGHUP
     assert process.wait(20) == 0
-    assert saved.exists()
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_death_of_the_launcher_is_taken_as_sigterm() -> None:
@@ -221,9 +241,8 @@ def test_the_death_of_the_launcher_is_taken_as_sigterm() -> None:
     stop.watch(psutil.Process(os.getppid()), 60)
 """
     program = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(30)"
-    with subprocess.Popen(
-        [sys.executable, "-c", program, PROGRAM.replace("BODY", watch + TRAIN)], stdout=subprocess.PIPE, text=True
-    ) as launcher:
+    words = [sys.executable, "-c", program, command(watch + TRAIN)[-1]]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "ready\n"
         (child,) = psutil.Process(launcher.pid).children()

@@ -34,14 +34,14 @@ from finetune.data.tokens.examples import Example, ExampleType, RowProblem, Text
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
 from finetune.data.types import Ints, Rendering, TokenizedText, TokenPair, contents_of
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError, Problem, printable
 from finetune.recipe import DataSettings, DataSource
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
 _TOKENISERS = 2
 _HELD = 8 * CHUNK_CHARACTERS  # characters of all columns
-_SEVERAL = 4  # the texts of one row together, as many times as one may have
+_RENDERED = 4  # so many times the characters of a row may its texts have: templates add marks, and repeat turns
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
@@ -109,9 +109,9 @@ def _render(example: Example, example_type: ExampleType, renderer: TextRenderer,
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)
             return True
-    if len(texts) > 1 and (characters := sum(len(text.text) for text in texts)) > _SEVERAL * max_characters:
-        what = f"{characters:,} characters in the {len(texts):,} texts that it becomes: above {_SEVERAL} times "
-        do = "split the conversation, or name another one in data.chat_template, which does not rewrite earlier answers"
+    if (characters := sum(len(text.text) for text in texts)) > _RENDERED * max_characters:
+        what = f"{characters:,} characters as the chat template writes it ({len(texts):,} texts): above {_RENDERED} x "
+        do = "shorten the row, or name another one in data.chat_template"
         example.fail(RowError(None, f"{what}data.max_row_characters = {max_characters:,}", do))
         return True
     example.texts = tuple(texts)
@@ -346,7 +346,9 @@ def _no_row(name: str) -> Problem:
 
 
 def _with_progress(source: Source) -> Iterator[Row]:
-    with tqdm(total=source.total, desc=f"Tokenising {source.name}", unit=source.unit, unit_scale=True) as bar:
+    with tqdm(
+        total=source.total, desc=f"Tokenising {printable(source.name)}", unit=source.unit, unit_scale=True
+    ) as bar:
         for row in source:
             yield row
             bar.update(row.progress)

@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import Any
 
 import psutil
-import torch
 
 from finetune.errors import FinetuneError, Problem
 from finetune.progress import PROGRESS
@@ -37,6 +36,7 @@ LAUNCHER_SECONDS = 10
 _NO_LIMIT = timedelta(days=7)
 _LEAST_IN_TRAINING = 60  # seconds
 _GRACE_SECONDS = 5  # for the main thread, which knows more, to fail by itself
+_LEAST_WATCHED = 2  # seconds in which a process that lives has beaten
 _CONNECTION = ("gloo/", "Connection closed by peer", "Connection reset by peer")
 _DONE = b"done"
 _CONTINUE = "the same command continues the run"
@@ -82,7 +82,8 @@ def start_timeout(rank_timeout: int) -> timedelta:
 
 def watch_ranks(rank_timeout: int) -> None:
     """Start the heartbeats of this process, once the process group exists; does nothing with one process."""
-    distributed = torch.distributed
+    from torch import distributed
+
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         _RANKS[:] = [Ranks(rank_timeout)]
 
@@ -105,7 +106,10 @@ def ranks_training() -> Iterator[None]:
 
 def first_reason(error: BaseException) -> tuple[str, bool]:
     """Why the run ends, and whether this process is the first to know. `error` is what happened here."""
-    return _RANKS[0].first_reason(error) if _RANKS else (str(error), True)
+    if not _RANKS:
+        # Nothing connects them yet: every process has the same error, and the main one says it.
+        return str(error), os.environ.get("RANK", "0") == "0"
+    return _RANKS[0].first_reason(error)
 
 
 def lost_rank() -> str | None:
@@ -115,24 +119,28 @@ def lost_rank() -> str | None:
 
 def is_connection_error(error: BaseException) -> bool:
     """Whether an operation between processes has failed, which says nothing about why."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _CONNECTION)
+    if not _RANKS or not isinstance(error, RuntimeError):
+        return False
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or any(mark in str(error) for mark in _CONNECTION)
 
 
 class Ranks:
     """The processes of the run, as this one sees them."""
 
     def __init__(self, timeout: int) -> None:
-        self.timeout, self.rank = timeout, torch.distributed.get_rank()
-        self.interval = min(max(timeout / 30, 0.5), 5.0)
+        from torch import distributed
+
+        self.timeout, self.rank = timeout, distributed.get_rank()
+        self.interval = min(max(timeout / 30, 0.25), 5.0)
         store = private("torch.distributed.distributed_c10d:_get_default_store")()
         # A connection each for the thread and for everybody else: an operation that waits blocks its connection.
         self._store, self._thread_store = store.clone(), store.clone()
-        self._numbers = range(torch.distributed.get_world_size())
+        self._numbers = range(distributed.get_world_size())
         self._ending, self._claimed = threading.Event(), threading.Lock()
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
-        self._store.set(f"beat/{self.rank}", "0")
+        self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
         self.peers = [Peer(**json.loads(text)) for text in self._read("who", self._store)]
         self._read("beat", self._store)
         for each in (self._store, self._thread_store):
@@ -186,7 +194,7 @@ class Ranks:
     def _diagnosis(self, error: BaseException) -> str:
         """Why a connection broke. Processes of other machines are watched for some heartbeats."""
         before = self._read("beat", self._store)
-        deadline = time.monotonic() + max(3 * self.interval, _GRACE_SECONDS)
+        deadline = time.monotonic() + max(3 * self.interval, _LEAST_WATCHED)
         while time.monotonic() < deadline:
             values = self._read("beat", self._store)
             if found := self._said(self._store) or self._dead(values):
@@ -214,7 +222,9 @@ class Ranks:
             try:
                 self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
                 values = self._read("beat", self._thread_store)
-                found = self._said(self._thread_store) or self._dead(values) or self._stopped(beats, values)
+                if stopped := self._stopped(beats, values):
+                    self._end(stopped)
+                found = self._said(self._thread_store) or self._dead(values)
             except RuntimeError:
                 if (found := self._store_lost()) is None:
                     return
@@ -285,7 +295,7 @@ def this_process(rank: int) -> Peer:
 
 def doing(beat: bytes) -> str:
     """What a process was doing at a heartbeat."""
-    return beat.decode().partition(" ")[2] or "starting"
+    return beat.decode().partition(" ")[2]
 
 
 def summary(error: BaseException) -> str:
