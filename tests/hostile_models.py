@@ -123,7 +123,7 @@ def mutated(value: Any, path: tuple[Any, ...], by: Any) -> Any:
     return result
 
 
-def mutations(file: Path, seed: int, each: int) -> Iterator[tuple[str, str]]:
+def mutations(file: Path, seed: object, each: int) -> Iterator[tuple[str, str]]:
     """(what was changed, the file's new text) for every value of a JSON file, `each` ones drawn by `seed`."""
     value, draw = json.loads(file.read_text()), random.Random(f"{seed} {file.name}")
     for path in paths_of(value):
