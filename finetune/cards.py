@@ -243,13 +243,16 @@ def _data_rows(data: Facts) -> list[tuple[str, ...]]:
     return [
         (
             f"{split}: {public_name(dataset['name'])}",
-            f"{dataset['rows']:,}",
-            f"{dataset['tokens']:,}",
-            _code(dataset.get("content") or dataset["digest"]),
+            *(_number(dataset.get(name)) for name in ("rows", "tokens")),
+            _code(dataset.get("content") or dataset.get("digest") or "not recorded"),
         )
         for split, sets in data.items()
         for dataset in sets
     ]
+
+
+def _number(count: int | None) -> str:
+    return "not recorded" if count is None else f"{count:,}"
 
 
 def _metric_rows(metrics: Facts) -> list[tuple[str, ...]]:

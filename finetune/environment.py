@@ -1,4 +1,4 @@
-"""Settings of the process: waiting threads, telemetry, hidden log lines. Call before torch is imported; imports nothing heavy."""
+"""Settings of the process: waiting threads, telemetry, log lines, its output. Imports nothing heavy, and no torch."""
 
 import logging
 import os

@@ -31,7 +31,7 @@ class Problem:
     def __str__(self) -> str:
         got = "" if self.got is None else f"; got {self.got}"
         # What files and rows hold must not reach the terminal as commands.
-        return f"{self.where}: {self.what}{got}; {self.do}".translate(_ESCAPED)
+        return f"{printable(self.where)}: " + f"{self.what}{got}; {self.do}".translate(_ESCAPED)
 
 
 class FinetuneError(Exception):

@@ -23,7 +23,7 @@ from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_
 from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.tokens.packing import count_sequences
 from finetune.data.tokens.reasoning_remarks import reasoning_remarks
-from finetune.errors import DataError, FinetuneError, Problem
+from finetune.errors import DataError, FinetuneError, Problem, printable
 from finetune.methods.pairs import pair_layout
 from finetune.methods.trainer_checks import check_schedule, check_trainer
 from finetune.model_files import load_config
@@ -214,7 +214,10 @@ def _batches(mixture: Mixture, recipe: Recipe, share_prompts: bool) -> Batches:
 def _texts(mixture: Mixture) -> Iterator[tuple[str, str]]:
     for source, rows in zip(mixture.sources, mixture.sets, strict=True):
         yield from tqdm(
-            texts(source, rows.stats.format), desc=f"Comparing {rows.name}", unit=" rows", total=rows.stats.rows
+            texts(source, rows.stats.format),
+            desc=f"Comparing {printable(rows.name)}",
+            unit=" rows",
+            total=rows.stats.rows,
         )
 
 
