@@ -39,6 +39,15 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     `allowed`: keys of the recipe that may differ from those that a continued run began with.
     """
+    try:
+        return _train(recipe, command_line, allowed)
+    finally:
+        from finetune.run import unlock_run
+
+        unlock_run(Path(recipe.output_dir))
+
+
+def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) -> Path:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from torch.accelerator import is_available
