@@ -2,7 +2,10 @@
 
 import logging
 import os
+import re
+import sys
 import warnings
+from io import TextIOWrapper
 
 
 def wait_passively() -> None:
@@ -29,3 +32,47 @@ def hush() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # transformers 5 renames these for version 6, and TRL still uses the old names.
     warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+
+
+# Controls, separators and marks of direction, but for line feed and tab, which shape texts.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+# What this program itself sends: the colours of `finetune check` to a terminal, and the bars of tqdm to stderr.
+_COLOURS = re.compile(r"\x1b\[(0|1|32|35)m")
+_BARS = re.compile(r"\r|\x1b\[A")
+
+
+class _Printed(TextIOWrapper):
+    """A standard stream on which names and texts of files cannot give commands to the terminal."""
+
+    own: re.Pattern[str] | None = None
+
+    def write(self, text: str) -> int:
+        """Write with every control character as `\\u001b`, this program's own ones excepted."""
+        return super().write(_escaped(text, self.own) if _CONTROLS.search(text) else text)
+
+
+def _escaped(text: str, own: re.Pattern[str] | None) -> str:
+    kept = [match.span() for match in own.finditer(text)] if own else []
+    parts, start = [], 0
+    for first, last in [*kept, (len(text), len(text))]:
+        parts += [_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text[start:first]), text[first:last]]
+        start = last
+    return "".join(parts)
+
+
+def print_plainly() -> None:
+    """Let what is printed from now on give no commands to the terminal, whatever a file or its name holds.
+
+    A terminal without UTF-8 still shows every row. A stream that someone has put in place of Python's is left alone.
+    """
+    for name, own in (("stdout", _COLOURS if sys.stdout.isatty() else None), ("stderr", _BARS)):
+        stream = getattr(sys, name)
+        if type(stream) is TextIOWrapper:
+            stream.flush()
+            printed = _Printed(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+            printed.own = own
+            setattr(sys, name, printed)
+            _REPLACED.append(stream)  # it would close the file when it is collected
+
+
+_REPLACED: list[TextIOWrapper] = []

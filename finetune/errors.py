@@ -11,6 +11,12 @@ from pathlib import Path
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = (*(code for code in range(0x20) if chr(code) != "\n"), *range(0x7F, 0xA0), 0x2028, 0x2029, *_BIDI)
 _ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
+_ON_ONE_LINE = {**_ESCAPED, ord("\n"): "\\n"}
+
+
+def printable(text: str) -> str:
+    """Text of files, names and rows on one line, without characters that a terminal or a browser obeys."""
+    return text.translate(_ON_ONE_LINE)
 
 
 @dataclass(frozen=True)

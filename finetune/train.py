@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.environment import hush, no_telemetry, wait_passively
+from finetune.environment import hush, no_telemetry, print_plainly, wait_passively
 from finetune.errors import DiskError, Problem, RunError
 from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json
@@ -39,6 +39,15 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     `allowed`: keys of the recipe that may differ from those that a continued run began with.
     """
+    try:
+        return _train(recipe, command_line, allowed)
+    finally:
+        from finetune.run import unlock_run
+
+        unlock_run(Path(recipe.output_dir))
+
+
+def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) -> Path:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from torch.accelerator import is_available
@@ -274,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     no_telemetry()
     hush()
+    print_plainly()
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")

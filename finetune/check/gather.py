@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.adapters.record import BaseRecord
@@ -27,6 +26,7 @@ from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.errors import DataError, FinetuneError, Problem
 from finetune.methods.pairs import pair_layout
 from finetune.methods.trainer_checks import check_schedule, check_trainer
+from finetune.model_files import load_config
 from finetune.recipe import DataSource, Recipe
 
 
@@ -154,8 +154,7 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
         return None, tokenizer
     digest = fingerprint(folder) if local and model.adapter else None
     provenance = BaseRecord(name_or_path=model.name_or_path, fingerprint=digest, config=forward_settings(folder))
-    config = AutoConfig.from_pretrained(folder)
-    return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
+    return Base(folder, family, load_config(folder), tokenizer, tuple(new_tokens), provenance), tokenizer
 
 
 def _check_adapter(folder: Path, recipe: Recipe, base: Base | None) -> None:

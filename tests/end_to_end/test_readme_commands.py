@@ -16,6 +16,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.run import read_metrics
+from tests.network import guarded, went_away
 from tests.readme import COMMANDS, ROOT
 from tests.support import save_tiny_mixtral
 
@@ -36,14 +37,20 @@ def workspace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(command: str | list[str], folder: Path, **variables: str) -> str:
-    """Run with the environment's own programs first on the path; returns what was printed."""
+def run(command: str | list[str], folder: Path) -> str:
+    """Run with the environment's own programs first on the path and without a network; returns what was printed.
+
+    Nothing of what the command names is on the hub, so no other machine may be looked for. The recipes leave
+    `logging.report_to` at auto, which is trackio here.
+    """
+    log = folder / "network.log"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, **variables}
+    environment = guarded(log, PATH=path)
     done = subprocess.run(
         command, cwd=folder, shell=isinstance(command, str), env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert went_away(log) == []
     return done.stdout
 
 
@@ -86,7 +93,7 @@ def test_the_shown_commands_work_one_after_the_other(
 @pytest.mark.slow
 def test_the_dpo_driver_runs_the_quickstart_first_and_then_all_its_own_phases(workspace: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quickstart_dpo", "--record", "record.json"]
-    printed = run(command, workspace, PYTHONPATH=str(ROOT))
+    printed = run(command, workspace)
 
     for heading in ("held-out rows before", "train", "merge and prove", "held-out rows after", "One held-out row"):
         assert f"=== {heading}" in printed

@@ -44,6 +44,11 @@ class Running:
     log: Path
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
     def send(self, number: int) -> None:
         """A signal to the process alone."""
         with suppress(ProcessLookupError):
@@ -68,9 +73,8 @@ class Running:
         if hangs:
             self.kill()
         code = self.commands.ask(wait=self.number)
-        output = self.log.read_text(encoding="utf-8", errors="replace")
-        assert not hangs, f"seed {SEED}: it did not end within {SECONDS} s:\n{output}"
-        return Ended(code, output, time.monotonic() - self.started)
+        assert not hangs, f"seed {SEED}: it did not end within {SECONDS} s:\n{self.output}"
+        return Ended(code, self.output, time.monotonic() - self.started)
 
 
 class Commands:

@@ -14,6 +14,7 @@ from tests.support import save_tiny_mixtral
 STEPS = 6
 SAVED = (4, 6)
 """The checkpoints that are left at the end: the newest two, with the best of steps 4 and 6 among them."""
+PAIR_COUNT = 20
 OF_THE_MOMENT = ("times.jsonl", "provenance.json", ".lock")
 """What says when and where a run took place; everything else is the same in every run of the recipe."""
 TRAIN = ("train", "recipe.yaml")
@@ -101,7 +102,7 @@ def make_run(commands: Commands, folder: Path, **sections: Any) -> Run:
     """A recipe on a tiny Mixtral, with rows and pairs."""
     save_tiny_mixtral(folder / "base")
     write_workspace(folder, **{**SECTIONS, **sections})
-    write_pairs(folder / "pairs.jsonl", 20)
+    write_pairs(folder / "pairs.jsonl", PAIR_COUNT)
     return Run(commands, folder)
 
 

@@ -25,6 +25,7 @@ def step():
     for _ in range(1500):
         if stop.requested is None:
             time.sleep(0.02)
+    assert stop.requested is not None
     time.sleep(0.2)
 
 def never_returns():

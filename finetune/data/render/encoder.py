@@ -20,7 +20,9 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Ints
+from finetune.model_files import reading
 
+_FAILS, _ANOTHER = "fails at the text of a row", "use the tokenizer of another checkpoint"
 _ANY_TEXT = "What is 2+2?"
 _STEPS = ("normalizer", "pre_tokenizer")
 _MODEL = ("dropout", "unk_token", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -238,12 +240,14 @@ class Encoder:
 
     def ids(self, texts: Sequence[str]) -> list[Ints]:
         """The ids of each text."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with reading("tokenizer.json", _FAILS, _ANOTHER):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """First and past-the-last character of each token."""
-        offsets: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
+        with reading("tokenizer.json", _FAILS, _ANOTHER):
+            offsets: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
         return offsets
 
     def learn(self, prompt: str, content: str) -> None:
