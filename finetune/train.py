@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     no_telemetry()
     hush()
-    print_plainly()
+    print_plainly(may_be_lost=True)  # the disk of the log may be full, and the run must not end for it
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")

@@ -44,7 +44,9 @@ def test_a_full_disk_is_said_and_tried_again_after_a_tenth_of_the_steps(
     assert saver.retry_at == 105
     line = capsys.readouterr().out
     assert line.startswith(f"{tmp_path}/checkpoint-100: the disk is full")
-    assert line.endswith("the run goes on, its last whole checkpoint is of step 50, and it is tried again at step 105\n")
+    assert line.endswith(
+        "the run goes on, its last whole checkpoint is of step 50, and it is tried again at step 105\n"
+    )
     with pytest.raises(RunError, match="the checkpoint of step 100 could not be saved, its last whole checkpoint is"):
         saver.wait_or_raise()
     save(saver, 105)
