@@ -28,7 +28,7 @@ WORDS = 300
 
 
 def write_recipe(folder: Path, name: str, **sections: Any) -> None:
-    write_workspace(folder, **{**SECTIONS, **sections})
+    write_workspace(folder, **{**SECTIONS, "router": {"router_aux_loss_coef": 0.02}, **sections})
     (folder / "recipe.yaml").rename(folder / name)
 
 
@@ -42,7 +42,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_hidden_layers": 4,
         "max_position_embeddings": 2048,
     }
-    save_tiny_mixtral(folder / "base", max_position_embeddings=2048, **shape)
+    save_tiny_mixtral(folder / "base", **shape)
     training = {"max_steps": 2, "save_steps": 1, "learning_rate": 0.01, "global_batch_size": 2}
     whole = {"per_device_train_batch_size": 2, "gradient_checkpointing": "none"}
     short, long = dict(SOURCE), {**SOURCE, "path": "long.jsonl", "max_rows": 3}
