@@ -35,6 +35,7 @@ SECTIONS: dict[str, Any] = {
         "save_steps": 2,
         "eval_steps": 4,
         "logging_steps": 1,
+        "gradient_checkpointing": "none",
     },
 }
 DPO = {
