@@ -131,6 +131,29 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(
         assert verify_sums(run / "adapter")
 
 
+@pytest.mark.faults
+def test_a_reference_that_does_not_fit_is_continued_once_there_is_room(
+    workspace: Path, commands: Commands, tmp_path: Path
+) -> None:
+    pairs = ({"prompt": "light " * (1 + n % 7), "chosen": "on", "rejected": "off"} for n in range(300))
+    (workspace / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = tmp_path / "disk" / "run"
+    method = ("method.kind=dpo", "method.beta=0.1", "method.reference=precomputed")
+    rows = ("data.train.path=pairs.jsonl", "data.train.format=auto", "training.max_steps=2")
+    words = ("train", "recipe.yaml", *method, *rows, f"output_dir={run}")
+    with tiny_disk(run.parent, 36 * 2**10) as resize:
+        done = commands.run(workspace, *words)
+        assert done.code == 1
+        assert_said(done.output, run / "reference" / "train.0.jsonl")
+        before = (run / "reference" / "train.0.jsonl").read_text().split("\n")[:-1]
+        assert before, done.output
+        resize(ROOM)
+        succeed(commands.run(workspace, *words))
+        after = (run / "reference" / "train.0.jsonl").read_text().splitlines()
+        assert after[: len(before)] == before
+        assert len(after) == 300
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = save_tiny_mixtral(tmp_path_factory.mktemp("base"), "bfloat16")

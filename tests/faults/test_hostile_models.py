@@ -64,7 +64,23 @@ class Models:
         rows.write_text(row * 8)
         self.recipe, self.rows = folder / "recipe.yaml", rows
         edits = (("some/model", str(self.spoiled)), ("rows.jsonl", str(rows)), ("runs/test", str(folder / "run")))
-        self.recipe.write_text(changed(*edits))
+        self.recipe.write_text(changed(*edits, ("  r: 8", "  r: 4"), ("lora_alpha: 16", "lora_alpha: 8")))
+        self._record_everything()
+
+    def _record_everything(self) -> None:
+        """Let the adapter's record say all that training writes."""
+        file = self.adapter / "finetune.json"
+        rows = {"name": "rows.jsonl", "rows": 8, "tokens": 80, "content": "0" * 64}
+        facts = {
+            "recipe": load_recipe(self.recipe).model_dump(mode="json"),
+            "data": {"train": [rows]},
+            "metrics": {"train": {"loss": 1.0}},
+            "template_sha256": "0" * 64,
+            "template_args": {"a": 1},
+            "versions": {"peft": "0.21.0"},
+            "dtype": "float32",
+        }
+        file.write_text(json.dumps({**json.loads(file.read_text()), **facts}))
 
     def model_commands(self) -> dict[str, Callable[[], int]]:
         model, rows, out = str(self.spoiled), str(self.rows), str(self.folder / "out")

@@ -29,6 +29,13 @@ def test_a_training_goes_on_without_its_log(tmp_path: Path) -> None:
     assert (tmp_path / "saved").read_text() == "the adapter is saved\n"
 
 
+def test_the_command_that_trains_keeps_its_exit_code_without_its_log() -> None:
+    with FULL.open("w") as full:
+        words = [sys.executable, "-m", "finetune.train", "no-recipe.yaml"]
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=full, check=False)
+    assert done.returncode == 2, "the recipe is missing"
+
+
 def test_another_command_says_that_its_output_has_no_room() -> None:
     words = [sys.executable, "-m", "finetune.cli.main", "schema"]
     with FULL.open("w") as full:
