@@ -9,6 +9,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
+
+_KERNEL_COUNTS = Path("/proc/vmstat")
 
 
 def wait_passively() -> None:
@@ -27,6 +30,15 @@ def no_telemetry() -> None:
     that the recipe asks for, first fetches a list of programs (`/api/agent-harnesses`) to name the one that it runs in.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def memory_kills() -> int:
+    """How many processes of this machine the kernel has ended because memory was used up; 0 where it does not say."""
+    try:
+        lines = _KERNEL_COUNTS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.partition(" ")[2]) for line in lines if line.startswith("oom_kill "))
 
 
 def hush() -> None:

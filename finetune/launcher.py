@@ -14,11 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from finetune.environment import memory_kills
 from finetune.errors import Problem, RunError
 from finetune.recipe import Recipe
 from finetune.stopping import EXIT_CODES, Interrupted, held, stop
 from finetune.upstream import private
 
+_MEMORY_KILLS = memory_kills()  # before any process of the run
 _REPLACED = "FINETUNE_LAUNCHER"
 """Environment variable: pid and arguments of a launcher that the training process has replaced."""
 
@@ -239,8 +241,12 @@ def _failed(rank: int, failure: Any) -> int:
     if stop.requested is not None:
         print(stop.line(), file=sys.stderr)
         return stop.exit_code
-    do = "look for a memory limit or a person who ended it; what was saved is whole"
-    print(Problem(f"process {rank}", f"was ended by {signal.Signals(-code).name}", do), file=sys.stderr)
+    do, killed = "look for a memory limit or a person who ended it; what was saved is whole", ""
+    if -code == signal.SIGKILL and memory_kills() > _MEMORY_KILLS:
+        killed = ", and meanwhile the kernel ended a process because memory was used up"
+        do = "take a machine or a container with more memory, or settings that need less; what was saved is whole"
+    what = f"was ended by {signal.Signals(-code).name}{killed}"
+    print(Problem(f"process {rank}", what, do), file=sys.stderr)
     return 128 - code
 
 

@@ -113,7 +113,7 @@ def _used(on_gpu: bool) -> str:
     peak = f"{peak} of {size(limit)} ({name})"
     for number, counted in _COUNTED.items():
         if name == _LIMITS[number] and (value := _status(counted)):
-            peak += f", which counts addresses: {size(value)}"
+            peak += f", which counts what is reserved: {size(value)}"
     return peak
 
 

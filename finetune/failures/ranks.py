@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from finetune.environment import memory_kills
 from finetune.errors import FinetuneError, Problem
 from finetune.progress import PROGRESS
 from finetune.upstream import private
@@ -138,6 +139,7 @@ class Ranks:
         # A connection each for the thread and for everybody else: an operation that waits blocks its connection.
         self._store, self._thread_store = store.clone(), store.clone()
         self._numbers = range(distributed.get_world_size())
+        self._memory_kills = memory_kills()
         self._ending, self._claimed = threading.Event(), threading.Lock()
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
         self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
@@ -225,6 +227,7 @@ class Ranks:
                 if stopped := self._stopped(beats, values):
                     self._end(stopped)
                 found = self._said(self._thread_store) or self._dead(values)
+                self._memory_kills = memory_kills()
             except RuntimeError:
                 if (found := self._store_lost()) is None:
                     return
@@ -255,6 +258,9 @@ class Ranks:
             if self._is_near(peer) and not value.startswith(_DONE) and peer.state() is None:
                 what = f"has ended without a word while {doing(value)}: it was killed"
                 do = f"look for a memory limit, or a person or scheduler who ended it; {_CONTINUE}"
+                if memory_kills() > self._memory_kills:
+                    what += ", and just then the kernel ended a process because memory was used up"
+                    do = f"take a machine or a container with more memory, or settings that need less; {_CONTINUE}"
                 return str(Problem(str(peer), what, do))
         return None
 

@@ -101,7 +101,7 @@ def limited_run(workspace: Path, recipe: str, output_dir: Path, where: str, mib:
     ("where", "recipe", "mib", "saved"),
     [
         ("loading the base", "long.yaml", 6, "no checkpoint was saved yet"),
-        ("measuring experts", "long.yaml", 12, "no checkpoint was saved yet"),
+        ("measuring experts", "long.yaml", 2, "no checkpoint was saved yet"),
         ("computing the reference", "dpo.yaml", 12, "no checkpoint was saved yet"),
         ("training", "long.yaml", 12, "no checkpoint was saved yet"),
         ("evaluating", "short.yaml", 4, "checkpoint-"),
@@ -121,4 +121,4 @@ def test_memory_that_ends_in_a_phase(
     assert f"out of memory while {where}" in output, output
     assert "Traceback" not in output, output
     assert saved in output
-    assert "(ulimit -d), which counts addresses: " in output
+    assert "(ulimit -d), which counts what is reserved: " in output

@@ -147,3 +147,16 @@ def test_the_timeout_reaches_the_process_group(tmp_path: Path) -> None:
     line = said(tmp_path, 0)
     assert "an operation between the processes failed although all of them answer; got RuntimeError:" in line
     assert f"pid {both[1].pid}): training" in line
+
+
+def test_a_process_that_the_kernel_ended_for_want_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = tmp_path / "vmstat"
+    counts.write_text("nr_free_pages 10\noom_kill 2\n")
+    monkeypatch.setattr("finetune.environment._KERNEL_COUNTS", counts)
+    with two_processes(tmp_path, 300, steps, steps) as both:
+        once_started()
+        counts.write_text("nr_free_pages 10\noom_kill 3\n")
+        os.kill(both[1].pid, signal.SIGKILL)
+    assert "it was killed, and just then the kernel ended a process because memory was used up; take a" in (
+        said(tmp_path, 0)
+    )
