@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig
 
 from finetune.adapters.lineage import made_from
 from finetune.adapters.record import BaseRecord
@@ -25,10 +24,11 @@ from finetune.checkpoint import (
 )
 from finetune.data.tokenizer import added_ids, load_tokenizer
 from finetune.errors import Problem, RecipeError
+from finetune.model_files import load_config, read_config, vocabulary_size
 from finetune.moe.experts import EXPERTS_IMPLEMENTATION
 from finetune.moe.families import Family, family_of
 from finetune.moe.lora import check_targets, check_vocabulary, lora_config
-from finetune.moe.preflight import check_loadable, check_router_term
+from finetune.moe.preflight import check_layers, check_loadable, check_router_term
 from finetune.moe.router_bias import require_biases
 from finetune.recipe import FRIENDLY_TARGETS, ModelSettings, Recipe
 from finetune.run import Change, RunFolder
@@ -56,7 +56,7 @@ def read_base(recipe: Recipe) -> Base:
     family = checkpoint_family(folder, recipe)
     tokenizer, new_tokens = recipe_tokenizer(folder, recipe)
     provenance = _provenance(folder, recipe.model.name_or_path)
-    return Base(folder, family, AutoConfig.from_pretrained(folder), tokenizer, tuple(new_tokens), provenance)
+    return Base(folder, family, load_config(folder), tokenizer, tuple(new_tokens), provenance)
 
 
 def _provenance(folder: Path, name: str) -> BaseRecord:
@@ -79,7 +79,11 @@ def base_changes(base: Base, run: RunFolder) -> list[Change]:
     key, name = "model.name_or_path", before.name_or_path
     if before.fingerprint not in (None, now.fingerprint):
         marks = [str(record.fingerprint)[:12] for record in (before, now)]
-        return [Change(key, f"{name} with the fingerprint {marks[0]}", f"{now.name_or_path} with {marks[1]}")]
+        return [
+            Change(
+                key, f"{name} with the fingerprint {marks[0]}", f"{now.name_or_path} with the fingerprint {marks[1]}"
+            )
+        ]
     if changed := differing_settings(before.config, now.config or {}):
         return [Change(key, f"{name} with another config.json", "; ".join(changed))]
     return []
@@ -92,6 +96,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
     """
     config, family = _architecture(folder)  # before its files: an unsupported architecture is not helped by others
     reader = CheckpointReader(folder)
+    check_layers(reader)
     _check_fit(folder, recipe, config, family, partial(_check_targets, reader))
     check_loads(reader, family, recipe.model)
     return family
@@ -99,7 +104,7 @@ def checkpoint_family(folder: Path, recipe: Recipe) -> Family:
 
 def _architecture(folder: Path) -> tuple[dict[str, Any], Family]:
     """`config.json`, and the architecture that it names."""
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     return config, family_of(str(config.get("model_type")), str(folder / "config.json"))
 
 
@@ -173,8 +178,8 @@ def _check_length(config: dict[str, Any], family: Family, recipe: Recipe) -> Non
     if not isinstance(positions, int):
         return
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    stretched = rope.get("original_max_position_embeddings", positions) * rope.get("factor", 1)
-    reach = max(positions, int(stretched))
+    before, factor = (rope.get(name) for name in ("original_max_position_embeddings", "factor"))
+    reach = max(positions, int((before or positions) * (factor or 1)))
     if recipe.data.max_length > reach:
         what = f"longer than the {reach} positions of this {family.model_type} (max_position_embeddings)"
         do = f"write at most {reach}, or use a checkpoint whose config.json says how it is stretched further"
@@ -218,6 +223,6 @@ def recipe_tokenizer(folder: Path, recipe: Recipe) -> tuple[Any, list[int]]:
         recipe.data.template_args,
     )
     new_tokens = added_ids(tokenizer, settings.added_tokens)
-    rows = int(read_json(folder / "config.json")["vocab_size"])
+    rows = vocabulary_size(folder)
     check_vocabulary(rows, max(tokenizer.get_vocab().values()), len(new_tokens), str(folder))
     return tokenizer, new_tokens

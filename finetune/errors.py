@@ -11,6 +11,12 @@ from pathlib import Path
 _BIDI = (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROLS = (*(code for code in range(0x20) if chr(code) != "\n"), *range(0x7F, 0xA0), 0x2028, 0x2029, *_BIDI)
 _ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
+_ON_ONE_LINE = {**_ESCAPED, ord("\n"): "\\n"}
+
+
+def printable(text: str) -> str:
+    """Text of files, names and rows on one line, without characters that a terminal or a browser obeys."""
+    return text.translate(_ON_ONE_LINE)
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Problem:
     def __str__(self) -> str:
         got = "" if self.got is None else f"; got {self.got}"
         # What files and rows hold must not reach the terminal as commands.
-        return f"{self.where}: {self.what}{got}; {self.do}".translate(_ESCAPED)
+        return f"{printable(self.where)}: " + f"{self.what}{got}; {self.do}".translate(_ESCAPED)
 
 
 class FinetuneError(Exception):
@@ -183,12 +189,20 @@ def readable_size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def _standard_output() -> Path:
+    """The file that the output goes to: the only one that is written without a name."""
+    try:
+        return Path(os.readlink("/dev/fd/1"))
+    except OSError:
+        return Path("standard output")
+
+
 def as_expected(error: Exception) -> FinetuneError:
     """The error to print: one of ours, of a disk, or an OSError about a path. Any other is raised again."""
     if isinstance(error, FinetuneError):
         return error
     path = written_path(error)
-    if problem := disk_problem(error, path or Path("standard output")):
+    if problem := disk_problem(error, path or _standard_output()):
         return DiskError(problem)
     if not isinstance(error, OSError) or path is None:
         raise error

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import GenerationConfig
 
 from finetune.adapters.adapter import CONFIG_FILE, read_adapter
 from finetune.adapters.lineage import TrainedTemplate, Weighted, check_related, trained_template
 from finetune.adapters.locate import adapter_folder
 from finetune.adapters.record import RECORD_FILE
-from finetune.checkpoint import fingerprint, forward_settings, verify_sums
+from finetune.checkpoint import CheckpointReader, fingerprint, forward_settings, verify_sums
 from finetune.data import Conversation, load_tokenizer, read_conversations, set_template_day
 from finetune.data.render import ChatTemplate, StoppedError, System
 from finetune.data.row_errors import Problems, RowError
@@ -27,9 +27,11 @@ from finetune.data.tokenizer import end_ids
 from finetune.errors import DataError, Problem, WeightsError
 from finetune.files import write_json
 from finetune.merge.job import base_folder
+from finetune.model_files import load_config, read_config, reading
 from finetune.moe.balance import load_share, token_sums
 from finetune.moe.families import Family, MoeLayout, family_of
 from finetune.moe.nf4_loading import QUANT_METHOD
+from finetune.moe.preflight import check_loadable
 from finetune.moe.router import capture, find_routers
 from finetune.recipe import ModelSettings
 
@@ -143,9 +145,10 @@ def _checkpoint(folder: Path, dtype: str | None) -> Opened:
     if not (folder / "config.json").is_file():
         do = "give a folder with config.json, an adapter, or a run"
         raise WeightsError(Problem(str(folder), "no checkpoint here", do))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     family = family_of(str(config.get("model_type")), str(folder / "config.json"))
-    if (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD:
+    quantized = config.get("quantization_config")
+    if isinstance(quantized, dict) and quantized.get("quant_method") == QUANT_METHOD:
         what, do = "the checkpoint is already quantised", "give the 16-bit checkpoint it was made from"
         raise WeightsError(Problem(str(folder / "config.json"), what, do, got=QUANT_METHOD))
     return family, partial(_load_model, folder, family, dtype or "float32")
@@ -162,12 +165,13 @@ def _adapter(folder: Path, dtype: str | None) -> Opened:
         what = f"the adapter does not say what it was trained on: it has no {RECORD_FILE} of this program"
         raise WeightsError(Problem(str(folder), what, "merge it first: finetune merge"))
     initial = read_initial_adapter(folder)
-    settings = ModelSettings.model_validate(adapter.record.recipe["model"])
+    with reading(folder / RECORD_FILE, "does not hold a recipe's section model"):
+        settings = ModelSettings.model_validate(adapter.record.recipe["model"])
     settings = settings.model_copy(update={"dtype": dtype or settings.dtype})
     where = base_folder(adapter, None)
     weighted = Weighted(adapter, 1.0, adapter.digest())
     check_related(where, fingerprint(where), forward_settings(where), (weighted,))
-    config = AutoConfig.from_pretrained(where)
+    config = load_config(where)
     family = family_of(str(config.model_type), str(where / "config.json"))
     base = Base(where, family, config, None, tuple(sorted(adapter.added_tokens.values())), initial.base)
     return family, partial(load_trained, base, settings, initial)
@@ -175,11 +179,18 @@ def _adapter(folder: Path, dtype: str | None) -> Opened:
 
 def _load_model(folder: Path, family: Family, dtype: str) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return (
-        family.transformers_class()
-        .from_pretrained(folder, dtype=getattr(torch, dtype), use_safetensors=True, device_map={"": device})
-        .eval()
-    )
+    check_loadable(CheckpointReader(folder), family.transformers_class(), load_in_4bit=False)
+    with reading(folder, "transformers cannot load it", "give a complete checkpoint"):
+        model = family.transformers_class().from_pretrained(
+            folder,
+            config=load_config(folder),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            device_map={"": device},
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return model.eval()
 
 
 class _Task(NamedTuple):
@@ -236,6 +247,7 @@ def _batches(tokenizer: Any, prompts: list[str], batch_size: int, device: torch.
 def _generate(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int, batch_size: int) -> Iterator[str]:
     """What the model writes behind each prompt, special tokens included, up to the first that ends an answer."""
     ends = end_ids(tokenizer)
+    model.generation_config = GenerationConfig()  # what the settings below leave open is taken from here
     for batch in _batches(tokenizer, prompts, batch_size, model.device, "Generating"):
         ids = model.generate(
             input_ids=batch["input_ids"],

@@ -91,7 +91,7 @@ def read_regular(path: str | os.PathLike[str], limit: int = MAX_JSON_BYTES) -> b
         while piece := file.read(min(1 << 20, limit + 1 - len(content))):
             content += piece
     if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit:,} bytes", os.fspath(path))
+        raise OSError(0, f"it is larger than {limit:,} bytes", os.fspath(path))
     return bytes(content)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import read_settings
 
 FILE = "generation_config.json"
+MAX_ID = 2**31
 _KEY = "eos_token_id"
 
 
@@ -52,18 +54,12 @@ def generation_settings(folder: Path, ends: Sequence[int], pad: int | None = Non
 
 def _settings(path: Path) -> dict[str, Any]:
     """A file of settings; empty where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(Problem(str(path), "not JSON", "fetch the checkpoint again", got=str(error))) from error
-    return settings if isinstance(settings, dict) else {}
+    return read_settings(path) if path.exists() else {}
 
 
 def _ids(where: str, value: Any) -> list[int]:
     ids = value if isinstance(value, list) else [value]
-    if any(type(token) is not int for token in ids):
+    if any(type(token) is not int or not 0 <= token < MAX_ID for token in ids):
         what = "is neither a token's id nor a list of them"
         raise WeightsError(Problem(where, what, "write the ids at which generation stops", got=json.dumps(value)))
     return ids

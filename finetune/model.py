@@ -21,6 +21,7 @@ from finetune.base import Base, loading_options
 from finetune.checkpoint import read_json
 from finetune.errors import WeightsError
 from finetune.files import write_text
+from finetune.model_files import check_model_folder, reading
 from finetune.moe.checkpointing import enable_checkpointing
 from finetune.moe.esft import ExpertChoice, keep_chosen
 from finetune.moe.families import Family
@@ -43,13 +44,18 @@ def load_base(base: Base, settings: ModelSettings) -> Any:
     options = loading_options(settings)
     if settings.load_in_4bit:
         options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"])
-    model, report = base.family.transformers_class().from_pretrained(
-        base.folder,
-        device_map={"": PartialState().device},
-        use_safetensors=True,
-        output_loading_info=True,
-        **options,
-    )
+    check_model_folder(base.folder)
+    with reading(base.folder, "transformers cannot load it", "give a complete checkpoint"):
+        model, report = base.family.transformers_class().from_pretrained(
+            base.folder,
+            config=base.config,
+            device_map={"": PartialState().device},
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **options,
+        )
     if problems := differences(str(base.folder), report):
         raise WeightsError(problems)
     check_weights(model, settings.load_in_4bit, str(base.folder))

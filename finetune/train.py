@@ -8,19 +8,19 @@ The recipe is validated before torch is imported: packages that import torch are
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.environment import hush, no_telemetry, wait_passively
+from finetune.environment import hush, no_telemetry, print_plainly, wait_passively
 from finetune.errors import DiskError, Problem, RunError
 from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
-from finetune.files import write_json, write_text
+from finetune.files import write_json
 from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.progress import PROGRESS, phase
-from finetune.recipe import Recipe, dump_recipe, load_recipe
+from finetune.recipe import Recipe, load_recipe
 from finetune.stopping import Interrupted, stop
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     `allowed`: keys of the recipe that may differ from those that a continued run began with.
     """
+    try:
+        return _train(recipe, command_line, allowed)
+    finally:
+        from finetune.run import unlock_run
+
+        unlock_run(Path(recipe.output_dir))
+
+
+def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) -> Path:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from torch.accelerator import is_available
@@ -49,6 +58,7 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
+    from finetune.start import begin, open_run
 
     check_keys(allowed)
     for line in check_launcher(recipe, os.environ):
@@ -65,7 +75,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
     # 1. The run folder, which no other process may hold, and the recipe of the run that it holds
     run = RunFolder(Path(recipe.output_dir))
     PROGRESS.recipe, PROGRESS.run = recipe, run.path
-    start = _open_run(run, recipe, allowed)
+    start = open_run(run, recipe, allowed)
+    _say(*start.lines)
 
     # 2. The base without its weights, and the adapter to start from; raises where the recipe does not fit them
     base = read_base(recipe)
@@ -83,7 +94,8 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
         _say(remark)
 
     # 4. Everything is checked: the run begins, continues, or is finished
-    start = _begin(start, run, recipe, base, rows, initial_adapter, allowed, command_line)
+    start = begin(start, run, recipe, base, rows.counts(), initial_adapter, allowed, command_line)
+    _say(*start.lines)
     if start.is_finished:
         _say(f"the run in {run.path} is finished: its adapter is {run.adapter}")
         return run.path
@@ -149,87 +161,6 @@ def _reject_data_parallel(state: Any) -> None:
                 got=f"{device_count()} GPUs",
             )
         )
-
-
-@dataclass(frozen=True)
-class _Start:
-    """How a run starts. `continues`: as the run that its folder holds; `checkpoint`: None for the first step.
-
-    `changed`: something is not as it was when the run began, which the user allows.
-    """
-
-    continues: bool
-    changed: bool = False
-    identity: str = ""
-    is_finished: bool = False
-    checkpoint: Path | None = None
-
-
-def _open_run(run: "RunFolder", recipe: Recipe, allowed: Sequence[str]) -> _Start:
-    """Lock the run folder, and find out whether it holds a run to continue.
-
-    Raises RunError where another process trains in it, where it holds something else, or the run of another recipe.
-    """
-    from finetune.run import check_allowed, earlier_recipe, lock_run, recipe_changes
-    from finetune.run.resume import NEVER
-
-    def look() -> _Start:
-        run.check_contents()
-        lock_run(run.path)
-        before = earlier_recipe(run)
-        if before is None or recipe.training.resume == NEVER:
-            return _Start(continues=False)
-        lines = check_allowed(run, recipe_changes(before, recipe), allowed)
-        _say(*lines)
-        return _Start(continues=True, changed=bool(lines))
-
-    return _on_main(look)
-
-
-def _begin(
-    start: _Start,
-    run: "RunFolder",
-    recipe: Recipe,
-    base: "Base",
-    rows: "MethodRows",
-    initial_adapter: "InitialAdapter | None",
-    allowed: Sequence[str],
-    command_line: Sequence[str],
-) -> _Start:
-    """Compare base and rows with those of the run to continue, choose its checkpoint, and record how it goes on."""
-    from finetune.base import base_changes
-    from finetune.run import check_allowed, identity_of, row_changes
-    from finetune.run.resume import begin_anew, go_on
-
-    def go() -> _Start:
-        adapter = None if initial_adapter is None else initial_adapter.digest()
-        identity = identity_of(recipe, base.provenance.as_dict(), rows.counts(), adapter)
-        changed = start.changed
-        if start.continues:
-            changes = [*base_changes(base, run), *row_changes(run, rows.counts())]
-            lines = check_allowed(run, changes, allowed)
-            _say(*lines)
-            changed = changed or bool(lines)
-            begun = go_on(run, recipe.training.resume, identity, changed)
-        else:
-            begun = begin_anew(run, identity)
-        _say(*begun.lines)
-        if not begun.is_finished:
-            _write_recipe_and_provenance(run, recipe, base, command_line)
-        return replace(start, identity=begun.identity, is_finished=begun.is_finished, checkpoint=begun.checkpoint)
-
-    return _on_main(go)
-
-
-def _on_main(decide: "Callable[[], _Start]") -> _Start:
-    """What the main process decides, on every process."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    decided = [decide() if PartialState().is_main_process else None]
-    broadcast_object_list(decided)
-    assert decided[0] is not None
-    return decided[0]
 
 
 def _initial_adapter(recipe: Recipe, base: "Base") -> "InitialAdapter | None":
@@ -304,13 +235,6 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
     check_audit(parts, recipe)
 
 
-def _write_recipe_and_provenance(run: "RunFolder", recipe: Recipe, base: "Base", command_line: Sequence[str]) -> None:
-    from finetune.run import collect_provenance
-
-    write_text(run.recipe, dump_recipe(recipe))
-    write_json(run.provenance, collect_provenance(base.provenance.as_dict(), recipe.seed, list(command_line)))
-
-
 def _save(setup: "TrainerSetup", trainer: Any) -> None:
     """Draw the curves and write the adapter in PEFT's format, with its card and `finetune.json`: the run is finished.
 
@@ -359,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     no_telemetry()
     hush()
+    print_plainly(may_be_lost=True)  # the disk of the log may be full, and the run must not end for it
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
@@ -394,8 +319,7 @@ def _interrupted() -> int:
     finish_ranks()
     if rank() == 0:
         print(stop.line(), file=sys.stderr)
-    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
-    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
+    return stop.early_exit_code
 
 
 if __name__ == "__main__":

@@ -3,16 +3,26 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.record import EXPERT_LAYOUT, RECORD_FILE, AdapterRecord, MergeSources, read_record, wrong_type
+from finetune.adapters.record import (
+    EXPERT_LAYOUT,
+    RECORD_FILE,
+    SAVE_AGAIN,
+    AdapterRecord,
+    MergeSources,
+    read_record,
+    wrong_type,
+)
 from finetune.adapters.tensors import EMBEDDING, FactorPair, read_contents
 from finetune.checkpoint import SUMS_FILE, listed_files, verify_sums
 from finetune.checkpoint.reader import TensorInfo, pickles_in, read_json, read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.files import open_regular
 from finetune.moe.router_bias import BIAS_FILE
 from finetune.upstream import private
 
@@ -76,11 +86,17 @@ TRAINING_FILES = (
     *("identity.json", *_TRAINER_FILES),
 )
 """In a checkpoint, besides the adapter: what a run needs to continue from it."""
+_MODULE = re.compile(r"[\w.]+")
+_NAMES = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern")
 _TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = {
     "rank_pattern": ("an object", (dict,)),
     "alpha_pattern": ("an object", (dict,)),
-    "target_modules": ("a list or text", (list, str)),
-    "target_parameters": ("a list", (list,)),
+    "target_modules": ("a list of names or text", (list, str)),
+    "target_parameters": ("a list of names", (list,)),
+    "exclude_modules": ("a list of names or text", (list, str)),
+    "layers_pattern": ("a list of names or text", (list, str)),
+    "base_model_name_or_path": ("text", (str,)),
+    "revision": ("text", (str,)),
     "trainable_token_indices": ("a list or an object", (list, dict)),
     "layers_to_transform": ("a list or a whole number", (list, int)),
     "auto_mapping": ("an object", (dict,)),
@@ -244,12 +260,11 @@ def _check_checkpoint(folder: Path) -> None:
     if (folder / TRAINING_FILES[0]).is_file() and not (folder / SUMS_FILE).is_file():
         what = f"is a checkpoint of a run without its {SUMS_FILE}, and may be damaged"
         raise WeightsError(Problem(str(folder), what, "name another checkpoint of the run, or copy this one again"))
-    if all((folder / name).is_file() for name in _TRAINER_FILES) and not (folder / BIAS_FILE).is_file():
-        state = json.loads((folder / _TRAINER_FILES[1]).read_text(encoding="utf-8"))
-        if isinstance(state, dict) and state.get("bias"):
-            do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
-            what = "is a state of training, and its moved router biases are not among the factors"
-            raise WeightsError(Problem(str(folder), what, do))
+    of_a_trainer = all((folder / name).is_file() for name in _TRAINER_FILES) and not (folder / BIAS_FILE).is_file()
+    if of_a_trainer and read_json(folder / _TRAINER_FILES[1]).get("bias"):
+        do = f"merge the finished adapter, {folder.parent / 'adapter'}, or let the run go on to its end"
+        what = "is a state of training, and its moved router biases are not among the factors"
+        raise WeightsError(Problem(str(folder), what, do))
 
 
 def _check_types(settings: Mapping[str, Any], file: Path) -> None:
@@ -259,6 +274,13 @@ def _check_types(settings: Mapping[str, Any], file: Path) -> None:
         for name, (expected, types) in _TYPES.items()
         if settings.get(name) is not None and not isinstance(settings[name], types)
     ]
+    for name in _NAMES:
+        values = settings.get(name)
+        if isinstance(values, list) and not all(isinstance(value, str) for value in values):
+            problems.append(wrong_type(f"{file}: {name}", "a list of names", values))
+    layers = settings.get("layers_to_transform")
+    if isinstance(layers, list) and not all(type(layer) is int for layer in layers):
+        problems.append(wrong_type(f"{file}: layers_to_transform", "a list of whole numbers", layers))
     for name in ("rank_pattern", "alpha_pattern"):
         values = settings.get(name)
         if isinstance(values, dict) and not all(_is_positive(value) for value in values.values()):
@@ -280,6 +302,9 @@ def _check_record(record: AdapterRecord, folder: Path) -> None:
     if layout not in (None, EXPERT_LAYOUT):
         do = f"the adapter was written by another version; only {EXPERT_LAYOUT} is known"
         raise WeightsError(Problem(str(folder / RECORD_FILE), "unknown order of the experts' factors", do, got=layout))
+    if record.router_bias not in (None, "", BIAS_FILE):
+        do = f"only {BIAS_FILE} is known; {SAVE_AGAIN}"
+        raise WeightsError(Problem(f"{folder / RECORD_FILE}: router_bias", "unknown file", do, got=record.router_bias))
     if record.router_bias and not (folder / record.router_bias).is_file():
         what = "is missing, and the record names it: the correction biases of the routers that training moved"
         raise WeightsError(Problem(str(folder / record.router_bias), what, "copy the whole adapter folder of the run"))
@@ -339,8 +364,8 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
         where_it_is, do = f"{where}: lora_B_layout", f"only {' and '.join(DECLARED_ORDERS)} are known"
         problems.append(Problem(where_it_is, "unknown order of the experts' factors", do, got=json.dumps(declared)))
     types: dict[str, Callable[[Any], bool]] = {
-        "r": lambda value: isinstance(value, int) and value > 0,
-        "lora_alpha": lambda value: isinstance(value, int | float),
+        "r": lambda value: type(value) is int and value > 0,
+        "lora_alpha": lambda value: type(value) in (int, float),
     }
     problems += [
         Problem(f"{where}: {name}", "missing or not a number", "save the adapter again", got=str(settings.get(name)))
@@ -354,7 +379,7 @@ def _require_plain_lora(where: Path, settings: dict[str, Any]) -> None:
 def _modules_to_save(where: Path, settings: dict[str, Any]) -> list[str]:
     """Last parts of the modules that were trained whole."""
     value = settings.get("modules_to_save") or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, list) or not all(isinstance(name, str) and _MODULE.fullmatch(name) for name in value):
         what = "must be a list of names of modules"
         raise WeightsError(Problem(f"{where}: modules_to_save", what, "save the adapter again", json.dumps(value)))
     return value
@@ -364,7 +389,7 @@ def _tokens(where: Path, setting: Any) -> dict[str, tuple[int, ...]]:
     """`trainable_token_indices`: tokens by module, or a list of tokens, which are the embedding's."""
     by_module = {EMBEDDING.removesuffix(".weight"): setting} if isinstance(setting, list) else setting or {}
     for tokens in by_module.values():
-        sound = isinstance(tokens, list) and all(isinstance(token, int) and token >= 0 for token in tokens)
+        sound = isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens)
         if not sound or len(set(tokens)) != len(tokens):
             what = "must name each token once, by its number"
             do = "save the adapter again"
@@ -377,6 +402,6 @@ def adapter_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in (WEIGHTS_FILE, BIAS_FILE):
         if (folder / name).is_file():
-            with (folder / name).open("rb") as file:
+            with open_regular(folder / name) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from finetune.adapters.adapter import CONFIG_FILE, Adapter
 from finetune.adapters.record import RECORD_FILE
-from finetune.adapters.targets import StackOrder, Target, base_layout, targets_of
+from finetune.adapters.targets import StackOrder, Target, base_layout, match_all, matching, targets_of
 from finetune.checkpoint import CheckpointReader
 from finetune.errors import Problem, WeightsError
 from finetune.moe.families import Family
@@ -35,7 +35,9 @@ def resolved_targets(base: CheckpointReader, adapter: Adapter, family: Family) -
 
     Raises WeightsError where the order matters and is not known, and where the one asked for contradicts the file.
     """
-    targets = list(targets_of(base_layout(base, family), adapter, family))
+    with matching(adapter.folder / CONFIG_FILE):
+        targets = list(targets_of(base_layout(base, family), adapter, family))
+        match_all(base, adapter, targets)
     others = [target for target in targets if target.experts == 1]
     stacks = _nested([target for target in targets if target.experts > 1], base, adapter)
     if not stacks:

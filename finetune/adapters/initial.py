@@ -14,6 +14,8 @@ from finetune.adapters.record import RECORD_FILE, AdapterRecord, BaseRecord, rea
 from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
+from finetune.files import read_text
+from finetune.model_files import reading
 from finetune.moe.esft import ExpertChoice
 from finetune.moe.families import Family
 from finetune.moe.lora import ADAPTER
@@ -117,7 +119,9 @@ def _other_prompts(initial: InitialAdapter, recipe: Recipe, template: str) -> li
     """What makes the run's prompts other ones than the adapter was trained on: the template, its variables."""
     problems = []
     saved = initial.folder / TEMPLATE_FILE
-    if (saved.read_text(encoding="utf-8") if saved.is_file() else None) != template:
+    with reading(saved, "cannot be read"):
+        before_it = read_text(saved) if saved.exists() else None
+    if before_it != template:
         what = f"the adapter in {initial.folder} was trained with another chat template"
         do = f"write data.chat_template: {saved}, or what the adapter's recipe has there"
         problems.append(Problem("data.chat_template", what, do, got=str(recipe.data.chat_template)))

@@ -15,8 +15,10 @@ from finetune.adapters.record import RECORD_FILE, MergeSources, read_record
 from finetune.checkpoint import differing_settings
 from finetune.checkpoint.reader import read_json
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import reading
 
 REPORT_FILE = "merge-report.json"
+_NO_REPORT = "does not have the fields that a merge writes"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,10 @@ def made_from(base: Path, fingerprint: str) -> dict[str, Any] | None:
     report = read_json(base / REPORT_FILE)
     if report.get("fingerprint") != fingerprint:
         return None
-    adapters = [{"sha256": adapter["sha256"], "weight": adapter["weight"]} for adapter in report["adapters"]]
-    return {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
+    with reading(base / REPORT_FILE, _NO_REPORT):
+        adapters = [{"sha256": adapter["sha256"], "weight": adapter["weight"]} for adapter in report["adapters"]]
+        found = {"base_fingerprint": report["base_fingerprint"], "into": report["into"], "adapters": adapters}
+        return MergeSources.model_validate(found).model_dump()
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,15 @@ def trained_template(checkpoint: Path) -> TrainedTemplate | None:
         return TrainedTemplate(record.template_day, record.template_args or {})
     if not (checkpoint / REPORT_FILE).is_file():
         return None
-    adapters = read_json(checkpoint / REPORT_FILE)["adapters"]
-    days = [adapter.get("template_day") for adapter in adapters]
-    args = adapters[-1].get("template_args") if adapters else None
-    return TrainedTemplate(next((day for day in reversed(days) if day), None), args or {})
+    report = read_json(checkpoint / REPORT_FILE)
+    with reading(checkpoint / REPORT_FILE, _NO_REPORT):
+        adapters = report["adapters"]
+        days = [adapter.get("template_day") for adapter in adapters]
+        args = (adapters[-1].get("template_args") if adapters else None) or {}
+        day = next((day for day in reversed(days) if day), None)
+        if not isinstance(args, dict) or not isinstance(day, str | None):
+            raise TypeError("template_args or template_day")
+        return TrainedTemplate(day, args)
 
 
 def check_related(base: Path, fingerprint: str, config: Mapping[str, Any], adapters: Sequence[Weighted]) -> None:

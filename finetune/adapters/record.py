@@ -74,6 +74,18 @@ class InitialRecord(_Part):
     sha256: str
 
 
+class DataRecord(_Part):
+    """A data set of the training; `content` is the digest of its rows, `digest` that of earlier versions."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    name: str
+    rows: int | None = None
+    tokens: int | None = None
+    content: str | None = None
+    digest: str | None = None
+
+
 class AdapterRecord(_Part):
     """Every field may be missing: other tools and earlier versions wrote fewer."""
 
@@ -88,8 +100,8 @@ class AdapterRecord(_Part):
     dtype: str | None = None
     adapter: InitialRecord | None = None
     router_bias: str | None = None  # file with the correction biases that training moved
-    data: dict[str, Any] | None = None
-    metrics: dict[str, Any] | None = None
+    data: dict[str, list[DataRecord]] | None = None
+    metrics: dict[str, dict[str, float | int | str | None]] | None = None
     template_sha256: str | None = None
     template_day: str | None = None  # the date that the template wrote in training, YYYY-MM-DD
     template_args: dict[str, Any] | None = None  # the variables that it was given in training, if any

@@ -6,14 +6,19 @@ a checkpoint may also hold a stack as one tensor, as the loaded model does
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from finetune.adapters.adapter import Adapter
 from finetune.adapters.tensors import EMBEDDING, HEAD
 from finetune.checkpoint import CheckpointReader
+from finetune.cpu_limit import OverLimitError, cpu_limit
+from finetune.errors import Problem, WeightsError
+from finetune.model_files import build_config, first_line
 from finetune.moe.families import ExpertStack, Family, MoeLayout
 from finetune.upstream import private
 
@@ -50,7 +55,7 @@ def base_layout(base: CheckpointReader, family: Family) -> BaseLayout:
 
     Only layers that the architecture loads count: a published checkpoint may have more (multi-token prediction).
     """
-    num_layers = int(base.config["num_hidden_layers"])
+    num_layers = int(build_config(base.config, base.folder).num_hidden_layers)
     prefixes = [f"model.layers.{number}." for number in range(num_layers)]
     stacks: tuple[Stack, ...] = ()
     renamed: dict[str, str] = {}
@@ -119,6 +124,9 @@ def _modules(moe: MoeLayout, stack: ExpertStack, prefix: str, experts: int) -> t
 
 
 ALL_LINEAR = "all-linear"
+SECONDS = 2
+"""CPU time to match the settings' expressions with all names of a base; usual ones take milliseconds."""
+_EXPRESSIONS = ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern")
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,32 @@ def targets_of(layout: BaseLayout, adapter: Adapter, family: Family) -> Iterator
             yield Target(f"{module}.weight", module, family.part(module), ((key,),))
         elif _names_module(adapter, module):
             yield _of_module(module, key, adapter, family.part(module))
+
+
+def match_all(base: CheckpointReader, adapter: Adapter, targets: Iterable[Target]) -> None:
+    """Match every expression of the settings with the names of all modules once, as PEFT will."""
+    names = {key.removesuffix(".weight") for key in base.keys}
+    while parents := {name.rpartition(".")[0] for name in names} - names - {""}:
+        names |= parents
+    for name in names:
+        _names_module(adapter, name)
+    for target in targets:
+        adapter.scale(target.name)
+
+
+@contextmanager
+def matching(file: Path) -> Iterator[None]:
+    """Raise WeightsError where an expression in the settings cannot be read, or takes for ever to match a name."""
+    do = "write names of modules there, or an expression without repetitions within each other"
+    where = f"{file}: {', '.join(_EXPRESSIONS)}"
+    try:
+        with cpu_limit(SECONDS):
+            yield
+    except OverLimitError as error:
+        what = f"one of these expressions was not matched with the base's modules within {SECONDS} s"
+        raise WeightsError(Problem(where, what, do)) from error
+    except (re.error, RecursionError, OverflowError, TypeError) as error:
+        raise WeightsError(Problem(where, "cannot be matched with names of modules", do, first_line(error))) from error
 
 
 def is_unstacked(adapter: Adapter, family: Family) -> bool:

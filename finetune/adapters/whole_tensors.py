@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from finetune.adapters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from finetune.adapters.lineage import Weighted
@@ -25,6 +24,7 @@ from finetune.adapters.tensors import EMBEDDING, HEAD, PREFIX
 from finetune.checkpoint import CheckpointReader, TensorInfo, TensorSpec
 from finetune.checkpoint.reader import TORCH_DTYPES, read_header, read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import build_config
 from finetune.moe.families import Family
 from finetune.moe.router_bias import BIAS_FILE, find_biases
 
@@ -106,7 +106,7 @@ def with_replaced(base: CheckpointReader, adapters: Sequence[Weighted], family: 
 
     Raises WeightsError for tensors that do not fit the base or each other.
     """
-    tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
+    tied = bool(build_config(base.config, base.folder).tie_word_embeddings)
     whole: dict[str, TensorInfo] = {}
     trained: set[str] = set()
     problems: list[Problem] = []
@@ -244,7 +244,7 @@ def token_rows(base: CheckpointReader, adapter: Adapter, changed: Iterable[str])
 
     `changed`: tensors that its factors change. Raises WeightsError unless the rows fit the base and each other.
     """
-    tied = bool(AutoConfig.for_model(**base.config).tie_word_embeddings)
+    tied = bool(build_config(base.config, base.folder).tie_word_embeddings)
     rows_by_matrix: dict[str, TokenRows] = {}
     problems = [_without_rows(adapter, name) for name in adapter.tokens if not adapter.path_of(name)]
     for path, info in adapter.rows.items():
@@ -315,7 +315,7 @@ def _vocabulary(base: CheckpointReader) -> list[str]:
 
 def vocab_size(base: CheckpointReader, rows: Mapping[str, TokenRows]) -> int:
     """Rows of the merged embedding."""
-    return rows[EMBEDDING].shape[0] if EMBEDDING in rows else int(base.config["vocab_size"])
+    return rows[EMBEDDING].shape[0] if EMBEDDING in rows else int(build_config(base.config, base.folder).vocab_size)
 
 
 def check_tokenizer(tokenizer: Any, folder: str, size: int, adapter: Adapter) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from finetune.adapters.initial import check_same_setup, read_initial_adapter
 from finetune.adapters.record import BaseRecord
@@ -24,9 +23,10 @@ from finetune.data.tokens import Mixture, PairMixture, prepare_mixture, prepare_
 from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.tokens.packing import count_sequences
 from finetune.data.tokens.reasoning_remarks import reasoning_remarks
-from finetune.errors import DataError, FinetuneError, Problem
+from finetune.errors import DataError, FinetuneError, Problem, printable
 from finetune.methods.pairs import pair_layout
 from finetune.methods.trainer_checks import check_schedule, check_trainer
+from finetune.model_files import load_config
 from finetune.recipe import DataSource, Recipe
 
 
@@ -154,8 +154,7 @@ def _base(recipe: Recipe, report: Report) -> tuple[Base | None, Any]:
         return None, tokenizer
     digest = fingerprint(folder) if local and model.adapter else None
     provenance = BaseRecord(name_or_path=model.name_or_path, fingerprint=digest, config=forward_settings(folder))
-    config = AutoConfig.from_pretrained(folder)
-    return Base(folder, family, config, tokenizer, tuple(new_tokens), provenance), tokenizer
+    return Base(folder, family, load_config(folder), tokenizer, tuple(new_tokens), provenance), tokenizer
 
 
 def _check_adapter(folder: Path, recipe: Recipe, base: Base | None) -> None:
@@ -215,7 +214,10 @@ def _batches(mixture: Mixture, recipe: Recipe, share_prompts: bool) -> Batches:
 def _texts(mixture: Mixture) -> Iterator[tuple[str, str]]:
     for source, rows in zip(mixture.sources, mixture.sets, strict=True):
         yield from tqdm(
-            texts(source, rows.stats.format), desc=f"Comparing {rows.name}", unit=" rows", total=rows.stats.rows
+            texts(source, rows.stats.format),
+            desc=f"Comparing {printable(rows.name)}",
+            unit=" rows",
+            total=rows.stats.rows,
         )
 
 

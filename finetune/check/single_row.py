@@ -5,6 +5,7 @@ from itertools import islice
 
 from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.row_errors import FileError, Row, RowError
+from finetune.data.row_size import check_characters
 from finetune.data.sources import Source, open_files
 from finetune.data.tokens.examples import PAIRED_ROWS, SINGLE_ROWS, Example, ExampleType
 from finetune.data.types import Conversation, Document, Judged, Preference, RowContent
@@ -67,7 +68,9 @@ def read_single_row(place: str, row_format: str = "auto") -> SingleRow:
         raise DataError(row.value.problem(row.path, row.number))
     read = reader(_format(source, path) if row_format == "auto" else row_format)
     try:
-        return SingleRow(Example((row,), read, read(row.value)))
+        content = read(row.value)
+        check_characters(content)
+        return SingleRow(Example((row,), read, content))
     except RowError as error:
         raise DataError(error.problem(row.path, row.number)) from error
 

@@ -13,7 +13,7 @@ from typing import IO
 
 from finetune.checkpoint.reader import CheckpointReader, TensorInfo
 from finetune.errors import Problem, WeightsError
-from finetune.files import write_text
+from finetune.files import open_regular, read_regular, write_text
 
 SUMS_FILE = "SHA256SUMS"
 NOT_LISTED = (SUMS_FILE, "README.md")  # users edit the latter
@@ -66,10 +66,10 @@ def verify_sums(folder: Path, advance: Callable[[int], object] = lambda _: None)
 
 def _read(folder: Path) -> dict[str, str]:
     file = folder / SUMS_FILE
-    if not file.is_file():
+    if not file.exists():
         return {}
     sums = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(read_regular(file).decode("utf-8", "replace").splitlines(), 1):
         match = _LINE.fullmatch(line)
         if match is None or Path(match[2]).name != match[2]:
             what, do = "is not a SHA-256 sum and the name of a file beside it", "fetch or copy the folder again"
@@ -85,7 +85,7 @@ def _sums(files: list[Path], advance: Callable[[int], object]) -> list[str]:
 
 def _sum(file: Path, advance: Callable[[int], object]) -> str:
     digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
-    with file.open("rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             advance(count)
@@ -110,7 +110,7 @@ def fingerprint(folder: Path) -> str:
             info = reader.info(key)
             digest.update(f"{key}\0{info.dtype}\0{list(info.shape)}\0".encode())
             if info.file not in streams:
-                streams[info.file] = info.file.open("rb", buffering=0)
+                streams[info.file] = open_regular(info.file)
             _sample(digest.update, streams[info.file], info)
     finally:
         for stream in streams.values():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finetune.checkpoint.reader import TORCH_DTYPES, CheckpointReader
+from finetune.model_files import load_config
 
 # Everything else decides, or may in some architecture. The sizes of the vocabulary are in the weights' fingerprint.
 _NOT_THE_FORWARD = frozenset(
@@ -46,9 +47,7 @@ def forward_settings(folder: Path) -> dict[str, Any]:
 
     So a key that is left out equals its default, and `rope_theta` of transformers 4 the value in `rope_parameters`.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder).to_dict()
+    config = load_config(folder).to_dict()
     kept = {name: value for name, value in config.items() if name not in _NOT_THE_FORWARD}
     flat: dict[str, Any] = json.loads(json.dumps(_flat(kept), default=str))
     return flat

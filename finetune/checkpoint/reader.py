@@ -1,14 +1,17 @@
 """Read a safetensors checkpoint (one file, or shards with an index) tensor by tensor with plain file reads."""
 
-import json
 import math
+import os
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.errors import Problem, WeightsError
+from finetune.files import open_regular, parse_json
+from finetune.model_files import FETCH_AGAIN, first_line, read_config, read_object
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -29,9 +32,9 @@ DISK_DTYPES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYP
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
+MAX_HEADER_BYTES = 1 << 25  # a third of the limit of the safetensors library: 200,000 tensors in one file
+_MAX_AXES, _MAX_NUMBER = 8, 2**48
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # files that need pickle
-FETCH_AGAIN = "fetch or copy the file again"
 
 
 @dataclass(frozen=True)
@@ -57,44 +60,42 @@ def pickles_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; anything else is a WeightsError that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(Problem(str(path), "cannot be read as JSON", FETCH_AGAIN, got=str(error))) from error
-    if not isinstance(value, dict):
-        raise WeightsError(Problem(str(path), "must hold a JSON object", FETCH_AGAIN, got=type(value).__name__))
-    return value
+read_json = read_object
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, in file order; each is checked to lie inside the file."""
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
                 raise WeightsError(
                     Problem(str(file), "header is truncated or not safetensors", FETCH_AGAIN, f"{size} bytes")
                 )
-            header = json.loads(stream.read(length).decode("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(Problem(str(file), "header cannot be read", FETCH_AGAIN, got=str(error))) from error
+            header = parse_json(stream.read(length))
+    except (OSError, ValueError, MemoryError) as error:
+        raise WeightsError(Problem(str(file), "header cannot be read", FETCH_AGAIN, first_line(error))) from error
     if not isinstance(header, dict):
         raise WeightsError(Problem(str(file), "header is not a JSON object", FETCH_AGAIN))
     header.pop("__metadata__", None)
     infos = [_entry(file, key, value, 8 + length, size) for key, value in header.items()]
-    return {info.key: info for info in sorted(infos, key=lambda info: info.offset)}
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    for before, info in pairwise(infos):
+        if before.offset + before.nbytes > info.offset:
+            raise WeightsError(Problem(f"{file}: {info.key}", f"overlaps {before.key}", FETCH_AGAIN))
+    return {info.key: info for info in infos}
 
 
 def _entry(file: Path, key: str, value: Any, start: int, file_size: int) -> TensorInfo:
     where = f"{file}: {key}"
     try:
-        dtype, shape = str(value["dtype"]), tuple(int(size) for size in value["shape"])
-        begin, end = (int(offset) for offset in value["data_offsets"])
+        dtype, shape = str(value["dtype"]), tuple(value["shape"])
+        begin, end = value["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise WeightsError(Problem(where, "malformed header entry", FETCH_AGAIN, got=str(value))) from error
+        raise WeightsError(Problem(where, "malformed header entry", FETCH_AGAIN, got=str(value)[:200])) from error
+    if len(shape) > _MAX_AXES or not all(type(n) is int and abs(n) < _MAX_NUMBER for n in (*shape, begin, end)):
+        raise WeightsError(Problem(where, "malformed header entry", FETCH_AGAIN, got=str(value)[:200]))
     if dtype not in TORCH_DTYPES:
         known = ", ".join(TORCH_DTYPES)
         raise WeightsError(Problem(where, "unsupported dtype", f"use a checkpoint in one of {known}", got=dtype))
@@ -120,7 +121,7 @@ def read_tensor(info: TensorInfo, start: int = 0, stop: int | None = None) -> to
         shape, offset = (max(stop - start, 0), *shape[1:]), offset + start * row_bytes
     raw_B = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
     view = raw_B.numpy().data
-    with info.file.open("rb", buffering=0) as stream:
+    with open_regular(info.file) as stream:
         stream.seek(offset)
         while view:  # one read call returns at most 2 GiB
             count = stream.readinto(view)
@@ -210,5 +211,5 @@ class CheckpointReader:
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.json` of the folder."""
-        return read_json(self.folder / "config.json")
+        """`config.json` of the folder, validated."""
+        return read_config(self.folder)

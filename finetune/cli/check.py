@@ -20,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Check, print, write the page if asked; problems that would stop a run are raised last."""
-    from finetune.errors import DataError, RecipeError
+    from finetune.errors import DataError, RecipeError, printable
     from finetune.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         print(line)
     if args.html is not None:
         write_page(report, args.html)
-        print(f"written: {args.html}")
+        print(f"written: {printable(str(args.html))}")
     if report.problems:
         sys.stdout.flush()
         raise (RecipeError if report.exit_code == RecipeError.exit_code else DataError)(report.problems)

@@ -4,12 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from pathlib import Path
 
 import finetune
 from finetune.cli import check, evaluate, export, families, inspect, merge, schema, template, train, upcycle
-from finetune.environment import hush, no_telemetry, wait_passively
+from finetune.environment import hush, no_telemetry, print_plainly, wait_passively
 from finetune.errors import FinetuneError, as_expected
 from finetune.failures import out_of_memory
 
@@ -45,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     no_telemetry()
     hush()
+    print_plainly()
     args = _expanded(build_parser().parse_args(argv))
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still shows every row
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from finetune.stopping import held
 
+_MAX_CONFIG_BYTES = 1 << 20
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
@@ -36,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     """Does not return: the launcher replaces this process, so it gets its signals and sets its exit code."""
     from finetune.recipe import load_recipe
 
+    load_recipe(args.recipe, args.overrides)
+    flags, changes = launch_flags(args.config_file, os.environ)
+    launcher = [sys.executable, "-m", "finetune.launcher", *flags]
+    command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
+    command += [f"--allow-change={key}" for key in args.allow_change]
+    sys.stdout.flush()
+    sys.stderr.flush()
     with held():
-        load_recipe(args.recipe, args.overrides)
-        flags, changes = launch_flags(args.config_file, os.environ)
-        launcher = [sys.executable, "-m", "finetune.launcher", *flags]
-        command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
-        command += [f"--allow-change={key}" for key in args.allow_change]
-        sys.stdout.flush()
-        sys.stderr.flush()
         os.execve(sys.executable, command, {**os.environ, **changes})
 
 
@@ -79,8 +81,19 @@ def _cores() -> int:
 
 
 def _existing_file(text: str) -> Path:
+    """A config that accelerate can read; it prints a traceback for what is none."""
+    from finetune.files import read_text
+    from finetune.recipe.yaml import read_yaml
+
     path = Path(os.path.expanduser(text))
-    if not path.is_file():
-        message = f"there is no such file: {text}; accelerate_configs/ holds one a kind of machine"
-        raise argparse.ArgumentTypeError(message)
+    do = "accelerate_configs/ holds one a kind of machine"
+    try:
+        reading = read_yaml(read_text(path, _MAX_CONFIG_BYTES))  # JSON is YAML, too
+    except FileNotFoundError:
+        raise argparse.ArgumentTypeError(f"there is no such file: {text}; {do}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise argparse.ArgumentTypeError(f"cannot be read: {text}: {reason}; {do}") from None
+    if reading.fatal or not isinstance(reading.values, dict):
+        raise argparse.ArgumentTypeError(f"not a config of accelerate: {text}; {do}")
     return path

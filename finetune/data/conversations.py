@@ -4,6 +4,7 @@ from typing import Any
 
 from finetune.data.formats import Reader, reader
 from finetune.data.row_errors import Problems, Row, RowError
+from finetune.data.row_size import check_characters
 from finetune.data.sources import open_files
 from finetune.data.types import Conversation
 from finetune.errors import DataError, Problem
@@ -26,6 +27,7 @@ def to_conversation(row: Row, read: Reader) -> Conversation:
         raise row.value
     example = read(row.value)
     assert isinstance(example, Conversation)
+    check_characters(example)
     return example
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from finetune.data.render.chat_template import ChatTemplate
 from finetune.data.render.compiled_template import SHIPPED, read_template
@@ -22,6 +21,7 @@ from finetune.data.row_errors import RowError
 from finetune.data.types import Message
 from finetune.errors import DataError, Problem, RecipeError, WeightsError
 from finetune.generation_config import stop_ids
+from finetune.model_files import read_tokenizer, reading
 
 # ChatML and similar formats, DeepSeek's with wide bars (U+FF5C), Gemma's. Others (`[INST]`, `### Response:`) are text
 # in some vocabularies and meant to be.
@@ -136,16 +136,10 @@ def load_tokenizer(
 
 def _load(name_or_path: str, revision: str | None) -> Any:
     # mistral_format: not mistral-common's own class, which is no fast tokenizer, where that package is installed.
-    load = partial(AutoTokenizer.from_pretrained, name_or_path, revision=revision, mistral_format=False)
-    try:
-        tokenizer = load()
-        if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
-            tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
-    except Exception as error:  # whatever a damaged file makes transformers run into
-        do = "give the folder of a checkpoint with its tokenizer files, or its name on the hub"
-        got = str(error).strip().split("\n")[0]
-        got = got if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {got}"
-        raise WeightsError(Problem(where=name_or_path, what="no tokenizer could be loaded", got=got, do=do)) from error
+    load = partial(read_tokenizer, name_or_path, revision=revision, mistral_format=False)
+    tokenizer = load()
+    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:
+        tokenizer = load(fix_mistral_regex=True)  # published with an expression that is not Mistral's
     if not tokenizer.is_fast:
         do = "use a checkpoint with a tokenizer.json"
         got = type(tokenizer).__name__
@@ -155,7 +149,8 @@ def _load(name_or_path: str, revision: str | None) -> Any:
         # Mistral's file alone: AutoTokenizer leaves BOS and EOS unnamed.
         from transformers.integrations.mistral import convert_tekken_tokenizer  # it imports mistral-common
 
-        return convert_tekken_tokenizer(file)
+        with reading(file, "is not Mistral's file of a tokenizer"):
+            return convert_tekken_tokenizer(file)
     return tokenizer
 
 

@@ -6,10 +6,11 @@ what they count, which is enough for their order; what they do not count (the al
 depend on these settings.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.progress import Progress
 from finetune.recipe import DpoSettings, Recipe
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,28 +33,25 @@ class Saving:
     note: str
 
     def __str__(self) -> str:
-        return f"{self.settings}  (about {self.saved / 2**30:.2g} GiB less; {self.note})"
+        return f"{self.settings}  (about {size(self.saved)} less; {self.note})"
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of the base: `config` its configuration, `parts` those of the audit, and before it `base_bytes` of its files."""
-
-    config: Mapping[str, Any]
-    parts: Sequence[Mapping[str, Any]]
-    base_bytes: int
-
-    def __getitem__(self, name: str) -> int:
-        value = self.config.get(name)
-        return value if isinstance(value, int) else 0
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:,.1f} TiB"
 
 
-def savings(recipe: Recipe, sizes: Sizes, doing: str, on_gpu: bool) -> list[Saving]:
+def savings(run: Progress, on_gpu: bool) -> list[Saving]:
     """What would help in this phase and is not done already."""
-    now = _estimate(recipe, sizes, doing)
+    recipe: Recipe = run.recipe
+    now = _estimate(recipe, run)
     found = []
     for settings, changed, note in _candidates(recipe, on_gpu):
-        saved = now - _estimate(changed, sizes, doing)
+        saved = now - _estimate(changed, run)
         if saved > 0.01 * now:
             found.append(Saving(settings, saved, note))
     return sorted(found, key=lambda saving: -saving.saved)
@@ -100,50 +98,56 @@ def _written(section: str, change: Change) -> str:
     return " ".join(f"{section}.{key}={str(value).lower()}" for key, value in change.items())
 
 
-def _estimate(recipe: Recipe, sizes: Sizes, doing: str) -> float:
+def _estimate(recipe: Recipe, run: Progress) -> float:
     """Bytes that a process needs, without what no setting changes."""
-    needed = _weights(recipe, sizes)
-    if doing not in _WITHOUT_ROWS:
-        needed += _activations(recipe, sizes, backward=doing not in _WITHOUT_BACKWARD)
-        needed += _adapter(recipe, sizes)
+    needed = _weights(recipe, run)
+    if run.doing not in _WITHOUT_ROWS:
+        needed += _activations(recipe, run, backward=run.doing not in _WITHOUT_BACKWARD)
+        needed += _adapter(recipe, run)
     return needed
 
 
-def _weights(recipe: Recipe, sizes: Sizes) -> float:
+def _weights(recipe: Recipe, run: Progress) -> float:
     dense = _BYTES[recipe.model.dtype]
     quantized = _NF4_BYTES if recipe.model.load_in_4bit else dense
-    if not sizes.parts:
-        return sizes.base_bytes / 2 * quantized  # its files have 16 bits a weight
-    of_part = (part["parameters"] * (dense if part["part"] in _NOT_QUANTIZED else quantized) for part in sizes.parts)
+    if not run.parts:
+        return run.base_bytes / 2 * quantized  # its files have 16 bits a weight
+    of_part = (part["parameters"] * (dense if part["part"] in _NOT_QUANTIZED else quantized) for part in run.parts)
     return float(sum(of_part))
 
 
-def _adapter(recipe: Recipe, sizes: Sizes) -> float:
+def _adapter(recipe: Recipe, run: Progress) -> float:
     """The adapter in float32, its gradient, and the optimizer's two states."""
     states = 2 if "8bit" in recipe.training.optim else 8
     lora, trained = recipe.lora, 0.0
-    for part in sizes.parts:
+    for part in run.parts:
         rank = (lora.expert_r or lora.r) if part["part"] == "experts" else lora.r
         trained += part["trained"] * rank / max(part["ranks"] or [rank])
     return trained * (4 + 4 + states)
 
 
-def _activations(recipe: Recipe, sizes: Sizes, backward: bool) -> float:
+def _activations(recipe: Recipe, run: Progress, backward: bool) -> float:
     """What a backward pass keeps of each layer, and a whole layer, which is always there once."""
     data, training, dense = recipe.data, recipe.training, _BYTES[recipe.model.dtype]
     rows = training.per_device_train_batch_size
     tokens = float(rows * data.max_length)
     if isinstance(recipe.method, DpoSettings):
         tokens *= 2 * (_SHARED_PROMPTS if recipe.method.prompt_sharing == "auto" else 1)
-    hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
-    inner = sizes["moe_intermediate_size"] or sizes["intermediate_size"]
-    experts = sizes["num_experts_per_tok"] or 1
+    hidden, layers = _dimension(run, "hidden_size"), _dimension(run, "num_hidden_layers")
+    inner = _dimension(run, "moe_intermediate_size") or _dimension(run, "intermediate_size")
+    experts = _dimension(run, "num_experts_per_tok") or 1
     whole = tokens * dense * (12 * hidden + experts * (4 * inner + hidden))
     if recipe.model.attn_implementation == "eager":
-        whole += tokens * data.max_length * sizes["num_attention_heads"] * (4 + 2 * dense)
+        whole += tokens * data.max_length * _dimension(run, "num_attention_heads") * (4 + 2 * dense)
     kept = {
         "none": whole,
         "selective": tokens * dense * (7 * hidden + experts * (3 * inner + hidden)),
         "full": tokens * dense * hidden,
     }[training.gradient_checkpointing]
     return whole + (kept * max(layers - 1, 0) if backward else 0.0)
+
+
+def _dimension(run: Progress, name: str) -> int:
+    """Of the base's configuration; 0 where it has another name, or was not read yet."""
+    value = run.config.get(name)
+    return value if isinstance(value, int) else 0

@@ -8,6 +8,7 @@ import time
 from finetune.errors import FinetuneError, RunError, as_expected
 from finetune.failures.memory import out_of_memory
 from finetune.failures.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
+from finetune.progress import PROGRESS
 
 
 def end_run(error: Exception) -> int:
@@ -23,7 +24,8 @@ def end_run(error: Exception) -> int:
         time.sleep(LAUNCHER_SECONDS)
     if expected is None and not is_connection_error(error):
         raise error
-    print(said, file=sys.stderr, flush=True)
+    bar = "" if PROGRESS.step is None else "\n"  # what is printed begins at the end of a progress bar
+    print(f"{bar}{said}", file=sys.stderr, flush=True)
     return RunError.exit_code if expected is None else expected.exit_code
 
 

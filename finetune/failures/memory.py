@@ -13,18 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Problem, RunError
+from finetune.failures.advice import savings, size
 from finetune.progress import PROGRESS
 
+_THREAD = "can't start new thread"
 _MARKS = (
     "can't allocate memory",  # torch's allocator of the CPU
     "Cannot allocate memory",  # the system, for a file that is mapped
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "bad_alloc",
+    _THREAD,
 )
-_ASKED = re.compile(r"(?:you tried to allocate|Tried to allocate|Unable to allocate) (\d[\d.]* ?(?:bytes|[KMGT]i?B))")
+_ASKED = re.compile(r"(?:you tried to allocate|Tried to allocate|Unable to allocate) (\d[\d.]* ?(?:bytes|[KMGTPE]i?B))")
+_RESERVE = [bytes(2**20)]  # given up for the message, which needs a few objects itself
 _NO_LIMIT = 2**60
 _LIMITS = {resource.RLIMIT_AS: "ulimit -v", resource.RLIMIT_DATA: "ulimit -d"}
+_COUNTED = {resource.RLIMIT_AS: "VmPeak", resource.RLIMIT_DATA: "VmData"}
 _CGROUP = Path("/sys/fs/cgroup")
 
 COMMANDS: Mapping[str, str] = {
@@ -51,14 +56,18 @@ def out_of_memory(error: Exception, command: str | None = None) -> RunError | No
     if not is_out_of_memory(error):
         return None
     on_gpu, asked = "CUDA" in str(error) or "CUBLAS" in str(error), _asked(error)
+    _RESERVE.clear()
+    used = _used(on_gpu)
     _release(error)
     where = f"out of memory while {PROGRESS}" if command is None else f"finetune {command}: out of memory"
     what = f"{asked} more could not be had on the {'GPU' if on_gpu else 'CPU'}" if asked else "no more could be had"
+    if _THREAD in str(error):
+        what = "a thread could not be started, for want of memory or by the limit of processes (ulimit -u)"
     try:
         do = COMMANDS.get(command, "use a machine with more memory") if command else _advice(on_gpu)
-        return RunError(Problem(where, what, do, _used(on_gpu)))
+        return RunError(Problem(where, what, do, used))
     except MemoryError:
-        return RunError(Problem(where, what, "use a machine with more memory"))
+        return RunError(Problem(where, what, "use a machine with more memory", used))
 
 
 def _asked(error: BaseException) -> str:
@@ -66,7 +75,7 @@ def _asked(error: BaseException) -> str:
     if found is None:
         return "" if error.__cause__ is None else _asked(error.__cause__)
     number, _, unit = found[1].partition(" ")
-    return gib(int(number)) if unit == "bytes" else found[1]
+    return size(int(number)) if unit == "bytes" else found[1]
 
 
 def _release(error: BaseException | None) -> None:
@@ -83,10 +92,7 @@ def _advice(on_gpu: bool) -> str:
     """The settings to change, what is saved, and the audit's table."""
     lines = []
     if PROGRESS.recipe is not None:
-        from finetune.failures.advice import Sizes, savings
-
-        sizes = Sizes(PROGRESS.config, PROGRESS.parts, PROGRESS.base_bytes)
-        lines = [str(saving) for saving in savings(PROGRESS.recipe, sizes, PROGRESS.doing, on_gpu)]
+        lines = [str(saving) for saving in savings(PROGRESS, on_gpu)]
     advice = (
         "settings that need less, the largest saving first:"
         if lines
@@ -99,14 +105,15 @@ def _advice(on_gpu: bool) -> str:
 
 
 def _used(on_gpu: bool) -> str:
-    """The peak so far, and what there is."""
-    peak = f"a peak of {gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} in memory"
-    if on_gpu:
+    """The peak so far, and what there is; while what the run holds is still there."""
+    peak = f"a peak of {size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} in memory"
+    if on_gpu and "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return f"{_gpu_used()}, {peak} of the CPU"
     limit, name = memory_limit()
-    peak = f"{peak} of {gib(limit)} ({name})"
-    if name == _LIMITS[resource.RLIMIT_AS] and (addresses := _status("VmPeak")):
-        peak += f" with {gib(addresses)} of addresses, which are what this limit counts"
+    peak = f"{peak} of {size(limit)} ({name})"
+    for number, counted in _COUNTED.items():
+        if name == _LIMITS[number] and (value := _status(counted)):
+            peak += f", which counts addresses: {size(value)}"
     return peak
 
 
@@ -115,8 +122,8 @@ def _gpu_used() -> str:
     free, total = cuda.mem_get_info()
     used, peak = cuda.memory_reserved(), cuda.max_memory_allocated()
     others = total - free - used
-    by_others = f", of which others use {gib(others)}" if others > 2**30 else ""
-    return f"a peak of {gib(peak)} ({gib(cuda.max_memory_reserved())} with gaps) on a GPU of {gib(total)}{by_others}"
+    by_others = f", of which others use {size(others)}" if others > 2**30 else ""
+    return f"a peak of {size(peak)} ({size(cuda.max_memory_reserved())} with gaps) on a GPU of {size(total)}{by_others}"
 
 
 def memory_limit() -> tuple[int, str]:
@@ -162,8 +169,3 @@ def _status(name: str) -> int:
         return 0
     found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return 0 if found is None else int(found[1]) * 1024
-
-
-def gib(number: float) -> str:
-    """Bytes for people."""
-    return f"{number / 2**30:.2f} GiB" if number >= 0.1 * 2**30 else f"{number / 2**20:.1f} MiB"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import SUMS_FILE, verify_sums
-from finetune.errors import Problem, WeightsError
+from finetune.errors import Problem, WeightsError, printable
 
 Line = tuple[str, str]
 WIDTH = 110
@@ -18,11 +18,11 @@ WIDTH = 110
 
 def as_text(lines: Sequence[Line]) -> str:
     """Two columns."""
-    left = max(len(name) for name, _ in lines)
+    left = max(len(printable(name)) for name, _ in lines)
     rows = []
     for name, text in lines:
-        for number, row in enumerate(textwrap.wrap(text, WIDTH - left - 2, break_on_hyphens=False) or [""]):
-            rows.append(f"{name if number == 0 else '':<{left}}  {row}")
+        for number, row in enumerate(textwrap.wrap(printable(text), WIDTH - left - 2, break_on_hyphens=False) or [""]):
+            rows.append(f"{printable(name) if number == 0 else '':<{left}}  {row}")
     return "\n".join(rows)
 
 

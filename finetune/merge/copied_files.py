@@ -10,6 +10,7 @@ from finetune.errors import Problem, WeightsError
 from finetune.files import write_json
 from finetune.generation_config import FILE as GENERATION_FILE
 from finetune.generation_config import generation_settings, stop_ids
+from finetune.model_files import without_code
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -80,7 +81,7 @@ def merged_config(
     `output_router_logits` is off: left on, it breaks generation. Both spellings of the rotary base are written, so that
     readers from before and after transformers 5 see the same one.
     """
-    config = dict(base)
+    config = without_code(base)
     if "output_router_logits" in config:
         config["output_router_logits"] = False
     if vocab_size is not None:

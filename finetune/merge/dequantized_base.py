@@ -52,7 +52,7 @@ def nf4_matrices(base: CheckpointReader, family: Family) -> list[Matrix]:
 
     Raises WeightsError where the quantiser would take a weight that is not found on disk.
     """
-    layout, weights = base_layout(base, family), quantized_weights(base.config)
+    layout, weights = base_layout(base, family), quantized_weights(base.config, base.folder)
     linear = {f"{module}.weight": key for key, module in layout.modules.items()}
     stacks = {stack.name: stack for stack in layout.stacks}
     unknown = sorted((weights.linear.keys() - linear.keys()) | (weights.stacks.keys() ^ stacks.keys()))

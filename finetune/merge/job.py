@@ -21,12 +21,12 @@ from finetune.adapters.whole_tensors import (
     with_replaced,
 )
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint, forward_settings
-from finetune.checkpoint.reader import FETCH_AGAIN
 from finetune.errors import Problem, WeightsError
 from finetune.merge import proof
 from finetune.merge.base_weights import open_base
 from finetune.merge.copied_files import merged_config, merged_generation, side_files
 from finetune.merge.stream import Sources
+from finetune.model_files import read_tokenizer
 from finetune.moe.families import Family, family_of
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -198,13 +198,7 @@ def _check_replaced_once(adapters: Sequence[Weighted]) -> None:
 
 def _tokenizer(folder: Path, size: int, adapter: Adapter) -> Any:
     """The merged model's tokenizer; refused unless it fits the model and the adapter."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the library makes of files that are not what it writes
-        got = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
-        raise WeightsError(Problem(str(folder), "its tokenizer cannot be read", FETCH_AGAIN, got)) from error
+    tokenizer = read_tokenizer(str(folder))
     check_tokenizer(tokenizer, str(folder), size, adapter)
     return tokenizer
 

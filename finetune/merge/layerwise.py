@@ -29,6 +29,7 @@ from finetune.checkpoint.reader import read_header
 from finetune.errors import Problem, WeightsError
 from finetune.merge.routing_replay import Routing
 from finetune.merge.stock_peft import foreign_stacks, with_adapter
+from finetune.model_files import build_config, reading
 from finetune.moe.families import family_of
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.moe.nf4_loading import MoeNf4Config
@@ -53,7 +54,7 @@ class LayerwiseModel:
         self.reader, self.adapters, self.routing = reader, tuple(adapters), routing
         self._token_rows = token_rows or {}
         self.settings = {**config, "output_router_logits": False}
-        self.num_layers = int(transformers.AutoConfig.for_model(**self.settings).num_hidden_layers)
+        self.num_layers = int(build_config(self.settings, reader.folder).num_hidden_layers)
         self._family = family_of(str(config["model_type"]), f"{reader.folder}: model_type")
         self._foreign = [foreign_stacks(reader, weighted.adapter, self._family) for weighted in adapters]
         self._biases = {
@@ -175,10 +176,11 @@ class LayerwiseModel:
         settings = self.settings
         if not self._needs_vocabulary(index):
             settings = {**settings, "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        config = transformers.AutoConfig.for_model(**settings)
+        config = build_config(settings, self.reader.folder)
         model_class = _one_layer(self._model_class(config), index, stack_dtype)
         options = {"config": config, "state_dict": tensors, "output_loading_info": True, **options}
-        loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(None, **options)
+        with reading(self.reader.folder, "transformers cannot load it", "give a complete checkpoint"):
+            loaded: tuple[Any, dict[str, Any]] = model_class.from_pretrained(None, **options)
         return loaded
 
     def _model_class(self, config: Any) -> Any:

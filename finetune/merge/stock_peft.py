@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from finetune.adapters.adapter import Adapter
+from finetune.adapters.adapter import CONFIG_FILE, Adapter
 from finetune.adapters.factor_layouts import resolved_targets
 from finetune.adapters.lineage import Weighted
 from finetune.adapters.targets import ALL_LINEAR, StackOrder, Target, is_unstacked
@@ -25,6 +25,7 @@ from finetune.adapters.tensors import EMBEDDING, HEAD, PREFIX
 from finetune.checkpoint import CheckpointReader, TensorInfo
 from finetune.checkpoint.reader import read_tensor
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import reading
 from finetune.moe.families import Family
 
 
@@ -120,7 +121,9 @@ def with_adapter(
     transformers 4 is merged into the model, whose parameters its modules are parts of; any other one is left to PEFT's
     own forward.
     """
-    config = PeftConfig.from_pretrained(str(weighted.adapter.folder))
+    with reading(weighted.adapter.folder / CONFIG_FILE, "PEFT cannot read it"):
+        config = PeftConfig.from_pretrained(str(weighted.adapter.folder))
+    config.auto_mapping = None  # names a class to import; nothing here needs it
     config.inference_mode, config.base_model_name_or_path = True, None
     config.lora_dropout = 0.0  # does nothing in a forward that is not training, and PEFT refuses it on stacks
     used = {key: info for key, info in tensors.items() if key not in weighted.adapter.spare}

@@ -114,7 +114,7 @@ class CheckpointSaver:
         if problem is None:
             raise error
         self.retry_at = self._step + self._pause
-        print(f"{problem}; the run goes on, and {self._kept()}", flush=True)
+        print(f"{problem}; the run goes on, {self._kept()}, and it is tried again at step {self.retry_at}", flush=True)
 
     def wait_or_raise(self) -> None:
         """As `wait`; RunError where the disk did not take the last checkpoint."""

@@ -10,16 +10,18 @@ E experts, O output features, I input features.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import build_config
 from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, family_of
 from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
 from finetune.upstream import private, require, require_reads
@@ -259,9 +261,9 @@ class QuantizedWeights:
     stacks: dict[str, tuple[int, ...]]
 
 
-def quantized_weights(config: dict[str, Any]) -> QuantizedWeights:
+def quantized_weights(config: dict[str, Any], folder: Path) -> QuantizedWeights:
     """The NF4 weights of a model with this `config.json`, from an empty model as before loading."""
-    model_config = AutoConfig.for_model(**config)
+    model_config = build_config(config, folder)
     model_class: Any = family_of(model_config.model_type, "config.json: model_type").transformers_class()
     with torch.device("meta"):
         model = getattr(model_class, "from_config", model_class)(model_config)

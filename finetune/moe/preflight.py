@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from finetune.checkpoint import CheckpointReader
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.model_files import load_config, reading
 from finetune.moe.families import Family
 from finetune.recipe import Recipe, RouterSettings
 from finetune.upstream import private
@@ -44,8 +44,9 @@ def check_loadable(reader: CheckpointReader, model_class: Any, load_in_4bit: boo
     and with every expert stack that 4-bit loading would leave in 16 bits.
     """
     check_quantization(reader)
-    config = AutoConfig.from_pretrained(reader.folder)
-    empty = _empty(model_class, config)
+    check_layers(reader)
+    config = load_config(reader.folder)
+    empty = empty_model(model_class, config, reader.folder)
     problems = _expert_problems(reader, empty)
     if not problems:
         problems = _loader_problems(reader, type(empty), config, options)
@@ -55,9 +56,18 @@ def check_loadable(reader: CheckpointReader, model_class: Any, load_in_4bit: boo
         raise WeightsError(problems)
 
 
-def _empty(model_class: Any, config: Any) -> Any:
-    """The model of a configuration, without data."""
-    with torch.device("meta"):
+def check_layers(reader: CheckpointReader) -> None:
+    """Raise WeightsError for more layers than there are weights for, before a model of so many is built."""
+    layers = reader.config.get("num_hidden_layers")
+    numbers = [int(match[1]) for key in reader.keys if (match := re.search(r"\blayers\.(\d{1,6})\.", key))]
+    if numbers and isinstance(layers, int) and layers > max(numbers) + 1:
+        where, what = f"{reader.folder / 'config.json'}: num_hidden_layers", f"the weights have {max(numbers) + 1}"
+        raise WeightsError(Problem(where, what, "give a complete checkpoint", got=str(layers)))
+
+
+def empty_model(model_class: Any, config: Any, folder: Path) -> Any:
+    """The model of a configuration, without data; WeightsError where it says what cannot be built."""
+    with reading(folder / "config.json", "no model can be built as it says"), torch.device("meta"):
         return getattr(model_class, "from_config", model_class)(config)
 
 
@@ -73,7 +83,7 @@ def check_router_term(folder: Path, family: Family, recipe: Recipe) -> None:
     from finetune.moe.lora import add_adapter
     from finetune.moe.router import reached_routers
 
-    adapted = add_adapter(_empty(family.transformers_class(), AutoConfig.from_pretrained(folder)), family, recipe.lora)
+    adapted = add_adapter(empty_model(family.transformers_class(), load_config(folder), folder), family, recipe.lora)
     if reached_routers(adapted, family):
         return
     what = "has no effect: nothing that lora.targets trains comes before a router of this checkpoint"
@@ -98,7 +108,8 @@ def _coefficients(router: RouterSettings) -> dict[str, tuple[str, float]]:
 def check_quantization(reader: CheckpointReader) -> None:
     """Refuse a checkpoint that is stored in 8 bits or fewer, with the way to 16 bits where transformers has one."""
     where = str(reader.folder / "config.json")
-    found = reader.config.get("quantization_config")
+    config, nested = reader.config, reader.config.get("text_config")
+    found = config.get("quantization_config") or (nested if isinstance(nested, dict) else {}).get("quantization_config")
     if found is not None:
         method = str(found.get("quant_method")) if isinstance(found, dict) else None
         do = _REMEDIES.get(str(method), _GIVE_16_BITS)
@@ -168,7 +179,7 @@ def _loader_problems(reader: CheckpointReader, model_class: Any, config: Any, op
     headers = {
         key: torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype], device="meta") for key, info in infos.items()
     }
-    with _quiet():
+    with _quiet(), reading(reader.folder, "transformers cannot load its headers", "give a complete checkpoint"):
         try:
             _, report = model_class.from_pretrained(
                 None,

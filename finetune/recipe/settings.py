@@ -149,10 +149,10 @@ class DataSettings(Section):
         "truncate cuts each answer, drop leaves out the pair, and split is not allowed.",
     )
     max_row_characters: int = Field(
-        default=4_000_000,
+        default=1_000_000,
         ge=1000,
         description="Characters of one row's texts, at most; checked before a row is tokenised, whatever `overlong` "
-        "says: a row of hundreds of megabytes would use up the machine's memory.",
+        "says: a tokenizer takes up to 800 bytes of memory for a character of one word.",
     )
     chat_template: PathText | None = Field(
         default=None,

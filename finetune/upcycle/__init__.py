@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune import __version__
 from finetune.checkpoint import new_folder, write_sums
 from finetune.errors import Problem, RecipeError, WeightsError
-from finetune.files import require_free_disk, write_json
+from finetune.files import open_regular, require_free_disk, write_json
 from finetune.upcycle.dense import DenseSource, check_tensors
 from finetune.upcycle.mixtral import Options, plan, write_config, write_weights
 
@@ -18,7 +18,7 @@ GGUF_MAGIC = b"GGUF"
 def open_source(path: Path, dtype: str | None) -> DenseSource:
     """A Hugging Face folder or a GGUF file, checked to be a dense Llama or Mistral model. Raises WeightsError."""
     source: DenseSource
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         _check_gguf_file(path)
         from finetune.upcycle.gguf_source import GgufSource
 
@@ -33,7 +33,7 @@ def open_source(path: Path, dtype: str | None) -> DenseSource:
 
 
 def _check_gguf_file(path: Path) -> None:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         magic = stream.read(4)
     if magic != GGUF_MAGIC:
         do = "give a .gguf file, or the folder that holds config.json and safetensors"

@@ -18,7 +18,10 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
+from finetune.files import open_regular
+from finetune.model_files import check_values, reading
 from finetune.upcycle.dense import EMBEDDING, HEAD, DenseTensor, dense_shapes, write_generation_config
+from finetune.upcycle.gguf_header import check_header
 from finetune.upstream import private
 
 SPECIAL = {
@@ -42,11 +45,11 @@ def write_tokenizer(file: Path, metadata: dict[str, Any], folder: Path) -> None:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     _check_supported(file, metadata)
-    try:
-        raw = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, local_files_only=True)
-    except Exception as error:  # what the tokenizers library raises for a vocabulary that contradicts itself
-        do = "use the Hugging Face folder of this model"
-        raise WeightsError(Problem(str(file), "tokenizer cannot be built", do, got=str(error))) from error
+    do = "use the Hugging Face folder of this model"
+    with reading(file, "tokenizer cannot be built", do):
+        raw = AutoTokenizer.from_pretrained(
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
     backend = raw.backend_tokenizer
     _apply_llama_cpp_rules(backend, metadata)
     tokenizer = PreTrainedTokenizerFast(
@@ -170,7 +173,7 @@ class GgufSource:
         row_bytes = info.n_bytes // rows
         weight = torch.empty(rows, columns, dtype=TORCH_DTYPES[tensor.dtype])
         step = max(1, ROWS_ELEMENTS // columns)
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             stream.seek(info.data_offset)
             for start in range(0, rows, step):
                 count = min(step, rows - start)
@@ -228,14 +231,13 @@ def read_metadata(file: Path) -> tuple[dict[str, Any], Any]:
     except ImportError as error:
         do = "pip install moe-finetune[gguf]"
         raise WeightsError(Problem(str(file), "reading GGUF needs the gguf package", do)) from error
-    try:
+    check_header(file)
+    with reading(file, "is not a readable GGUF file", "fetch it again"):
         reader = GGUFReader(file)
         metadata = {key: _value(key, field) for key, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise WeightsError(Problem(str(file), "is not a readable GGUF file", "fetch it again", str(error))) from error
     if reader.byte_order != "I":
         raise WeightsError(Problem(str(file), "has the other byte order", "fetch the little-endian file"))
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) not in (0, 1):
         do = "join the parts with llama-gguf-split --merge"
         raise WeightsError(Problem(str(file), "is one part of several", do, got=f"{metadata['split.count']} parts"))
     return metadata, reader
@@ -265,11 +267,13 @@ def read_settings(file: Path, metadata: dict[str, Any]) -> dict[str, Any]:
         do = "use a model whose layers are alike"
         raise WeightsError(Problem(str(file), "has settings that differ by layer", do, got=", ".join(lists)))
     try:
-        return _settings(file, own, metadata)
-    except (KeyError, TypeError) as error:
+        settings = _settings(file, own, metadata)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise WeightsError(
             Problem(str(file), "lacks or garbles a setting", "fetch it again", got=str(error))
         ) from error
+    check_values(file, settings)
+    return settings
 
 
 def _settings(file: Path, own: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from finetune.checkpoint import CheckpointReader, verify_sums
 from finetune.checkpoint.reader import TORCH_DTYPES
 from finetune.errors import Problem, WeightsError
+from finetune.model_files import build_config
 from finetune.upcycle.dense import ARCHITECTURES, EMBEDDING, HEAD, DenseTensor, write_generation_config
 
 FLOATS = ("F32", "F16", "BF16")
@@ -103,15 +104,9 @@ class HuggingFaceSource:
 
 def read_settings(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """The MixtralConfig fields that a dense config.json fixes. Raises WeightsError for what Mixtral cannot express."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, MistralConfig
-
     where = str(folder / "config.json")
     _check_architecture(where, raw)
-    try:
-        config = {"llama": LlamaConfig, "mistral": MistralConfig}[raw["model_type"]].from_dict(raw)
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(Problem(where, "is not a valid config", "fetch it again", got=str(error))) from error
+    config = build_config(raw, folder)
     _check_settings(where, config)
     settings = {name: getattr(config, name) for name in CARRIED}
     settings["head_dim"] = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -128,12 +123,14 @@ def _check_architecture(where: str, raw: dict[str, Any]) -> None:
         raise WeightsError(Problem(where, "the source already is a mixture of experts", do, got=str(kind)))
     if kind not in ("llama", "mistral"):
         raise WeightsError(Problem(where, "architecture cannot be upcycled", do, got=str(kind)))
-    for name in raw.get("architectures") or ():
+    named = raw.get("architectures") or []
+    for name in named if isinstance(named, list) else [named]:
         if name not in ARCHITECTURES:
             raise WeightsError(Problem(where, "architecture cannot be upcycled", do, got=str(name)))
     if raw.get("quantization_config"):
         do = "use the unquantised checkpoint"
-        got = str(raw["quantization_config"].get("quant_method"))
+        found = raw["quantization_config"]
+        got = str(found.get("quant_method") if isinstance(found, dict) else found)
         raise WeightsError(Problem(where, "the source is quantised", do, got))
 
 

@@ -1,11 +1,10 @@
-"""`finetune check` as a user starts it: what it prints and writes, its exit codes, and a kill in the middle."""
+"""`finetune check` as a user starts it: what it prints and writes, and its exit codes."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -113,24 +112,3 @@ def test_a_mistake_in_the_recipe_exits_2_before_anything_is_read(workspace: Path
     done = run(workspace, "check", "recipe.yaml", "lora.alpha=3", "data.max_lenght=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert [line.split(":")[1].strip() for line in done.stderr.splitlines()] == ["lora.alpha", "data.max_lenght"]
-
-
-def test_a_kill_in_the_middle_leaves_nothing_that_the_next_check_would_take(workspace: Path) -> None:
-    row = json.dumps({"prompt": "light " * 50, "completion": "on"}) + "\n"
-    (workspace / "rows.jsonl").write_text(row * 200_000)
-    arguments = command("check", "recipe.yaml", "data.max_length=256", "data.train.max_rows=200000")
-    with subprocess.Popen(
-        arguments, cwd=workspace, env=environment(workspace), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 60
-        while not list((workspace / "cache").glob(".*")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGKILL)
-    begun = list((workspace / "cache").iterdir())
-    assert [path.name.startswith(".") for path in begun] == [True]
-    (workspace / "rows.jsonl").write_text(row * 30)
-    done = run(workspace, "check", "recipe.yaml", "data.max_length=256")
-    assert done.returncode == 0, done.stderr
-    assert "rows       30 read, 30 (100.0 %) kept\n" in done.stdout
-    assert not begun[0].exists()

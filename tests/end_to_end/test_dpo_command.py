@@ -1,12 +1,10 @@
-"""DPO as a user runs it: from an SFT adapter, through the launchers, killed and continued, merged and proven."""
+"""DPO as a user runs it: from an SFT adapter, through the launchers, merged and proven."""
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,18 +91,6 @@ def run(workspace: Path, launcher: list[str], output_dir: str, *overrides: str) 
     assert done.returncode == 0, done.stderr
 
 
-def kill_when(moment: Callable[[], bool], workspace: Path, words: list[str]) -> None:
-    process = subprocess.Popen(
-        words, cwd=workspace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 240
-    while not moment() and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before the moment came"
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def assert_same(run: Path, one: Path) -> None:
     """The same figures and the same adapter."""
     lines, wanted = (
@@ -156,46 +142,6 @@ def test_packed_pairs_on_two_processes_are_those_of_one(workspace: Path) -> None
     within(workspace, lambda: train(load_recipe("dpo.yaml", overrides), []))
     run(workspace, TWO_PROCESSES, "packed-two", *changes)
     assert_same(workspace / "packed-two", workspace / "packed")
-
-
-def test_a_run_killed_in_its_reference_goes_on_at_the_pair_where_it_stopped(workspace: Path) -> None:
-    """Pair by pair, so that there is time to kill it, against an uninterrupted run of the same micro-batches.
-
-    Not against the run of larger micro-batches: there the sums are rounded otherwise, and Adam's first step divides a
-    gradient near 0 by its own size. The margins of step 2 differed by 7e-6 on one machine and 3e-4 on another.
-    """
-    pair_by_pair = "training.per_device_train_batch_size=1"
-    within(workspace, lambda: train(load_recipe("dpo.yaml", ["output_dir=pair-by-pair", pair_by_pair]), []))
-    uninterrupted, folder = workspace / "pair-by-pair", workspace / "early"
-    path = folder / "reference" / "train.0.jsonl"
-
-    def begun() -> bool:
-        return path.exists() and path.read_bytes().count(b"\n") >= 2
-
-    words = command(ONE_PROCESS, "early", pair_by_pair)
-    kill_when(begun, workspace, words)
-    kept = path.read_text().splitlines()[:2]
-    assert path.read_bytes().count(b"\n") < PAIRS
-    assert not (folder / "metrics.jsonl").exists()
-    changed = ["output_dir=early", pair_by_pair, "method.ld_alpha=0.5"]
-    with pytest.raises(RunError, match=r"early/reference: .* were made from another ld_alpha; "):
-        within(workspace, lambda: train(load_recipe("dpo.yaml", changed), []))
-    run(workspace, ONE_PROCESS, "early", pair_by_pair)
-    assert path.read_text().splitlines()[:2] == kept
-    assert reference_of(folder) == reference_of(uninterrupted)
-    assert_same(folder, uninterrupted)
-
-
-def test_a_run_killed_in_training_continues_as_if_it_had_not_been(workspace: Path, one: Path) -> None:
-    state = workspace / "late" / "checkpoint-2" / "trainer_state.json"
-
-    def saved() -> bool:
-        return state.exists() and state.read_text().rstrip().endswith("}")
-
-    kill_when(saved, workspace, command(ONE_PROCESS, "late"))
-    assert not (workspace / "late" / "adapter").exists()
-    run(workspace, ONE_PROCESS, "late", "training.resume_from_checkpoint=true")
-    assert_same(workspace / "late", one)
 
 
 def test_the_merge_is_proven_on_the_same_base(workspace: Path, one: Path) -> None:

@@ -44,6 +44,11 @@ class Running:
     log: Path
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+
     def send(self, number: int) -> None:
         """A signal to the process alone."""
         with suppress(ProcessLookupError):
@@ -68,9 +73,8 @@ class Running:
         if hangs:
             self.kill()
         code = self.commands.ask(wait=self.number)
-        output = self.log.read_text(encoding="utf-8", errors="replace")
-        assert not hangs, f"seed {SEED}: it did not end within {SECONDS} s:\n{output}"
-        return Ended(code, output, time.monotonic() - self.started)
+        assert not hangs, f"seed {SEED}: it did not end within {SECONDS} s:\n{self.output}"
+        return Ended(code, self.output, time.monotonic() - self.started)
 
 
 class Commands:
@@ -123,10 +127,10 @@ def succeed(ended: Ended) -> Ended:
     return ended
 
 
-def wait_for(moment: Callable[[], bool], running: Running) -> bool:
-    """Wait until `moment` is true; False where the command ends before."""
+def wait_for(moment: Callable[[], bool], running: Running, seconds: float = POLL_SECONDS) -> bool:
+    """Look every so many seconds until `moment` is true; False where the command ends before."""
     while not moment():
-        if running.has_ended(POLL_SECONDS):
+        if running.has_ended(seconds):
             return moment()
     return True
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from tests.end_to_end.workspaces import write_workspace
 from tests.equivalence.dpo_runs import write_pairs
+from tests.families import save_tiny
 from tests.faults.harness import Commands, Ended, Running, assert_same_files, files_of, succeed
-from tests.support import save_tiny_mixtral
 
 STEPS = 6
 SAVED = (4, 6)
 """The checkpoints that are left at the end: the newest two, with the best of steps 4 and 6 among them."""
+PAIR_COUNT = 20
 OF_THE_MOMENT = ("times.jsonl", "provenance.json", ".lock")
 """What says when and where a run took place; everything else is the same in every run of the recipe."""
 TRAIN = ("train", "recipe.yaml")
@@ -22,9 +23,9 @@ PAIRS = {"path": "pairs.jsonl", "format": "preference"}
 SECTIONS: dict[str, Any] = {
     "output_dir": "run",
     "model": {"name_or_path": "base", "load_in_4bit": True, "dtype": "float32"},
-    # Dropout and the bias have states of their own, which a continued run needs.
+    # Dropout, the balance of the step before, and the correction biases each have a state that a continued run needs.
     "lora": {"targets": ["attention", "experts"], "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-    "router": {"router_aux_loss_coef": 0.02, "scope": "step"},
+    "router": {"router_aux_loss_coef": 0.02, "scope": "step", "bias_update_rate": 0.02},
     "data": {"train": dict(SOURCE), "eval": dict(SOURCE), "max_length": 64},
     "training": {
         "max_steps": STEPS,
@@ -98,10 +99,10 @@ class Undisturbed:
 
 
 def make_run(commands: Commands, folder: Path, **sections: Any) -> Run:
-    """A recipe on a tiny Mixtral, with rows and pairs."""
-    save_tiny_mixtral(folder / "base")
+    """A recipe on a tiny DeepSeek-V3, with rows and pairs."""
+    save_tiny("deepseek_v3", folder / "base")
     write_workspace(folder, **{**SECTIONS, **sections})
-    write_pairs(folder / "pairs.jsonl", 20)
+    write_pairs(folder / "pairs.jsonl", PAIR_COUNT)
     return Run(commands, folder)
 
 

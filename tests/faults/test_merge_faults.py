@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoint import SUMS_FILE, verify_sums
+from finetune.merge.report import TIMES_FILE
 from tests.faults.harness import (
     Commands,
     assert_same_files,
@@ -25,8 +26,7 @@ from tests.support import save_tiny_mixtral
 from tests.unit.merge_adapters import save_adapter
 
 KILLS = 10
-TIMES = ("merge-report.json", SUMS_FILE)
-"""Holds times, and the list with its checksum."""
+TIMES = (TIMES_FILE,)
 
 
 @pytest.fixture(scope="module")

@@ -102,8 +102,8 @@ def test_the_tokens_at_which_the_checkpoint_stops_are_known(
         ),
         (
             "{",
-            ": not JSON; got Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
-            "fetch the checkpoint again",
+            ": cannot be read as JSON; got Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1); fetch or copy the file again",
         ),
     ],
 )

@@ -262,5 +262,5 @@ def test_values_of_a_wrong_type_are_refused(
 def test_a_tokenizer_that_is_none(adapter: Path, base: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(base, tmp_path / "base")
     (copy / "tokenizer.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"base: its tokenizer cannot be read; got .*; fetch or copy the file again"):
+    with pytest.raises(WeightsError, match=r"base: no tokenizer could be loaded; got .*; give the folder"):
         merge(adapter, tmp_path / "out", base=copy, show_progress=False)

@@ -61,7 +61,7 @@ def refusal(source: Path, options: Options = PLAIN) -> str:
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor: rotates a part of each head only; got 0.5",
         ),
-        ({"hidden_size": "64"}, "config.json: is not a valid config"),
+        ({"hidden_size": "64"}, 'config.json: hidden_size: must be a whole number from 1 to 16,777,216; got "64"'),
         ({"intermediate_size": 128}, "whose shape differs from its config; got model.layers.0.mlp.gate_proj.weight"),
         ({"num_hidden_layers": 3}, "lacks tensors of its architecture; got model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "has tensors that Mixtral cannot hold; got model.layers.1."),

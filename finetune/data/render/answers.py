@@ -67,11 +67,15 @@ def find_examples(chat: ChatTemplate, given: Conversation, loss_on: LossOn) -> l
         if not any(answer.alone for answer in answers):
             check_content(chat, given, text, answers)
             return [Example(text, answers)]
-    cuts = [_cut(chat, given, *turn, text, loss_on) for turn in zip(indices, prompts, strict=True)]
+    cuts = []
+    for index, prompt in zip(indices, prompts, strict=True):
+        chat.clock_of_row.check()
+        cuts.append(_cut(chat, given, index, prompt, text, loss_on))
     if loss_on == "all":
         return [_as_one(chat, given, text, cuts)]
     examples = []
     while cuts:
+        chat.clock_of_row.check()
         text = cuts[-1].text
         held = [cut for cut in cuts if cut is cuts[-1] or (cut.stands_in(text) and not _alone(cut, cuts[-1]))]
         answers = tuple(cut.answer for cut in held)
@@ -103,6 +107,7 @@ def find_holes(chat: ChatTemplate, given: Conversation, text: str) -> tuple[tupl
     holes = []
     for index, message in enumerate(given.messages):
         if message.get("train") is False:
+            chat.clock_of_row.check()
             before = chat.text(given.messages[:index], given.tools) if index else ""
             until = chat.text(given.messages[: index + 1], given.tools)
             if not (text.startswith(until) and until.startswith(before)):

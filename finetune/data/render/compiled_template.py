@@ -13,6 +13,7 @@ from finetune.data.render.call_arguments import Form, arguments_form, with_argum
 from finetune.data.render.control_tokens import control_tokens
 from finetune.data.render.prompt_ends import Turns, ending
 from finetune.data.render.reasoning import PLACEHOLDER, reasoning_key
+from finetune.data.render.row_clock import RowClock
 from finetune.data.render.sandbox import ANOTHER_TEMPLATE, write
 from finetune.data.render.template_settings import CLOCK, clock_of, stop_tokens, template_args
 from finetune.data.render.template_source import check_template_args, compile_templates, source_problems, variables_of
@@ -69,6 +70,7 @@ class CompiledTemplate:
             do = "name one in data.chat_template: a shipped template or a .jinja file"
             raise DataError(Problem(where="data.chat_template", what="the tokenizer has no chat template", do=do))
         self.name = name
+        self.clock_of_row = RowClock()
         self.eos: str = tokenizer.eos_token
         self.stops = stop_tokens(tokenizer)
         self.control = control_tokens(tokenizer)
@@ -112,6 +114,7 @@ class CompiledTemplate:
             text, starts = "".join(written), turns.starts()
         prompts: list[Prompt] = []
         for index in indices:
+            self.clock_of_row.check()
             start = starts[index] if index < len(starts) else None
             if start is None or fixed is None:
                 prompt = self.text(messages[:index], tools, generation=True)

@@ -157,6 +157,7 @@ def check_content(chat: ChatTemplate, given: Conversation, text: str, answers: S
     supervised = {answer.message: answer for answer in answers}
     end = end_of_calls = 0
     for index, message in enumerate(given.messages):
+        chat.clock_of_row.check()
         if answer := supervised.get(index):
             if end > answer.start:
                 raise _dropped(chat, given.messages[index - 1], index - 1)
@@ -180,19 +181,19 @@ def _end_of_turn(chat: ChatTemplate, given: Conversation, index: int, text: str,
         if problem := call_problem(chat, message, text[end:], f"messages[{index}]", whole=False):
             raise problem
         return end
-    found = _find_turn(given.messages[: index + 1], text, end, end_of_calls)
+    before = given.messages[:index] if message["role"] == "tool" else []
+    found = _find_turn(before, message, text, end, end_of_calls)
     if found < 0:
         raise _dropped(chat, message, index)
     return found
 
 
-def _find_turn(messages: Sequence[Message], text: str, end: int, end_of_calls: int) -> int:
-    """Where the last of these messages ends in `text`; -1 if nowhere.
+def _find_turn(before: Sequence[Message], message: Message, text: str, end: int, end_of_calls: int) -> int:
+    """Where a message ends in `text`; -1 if nowhere. `before`: the turns before it, of a tool's result.
 
     A result that comes after that of a later call may stand before it: some templates write results in the order of
     their calls. Among equal results it does not matter which is found.
     """
-    *before, message = messages
     if message["role"] == "tool":
         earlier = list(takewhile(lambda other: other["role"] == "tool", reversed(before)))
         calls = before[-len(earlier) - 1].get("tool_calls", [])

@@ -12,6 +12,8 @@ Three proofs of that, cheapest first:
 """
 
 import json
+import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +22,12 @@ from tokenizers import Tokenizer, pre_tokenizers
 
 from finetune.data.row_errors import RowError, shown
 from finetune.data.types import Ints
+from finetune.model_files import reading
 
+MAX_TRIED = 1 << 25
+"""Characters of all prompts of one row that are tokenised for proof 3."""
+TOO_MANY = -1
+_FAILS, _ANOTHER = "fails at the text of a row", "use the tokenizer of another checkpoint"
 _ANY_TEXT = "What is 2+2?"
 _STEPS = ("normalizer", "pre_tokenizer")
 _MODEL = ("dropout", "unk_token", "byte_fallback", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -219,6 +226,17 @@ class Tail(NamedTuple):
     ids: list[int]
 
 
+class _Places(NamedTuple):
+    """Where a special token stands: past its last character in the text each time, and in the ids."""
+
+    ends: list[int]
+    tokens: Ints
+
+    def before(self, character: int) -> int:
+        """The token of the last one that ends at this character or before."""
+        return int(self.tokens[bisect_right(self.ends, character) - 1])
+
+
 class Encoder:
     """Tokenises without adding special tokens, as `apply_chat_template` does; its settings are its own.
 
@@ -238,12 +256,14 @@ class Encoder:
 
     def ids(self, texts: Sequence[str]) -> list[Ints]:
         """The ids of each text."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with reading("tokenizer.json", _FAILS, _ANOTHER):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """First and past-the-last character of each token."""
-        offsets: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
+        with reading("tokenizer.json", _FAILS, _ANOTHER):
+            offsets: list[tuple[int, int]] = self._backend.encode(text, add_special_tokens=False).offsets
         return offsets
 
     def learn(self, prompt: str, content: str) -> None:
@@ -256,7 +276,7 @@ class Encoder:
 
     def borders(self, text: str, ids: Ints, characters: Iterable[int]) -> list[int | None]:
         """For each character, where a prompt ends: how many tokens it becomes, if proven; None if it must be tried."""
-        places: dict[str, Ints | None] = {}
+        places: dict[str, _Places | None] = {}
         ends: Ints | None = None
         borders: list[int | None] = []
         for character in characters:
@@ -272,17 +292,23 @@ class Encoder:
     ) -> list[list[int | None]]:
         """For each text and character, where a prompt ends: how many tokens it becomes; None if a token straddles it.
 
-        What is not proven is tried: these prompts are tokenised and compared.
+        What is not proven is tried: these prompts are tokenised and compared. `TOO_MANY` where they are too long.
         """
         borders = [self.borders(*row) for row in zip(texts, rows, characters, strict=True)]
-        unproven = [(row, place) for row, places in enumerate(borders) for place, b in enumerate(places) if b is None]
+        unproven = []
+        for row, places in enumerate(borders):
+            tried = [place for place, border in enumerate(places) if border is None]
+            if sum(characters[row][place] for place in tried) > MAX_TRIED:
+                borders[row] = [TOO_MANY] * len(places)
+            else:
+                unproven += [(row, place) for place in tried]
         prompts = [texts[row][: characters[row][place]] for row, place in unproven]
         for (row, place), ids in zip(unproven, self.ids(prompts) if prompts else [], strict=True):
             if np.array_equal(rows[row][: len(ids)], ids):
                 borders[row][place] = len(ids)
         return borders
 
-    def _after_tail(self, text: str, ids: Ints, character: int, places: dict[str, Ints | None]) -> int | None:
+    def _after_tail(self, text: str, ids: Ints, character: int, places: dict[str, _Places | None]) -> int | None:
         for tail in self._tails:
             if text.endswith(tail.text, 0, character):
                 if tail.token not in places:
@@ -290,17 +316,18 @@ class Encoder:
                 where = places[tail.token]
                 if where is None:
                     continue
-                first = int(where[text.count(tail.token, 0, character) - 1])
+                first = where.before(character)
                 end = first + len(tail.ids)
                 if len(tail.ids) == 1 or ids[first:end].tolist() == tail.ids:
                     return end
         return None
 
 
-def _places(text: str, ids: Ints, tail: Tail) -> Ints | None:
-    """The tokens that are the tail's special token; None if they are not one for each time it is written."""
-    where = np.flatnonzero(ids == tail.ids[0]).astype(np.int32)
-    return where if len(where) == text.count(tail.token) else None
+def _places(text: str, ids: Ints, tail: Tail) -> _Places | None:
+    """The places of the tail's special token; None if it is not one token each time it is written."""
+    ends = [match.end() for match in re.finditer(re.escape(tail.token), text)]
+    tokens = np.flatnonzero(ids == tail.ids[0]).astype(np.int32)
+    return _Places(ends, tokens) if len(tokens) == len(ends) else None
 
 
 def own_bos(tokenizer: Any) -> list[int]:

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.data.render.answers import find_examples, find_holes
 from finetune.data.render.chat_template import PROBE, PROBE_TURNS, ChatTemplate, System
 from finetune.data.render.control_tokens import by_first_character, control_tokens, find_token
-from finetune.data.render.encoder import Encoder, own_bos
+from finetune.data.render.encoder import TOO_MANY, Encoder, own_bos
 from finetune.data.render.sandbox import template_problem
 from finetune.data.render.template_checks import problems_of_template
 from finetune.data.row_errors import RowError, shown
@@ -82,6 +82,7 @@ class Renderer:
             return (self._document(example),)
         if not self._checked:
             self._check_template()
+        self.chat.clock_of_row.start(len(example.messages))
         given = self.chat.conversation(example)
         merged = len(example.messages) - len(given.messages)
         try:
@@ -188,17 +189,24 @@ class Renderer:
             ids = np.array([*self._bos, *ids.tolist(), self._eos_id], dtype=np.int32)
         labels = ids.copy() if rendering.everything else np.full(len(ids), IGNORED, dtype=np.int32)
         # Where everything is learned, it decides nothing where prompts end.
+        ends: dict[int, Any] = {}  # the places of each token that ends answers
         answers = () if rendering.everything else zip(rendering.answers, borders, strict=True)
         for answer, start in answers:
+            if start == TOO_MANY:
+                what = f"{len(rendering.answers):,} answers, each of whose prompts must be tokenised, are too many"
+                return RowError("messages", what, "split the conversation", f"{len(rendering.text):,} characters")
             if start is None:
                 return self._straddled(rendering, ids, answer)
             # Contents cannot contain special tokens, so the next one is the answer's own end.
             end_id = self._id_of(answer.end_token)
-            length = int(np.argmax(ids[start:] == end_id)) + 1 if start < len(ids) else 0
-            if not length or ids[start + length - 1] != end_id:
+            if end_id not in ends:
+                ends[end_id] = np.flatnonzero(ids == end_id)
+            following = int(np.searchsorted(ends[end_id], start))
+            if following == len(ends[end_id]):
                 what = f"the tokenizer does not read {answer.end_token} as one token"
                 return RowError(f"messages[{answer.message}]", what, "fix its tokenizer.json")
-            labels[start : start + length] = ids[start : start + length]
+            end = int(ends[end_id][following]) + 1
+            labels[start:end] = ids[start:end]
         holes = list(rendering.holes)
         if not self._train_on_reasoning:
             holes += [answer.reasoning for answer in rendering.answers if answer.reasoning]

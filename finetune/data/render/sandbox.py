@@ -10,8 +10,8 @@ insides, but lets it run for ever and write without end. Here:
   profiler uses the signal, a rendering has no time limit.
 - Output: the pieces are counted as they come.
 - Memory: the timer looks at it too, for texts that double in each round. What one operation makes cannot be
-  interrupted, so products (`'a' * 10**9`) and powers are looked at before: here, and so before Jinja computes
-  constants while it compiles.
+  interrupted, so the operands of those that grow are looked at before (`operand_sizes`): here, and so before Jinja
+  computes constants while it compiles.
 
 All of it belongs to the environment of the template and to the call; nothing is changed for other users of Jinja.
 """
@@ -19,8 +19,8 @@ All of it belongs to the environment of the template and to the call; nothing is
 import os
 import re
 import signal
-from collections.abc import Callable
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, wraps
 from threading import get_ident, main_thread
 from time import thread_time
 from typing import Any, TypeVar
@@ -29,6 +29,13 @@ from jinja2 import Environment, Template, TemplateError, UndefinedError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from finetune.data.render.operand_sizes import (
+    GROWING_FILTERS,
+    call_size,
+    filter_size,
+    percent_size,
+    product_size,
+)
 from finetune.data.render.template_settings import TimeOfDayError
 from finetune.data.row_errors import FileError, RowError, shown
 from finetune.errors import DataError, Problem
@@ -48,7 +55,6 @@ ANOTHER_TEMPLATE = "name another one in data.chat_template"
 Read = TypeVar("Read")
 
 _TICK = 0.02
-_MACHINE_WORD = 64  # bits; what takes more is not even computed
 _CORRECT = f"correct its loops, or {ANOTHER_TEMPLATE}"
 _CHANGE_ROW = "change the row, or "
 _VARIABLE = re.compile(r"'(\w+)' is undefined")
@@ -76,28 +82,53 @@ class StoppedError(DataError):
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """Refuses products and powers that are too large, and thereby keeps Jinja from computing them while it compiles."""
+    """Refuses what makes too much in one step, and thereby keeps Jinja from computing it while it compiles."""
 
-    intercepted_binops = frozenset(("*", "**"))
+    intercepted_binops = frozenset(("*", "**", "%"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The product or the power, if it is of a usual size."""
-        if _size(operator, left, right) > CHARACTERS:
-            raise _Stopped(f"makes a text or a number of more than {CHARACTERS:,} by {operator}", ANOTHER_TEMPLATE)
+        """The result, if it is of a usual size."""
+        size = percent_size(left, right) if operator == "%" else product_size(operator, left, right, CHARACTERS)
+        _require_usual(size, operator)
         return super().call_binop(context, operator, left, right)
 
+    def call(self, context: Any, called: Any, /, *args: Any, **given: Any) -> Any:
+        """The same of a method that a template calls."""
+        if args or given:
+            _require_usual(call_size(called, args, given), getattr(called, "__name__", ""))
+        return super().call(context, called, *args, **given)
 
-def _size(operator: str, left: Any, right: Any) -> int:
-    """The length of a text or a list that would result, or the integer that would; 0 for all else."""
-    if isinstance(left, int) and isinstance(right, int):
-        left_bits, right_bits = left.bit_length() - 1, right.bit_length() - 1
-        at_least = left_bits * right if operator == "**" else left_bits + right_bits
-        if at_least > _MACHINE_WORD:
-            return CHARACTERS + 1
-        return int(abs(left**right)) if operator == "**" else abs(left * right)
-    if isinstance(right, str | list | tuple):
-        left, right = right, left
-    return len(left) * right if isinstance(left, str | list | tuple) and isinstance(right, int) else 0
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The same of `format` and `format_map`, which Jinja replaces by its own."""
+        formatted = super().wrap_str_format(value)
+        if formatted is None:
+            return None
+
+        def bounded(*args: Any, **given: Any) -> str:
+            _require_usual(call_size(value, args, given), "format")
+            return formatted(*args, **given)
+
+        return bounded
+
+
+def _require_usual(size: int, by: str) -> None:
+    if size > CHARACTERS:
+        raise _Stopped(f"makes a text or a number of more than {CHARACTERS:,} by {by}", ANOTHER_TEMPLATE)
+
+
+def _bounded_filter(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter of Jinja that looks at its operands first; a list that is made one by one is made here."""
+    own = 1 if hasattr(filter_, "jinja_pass_arg") else 0  # the context, which some take before the value
+
+    @wraps(filter_)
+    def bounded(*args: Any, **given: Any) -> Any:
+        values = list(args)
+        if name == "join" and isinstance(values[own], Iterator):
+            values[own] = list(values[own])
+        _require_usual(filter_size(name, values[own:], given), f"the filter {name}")
+        return filter_(*values, **given)
+
+    return bounded
 
 
 @cache
@@ -109,7 +140,11 @@ def environment() -> Environment:
         lstrip_blocks=given.lstrip_blocks,
         extensions=[type(extension) for extension in given.extensions.values()],
     )
-    bounded.filters, bounded.globals = given.filters, given.globals
+    bounded.filters = {
+        name: _bounded_filter(name, filter_) if name in GROWING_FILTERS else filter_
+        for name, filter_ in given.filters.items()
+    }
+    bounded.globals = given.globals
     return bounded
 
 

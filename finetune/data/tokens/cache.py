@@ -36,7 +36,10 @@ _SOURCE_KEYS = (
     *("config", "split", "format", "columns", "ignore_columns", "roles"),
     *("response_template", "response_end", "max_rows"),
 )
-_DATA_KEYS = ("max_length", "overlong", "loss_on", "system", "on_bad_row", "max_bad_share", "train_on_reasoning")
+_DATA_KEYS = (
+    *("max_length", "overlong", "max_row_characters", "loss_on", "system"),
+    *("on_bad_row", "max_bad_share", "train_on_reasoning"),
+)
 
 
 def cache_folder() -> Path:

@@ -12,9 +12,11 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -25,57 +27,73 @@ from finetune.data.formats import SAMPLE_ROWS, reader, recognise
 from finetune.data.formats.fields import PLACEHOLDERS
 from finetune.data.render import StoppedError
 from finetune.data.row_errors import FileError, Problems, Row, RowError
+from finetune.data.row_size import check_characters, weight
 from finetune.data.sources import Source, open_source
 from finetune.data.tokens.cache import Seen, TokenTable, Writer, digest, entry, rows_fingerprint
 from finetune.data.tokens.examples import Example, ExampleType, RowProblem, TextRenderer, place_of
 from finetune.data.tokens.stats import NAMED, RowStats
 from finetune.data.tokens.truncation import TooLongError
 from finetune.data.types import Ints, Rendering, TokenizedText, TokenPair, contents_of
-from finetune.errors import DataError, Problem
+from finetune.errors import DataError, Problem, printable
 from finetune.recipe import DataSettings, DataSource
 
 CHUNK_ROWS = 512
 CHUNK_CHARACTERS = 1 << 19
 _TOKENISERS = 2
+_HELD = 8 * CHUNK_CHARACTERS  # characters of all columns
+_RENDERED = 4  # so many times the characters of a row may its texts have: templates add marks, and repeat turns
 _AHEAD = 3  # chunks that wait for the tokenizer; more would only hold memory
 
 
-def tokenised(examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer) -> Iterator[Example]:
-    """Every example, in order, with its texts and tokens or its problem."""
+def tokenised(
+    examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer, max_characters: int
+) -> Iterator[Example]:
+    """Every example, in order, with its texts and tokens or its problem; none of more than `max_characters`."""
+    large = Lock()  # two of the largest texts at a time would take twice the memory
     waiting: deque[tuple[list[Example], Future[list[TokenizedText | RowError]]]] = deque()
     with ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser") as pool:
-        for chunk in _rendered_chunks(examples, example_type, renderer):
+        for chunk in _rendered_chunks(examples, example_type, renderer, max_characters):
             texts = [text for example in chunk for text in example.texts]
-            waiting.append((chunk, pool.submit(renderer.tokenise, texts)))
+            one_by_one = large if any(len(text.text) > CHUNK_CHARACTERS for text in texts) else nullcontext()
+            waiting.append((chunk, pool.submit(_tokenise, renderer, texts, one_by_one)))
             if len(waiting) > _AHEAD:
                 yield from _with_tokens(*waiting.popleft(), example_type)
         while waiting:
             yield from _with_tokens(*waiting.popleft(), example_type)
 
 
+def _tokenise(
+    renderer: TextRenderer, texts: Sequence[Rendering], one_by_one: AbstractContextManager[Any]
+) -> list[TokenizedText | RowError]:
+    with one_by_one:
+        return renderer.tokenise(texts)
+
+
 def _rendered_chunks(
-    examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer
+    examples: Iterable[Example], example_type: ExampleType, renderer: TextRenderer, max_characters: int
 ) -> Iterator[list[Example]]:
     chunk: list[Example] = []
-    characters = 0
+    characters = held = 0
     for example in examples:
-        goes_on = _render(example, example_type, renderer)
+        goes_on = _render(example, example_type, renderer, max_characters)
         chunk.append(example)
         if not goes_on:
             break
         characters += sum(len(text.text) for text in example.texts)
-        if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS:
+        held += sum(weight(row.value) for row in example.rows)  # columns that are not read are held, too
+        if len(chunk) == CHUNK_ROWS or characters > CHUNK_CHARACTERS or held > _HELD:
             yield chunk
-            chunk, characters = [], 0
+            chunk, characters, held = [], 0, 0
     if chunk:
         yield chunk
 
 
-def _render(example: Example, example_type: ExampleType, renderer: TextRenderer) -> bool:
+def _render(example: Example, example_type: ExampleType, renderer: TextRenderer, max_characters: int) -> bool:
     """Set the texts of an example, or its problem; False where the rows behind it could take as long to fail."""
     if example.content is None:
         return True
     try:
+        check_characters(example.content, max_characters)
         conversations = example_type.conversations(example.content)
     except RowError as error:
         example.fail(error)
@@ -91,6 +109,11 @@ def _render(example: Example, example_type: ExampleType, renderer: TextRenderer)
             error.field = example_type.locate(example.content, index, error.field)
             example.fail(error)
             return True
+    if (characters := sum(len(text.text) for text in texts)) > _RENDERED * max_characters:
+        what = f"{characters:,} characters as the chat template writes it ({len(texts):,} texts): above {_RENDERED} x "
+        do = "shorten the row, or name another one in data.chat_template"
+        example.fail(RowError(None, f"{what}data.max_row_characters = {max_characters:,}", do))
+        return True
     example.texts = tuple(texts)
     return True
 
@@ -187,7 +210,7 @@ class _Pass:
             rows, reader(self.stats.format, self.source.columns, self.source.ignore_columns, self.source.roles)
         )
         with Writer(folder / "rows.arrow", self.example_type.schema) as writer, Seen() as texts, Seen() as ids:
-            for example in tokenised(examples, self.example_type, self.renderer):
+            for example in tokenised(examples, self.example_type, self.renderer, self.settings.max_row_characters):
                 self._add(example, writer, texts, ids)
         self._check_usable(source.name)
         for name, values in (("lengths", self.lengths), ("supervised", self.supervised)):
@@ -201,7 +224,7 @@ class _Pass:
         self.stats.format = self.source.format
         if self.source.format != "auto":
             return rows
-        first = list(islice(rows, SAMPLE_ROWS))
+        first = _first(rows)
         try:
             recognition = recognise((row.value for row in first), self.source.columns, self.source.roles)
         except RowError as error:
@@ -308,12 +331,24 @@ def _same_id(row: Row, ids: Seen) -> RowError | None:
     return RowError("id", f"the same id as in {first}", "remove one of the two, or give it an id of its own", repr(key))
 
 
+def _first(rows: Iterator[Row]) -> list[Row]:
+    """The rows by which the format is recognised: fewer where they are very large."""
+    first: list[Row] = []
+    held = 0
+    while len(first) < SAMPLE_ROWS and held <= _HELD and (row := next(rows, None)) is not None:
+        first.append(row)
+        held += weight(row.value)
+    return first
+
+
 def _no_row(name: str) -> Problem:
     return Problem(name, "it has no rows", "write one JSON object a line, or name another file")
 
 
 def _with_progress(source: Source) -> Iterator[Row]:
-    with tqdm(total=source.total, desc=f"Tokenising {source.name}", unit=source.unit, unit_scale=True) as bar:
+    with tqdm(
+        total=source.total, desc=f"Tokenising {printable(source.name)}", unit=source.unit, unit_scale=True
+    ) as bar:
         for row in source:
             yield row
             bar.update(row.progress)
