@@ -23,8 +23,8 @@ WINDOW, FIRST = 50, 20
 """Losses that a step is compared with: those of the last `WINDOW` steps, once there are `FIRST`."""
 LEAST_SPREAD = 0.05
 """Of their mean: the least standard deviation, so that a converged loss may move a little."""
-SKIPPED_IN_A_ROW = 10
-"""After so many skipped steps in a row a run stops: it would end without having learned anything."""
+SKIPPED_IN_A_ROW, SKIPPED_LAST = 10, 3
+"""After so many skipped steps in a row a run stops, and at its end after fewer: it is the model that is broken."""
 SHOWN_ROWS, SHOWN_LINES = 32, 5  # in a message; warnings of a kind
 
 _LOSS, _GRADIENT = "loss not finite", "gradient norm not finite"
@@ -101,7 +101,8 @@ class Watchdog:
         for notice in notices:
             if notice.action == "stop":
                 self._stop(step, notice, ranks)
-        if skipped and self._skipped_in_a_row >= min(SKIPPED_IN_A_ROW, step.last):
+        limit = min(SKIPPED_LAST, step.last) if step.number >= step.last else SKIPPED_IN_A_ROW
+        if skipped and self._skipped_in_a_row >= limit:
             self._stop_skipping(step, notices)
         return skipped
 

@@ -174,8 +174,11 @@ def test_a_run_that_skips_every_step_is_stopped(tmp_path: Path) -> None:
         "step 11: 10 steps in a row were skipped, the last because the loss is not finite (nan): nothing is learned; "
         f"look at the rows in {dog.path}, and start anew with a lower training.learning_rate"
     )
-    with pytest.raises(RunError, match="3 steps in a row were skipped"):
-        look(watchdog(tmp_path, loss_spike={"action": "skip_batch"}), [math.nan] * 3, last=3)
+    # At the end fewer are enough: an adapter would be saved with which no loss is finite.
+    for losses in ([math.nan] * 2, [2.0, *[math.nan] * 3]):
+        with pytest.raises(RunError, match=f"^step {len(losses)}: [23] steps in a row were skipped"):
+            look(watchdog(tmp_path, loss_spike={"action": "skip_batch"}), losses, last=len(losses))
+    look(watchdog(tmp_path, loss_spike={"action": "skip_batch"}), [2.0, math.nan, math.nan], last=3)
 
 
 def test_many_warnings_are_written_and_few_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +282,6 @@ def test_a_skipped_step_leaves_everything_as_it_was_and_is_in_no_figure(base: Pa
     assert [len(rows) for rows in line["rows"]] == [4, 4]
     one, two = seen.logs[0], seen.logs[1]
     assert all(math.isfinite(one[key]) for key in ("loss", "ce_loss", "entropy", "balance_loss"))
-    for log in (one, two):  # the means of one step and of two
-        assert log["loss"] == pytest.approx(log["ce_loss"] + 0.1 * log["balance_loss"], abs=1e-5)
+    for log in (one, two):  # the means of one step and of two; the term takes the frequencies of the step before
+        assert log["loss"] == pytest.approx(log["ce_loss"] + 0.1 * log["balance_loss"], abs=0.1)
     assert math.isfinite(result.training_loss)
