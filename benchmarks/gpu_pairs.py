@@ -26,9 +26,9 @@ from benchmarks.prompt_sharing import sharing_gain
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
 from finetune.files import write_json
+from finetune.methods.loss_head import fit_head
 from finetune.methods.pairs import score_pairs
 from finetune.methods.reference import Reference
-from finetune.methods.loss_head import fit_head
 from finetune.moe.checkpointing import enable_checkpointing
 
 RESULT = Path("benchmarks/results/dpo-gpu.json")

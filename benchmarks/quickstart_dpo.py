@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         quickstart.main([])
     exact_before: Result = json.loads((quickstart.RUN / "evaluation-after.json").read_text(encoding="utf-8"))
     started = time.monotonic()
-    quickstart.keep_an_interrupted(RUN)
     before_file = MERGED.parent / "quickstart-dpo-before.json"
     phase, before = evaluate("requests before", quickstart.MERGED, before_file, HELD_OUT)
-    phases = [phase, quickstart.run("train", "train", RECIPE)]
+    phases = [phase, quickstart.train(RECIPE, RUN)]
     shutil.move(before_file, RUN / "evaluation-before.json")
     phases.append(quickstart.merge(RUN, MERGED))
     phase, after = evaluate("requests after", MERGED, RUN / "evaluation-after.json", HELD_OUT)

@@ -79,7 +79,11 @@ def base_changes(base: Base, run: RunFolder) -> list[Change]:
     key, name = "model.name_or_path", before.name_or_path
     if before.fingerprint not in (None, now.fingerprint):
         marks = [str(record.fingerprint)[:12] for record in (before, now)]
-        return [Change(key, f"{name} with the fingerprint {marks[0]}", f"{now.name_or_path} with {marks[1]}")]
+        return [
+            Change(
+                key, f"{name} with the fingerprint {marks[0]}", f"{now.name_or_path} with the fingerprint {marks[1]}"
+            )
+        ]
     if changed := differing_settings(before.config, now.config or {}):
         return [Change(key, f"{name} with another config.json", "; ".join(changed))]
     return []

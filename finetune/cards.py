@@ -115,8 +115,8 @@ def merged_card(
 
 def adapter_card(record: Facts) -> str:
     """Of an adapter folder that training writes; `record`: its `finetune.json`."""
-    base = _name(record.get("base", {}).get("name_or_path"))
-    lora = record.get("recipe", {}).get("lora", {})
+    base = _name((record.get("base") or {}).get("name_or_path"))
+    lora = (record.get("recipe") or {}).get("lora", {})
     targets, experts = ", ".join(map(str, lora.get("targets") or [])) or "unknown", lora.get("expert_r")
     rank = f"r={_inline(lora.get('r'))}" + (f", {_inline(experts)} for experts" if experts else "")
     sections = [
@@ -165,7 +165,7 @@ def _name(recorded: str | None) -> str:
 
 
 def _methods(records: Sequence[Facts]) -> list[str]:
-    kinds = (record.get("recipe", {}).get("method", {}).get("kind") for record in records)
+    kinds = ((record.get("recipe") or {}).get("method", {}).get("kind") for record in records)
     return list(dict.fromkeys(kind for kind in kinds if isinstance(kind, str) and _METHOD.fullmatch(kind)))
 
 
@@ -209,6 +209,13 @@ def _training(record: Facts) -> list[str]:
     """Data, figures, versions and recipe of one training; of an adapter without a record, that it has none."""
     if not record.get("recipe"):
         return ["How it was trained is not recorded."]
+    try:
+        return _trained(record)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ["How it was trained is recorded in another form than this program writes."]
+
+
+def _trained(record: Facts) -> list[str]:
     sections = []
     if args := record.get("template_args"):
         given = _code(f"chat_template_kwargs={json.dumps(args)}")
@@ -243,13 +250,16 @@ def _data_rows(data: Facts) -> list[tuple[str, ...]]:
     return [
         (
             f"{split}: {public_name(dataset['name'])}",
-            f"{dataset['rows']:,}",
-            f"{dataset['tokens']:,}",
-            _code(dataset.get("content") or dataset["digest"]),
+            *(_number(dataset.get(name)) for name in ("rows", "tokens")),
+            _code(dataset.get("content") or dataset.get("digest") or "not recorded"),
         )
         for split, sets in data.items()
         for dataset in sets
     ]
+
+
+def _number(count: int | None) -> str:
+    return "not recorded" if count is None else f"{count:,}"
 
 
 def _metric_rows(metrics: Facts) -> list[tuple[str, ...]]:

@@ -34,6 +34,6 @@ def cpu_limit(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def _over(number: int, frame: object) -> None:
+def _over(_number: int, _frame: object) -> None:
     if _running:
         raise OverLimitError

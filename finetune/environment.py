@@ -1,10 +1,13 @@
-"""Settings of the process: waiting threads, telemetry, hidden log lines. Call before torch is imported; imports nothing heavy."""
+"""Settings of the process: waiting threads, telemetry, log lines, its output. Imports nothing heavy, and no torch."""
 
+import errno
 import logging
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 
 
@@ -41,14 +44,33 @@ _COLOURS = re.compile(r"\x1b\[(0|1|32|35)m")
 _BARS = re.compile(r"\r|\x1b\[A")
 
 
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 class _Printed(TextIOWrapper):
     """A standard stream on which names and texts of files cannot give commands to the terminal."""
 
     own: re.Pattern[str] | None = None
+    may_be_lost = False
 
     def write(self, text: str) -> int:
         """Write with every control character as `\\u001b`, this program's own ones excepted."""
-        return super().write(_escaped(text, self.own) if _CONTROLS.search(text) else text)
+        with self._disk_errors():
+            return super().write(_escaped(text, self.own) if _CONTROLS.search(text) else text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what has been kept back."""
+        with self._disk_errors():
+            super().flush()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.may_be_lost or error.errno not in _OF_A_DISK:
+                raise
 
 
 def _escaped(text: str, own: re.Pattern[str] | None) -> str:
@@ -60,17 +82,18 @@ def _escaped(text: str, own: re.Pattern[str] | None) -> str:
     return "".join(parts)
 
 
-def print_plainly() -> None:
+def print_plainly(may_be_lost: bool = False) -> None:
     """Let what is printed from now on give no commands to the terminal, whatever a file or its name holds.
 
     A terminal without UTF-8 still shows every row. A stream that someone has put in place of Python's is left alone.
+    `may_be_lost`: what a file on a full disk does not take is left out, in place of an error.
     """
     for name, own in (("stdout", _COLOURS if sys.stdout.isatty() else None), ("stderr", _BARS)):
         stream = getattr(sys, name)
         if type(stream) is TextIOWrapper:
             stream.flush()
             printed = _Printed(stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
-            printed.own = own
+            printed.own, printed.may_be_lost = own, may_be_lost
             setattr(sys, name, printed)
             _REPLACED.append(stream)  # it would close the file when it is collected
 

@@ -189,12 +189,20 @@ def readable_size(nbytes: int) -> str:
     return f"{nbytes} bytes"
 
 
+def _standard_output() -> Path:
+    """The file that the output goes to: the only one that is written without a name."""
+    try:
+        return Path(os.readlink("/dev/fd/1"))
+    except OSError:
+        return Path("standard output")
+
+
 def as_expected(error: Exception) -> FinetuneError:
     """The error to print: one of ours, of a disk, or an OSError about a path. Any other is raised again."""
     if isinstance(error, FinetuneError):
         return error
     path = written_path(error)
-    if problem := disk_problem(error, path or Path("standard output")):
+    if problem := disk_problem(error, path or _standard_output()):
         return DiskError(problem)
     if not isinstance(error, OSError) or path is None:
         raise error

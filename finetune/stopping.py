@@ -8,7 +8,6 @@ import atexit
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +36,7 @@ class Stop:
         self.began = False
         self._deferred = False
         self._code: int | None = None
+        self._first: int = signal.SIGTERM
         self._when_requested: list[Callable[[], object]] = []
         self._at_once: Callable[[], object] = lambda: None
 
@@ -62,13 +62,17 @@ class Stop:
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Only note signals meanwhile. Raises Interrupted where one has come before."""
-        if self.requested is not None:
-            raise Interrupted
+        self.check()
         self.began = self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+
+    def check(self) -> None:
+        """Raise Interrupted where a signal has come: a destructor, or a bare `except`, may have lost it."""
+        if self.requested is not None:
+            raise Interrupted
 
     def request(self, number: int) -> None:
         """Note a signal that another process has received; the first one counts."""
@@ -83,6 +87,12 @@ class Stop:
     def exit_code(self) -> int:
         """0 where nothing was asked for."""
         return 0 if self.requested is None else EXIT_CODES[self.requested]
+
+    @property
+    def early_exit_code(self) -> int:
+        """Before the training. Of several processes none exits as if it had finished: the others may wait for it."""
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        return self.exit_code if alone or self.requested is None else 128 + self.requested
 
     def line(self, run: Path | str | None = None, step: int | None = None, resume: str = "auto") -> str:
         """How to continue. `step`: whose checkpoint was written, None before the first; `resume`: the recipe's."""
@@ -122,20 +132,25 @@ class Stop:
                     self._begin_the_end(number)
 
     def _begin_the_end(self, number: int) -> None:
+        self._first = number
         threading.Thread(target=_survive_closed_output, daemon=True).start()
         if not self._deferred:
-            threading.Thread(target=self._end_soon, args=(number,), daemon=True).start()
+            threading.Thread(target=self._end_soon, daemon=True).start()
         elif number == signal.SIGINT:
-            with suppress(OSError):
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _HINT.encode())
+            _say(_HINT)
         for call in self._when_requested:
             threading.Thread(target=call, daemon=True).start()
 
-    def _end_soon(self, number: int) -> None:
+    def _end_soon(self) -> None:
         """`Interrupted` may be lost in a destructor, or wait for a call that does not return to Python."""
         time.sleep(_SECONDS_TO_PREPARE_THE_END)
+        if self._code is not None:
+            os._exit(self._code)
         if not self._deferred:
-            os._exit(EXIT_CODES[number] if self._code is None else self._code)
+            self.request(self._first)
+            if os.environ.get("RANK", "0") == "0":
+                _say(f"{self.line()}\n")
+            os._exit(self.early_exit_code)
 
     def _watch(self, launcher: Any, seconds: float) -> None:
         while _is_alive(launcher):
@@ -153,18 +168,30 @@ def held() -> Iterator[None]:
     """Keep the signals until `install`, also over an `exec`: none may arrive between two programs' handlers."""
     signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
+        stop.check()
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
 
 def _handle_nothing() -> None:
-    """In a forked worker: whoever ends it must not wait for a checkpoint."""
+    """In a forked worker, of a data loader for example: only the process that forked it ends it.
+
+    A signal to the whole group or job would otherwise end the workers, and so the run, before the checkpoint. Whoever
+    ends a worker does so with SIGTERM and waits.
+    """
     signal.set_wakeup_fd(-1)
     atexit.unregister(_ignore)
     for number in EXIT_CODES:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    with suppress(OSError):
+        os.setpgid(0, 0)
+
+
+def _say(text: str) -> None:
+    """From another thread, also where the main one holds the lock of `sys.stderr`."""
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _ignore() -> None:

@@ -39,6 +39,15 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
     `allowed`: keys of the recipe that may differ from those that a continued run began with.
     """
+    try:
+        return _train(recipe, command_line, allowed)
+    finally:
+        from finetune.run import unlock_run
+
+        unlock_run(Path(recipe.output_dir))
+
+
+def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) -> Path:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from torch.accelerator import is_available
@@ -274,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wait_passively()
     no_telemetry()
     hush()
-    print_plainly()
+    print_plainly(may_be_lost=True)  # the disk of the log may be full, and the run must not end for it
     parser = argparse.ArgumentParser(prog="finetune.train", description="Train from a recipe.")
     parser.add_argument("recipe", type=Path, help="path of a YAML recipe")
     parser.add_argument("overrides", nargs="*", help="settings to change: key.path=value")
@@ -310,8 +319,7 @@ def _interrupted() -> int:
     finish_ranks()
     if rank() == 0:
         print(stop.line(), file=sys.stderr)
-    # Of several processes none exits as if it had finished: the launcher ends the others, which may wait for this one.
-    return stop.exit_code if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 128 + stop.requested
+    return stop.early_exit_code
 
 
 if __name__ == "__main__":

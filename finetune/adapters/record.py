@@ -80,8 +80,8 @@ class DataRecord(_Part):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     name: str
-    rows: int
-    tokens: int
+    rows: int | None = None
+    tokens: int | None = None
     content: str | None = None
     digest: str | None = None
 

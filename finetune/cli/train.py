@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     """Does not return: the launcher replaces this process, so it gets its signals and sets its exit code."""
     from finetune.recipe import load_recipe
 
+    load_recipe(args.recipe, args.overrides)
+    flags, changes = launch_flags(args.config_file, os.environ)
+    launcher = [sys.executable, "-m", "finetune.launcher", *flags]
+    command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
+    command += [f"--allow-change={key}" for key in args.allow_change]
+    sys.stdout.flush()
+    sys.stderr.flush()
     with held():
-        load_recipe(args.recipe, args.overrides)
-        flags, changes = launch_flags(args.config_file, os.environ)
-        launcher = [sys.executable, "-m", "finetune.launcher", *flags]
-        command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
-        command += [f"--allow-change={key}" for key in args.allow_change]
-        sys.stdout.flush()
-        sys.stderr.flush()
         os.execve(sys.executable, command, {**os.environ, **changes})
 
 

@@ -26,6 +26,7 @@ _MARKS = (
     _THREAD,
 )
 _ASKED = re.compile(r"(?:you tried to allocate|Tried to allocate|Unable to allocate) (\d[\d.]* ?(?:bytes|[KMGTPE]i?B))")
+_RESERVE = [bytes(2**20)]  # given up for the message, which needs a few objects itself
 _NO_LIMIT = 2**60
 _LIMITS = {resource.RLIMIT_AS: "ulimit -v", resource.RLIMIT_DATA: "ulimit -d"}
 _COUNTED = {resource.RLIMIT_AS: "VmPeak", resource.RLIMIT_DATA: "VmData"}
@@ -55,6 +56,7 @@ def out_of_memory(error: Exception, command: str | None = None) -> RunError | No
     if not is_out_of_memory(error):
         return None
     on_gpu, asked = "CUDA" in str(error) or "CUBLAS" in str(error), _asked(error)
+    _RESERVE.clear()
     used = _used(on_gpu)
     _release(error)
     where = f"out of memory while {PROGRESS}" if command is None else f"finetune {command}: out of memory"
@@ -103,7 +105,7 @@ def _advice(on_gpu: bool) -> str:
 
 
 def _used(on_gpu: bool) -> str:
-    """The peak so far, and what there is."""
+    """The peak so far, and what there is; while what the run holds is still there."""
     peak = f"a peak of {size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)} in memory"
     if on_gpu and "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
         return f"{_gpu_used()}, {peak} of the CPU"

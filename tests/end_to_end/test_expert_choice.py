@@ -105,7 +105,7 @@ def test_a_resumed_run_takes_the_stored_choice_and_ends_as_the_uninterrupted_one
     folder = interrupted(run, "resumed")
     # A mark by which a choice that was measured again would be known.
     (folder / "experts.json").write_text(json.dumps({**choice_of(run), "rows": 1234}))
-    changes = [f"output_dir={folder}", "training.resume_from_checkpoint=true"]
+    changes = [f"output_dir={folder}"]
     train(load_recipe(workspace / "recipe.yaml", changes), [])
     assert choice_of(folder)["rows"] == 1234
     resumed, whole = adapter_of(folder), adapter_of(run)
@@ -117,7 +117,7 @@ def test_a_resumed_run_takes_the_stored_choice_and_ends_as_the_uninterrupted_one
 def test_a_run_without_its_choice_is_not_continued(workspace: Path, run: Path) -> None:
     folder = interrupted(run, "lost")
     (folder / "experts.json").unlink()
-    changes = [f"output_dir={folder}", "training.resume_from_checkpoint=true"]
+    changes = [f"output_dir={folder}"]
     with pytest.raises(
         RunError, match="the run that is to be continued has no choice of experts; start anew in another"
     ):

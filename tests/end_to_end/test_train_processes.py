@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune.recipe import load_recipe
 from finetune.run import read_metrics
-from tests.end_to_end.workspaces import write_workspace
+from finetune.train import train as train_here
+from tests.end_to_end.workspaces import differing, write_workspace, written
 from tests.families import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +88,21 @@ def assert_same(
 def test_two_processes_take_the_steps_of_one(workspace: Path, one: list[dict[str, Any]]) -> None:
     assert [line["step"] for line in one if "loss" in line] == [1, 2, 3, 4]
     assert_same(workspace, train(workspace, TWO_PROCESSES, "two"), one, "two")
+
+
+def test_two_runs_of_a_recipe_write_the_same_bytes(
+    workspace: Path, one: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapter, checkpoints, metrics, router load, audit, cards and pictures; times stand in files of their own."""
+    monkeypatch.chdir(workspace)
+    train_here(load_recipe("recipe.yaml", ["output_dir=again"]), [])
+    assert differing(workspace / "again", workspace / "one") == []
+    names = written(workspace / "one").keys()
+    assert {"metrics.jsonl", "checkpoint-2/training_state.safetensors", "adapter/SHA256SUMS"} <= names
+    assert not any(name.endswith((".pt", ".pth", ".bin")) for name in names)
+    cards = {name: text for name, text in written(workspace / "one").items() if name.endswith("README.md")}
+    assert cards.keys() == {f"{folder}/README.md" for folder in ("adapter", "checkpoint-2", "checkpoint-4")}
+    assert all(b"moe-finetune" in text and b"fine-tuned version of" not in text for text in cards.values())
 
 
 @pytest.mark.slow

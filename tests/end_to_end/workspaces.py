@@ -1,4 +1,4 @@
-"""The rows and the recipe that the runs of whole commands share."""
+"""The rows and the recipe that the runs of whole commands share, and what two runs of one recipe have in common."""
 
 import json
 from pathlib import Path
@@ -24,3 +24,21 @@ def write_workspace(folder: Path, **sections: Any) -> None:
         **sections,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+OF_THE_MOMENT = (".lock", "provenance.json", "times.jsonl")
+"""Files of a run that hold times, the command line, or the process."""
+
+
+def written(run: Path) -> dict[str, bytes]:
+    """Every file of a run that two undisturbed runs of one recipe write alike, by its path below the run's folder."""
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    recipe = [line for line in files["recipe.yaml"].splitlines() if not line.startswith(b"output_dir:")]
+    files["recipe.yaml"] = b"\n".join(recipe)
+    return {name: value for name, value in files.items() if name not in OF_THE_MOMENT}
+
+
+def differing(run: Path, other: Path) -> list[str]:
+    """Files that only one of two runs has, or that differ."""
+    ours, theirs = written(run), written(other)
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))

@@ -127,10 +127,10 @@ def succeed(ended: Ended) -> Ended:
     return ended
 
 
-def wait_for(moment: Callable[[], bool], running: Running) -> bool:
-    """Wait until `moment` is true; False where the command ends before."""
+def wait_for(moment: Callable[[], bool], running: Running, seconds: float = POLL_SECONDS) -> bool:
+    """Look every so many seconds until `moment` is true; False where the command ends before."""
     while not moment():
-        if running.has_ended(POLL_SECONDS):
+        if running.has_ended(seconds):
             return moment()
     return True
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tests.end_to_end.workspaces import write_workspace
 from tests.equivalence.dpo_runs import write_pairs
+from tests.families import save_tiny
 from tests.faults.harness import Commands, Ended, Running, assert_same_files, files_of, succeed
-from tests.support import save_tiny_mixtral
 
 STEPS = 6
 SAVED = (4, 6)
@@ -23,9 +23,9 @@ PAIRS = {"path": "pairs.jsonl", "format": "preference"}
 SECTIONS: dict[str, Any] = {
     "output_dir": "run",
     "model": {"name_or_path": "base", "load_in_4bit": True, "dtype": "float32"},
-    # Dropout and the bias have states of their own, which a continued run needs.
+    # Dropout, the balance of the step before, and the correction biases each have a state that a continued run needs.
     "lora": {"targets": ["attention", "experts"], "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
-    "router": {"router_aux_loss_coef": 0.02, "scope": "step"},
+    "router": {"router_aux_loss_coef": 0.02, "scope": "step", "bias_update_rate": 0.02},
     "data": {"train": dict(SOURCE), "eval": dict(SOURCE), "max_length": 64},
     "training": {
         "max_steps": STEPS,
@@ -99,8 +99,8 @@ class Undisturbed:
 
 
 def make_run(commands: Commands, folder: Path, **sections: Any) -> Run:
-    """A recipe on a tiny Mixtral, with rows and pairs."""
-    save_tiny_mixtral(folder / "base")
+    """A recipe on a tiny DeepSeek-V3, with rows and pairs."""
+    save_tiny("deepseek_v3", folder / "base")
     write_workspace(folder, **{**SECTIONS, **sections})
     write_pairs(folder / "pairs.jsonl", PAIR_COUNT)
     return Run(commands, folder)

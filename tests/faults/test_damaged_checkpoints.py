@@ -127,15 +127,15 @@ def a_pickle(newest: Path, other: Run) -> None:
 
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "finetune.json"
 TENSORS, TREE, STATE = "training_state.safetensors", "training_state.json", "trainer_state.json"
-ROUTER, IDENTITY = "router_balance.json", "identity.json"
+ROUTER, BIAS, IDENTITY = "router_balance.json", "router_bias.safetensors", "identity.json"
 DAMAGES: dict[str, Damage] = {
-    **{f"{name} removed": remove(name) for name in (WEIGHTS, CONFIG, TENSORS, TREE, STATE, ROUTER, IDENTITY)},
+    **{f"{name} removed": remove(name) for name in (WEIGHTS, CONFIG, TENSORS, TREE, STATE, ROUTER, BIAS)},
     **{f"{name} empty": empty(name) for name in (WEIGHTS, TREE, STATE)},
     **{f"{name} cut off": cut(name) for name in (WEIGHTS, TENSORS, TREE, STATE, ROUTER)},
     **{f"{name} zeroed": zero(name) for name in (WEIGHTS, TENSORS, STATE)},
     **{f"a bit of {name}": flip(name) for name in (WEIGHTS, TENSORS, TREE, RECORD, SUMS_FILE)},
-    **{f"{name} of the one before": of_the_one_before(name) for name in (WEIGHTS, TENSORS, STATE, ROUTER)},
-    **{f"{name} of another run": of_another_run(name) for name in (WEIGHTS, SUMS_FILE)},
+    **{f"{name} of the one before": of_the_one_before(name) for name in (WEIGHTS, TENSORS, STATE, BIAS)},
+    **{f"{name} of another run": of_another_run(name) for name in (IDENTITY, SUMS_FILE)},
     f"{SUMS_FILE} removed": remove(SUMS_FILE),
     f"{SUMS_FILE} a line less": a_line_less,
     "the whole of another run": whole_of_another_run,
@@ -161,7 +161,7 @@ def test_the_run_goes_on_from_the_checkpoint_before(name: str, run: Run, other: 
     assert f"{NEWEST} cannot be continued from and is kept as run/set-aside/{NEWEST}: " in said, f"{SEED}: {name}"
     assert f"continues from {BEFORE}" in said
     assert "weights_only" not in said
-    assert name.split()[0] not in (WEIGHTS, TENSORS, TREE, STATE, ROUTER, RECORD) or name.split()[0] in said
+    assert name.split()[0] not in (WEIGHTS, TENSORS, TREE, STATE, ROUTER, BIAS, RECORD) or name.split()[0] in said
     assert (run.path / "set-aside" / NEWEST).is_dir()
     assert not (run.folder / "executed").exists()
     sft.assert_same(run, name)

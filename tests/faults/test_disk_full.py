@@ -1,9 +1,8 @@
 """A disk that is full does not end a run, and whatever it does end says why and is repeated by the same command."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -106,8 +105,9 @@ def test_a_run_on_a_full_disk_goes_on_and_the_same_command_finishes_it(
 
 def fill(file: Path) -> None:
     """Take all that is free on the disk."""
-    disk = os.statvfs(file.parent)
-    file.write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+    with file.open("wb", buffering=0) as stream, suppress(OSError):
+        while True:
+            stream.write(bytes(2**16))
 
 
 @pytest.mark.faults
@@ -129,6 +129,29 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
         assert (run / f"checkpoint-{steps}").exists()
         assert verify_sums(run / "adapter")
+
+
+@pytest.mark.faults
+def test_a_reference_that_does_not_fit_is_continued_once_there_is_room(
+    workspace: Path, commands: Commands, tmp_path: Path
+) -> None:
+    pairs = ({"prompt": "light " * (1 + n % 7), "chosen": "on", "rejected": "off"} for n in range(300))
+    (workspace / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = tmp_path / "disk" / "run"
+    method = ("method.kind=dpo", "method.beta=0.1", "method.reference=precomputed")
+    rows = ("data.train.path=pairs.jsonl", "data.train.format=auto", "training.max_steps=2")
+    words = ("train", "recipe.yaml", *method, *rows, f"output_dir={run}")
+    with tiny_disk(run.parent, 36 * 2**10) as resize:
+        done = commands.run(workspace, *words)
+        assert done.code == 1
+        assert_said(done.output, run / "reference" / "train.0.jsonl")
+        before = (run / "reference" / "train.0.jsonl").read_text().split("\n")[:-1]
+        assert before, done.output
+        resize(ROOM)
+        succeed(commands.run(workspace, *words))
+        after = (run / "reference" / "train.0.jsonl").read_text().splitlines()
+        assert after[: len(before)] == before
+        assert len(after) == 300
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.end_to_end.workspaces import write_workspace
+from tests.families import save_tiny
 from tests.faults.harness import ROOT
+from tests.faults.runs import SECTIONS
 
 RANK = """
 import os, sys, time
@@ -212,3 +215,31 @@ def test_one_process_takes_the_place_of_the_launcher(tmp_path: Path) -> None:
         assert json.loads(process.stdout.readline()) == [process.pid, [*flags, str(tmp_path / "alone.py")]]
         process.send_signal(signal.SIGUSR1)
         assert process.wait(20) == 85
+
+
+@pytest.mark.faults
+def test_the_same_command_right_after_its_launcher_was_killed_waits_and_finishes_the_run(tmp_path: Path) -> None:
+    save_tiny("deepseek_v3", tmp_path / "base")
+    write_workspace(tmp_path, **SECTIONS)
+    (tmp_path / "two.json").write_text(json.dumps(TWO))
+    steps = 40
+    words = [sys.executable, "-m", "finetune.cli.main", "train", "--config_file", "two.json", "recipe.yaml"]
+    words += [f"training.max_steps={steps}", "training.save_steps=20", "training.eval_steps=20"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FINETUNE_CACHE": str(tmp_path / "cache")}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (tmp_path / "log").open("w") as log:
+        first = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=log, stderr=log, start_new_session=True)
+        while not (metrics.exists() and metrics.read_text().strip()) and first.poll() is None:
+            time.sleep(0.2)
+    assert first.poll() is None, (tmp_path / "log").read_text()
+    ranks = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert psutil.wait_procs(ranks, 0)[1] == []
+    assert "stopped after step" in (tmp_path / "log").read_text()
+    assert "Traceback" not in done.stderr
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
+    assert (tmp_path / "run" / "adapter").is_dir()

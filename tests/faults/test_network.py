@@ -50,6 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     write_workspace(folder, **sections)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["training"]["max_steps"] = 2
     (folder / "sft.yaml").write_text(yaml.safe_dump(recipe))
     recipe |= {"output_dir": "dpo", "method": {"kind": "dpo", "beta": 0.5, "reference": "precomputed"}}
     recipe["data"] |= {"train": dict(PAIRS), "eval": dict(PAIRS)}
@@ -70,10 +71,9 @@ def run(folder: Path, command: list[str], **variables: str) -> list[str]:
     return went_away(log)
 
 
-def test_no_command_goes_to_the_network(workspace: Path) -> None:
-    assert {" ".join(words): run(workspace, [FINETUNE, *words]) for words in COMMANDS} == {
-        " ".join(words): [] for words in COMMANDS
-    }
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_no_command_goes_to_the_network(workspace: Path, words: list[str]) -> None:
+    assert run(workspace, [FINETUNE, *words]) == []
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "python"])
@@ -88,11 +88,10 @@ def test_nor_does_a_run_under_another_launcher(workspace: Path, launcher: str) -
 
 
 @pytest.mark.parametrize(
-    ("dashboard", "variables"),
-    [("auto", {}), ("[trackio]", {}), ("[tensorboard]", {}), ("[wandb]", {"WANDB_MODE": "offline"})],
+    ("dashboard", "variables"), [("auto", {}), ("[trackio, tensorboard, wandb]", {"WANDB_MODE": "offline"})]
 )
 def test_dashboards_stay_on_this_machine(workspace: Path, dashboard: str, variables: dict[str, str]) -> None:
-    folder = f"dashboard-{dashboard.strip('[]')}"
+    folder = f"dashboards-{len(variables)}"
     words = ["train", "sft.yaml", f"output_dir={folder}", f"logging.report_to={dashboard}"]
     assert run(workspace, [FINETUNE, *words], **variables) == []
     assert (workspace / folder / "adapter").is_dir()

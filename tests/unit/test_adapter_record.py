@@ -70,7 +70,7 @@ def test_no_quantization_is_not_the_same_as_nothing_said_about_it(tmp_path: Path
 def test_metrics_that_are_not_finite_are_kept(tmp_path: Path) -> None:
     metrics = read_record(write(tmp_path, {"metrics": {"train": {"loss": math.nan}}})).metrics
     assert metrics is not None
-    assert math.isnan(metrics["train"]["loss"])
+    assert math.isnan(float(str(metrics["train"]["loss"])))
 
 
 def test_everything_that_is_wrong_is_named_at_once(tmp_path: Path) -> None:

@@ -143,6 +143,13 @@ def test_the_renderer_shows_what_is_not_escaped() -> None:
     assert page.found["a ['href']"] == 1
 
 
+@pytest.mark.parametrize("data", [7, [7], {"train": 7}, {"train": [7]}, None])
+def test_a_record_in_another_form_is_no_failure(data: Any) -> None:
+    """It is another tool's or version's; the merge itself is proven by then."""
+    strange = {**record("plain"), "recipe": {"data": data, "lora": {}, "method": {}}, "metrics": {"eval": 7}}
+    assert "recorded in another form than this program writes" in report_card(REPORT, [strange], "out/plain")
+
+
 def test_a_plain_name_is_shown_as_it_is() -> None:
     card = merged("my_model-2.1 (final), v2: 50%")
     assert "# my_model-2.1 (final), v2: 50%\n" in card

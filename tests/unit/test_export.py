@@ -72,6 +72,16 @@ def refused(source: Path, message: str, tmp_path: Path, form: str = "vllm", **op
 # vLLM: the factors of each expert
 
 
+@pytest.mark.parametrize("form", ["peft", "vllm"])
+def test_two_exports_are_the_same_bytes(base: Path, tmp_path: Path, form: str) -> None:
+    adapter = served_adapter(base, tmp_path / "adapter")
+    for name in ("one", "two"):
+        export(adapter, tmp_path / name, form)
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert "adapter_model.safetensors" in one
+
+
 @pytest.mark.parametrize("model_type", [name for name in CONFIGS if name in SERVED])
 def test_the_factors_of_each_expert_make_the_change_of_the_adapter(model_type: str, tmp_path: Path) -> None:
     base = save_tiny(model_type, tmp_path / "base")

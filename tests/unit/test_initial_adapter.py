@@ -53,6 +53,24 @@ def saved(base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+def test_an_adapter_is_saved_as_peft_saves_it_and_training_on_does_not_change_what_was_copied(
+    base: Path, pairs: Path, tmp_path: Path
+) -> None:
+    recipe = dpo_recipe(base, pairs, tmp_path / "run")
+    record, model = adapted_base(recipe)
+    disturb(model)
+    model.save_pretrained(tmp_path / "peft", save_embedding_layers=False)
+    snapshot = snapshot_adapter(model, record.family)
+    disturb(model)
+    save_adapter(snapshot, tmp_path / "ours", recipe, record)
+    ours, theirs = ((tmp_path / name) for name in ("ours", "peft"))
+    assert (ours / WEIGHTS_FILE).read_bytes() == (theirs / WEIGHTS_FILE).read_bytes()
+    settings, wanted = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs))
+    assert settings.pop("target_modules") == sorted(wanted.pop("target_modules"))
+    assert settings | {"base_model_name_or_path": None} == wanted | {"base_model_name_or_path": None}
+    assert not (ours / "README.md").exists(), "PEFT's card has only blanks to fill in"
+
+
 def adapted_base(recipe: Recipe, initial: InitialAdapter | None = None) -> tuple[Base, PeftModel]:
     """The base's record, under a fixed name and fingerprint, and the model with a fresh adapter or an initial one."""
     record = replace(read_base(recipe), provenance=BASE)

@@ -1,5 +1,6 @@
 """What is refused or set before a run starts, whatever launched it."""
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import yaml
 
 from finetune.environment import wait_passively
 from finetune.errors import RecipeError, RunError, WeightsError
-from finetune.launcher import check_launcher, launch_command
+from finetune.launcher import _failed, check_launcher, launch_command
 from finetune.methods.arguments import accumulation_steps, sft_config
 from finetune.methods.common import PreparedAudit
 from finetune.moe.families import FAMILIES
@@ -174,3 +175,26 @@ def test_a_model_that_changed_after_the_audit_is_refused(tmp_path: Path) -> None
     module.register_parameter(name.rpartition(".")[2], torch.nn.Parameter(stack.data.dequantize(), requires_grad=False))
     with pytest.raises(RunError, match=r"^audit: experts: the recipe asks for nf4; got 1 tensors in float32"):
         begin(optimizer)
+
+
+def test_a_process_that_has_replaced_its_launcher_knows_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINETUNE_LAUNCHER", json.dumps([os.getpid(), ["--cpu", "train.py"]]))
+    assert launch_command() == ["--cpu", "train.py"]
+    monkeypatch.setenv("FINETUNE_LAUNCHER", json.dumps([os.getpid() + 1, ["--cpu", "train.py"]]))
+    assert launch_command() is None, "the environment is handed on to what the process starts"
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"), [(143, 0), (129, 0), (138, 85), (130, 130), (85, 85), (1, 1), (2, 2), (137, 137)]
+)
+def test_a_process_that_a_signal_ended_before_it_trained_has_the_exit_code_of_the_signal(
+    code: int, exit_code: int
+) -> None:
+    assert _failed(1, SimpleNamespace(exitcode=code)) == exit_code
+
+
+def test_a_process_that_was_killed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _failed(1, SimpleNamespace(exitcode=-9)) == 137
+    assert capsys.readouterr().err == (
+        "process 1: was ended by SIGKILL; look for a memory limit or a person who ended it; what was saved is whole\n"
+    )

@@ -99,8 +99,9 @@ def test_names_that_a_run_does_not_have(run: Path) -> None:
     )
 
 
-def test_best_is_not_guessed_where_the_newest_checkpoint_is_damaged(run: Path) -> None:
-    (run / "checkpoint-6" / "trainer_state.json").write_text("{}")
+@pytest.mark.parametrize("name", ["trainer_state.json", "router_balance.json"])
+def test_best_is_not_guessed_where_the_newest_checkpoint_is_damaged(run: Path, name: str) -> None:
+    (run / "checkpoint-6" / name).write_text("{}")
     message = refusal(run.with_name("run@best"))
     assert message.startswith("runs/run@best: checkpoint-6, the newest checkpoint, is damaged, so that the best one")
     assert message.endswith("name runs/run or runs/run/checkpoint-4")

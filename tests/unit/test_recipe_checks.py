@@ -219,6 +219,31 @@ def test_the_right_target_is_named_for_a_wrong_one(recipe_file: RecipeFile, name
     assert advice in line
 
 
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (
+            "resume_from_checkpoint: true",
+            "unknown key: a run continues by itself since training.resume took its place; got true; remove it, or "
+            "write training.resume: never to start anew, or the path of one of the run's checkpoints",
+        ),
+        (
+            "trainer_args: {load_best_model_at_end: true}",
+            "set by this program: the best checkpoint is kept beside the last one, and RUN@best names it for merge, "
+            "export and evaluate; got true; remove it",
+        ),
+        ("save_total_limit: 2", "unknown key: another tool's name for a setting; got 2; write save.keep"),
+        (
+            "trainer_args: {ddp_timeout: 60}",
+            "the recipe has its own key for this; got 60; remove it and write training.rank_timeout",
+        ),
+    ],
+)
+def test_how_runs_were_resumed_and_saved_before_is_known(recipe_file: RecipeFile, line: str, complaint: str) -> None:
+    (found,) = recipe_file.problems(training(line))
+    assert found.endswith(f": {complaint}")
+
+
 @pytest.mark.parametrize("name", [*FRIENDLY_TARGETS, "q_proj", "embed_tokens", "self_attn.o_proj", "qkv_proj"])
 def test_training_anything_before_a_router_can_follow_the_balance_term(recipe_file: RecipeFile, name: str) -> None:
     assert recipe_file.load(changed((TARGETS, f"[{name}]"))).lora.targets == [name]

@@ -9,7 +9,16 @@ import pytest
 from finetune.checkpoint import write_sums
 from finetune.errors import RunError
 from finetune.recipe import Recipe, dump_recipe
-from finetune.run.checkpoints import REQUIRED, checkpoints, newest_step, remove_leftovers, remove_old, whole_checkpoints
+from finetune.run.checkpoints import (
+    REQUIRED,
+    checkpoints,
+    newest_step,
+    remove_leftovers,
+    remove_old,
+    replace_by,
+    replacement,
+    whole_checkpoints,
+)
 from finetune.run.resume import (
     Identity,
     begin_anew,
@@ -292,3 +301,16 @@ def test_the_newest_checkpoints_and_the_best_are_kept(run: RunFolder) -> None:
     assert newest_step(run.path) == 10
     damage_bit(run.path / "checkpoint-10")
     assert [step for step, _ in whole_checkpoints(run.path)] == [8, 4]
+
+
+def test_a_checkpoint_that_was_to_take_the_place_of_another_does_so_after_a_kill(run: RunFolder) -> None:
+    old = save_checkpoint(run, 4)
+    new = replacement(old)
+    old.rename(new)
+    (new / "finetune.json").write_text("evaluated")
+    old = save_checkpoint(run, 4)
+    replace_by(old, new)
+    assert (old / "finetune.json").read_text() == "evaluated"
+    old.rename(new)  # what a kill between the two renames leaves
+    remove_leftovers(run.path)
+    assert [path.name for path in run.path.iterdir()] == ["checkpoint-4"]

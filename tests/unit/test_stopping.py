@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from finetune.stopping import EXIT_CODES, Stop
 
@@ -130,19 +131,20 @@ def test_a_second_ctrl_c_ends_what_trains_although_python_does_not_run() -> None
 def test_what_prepares_ends_although_python_does_not_run() -> None:
     process = start("    finetune.stopping._SECONDS_TO_PREPARE_THE_END = 0.2\n    never_returns()")
     process.send_signal(signal.SIGUSR1)
-    assert ended(process) == ("", "", 85)
+    assert ended(process) == ("", "stopped before it trained; run the same command again\n", 85)
 
 
-def test_an_interruption_that_a_destructor_lost_comes_before_training() -> None:
-    process = start("""
+@pytest.mark.parametrize("what", ["stop.deferred()", "finetune.stopping.held()"])
+def test_an_interruption_that_a_destructor_lost_comes_before_training_and_before_another_program(what: str) -> None:
+    process = start(f"""
     class Lost:
         def __del__(self):
             say("ready")
             time.sleep(30)
     lost = Lost()
     del lost
-    with stop.deferred():
-        say("trains")
+    with {what}:
+        say("goes on")
 """)
     process.send_signal(signal.SIGTERM)
     out, _, code = ended(process)
@@ -188,19 +190,27 @@ def test_a_signal_while_the_interpreter_ends_changes_nothing() -> None:
     assert ended(process) == ("", "", 85)
 
 
-def test_a_forked_worker_is_ended_by_a_signal_as_any_process() -> None:
-    process = start("""
+def test_a_forked_worker_is_ended_by_its_process_alone() -> None:
+    """A signal to the group or to every process of a job must leave it its workers until the checkpoint is written."""
+    body = """
     with stop.deferred():
         worker = os.fork()
         if not worker:
             say("ready")
             time.sleep(30)
             os._exit(0)
-        time.sleep(0.3)
+        step()
+        say(str(os.waitpid(worker, os.WNOHANG)))
         os.kill(worker, signal.SIGTERM)
-        say(f"{os.waitpid(worker, 0)[1]} {stop.requested}")
-""")
-    assert ended(process) == (f"{signal.SIGTERM.value} None\n", "", 0)
+        say(str(os.waitpid(worker, 0)[1]))
+"""
+    for number in CODES:
+        process = start(body, start_new_session=True)
+        if number != signal.SIGTERM:
+            (worker,) = psutil.Process(process.pid).children()
+            worker.send_signal(number)
+        os.killpg(process.pid, number)
+        assert ended(process)[::2] == (f"(0, 0)\n{signal.SIGTERM.value}\n", CODES[number])
 
 
 def test_the_checkpoint_is_written_although_ctrl_c_ended_tee_too(tmp_path: Path) -> None:

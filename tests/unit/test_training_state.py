@@ -181,6 +181,9 @@ def odd_tree() -> dict[str, Any]:
 def test_every_value_of_a_state_dict_comes_back_as_what_it_was(tmp_path: Path) -> None:
     assert same(odd_tree(), there_and_back(tmp_path, odd_tree()))
     assert there_and_back(tmp_path, {}) == {}
+    one = torch.ones(2)
+    twice = there_and_back(tmp_path, {"a": one, "b": [one]})
+    assert twice["a"] is twice["b"][0]
     assert there_and_back(tmp_path, {"ordered": OrderedDict(b=1, a=2)}) == {"ordered": {"b": 1, "a": 2}}
 
 
@@ -400,10 +403,11 @@ def test_headers_that_are_no_json_object_are_refused(header: bytes, tmp_path: Pa
     ids=lambda tree: tree[:30],
 )  # fmt: skip
 def test_absurd_trees_with_right_checksums_are_refused(tree: str, tmp_path: Path) -> None:
-    header = b'{"t":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}'
-    write_by_hand(tmp_path, tree, header, b"\0" * 3)
+    used = '"t"' in tree
+    header = b'{"t":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}' if used else b"{}"
+    write_by_hand(tmp_path, tree, header, b"\0" * (3 if used else 0))
     started = time.monotonic()
-    with pytest.raises(RunError, match=f"({TREE_FILE}|{TENSORS_FILE}): "):
+    with pytest.raises(RunError, match=f"{TREE_FILE}: "):
         read_state(tmp_path)
     assert time.monotonic() - started < 5
 

@@ -57,6 +57,15 @@ def test_logits_equal_the_dense_models(tmp_path: Path, save: Any, tied: bool) ->
     assert ("lm_head.weight" in CheckpointReader(tmp_path / "moe").keys) is not tied
 
 
+def test_two_upcycled_models_are_the_same_bytes(tmp_path: Path) -> None:
+    dense, options = save_tiny_llama(tmp_path / "dense"), Options(num_experts=4, top_k=2, noise=0.01)
+    for name in ("one", "two"):
+        upcycle(dense, tmp_path / name, options)
+    one, two = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+    assert "SHA256SUMS" in one
+
+
 @pytest.mark.parametrize("rope", SCALED_ROPES, ids=lambda rope: rope["rope_type"])
 def test_scaled_ropes_are_carried(tmp_path: Path, rope: dict[str, Any]) -> None:
     dense = save_tiny_llama(tmp_path / "dense", rope_parameters={"rope_theta": 500000.0, **rope})

@@ -1,0 +1,22 @@
+"""The console script `finetune`: a signal may come while the commands are being imported, which takes a second."""
+
+import signal
+import sys
+
+from finetune.stopping import EXIT_CODES, Interrupted, stop
+
+
+def main() -> int:
+    """Run `finetune.cli.main`; `finetune train` can be stopped from here on as later, while it prepares."""
+    try:
+        if sys.argv[1:2] == ["train"]:
+            stop.install()
+        from finetune.cli.main import main as run
+
+        return run()
+    except Interrupted:
+        print(stop.line(), file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_CODES[signal.SIGINT]
