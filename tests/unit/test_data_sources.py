@@ -362,8 +362,8 @@ class TestRefusedPaths:
             f"2: {advice.replace('suffix .xlsx', 'no suffix')}",
             "3.parquet.gz: .parquet files are read as they are, not packed; got suffix .parquet.gz; unpack it",
             f"4.jsonl: a link to a file that does not exist; got {tmp_path}/gone; fix the link",
-            "5.jsonl: it is a FIFO or pipe, not a regular file; give a file, a glob such as data/*.jsonl, or a "
-            "folder of datasets.save_to_disk",
+            "5.jsonl: it is a FIFO or pipe, not a regular file; "
+            "give a file, a glob such as data/*.jsonl, or a folder of datasets.save_to_disk",
         ]
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

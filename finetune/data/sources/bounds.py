@@ -11,8 +11,10 @@ MAX_COLUMNS = 10_000
 MAX_VALUES = 1 << 21
 """Values in a row, keys among them: each takes about 130 bytes of memory, however short it is in the file."""
 
-MAX_BLANK_LINES = 1_000_000
-_EXPANDS_FROM = 1 << 24  # bytes unpacked, up to which no ratio is looked at
+MAX_LINES = 250_000
+"""Lines without a row between them: blank ones, or those of one quoted field."""
+
+_EXPANDS_FROM = 1 << 22  # bytes unpacked, up to which no ratio is looked at
 _ROW = 64  # bytes that a row takes at least
 
 

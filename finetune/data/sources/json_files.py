@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.bounds import (
-    MAX_BLANK_LINES,
     MAX_COLUMNS,
+    MAX_LINES,
     MAX_ROW_BYTES,
     first_repeated,
     too_many_values,
@@ -431,7 +431,7 @@ def _lines(first: bytes, stream: ByteStream, place: Place) -> Iterator[RowValue]
         if content:
             yield parse_line(content)
             blank = 0
-        elif (blank := blank + 1) > MAX_BLANK_LINES:
-            raise FileError(f"more than {MAX_BLANK_LINES:,} blank lines", WRITE_JSONL)
+        elif (blank := blank + 1) > MAX_LINES:
+            raise FileError(f"more than {MAX_LINES:,} blank lines", WRITE_JSONL)
         place.number += 1
         line = stream.readline(MAX_ROW_BYTES)

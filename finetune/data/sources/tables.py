@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 
 from finetune.data.row_errors import FileError, RowError, RowValue, shown
 from finetune.data.sources.bounds import (
-    MAX_BLANK_LINES,
     MAX_COLUMNS,
+    MAX_LINES,
     MAX_ROW_BYTES,
     MAX_VALUES,
     Expansion,
@@ -218,7 +218,7 @@ class _Lines:
     def start_record(self) -> None:
         """Forget what belongs to the record before."""
         self.error = None
-        self._left, self._separators = MAX_ROW_BYTES, 0
+        self._left, self._separators, self._lines = MAX_ROW_BYTES, 0, 0
 
     def __iter__(self) -> "_Lines":
         return self
@@ -228,6 +228,7 @@ class _Lines:
         if not line:
             raise StopIteration
         self._left -= len(line)
+        self._lines += 1
         # Counted in large records only.
         self._separators += line.count(self._separator) if MAX_ROW_BYTES - self._left > MAX_VALUES else 0
         if self._separators > MAX_VALUES:
@@ -235,7 +236,7 @@ class _Lines:
         if len(line) == MAX_ROW_BYTES:
             # The csv module would take the rest of it for another record.
             raise FileError(f"a line of more than {MAX_ROW_BYTES >> 20} MiB", "write one record a line")
-        if not self._left:
+        if not self._left or self._lines > MAX_LINES:
             raise _broken("field limit")
         if b"\0" in line:
             self.error = RowError(None, "a NUL byte: binary data, or UTF-16", SAVE_UTF8)
@@ -265,8 +266,8 @@ def _records(stream: ByteStream, delimiter: str, place: Place) -> Iterator[list[
         if record:
             yield lines.error or record
             blank = 0
-        elif (blank := blank + 1) > MAX_BLANK_LINES:
-            raise FileError(f"more than {MAX_BLANK_LINES:,} blank lines", "write one record a line")
+        elif (blank := blank + 1) > MAX_LINES:
+            raise FileError(f"more than {MAX_LINES:,} blank lines", "write one record a line")
 
 
 def _broken(reason: str) -> RowError:
