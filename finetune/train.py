@@ -48,9 +48,6 @@ def train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str] = 
 
 
 def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) -> Path:
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-    from torch.accelerator import is_available
     from transformers import set_seed
 
     from finetune.base import read_base
@@ -61,13 +58,8 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     from finetune.start import begin, open_run
 
     check_keys(allowed)
-    for line in check_launcher(recipe, os.environ):
-        if rank() == 0:
-            print(line)
-    # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
-    on_cpu = not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu, timeout=start_timeout(recipe.training.rank_timeout))
-    watch_ranks(recipe.training.rank_timeout)
+    _say(*check_launcher(recipe, os.environ))
+    state = _processes(recipe.training.rank_timeout)
     _reject_data_parallel(state)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
@@ -117,6 +109,19 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     for callback in dashboards.callbacks:
         callback.finish()
     return run.path
+
+
+def _processes(rank_timeout: int) -> Any:
+    """accelerate's state of the processes of this run, which watch each other from now on."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from torch.accelerator import is_available
+
+    # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
+    on_cpu = not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=on_cpu, timeout=start_timeout(rank_timeout))
+    watch_ranks(rank_timeout)
+    return state
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:

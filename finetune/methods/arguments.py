@@ -82,7 +82,6 @@ def common_arguments(
         "eval_steps": training.eval_steps,
         "save_strategy": "steps",
         "save_steps": training.save_steps or 0.1,  # a share of the run's steps
-        "metric_for_best_model": "eval_loss" if recipe.data.eval else None,
         "bf16": recipe.model.dtype == "bfloat16",
         "fp16": recipe.model.dtype == "float16",
         "gradient_checkpointing": False,  # enabled by finetune.moe.checkpointing instead
@@ -92,6 +91,7 @@ def common_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
         "max_length": None,
+        **({"metric_for_best_model": "eval_loss"} if recipe.data.eval else {}),
         **dashboards,
         **training.trainer_args,
     }

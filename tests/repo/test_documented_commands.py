@@ -76,7 +76,7 @@ def test_the_shown_sections_of_a_recipe_are_valid(tmp_path: Path) -> None:
     for number, block in enumerate(blocks):
         whole = yaml.safe_load((ROOT / "recipes/mixtral-8x7b/sft-qlora.yaml").read_text(encoding="utf-8"))
         for section, values in yaml.safe_load(block).items():
-            whole[section] = {**whole[section], **values}
+            whole[section] = {**whole.get(section, {}), **values}
         whole["training"]["learning_rate"] = 2e-4  # text to PyYAML
         (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(whole).replace("0.0002", "2e-4"), encoding="utf-8")
         load_recipe(tmp_path / f"{number}.yaml")

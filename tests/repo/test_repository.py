@@ -97,7 +97,7 @@ HEAVY = (
         # The second one's packages beside those of the first, in one process: starting it is what takes long.
         (
             ["inspect CHECKPOINT", "template CHECKPOINT"],
-            [["torch", "transformers"], ["torch", "transformers", "datasets"]],
+            [["torch"], ["torch", "transformers", "datasets"]],
         ),
     ],
     ids=lambda value: value[0] if value and isinstance(value[0], str) else None,
