@@ -87,9 +87,7 @@ def test_nor_does_a_run_under_another_launcher(workspace: Path, launcher: str) -
     assert run(workspace, [*words, "-m", "finetune.train", "sft.yaml", f"output_dir={launcher}"], **variables) == []
 
 
-@pytest.mark.parametrize(
-    ("dashboard", "variables"), [("auto", {}), ("[trackio, tensorboard, wandb]", {"WANDB_MODE": "offline"})]
-)
+@pytest.mark.parametrize(("dashboard", "variables"), [("auto", {}), ("[trackio, wandb]", {"WANDB_MODE": "offline"})])
 def test_dashboards_stay_on_this_machine(workspace: Path, dashboard: str, variables: dict[str, str]) -> None:
     folder = f"dashboards-{len(variables)}"
     words = ["train", "sft.yaml", f"output_dir={folder}", f"logging.report_to={dashboard}"]
