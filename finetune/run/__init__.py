@@ -14,10 +14,11 @@ from finetune.run.resume import (
     earlier_recipe,
     identity_of,
     recipe_changes,
+    recorded_template_day,
     row_changes,
 )
 from finetune.run.router_load import RouterLoadCallback, draw_router_load
-from finetune.run.run_folder import RunFolder, keep_aside, recorded_template_day
+from finetune.run.run_folder import RunFolder, keep_aside
 from finetune.run.run_lock import lock_run, say_that_it_ends, unlock_run
 
 __all__ = [

@@ -82,7 +82,13 @@ def set_aside(run: Path, folder: Path) -> Path:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a killed run left of a checkpoint that it was writing or removing. Only with the run's lock."""
+    """Remove what a killed run left of a checkpoint or a file that it was writing or removing.
+
+    Only with the run's lock.
+    """
+    for folder in (run, run / "reference"):
+        for path in folder.glob(".tmp-*"):  # of finetune.files.write_atomically
+            path.unlink()
     for path in run.glob(".*checkpoint-*"):
         if match := _NEW.fullmatch(path.name):
             replace_by(run / match[1], path)

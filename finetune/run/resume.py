@@ -95,16 +95,45 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def row_changes(run: RunFolder, rows: Mapping[str, Any]) -> list[Change]:
     """Data sets whose rows differ from those that the run began with; `rows`: counts of each split, as in the audit."""
-    before = _read(run.audit).get("rows")
-    if not isinstance(before, dict):
-        return []
+    before = _recorded(run).rows
     changes = []
     for split in sorted(rows.keys() & before.keys()):
-        then, now = ([(one.get("name"), one.get("digest")) for one in side[split]["sets"]] for side in (before, rows))
+        then, now = before[split], _named_digests(rows[split]["sets"])
         if then != now:
             names = [str(name) for name, digest in now if (name, digest) not in then] or [str(name) for name, _ in then]
             changes.append(Change(f"data.{split}", "other rows", f"other rows of {', '.join(names)}"))
     return changes
+
+
+def recorded_template_day(run: RunFolder) -> str | None:
+    """The date that the chat template wrote when the run began; None where it writes none, or before it is known."""
+    return _recorded(run).template_day
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What is recorded of a run's rows: names and digests by split, and the date that the template wrote."""
+
+    rows: Mapping[str, list[tuple[str, str]]]
+    template_day: str | None = None
+
+
+def _recorded(run: RunFolder) -> _Recorded:
+    """From the audit; where it is damaged, from the newest checkpoint, which says the same."""
+    audit = _read(run.audit)
+    if isinstance(audit.get("rows"), dict):
+        rows = {split: _named_digests(counts["sets"]) for split, counts in audit["rows"].items()}
+        return _Recorded(rows, audit.get("template_day"))
+    for folder in reversed(checkpoints(run.path).values()):
+        record = _read(folder / "finetune.json")
+        if isinstance(record.get("data"), dict):
+            rows = {split: _named_digests(sets) for split, sets in record["data"].items()}
+            return _Recorded(rows, record.get("template_day"))
+    return _Recorded({})
+
+
+def _named_digests(sets: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(str(one.get("name")), str(one.get("digest"))) for one in sets]
 
 
 def check_allowed(run: RunFolder, changes: Iterable[Change], allowed: Sequence[str]) -> list[str]:
@@ -204,6 +233,7 @@ def begin_anew(run: RunFolder, identity: str) -> Begun:
         unlock_run(run.path)  # the lock has moved with the folder
         lock_run(run.path)
         lines.append(f"the earlier run in {run.path} is kept as {kept}")
+    remove_leftovers(run.path)
     before = Identity.read(run)
     if before is None or before.now != identity:
         run.experts.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """The run folder (`output_dir`): its paths, and what may lie in it before a run starts."""
 
 import itertools
-import json
 from pathlib import Path
 
 from finetune.errors import Problem, RunError
@@ -106,11 +105,3 @@ def keep_aside(path: Path) -> Path | None:
     kept = next(candidate for candidate in free if not candidate.exists())
     path.rename(kept)
     return kept
-
-
-def recorded_template_day(run: RunFolder) -> str | None:
-    """The date that the chat template wrote when the run began; None where it writes none, or before it is known."""
-    if not run.audit.exists():
-        return None
-    day: str | None = json.loads(run.audit.read_text(encoding="utf-8")).get("template_day")
-    return day

@@ -32,7 +32,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model={"name_or_path": "base", "load_in_4bit": False, "dtype": "float32"},
         lora={"targets": ["attention", "experts"], "r": 2, "lora_alpha": 4},
         router={"router_aux_loss_coef": 0},
-        data={"train": {"path": "rows.jsonl", "format": "prompt_completion"}, "max_length": 256, "packing": True},
+        data={"train": {"path": "rows.jsonl", "format": "prompt_completion"}, "max_length": 512, "packing": True},
     )
     rows = ({"prompt": f"light {number} " * (1 + number % 40), "completion": "on"} for number in range(ROWS))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
