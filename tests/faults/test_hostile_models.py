@@ -98,7 +98,7 @@ class Models:
         return {
             "merge": lambda: main(["merge", adapter, "--base", base, "--output", out]),
             "inspect": lambda: main(["inspect", adapter]),
-            "export": lambda: main(["export", adapter, "--to", "vllm", "--base", base, "--output", out]),
+            "export": lambda: main(["export", adapter, "--format", "vllm", "--base", base, "--output", out]),
             "train": lambda: _said(lambda: read_initial_adapter(self.spoiled)),
         }
 

@@ -4,9 +4,11 @@ The same through every command, and for every key: `tests/faults/test_hostile_mo
 """
 
 import json
+import logging
 import os
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from finetune.base import read_base
 from finetune.checkpoint import SUMS_FILE, CheckpointReader, verify_sums
 from finetune.checkpoint.reader import read_header
 from finetune.cli.main import main
+from finetune.environment import print_plainly
 from finetune.errors import FinetuneError, as_expected
 from finetune.inspect import inspect
 from finetune.merge import merge
@@ -321,6 +324,7 @@ def _tensor(shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
         (_gguf(tensors=_tensor((4,), kind=999), tensor_count=1), "of the unknown type 999"),
         (_gguf(tensors=_text(b"t") + struct.pack("<I", 2**31), tensor_count=1), "with 2147483648 axes"),
     ],
+    ids=lambda value: value.strip("'") if isinstance(value, str) else "",
 )
 def test_a_hostile_gguf_header_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "model.gguf"
@@ -331,14 +335,33 @@ def test_a_hostile_gguf_header_is_refused(tmp_path: Path, content: bytes, said: 
 
 
 def test_nothing_printed_commands_the_terminal(base: Path, tmp_path: Path) -> None:
-    """Names, values and what transformers logs, on both streams."""
+    """Names and values, on both streams, whatever code prints them."""
     evil = "\x1b]0;pwned\x07\x1b[31m\u202e"
     named = base.rename(tmp_path / f"base{evil}")
-    edited(named / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e4, evil: 1})
-    for command in (["inspect", str(named)], ["template", str(named)], ["inspect", str(named / "nothing")]):
-        done = outcome(lambda command=command: main(command), tmp_path / "log")  # type: ignore[misc]
-        assert not done.faults
-        assert done.text
+
+    def anything() -> int:
+        print_plainly()
+        print(evil)
+        print(evil, file=sys.stderr)
+        logging.getLogger().warning(evil)
+        return 0
+
+    def usage() -> int:
+        """What argparse prints, of the command line."""
+        with pytest.raises(SystemExit):
+            main(["inspect", "model", f"--{evil}"])
+        return 2
+
+    commands: dict[str, Callable[[], int]] = {
+        "anything": anything,
+        "usage": usage,
+        "inspect": lambda: main(["inspect", str(named)]),
+        "missing": lambda: main(["inspect", str(named / "nothing")]),
+    }
+    for name, command in commands.items():
+        done = outcome(command, tmp_path / "log")
+        assert not done.faults, done.text
+        assert "pwned" in done.text or name == "inspect"
         assert not {"\x1b", "\x07", "\u202e"} & set(done.text)
 
 
