@@ -31,7 +31,7 @@ from finetune.upstream import private
 START_SECONDS = 300
 """The processes wait for each other at the start at least so long: they import packages at different speeds."""
 
-LAUNCHER_SECONDS = 10
+LAUNCHER_SECONDS = 20
 """After so long the launcher has ended the other processes; those that are left say the reason themselves."""
 
 _NO_LIMIT = timedelta(days=7)

@@ -78,7 +78,7 @@ def merge(
     request = Request(given, factors, base, dtype, prompts, tuple(layouts or ()), into)
     job = prepare(request, lambda folder: _verify(folder, show_progress))
     rows = [] if compare is None else _rows(compare, compare_rows, given[-1], job.files[0].parent)
-    with new_folder(output) as folder:
+    with new_folder(output, job.nbytes) as folder:
         _require_disk(job, Path(output), show_progress)
         started = time.monotonic()
         with _bar("merge", "B", job.nbytes, show_progress) as bar:

@@ -22,6 +22,7 @@ from finetune.adapters.whole_tensors import (
 )
 from finetune.checkpoint import CheckpointReader, TensorSpec, fingerprint, forward_settings
 from finetune.errors import Problem, WeightsError
+from finetune.files import read_text
 from finetune.merge import proof
 from finetune.merge.base_weights import open_base
 from finetune.merge.copied_files import merged_config, merged_generation, side_files
@@ -208,7 +209,7 @@ def _prompt_texts(file: Path | None) -> list[str] | None:
     if file is None:
         return None
     try:
-        texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [line for line in read_text(file).splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(
             Problem(str(file), "cannot be read", "give a text file, one prompt a line", str(error))

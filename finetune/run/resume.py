@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, Problem, RunError
-from finetune.files import write_json
+from finetune.files import read_json, write_json
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import settings
 from finetune.run.checkpoints import (
@@ -200,8 +200,8 @@ class Identity:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        value = read_json(path)
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

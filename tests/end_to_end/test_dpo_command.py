@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from finetune.errors import RunError, WeightsError
+from finetune.errors import WeightsError
 from finetune.merge import merge
 from finetune.recipe import load_recipe
 from finetune.run import read_metrics
@@ -151,18 +151,11 @@ def test_the_merge_is_proven_on_the_same_base(workspace: Path, one: Path) -> Non
     assert (workspace / "merged" / "config.json").exists()
 
 
-def test_what_was_changed_behind_a_run_is_refused(workspace: Path, one: Path, tmp_path: Path) -> None:
-    """Another adapter, then another base, under the same names."""
+def test_a_base_that_was_changed_behind_an_adapter_is_refused(workspace: Path, one: Path, tmp_path: Path) -> None:
+    """Another one, under the same name."""
     shutil.copytree(workspace / "sft", tmp_path / "sft")
     for name in ("dpo.yaml", "pairs.jsonl"):
         shutil.copy(workspace / name, tmp_path / name)
     save_tiny_mixtral(tmp_path / "model", seed=1)
     with pytest.raises(WeightsError, match="was made on another base, model with other weights; got model; name that"):
-        within(tmp_path, lambda: train(load_recipe("dpo.yaml"), []))
-    shutil.rmtree(tmp_path / "model")
-    shutil.copytree(workspace / "model", tmp_path / "model")
-    shutil.copytree(one / "reference", tmp_path / "dpo" / "reference")
-    made_from = json.loads((one / "reference" / "made_from.json").read_text())
-    (tmp_path / "dpo" / "reference" / "made_from.json").write_text(json.dumps({**made_from, "adapter": "other"}))
-    with pytest.raises(RunError, match="were made from another adapter; put back what was changed"):
         within(tmp_path, lambda: train(load_recipe("dpo.yaml"), []))

@@ -15,7 +15,7 @@ from finetune.checkpoint import CheckpointWriter, TensorSpec
 from finetune.cli.main import main
 from finetune.errors import WeightsError
 from finetune.upcycle.dense import dense_shapes
-from tests.support import save_tiny_mistral, tiny_tokenizer
+from tests.support import save_tiny_llama, save_tiny_mistral, tiny_tokenizer
 
 COMMAND = (sys.executable, "-m", "finetune.cli.main", "upcycle")
 # Runs the command on a small model first, so that what the second run adds is the second model's alone.
@@ -60,7 +60,7 @@ def save_large_llama(folder: Path) -> int:
 
 @pytest.mark.parametrize("noise", ["0", "0.01"])
 def test_memory_stays_at_a_few_tensors(tmp_path: Path, noise: str) -> None:
-    small = save_tiny_mistral(tmp_path / "small")
+    small = save_tiny_llama(tmp_path / "small")
     size = save_large_llama(tmp_path / "big")
     assert size > 280e6
     options = ("--num-experts", "2", "--top-k", "1", "--noise", noise)

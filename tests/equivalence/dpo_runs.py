@@ -72,7 +72,7 @@ def dpo_trainer(recipe: Recipe) -> tuple[MoeDpoTrainer, Steps]:
     dashboards = Dashboards((), {"report_to": [], "disable_tqdm": True}, ())
     run = RunFolder(Path(recipe.output_dir))
     trainer = make_trainer(TrainerSetup(recipe, run, base, model, rows, initial, dashboards))
-    trainer.saver = None  # without checkpoints
+    trainer.__dict__["_save_checkpoint"] = lambda *_: None  # without checkpoints
     steps = Steps(model)
     trainer.add_callback(steps)
     return trainer, steps

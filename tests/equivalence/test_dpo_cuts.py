@@ -43,17 +43,6 @@ def test_the_pad_token_may_be_the_eos(base: Path, pairs: Path, tmp_path: Path, w
     same(whole, dpo_run(padded_with_eos(dpo_recipe(base, pairs, tmp_path, MIXED))))
 
 
-def test_a_resumed_run_counts_the_tokens_before_its_checkpoint(
-    base: Path, pairs: Path, tmp_path: Path, whole: Steps
-) -> None:
-    """Also those of steps after the last logged line."""
-    recipe = dpo_recipe(base, pairs, tmp_path, MIXED, save_steps=2, logging_steps=3)
-    dpo_run(recipe)
-    trainer, steps = dpo_trainer(recipe)
-    trainer.run_from(tmp_path / "checkpoint-2")
-    assert steps.logs[0]["num_tokens"] == whole.logs[2]["num_tokens"]
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_pairs_can_be_drawn_by_length(base: Path, pairs: Path, tmp_path: Path, packing: bool) -> None:
     drawn = {"train_sampling_strategy": "group_by_length"}

@@ -130,7 +130,7 @@ def reads_of(trainer: Any) -> dict[str, int]:
 def of_a_run(lines: int) -> dict[str, int]:
     """What every run of `STEPS` steps reads: once a step, and a few values for each logged line."""
     return {
-        "finetune/methods/trainer.py:_clip_grad_norm": STEPS,  # is every loss and the gradient finite
+        "finetune/methods/trainer.py:_step_figures": STEPS,  # is every loss and the gradient finite
         "finetune/methods/trainer.py:_over_ranks": lines,
         "finetune/methods/trainer.py:num_tokens": lines,
         "finetune/methods/router_term.py:figures": lines,

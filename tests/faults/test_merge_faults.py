@@ -139,7 +139,7 @@ def test_another_disk_that_fills_up_meanwhile(
             done = merging.wait()
             assert done.code == 1
             assert [path.name for path in disk.iterdir()] == ["filler"]
-            assert "needed; got" in done.output
+            assert "needed; got" in done.output, done.output
             assert str(disk) in done.output
             assert "Traceback" not in done.output
             (disk / "filler").unlink()
