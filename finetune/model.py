@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -151,6 +152,7 @@ def save_adapter(
     save_file(adapter.factors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _order_settings(folder / CONFIG_FILE)
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors lets its owner alone read it
     started_from = None
     if initial_adapter is not None:
         started_from = InitialRecord(name_or_path=str(initial_adapter.folder), sha256=initial_adapter.digest())
@@ -158,6 +160,7 @@ def save_adapter(
     moved = recipe.router is not None and recipe.router.bias_update_rate > 0
     if adapter.biases and (moved or (initial_adapter is not None and initial_adapter.has_biases)):
         save_file(adapter.biases, folder / BIAS_FILE, metadata={"format": "pt"})
+        shutil.copymode(folder / CONFIG_FILE, folder / BIAS_FILE)
         further["router_bias"] = BIAS_FILE
     record = AdapterRecord(
         format=FORMAT,

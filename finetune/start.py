@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from finetune.adapters.initial import InitialAdapter
 from finetune.base import Base, base_changes
+from finetune.errors import Problem, RunError
 from finetune.files import write_json, write_text
 from finetune.recipe import Recipe, dump_recipe
 from finetune.run import (
@@ -25,7 +26,7 @@ from finetune.run import (
     recipe_changes,
     row_changes,
 )
-from finetune.run.resume import NEVER, begin_anew, go_on
+from finetune.run.resume import AUTO, NEVER, begin_anew, go_on
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def open_run(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> Start:
         run.check_contents()
         lock_run(run.path)
         before = earlier_recipe(run)
+        if before is None and recipe.training.resume not in (AUTO, NEVER):
+            what, do = "there is no run in output_dir to go back in", "name its output_dir, or write auto"
+            raise RunError(Problem("training.resume", what, do, got=recipe.training.resume))
         if before is None or recipe.training.resume == NEVER:
             return Start(continues=False)
         lines = check_allowed(run, recipe_changes(before, recipe), allowed)

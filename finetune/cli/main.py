@@ -28,6 +28,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; settings of a recipe may also stand behind an option, where argparse does not look for them."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
+        parser.parse_args(argv)  # says what is wrong, and ends
+    elif rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
 def _expanded(args: argparse.Namespace) -> argparse.Namespace:
     """The arguments with `~` in paths replaced by the home folder, which shells leave as it is in `--output=~/a`."""
 
@@ -45,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     no_telemetry()
     hush()
     print_plainly()
-    args = _expanded(build_parser().parse_args(argv))
+    args = _expanded(_parsed(argv))
     try:
         code: int = args.run(args)
         sys.stdout.flush()

@@ -60,6 +60,8 @@ def _checkpoints(run: RunFolder, whole: Checkpoints, logged: Sequence[dict[str, 
     damaged = [folder.name for step, folder in present.items() if step not in whole]
     names = ", ".join(f"checkpoint-{step}" for step in sorted(whole)) or "none is whole"
     lines = [("checkpoints", names + (f"; damaged: {', '.join(damaged)}" if damaged else ""))]
+    if whole and max(whole) != max(present):
+        return [*lines, ("best", f"not known: {present[max(present)].name}, the newest, is damaged")]
     best = best_of(whole[max(whole)]) if whole else None
     if best is None:
         return [*lines, ("best", "not known: nothing was evaluated" if whole else "not known")]

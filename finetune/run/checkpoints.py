@@ -8,12 +8,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.checkpoint import SUMS_FILE, verify_sums
-from finetune.errors import FinetuneError, Problem, RunError
+from finetune.errors import FinetuneError, Problem, RunError, WeightsError
 
 STATE_FILE = "trainer_state.json"
 IDENTITY_FILE = "identity.json"
@@ -55,7 +55,10 @@ def check_whole(folder: Path) -> None:
     if not listed.is_file():
         what = f"{SUMS_FILE} is missing: the checkpoint is not whole, or of an earlier version of this program"
         raise RunError(Problem(str(folder), what, do))
-    verify_sums(folder)
+    try:
+        verify_sums(folder)
+    except WeightsError as error:  # taking a line out of the list, which it advises, would not help here
+        raise RunError([replace(problem, do=do) for problem in error.problems]) from error
     names = {line.partition("  ")[2] for line in listed.read_text(encoding="utf-8").splitlines()}
     if missing := [name for name in REQUIRED if name not in names]:
         raise RunError(Problem(str(folder), f"{SUMS_FILE} does not list {', '.join(missing)}", do))

@@ -4,13 +4,16 @@ A disk that refuses a line does not end the run: what it refuses waits in memory
 order by the first append that finds room. Readers in this process see the waiting lines as well.
 """
 
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import DiskError, Problem, RunError
 from finetune.files import disk_named, write_text
+from finetune.run.checkpoints import SET_ASIDE
 
 _WAITING: dict[Path, list[str]] = {}  # by file, those with lines that their disk has refused
 
@@ -80,9 +83,12 @@ def repair_lines(path: Path, last_step: int) -> None:
         _WAITING[path] = waiting
     if not path.exists():
         return
-    before = path.read_text(encoding="utf-8")
+    before = path.read_bytes().decode("utf-8", errors="replace")
     *complete, _incomplete = before.split("\n")
-    after = "".join(f"{line}\n" for number, line in enumerate(complete, start=1) if kept(_parse(path, number, line)))
+    parsed = [_as_line(line) for line in complete]
+    if None in parsed:
+        _keep_damaged(path, parsed.index(None) + 1)
+    after = "".join(f"{text}\n" for text, line in zip(complete, parsed, strict=True) if line and kept(line))
     if before == after:
         return
     if before.startswith(after):
@@ -97,17 +103,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if waiting and not path.exists():
         complete = []
     else:
-        *complete, _incomplete = path.read_text(encoding="utf-8").split("\n")
+        *complete, _incomplete = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     lines = [_parse(path, number, line) for number, line in enumerate(complete, start=1)]
     return [*lines, *map(json.loads, waiting)]
 
 
+def _keep_damaged(path: Path, number: int) -> None:
+    """Copy a file that the disk or another program has damaged; the run goes on with the lines that can be read."""
+    place = path.parent / SET_ASIDE
+    place.mkdir(exist_ok=True)
+    copy = next(free for count in itertools.count() if not (free := place / f"{path.name}.{count}").exists())
+    shutil.copyfile(path, copy)
+    print(
+        f"{path}:{number}: not a line that a run has written; the file is kept as {copy}, the rest is used", flush=True
+    )
+
+
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict) or not isinstance(value.get("step"), int):
-        do = "remove the line, or start in another output_dir"
+    value = _as_line(line)
+    if value is None:
+        do = "continue the run, which keeps a copy and the other lines, or remove the line"
         raise RunError(Problem(f"{path}:{number}", "not a line that a run has written", do, got=repr(line[:80])))
     return value
+
+
+def _as_line(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("step"), int) else None

@@ -8,11 +8,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError, Problem, RunError
+from finetune.errors import FinetuneError, Problem, RecipeError, RunError
 from finetune.files import read_json, write_json
 from finetune.recipe import Recipe, load_recipe
 from finetune.recipe.schema import settings
@@ -212,7 +213,26 @@ def earlier_recipe(run: RunFolder) -> Recipe | None:
     Raises RunError where the folder holds anything else.
     """
     run.check_contents()
-    return load_recipe(run.recipe) if run.recipe.is_file() and run.has_begun else None
+    if not (run.recipe.is_file() and run.has_begun):
+        return None
+    try:
+        return load_recipe(run.recipe)
+    except RecipeError as error:
+        if (saved := _saved_recipe(run)) is not None:
+            return saved
+        do = "put it back, or write training.resume: never, which keeps this run aside and starts anew"
+        what = "the run's own record of its recipe cannot be read"
+        raise RunError(Problem(str(run.recipe), what, do, got=_first(error))) from error
+
+
+def _saved_recipe(run: RunFolder) -> Recipe | None:
+    """The recipe as the newest checkpoint has it, for a run whose own record is damaged."""
+    for folder in reversed(checkpoints(run.path).values()):
+        recipe = _read(folder / "finetune.json").get("recipe")
+        if isinstance(recipe, dict):
+            with suppress(ValueError):
+                return Recipe.model_validate({**recipe, "output_dir": str(run.path)})
+    return None
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_an_adapter_that_the_run_would_refuse_is_a_problem(model: Path) -> None:
     report = check(recipe(model, "model.adapter=sft/adapter"))
     assert [str(problem) for problem in report.problems] == [
         "model.adapter: no adapter here: adapter_model.safetensors is missing; got sft/adapter; "
-        "name the folder adapter/ of a finished run"
+        "name the output_dir of a finished run, RUN/checkpoint-N or RUN@best"
     ]
     assert report.exit_code == 1
     adapter = Path("sft/adapter")

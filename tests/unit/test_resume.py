@@ -32,6 +32,7 @@ from finetune.run.resume import (
 )
 from finetune.run.run_folder import RunFolder
 from finetune.run.run_lock import unlock_run
+from finetune.start import open_run
 from tests.unit.recipe_writing import SOUND, RecipeFile
 
 ROWS = {"train": {"sets": [{"name": "a.jsonl", "digest": "1"}, {"name": "b.jsonl", "digest": "2"}]}}
@@ -140,6 +141,33 @@ def test_a_run_without_a_step_is_started_with_any_recipe(recipe_file: RecipeFile
     assert earlier_recipe(run) is None
     run.metrics.write_text("")
     assert earlier_recipe(run) == recipe_file.load(SOUND)
+
+
+def test_a_damaged_record_of_the_recipe_is_read_from_a_checkpoint(recipe_file: RecipeFile, run: RunFolder) -> None:
+    recipe = recipe_file.load(SOUND, f"output_dir={run.path}")
+    run.recipe.write_text("garbage")
+    run.metrics.write_text("")
+    assert refused(earlier_recipe, run) == [
+        f"{run.recipe}: the run's own record of its recipe cannot be read; got {run.recipe}:1: a recipe is a mapping; "
+        "got \"garbage\"; write `key: value` lines, as in recipes/; put it back, or write training.resume: never, "
+        "which keeps this run aside and starts anew"
+    ]
+    newest = save_checkpoint(run, 4)
+    saved = recipe.model_dump(mode="json", exclude={"output_dir": True, "training": {"resume"}})
+    (newest / "finetune.json").write_text(json.dumps({"recipe": saved}))
+    assert earlier_recipe(run) == recipe
+
+
+def test_a_checkpoint_to_go_back_to_needs_a_run(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    empty = tmp_path / "typo"
+    recipe = recipe_file.load(SOUND, f"output_dir={empty}", "training.resume=runs/mine/checkpoint-4")
+    try:
+        assert refused(open_run, RunFolder(empty), recipe, ()) == [
+            "training.resume: there is no run in output_dir to go back in; got runs/mine/checkpoint-4; name its "
+            "output_dir, or write auto"
+        ]
+    finally:
+        unlock_run(empty)
 
 
 # The folder and its checkpoints.

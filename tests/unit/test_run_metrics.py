@@ -85,7 +85,8 @@ def test_a_foreign_line_is_an_error_with_its_number(path: Path, line: str) -> No
     with pytest.raises(RunError) as error:
         read_metrics(path)
     assert str(error.value) == (
-        f"{path}:2: not a line that a run has written; got {line!r}; remove the line, or start in another output_dir"
+        f"{path}:2: not a line that a run has written; got {line!r}; "
+        "continue the run, which keeps a copy and the other lines, or remove the line"
     )
 
 
@@ -113,3 +114,21 @@ def test_a_run_too_short_to_log_a_loss_has_no_curve(path: Path) -> None:
     log(MetricsCallback(path), 1, train_loss=3.0)
     assert not draw_loss_curve(path, path.with_name("loss_curve.png"))
     assert not path.with_name("loss_curve.png").exists()
+
+
+def test_a_continued_run_keeps_a_copy_of_a_damaged_file_and_uses_its_other_lines(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad disk, or another program: the checkpoints are whole all the same."""
+    before = MetricsCallback(path)
+    for step in (1, 2, 3):
+        log(before, step, loss=float(step))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"step": 2', b"\xdc\xff"))
+    resume(MetricsCallback(path), step=3)
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+    copy = path.parent / "set-aside" / "metrics.jsonl.0"
+    assert b"\xdc\xff" in copy.read_bytes()
+    assert capsys.readouterr().out == (
+        f"{path}:2: not a line that a run has written; the file is kept as {copy}, the rest is used\n"
+    )
