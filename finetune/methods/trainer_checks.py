@@ -265,8 +265,8 @@ def _remarks(recipe: Recipe, steps: int, highest: float) -> Iterator[str]:
         yield f"training.warmup_steps: {training.warmup_steps:,} {of_the_run}: {reached}"
     if recipe.data.eval is not None and training.eval_steps is not None and training.eval_steps > steps:
         yield f"training.eval_steps: {training.eval_steps:,} {of_the_run}: the only evaluation is at the end"
-    evaluates = recipe.data.eval is not None and training.eval_steps is not None  # the best evaluation is saved
-    if training.save_steps is not None and training.save_steps > steps and not evaluates:
+    evaluates = recipe.data.eval is not None and training.eval_steps is not None and training.eval_steps < steps
+    if training.save_steps is not None and training.save_steps > steps and not evaluates:  # the best one is saved
         yield f"training.save_steps: {training.save_steps:,} {of_the_run}: there is no checkpoint before the end"
 
 

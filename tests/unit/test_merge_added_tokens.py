@@ -277,7 +277,7 @@ def test_a_config_that_keeps_the_old_size_is_seen(
     monkeypatch.setattr("finetune.merge.job.vocab_size", lambda *_: KNOWN)
     assert f"a token is outside the model's vocabulary; got id {NEW[1]} for {KNOWN} entries" in refusal(adapter)
     monkeypatch.setattr("finetune.merge.job.check_tokenizer", lambda *_: None)
-    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+    with pytest.raises(WeightsError, match="mismatched_sizes"):
         merged(adapter)
     assert not (adapter.parent / "merged").exists()
 
