@@ -270,7 +270,7 @@ def test_notation_that_is_not_yaml_names_its_line(recipe_file: RecipeFile) -> No
 def test_files_that_are_no_recipes(recipe_file: RecipeFile) -> None:
     with pytest.raises(RecipeError, match=r"missing\.yaml: cannot be read: No such file or directory; give the path"):
         load_recipe("missing.yaml")
-    with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
+    with pytest.raises(RecipeError, match="cannot be read: it is a folder, not a regular file"):
         load_recipe(".")
     recipe_file.path.write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(RecipeError, match=r"recipe\.yaml: larger than 65536 bytes; give a recipe"):

@@ -149,7 +149,7 @@ def test_a_damaged_record_of_the_recipe_is_read_from_a_checkpoint(recipe_file: R
     run.metrics.write_text("")
     assert refused(earlier_recipe, run) == [
         f"{run.recipe}: the run's own record of its recipe cannot be read; got {run.recipe}:1: a recipe is a mapping; "
-        "got \"garbage\"; write `key: value` lines, as in recipes/; put it back, or write training.resume: never, "
+        'got "garbage"; write `key: value` lines, as in recipes/; put it back, or write training.resume: never, '
         "which keeps this run aside and starts anew"
     ]
     newest = save_checkpoint(run, 4)

@@ -57,8 +57,8 @@ def test_a_resumed_run_writes_the_date_of_its_first_start(tmp_path: Path) -> Non
     for audit, resume, day in (
         (None, True, today),
         ({"rows": {}}, True, today),  # of an earlier version
-        ({"template_day": "2025-03-01"}, True, "2025-03-01"),
-        ({"template_day": "2025-03-01"}, False, today),
+        ({"rows": {}, "template_day": "2025-03-01"}, True, "2025-03-01"),
+        ({"rows": {}, "template_day": "2025-03-01"}, False, today),
     ):
         if audit is not None:
             run.audit.write_text(json.dumps(audit))
