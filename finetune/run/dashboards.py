@@ -177,7 +177,7 @@ class _DashboardCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Start the run, unless a figure that was logged before the training has started it."""
-        if not self._initialized:
+        if not getattr(self, "_initialized", False):  # TensorBoard has no such mark
             self._attempt(self.setup, args, state, model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
