@@ -46,7 +46,7 @@ test: check ## check, then every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS)
 
 # Longer than the suite. The moments and places are other ones each day; FAULTS_SEED=2026-11-29 repeats those of one.
-test-faults: install ## kills at random moments, damaged checkpoints, full disks, signals; ten minutes on two cores
+test-faults: install ## kills at random moments, damaged checkpoints, full disks, signals, hostile files; long
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PYTEST_ARGS) -m "faults or not faults" tests/faults
 
 # What a user's pip would install today. torch stays: a newer one is gigabytes, and not always built for the CPU.
