@@ -238,9 +238,13 @@ class Ranks:
         """End the process from the thread: the main one waits in an operation that nothing interrupts."""
         if not self._claimed.acquire(blocking=False):
             return
+        try:
+            said_before = self._said(self._thread_store) is not None
+        except RuntimeError:
+            said_before = False
         said, first = self._publish(reason)
-        if not first:
-            time.sleep(LAUNCHER_SECONDS)
+        if said_before or not first:
+            time.sleep(LAUNCHER_SECONDS)  # until the launcher has ended this process, which then says nothing
         print(f"\n{said}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
