@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,17 +85,6 @@ def test_what_the_terminal_cannot_spell_is_written_as_its_number(workspace: Path
     done = subprocess.run(arguments, cwd=workspace, env=plain, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "]]\\u23ce\n" in done.stdout
-
-
-def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "recipe.yaml")
-    process = subprocess.Popen(
-        command("check", "recipe.yaml"), cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
-    )
-    with (tmp_path / "recipe.yaml").open("w"):  # opens once the command reads it
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
-    assert (process.returncode, said) == (130, "interrupted\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:

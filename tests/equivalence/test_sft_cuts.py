@@ -202,34 +202,6 @@ def test_a_run_that_has_stopped_learning_is_stopped(base: Path, rows: Path, tmp_
     assert message.endswith(", gradient norm 0; start anew with a lower training.learning_rate")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(base: Path, rows: Path, tmp_path: Path, whole: Steps) -> None:
-    """Adapter, optimizer, schedule, data order and the balance frequencies all continue."""
-    first = recipe(base, rows, tmp_path, save_steps=2)
-    trainer_for(first)[0].train()
-    trainer, steps = trainer_for(first)
-    trainer.run_from(tmp_path / "checkpoint-2")
-    assert len(steps.gradients) == 1
-    assert steps.logs[0]["num_tokens"] == whole.logs[2]["num_tokens"]
-    for name, gradient in whole.gradients[2].items():
-        torch.testing.assert_close(steps.gradients[0][name], gradient, atol=1e-5, rtol=1e-4)
-
-
-def test_a_checkpoint_of_the_last_step_is_taken_over_without_another_step(
-    base: Path, rows: Path, tmp_path: Path
-) -> None:
-    """As after a kill between the last checkpoint and the adapter."""
-    settings = recipe(base, rows, tmp_path, save_steps=3)
-    finished, _ = trainer_for(settings)
-    finished.run_from(None)
-    trainer, steps = trainer_for(settings)
-    trainer.run_from(tmp_path / "checkpoint-3")
-    assert steps.gradients == []
-    wanted = dict(finished.model.named_parameters())
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            assert torch.equal(parameter, wanted[name]), name
-
-
 def test_a_run_that_takes_fewer_steps_than_it_should_is_an_error(base: Path, rows: Path, tmp_path: Path) -> None:
     trainer, _ = trainer_for(recipe(base, rows, tmp_path))
     trainer.args.dataloader_drop_last = True

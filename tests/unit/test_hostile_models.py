@@ -281,7 +281,9 @@ def test_odd_settings_of_an_adapter_are_refused(adapter: Path, base: Path, setti
 def test_a_recorded_base_is_never_fetched(adapter: Path, location: str) -> None:
     (adapter / "finetune.json").write_text(json.dumps({"base": {"name_or_path": location, "fingerprint": "0"}}))
     line = refusal(lambda: merge(adapter, adapter.parent / "out", show_progress=False))
-    assert "the recorded base is not on this machine" in line or "cannot be accessed" in line
+    # A folder that happens to be there is read as a base, and is none.
+    refused = ("the recorded base is not on this machine", "cannot be accessed", "holds neither")
+    assert any(reason in line for reason in refused)
     assert "\x1b" not in line
 
 
