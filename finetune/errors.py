@@ -115,14 +115,18 @@ def _full(number: int, path: Path, needed: int | None, elsewhere: str) -> Proble
     elif number == errno.EFBIG:
         what, do = "the file would be larger than is allowed here" + need, "raise the limit (ulimit -f shows it)"
     elif no_inode_free(path):
-        what, do, got = "the disk has no room for one more file (see df -i)", "remove files from it", "0 inodes free"
+        what, do, got = (
+            "the disk has no inode left for another file (see df -i)",
+            "remove files from it",
+            "0 inodes free",
+        )
     elif free is None or (needed is not None and needed > free):
-        what, do = "there is too little room on the disk" + need, "make room on it"
+        what, do = "there is not enough space on the disk" + need, "free space on it"
     elif free < _MUCH:
-        what, do = f"the disk is full: more than {readable_size(free)} are needed", "make room on it"
+        what, do = f"the disk is full: more than {readable_size(free)} are needed", "free space on it"
     else:
         what = "the disk is full" + need
-        do = "make room on it (a quota, a reserve or a limit (ulimit -f) can leave less than it reports)"
+        do = "free space on it (a quota, a reserve or a limit (ulimit -f) can leave less than it reports)"
     return Problem(str(path), what, f"{do}, or {elsewhere}", got)
 
 

@@ -130,7 +130,7 @@ def _compare(job: Job, data: str, rows: "Rows", show_progress: bool) -> Comparis
 
 
 def _require_disk(job: Job, output: Path, show_progress: bool) -> None:
-    """Say what goes where, and refuse where there is no room for it."""
+    """Say what goes where, and refuse where there is no space for it."""
     require_free_disk(output, job.nbytes)
     if show_progress:
         print(_announcement(job, output), flush=True)

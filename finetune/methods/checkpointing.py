@@ -121,7 +121,7 @@ class CheckpointSaver:
         self.wait()
         if self.retry_at is not None:
             what = f"the checkpoint of step {self._step} could not be saved, {self._kept()}"
-            raise RunError(Problem(str(self.run), what, "make room, and give the same command again"))
+            raise RunError(Problem(str(self.run), what, "free space, and give the same command again"))
 
     def _kept(self) -> str:
         kept = list(checkpoints(self.run))

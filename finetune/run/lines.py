@@ -1,7 +1,7 @@
 """Files of JSON lines that a run appends to, each line on disk before the next step starts.
 
 A disk that refuses a line does not end the run: what it refuses waits in memory, is said once, and is written in its
-order by the first append that finds room. Readers in this process see the waiting lines as well.
+order by the first append that finds space. Readers in this process see the waiting lines as well.
 """
 
 import itertools
@@ -26,10 +26,10 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     problem = _write(path, lines)
     if problem is not None:
         if not any(other.parent == key.parent for other in _WAITING):
-            print(f"{problem}; the run goes on: it keeps its lines in memory until there is room", flush=True)
+            print(f"{problem}; the run goes on: it keeps its lines in memory until there is space", flush=True)
         _WAITING[key] = lines
     elif _WAITING.pop(key, None):
-        print(f"{path}: {_lines(len(waiting))} that waited for room are written", flush=True)
+        print(f"{path}: {_lines(len(waiting))} that waited for space are written", flush=True)
 
 
 def write_waiting_lines(folder: Path) -> None:
@@ -92,13 +92,13 @@ def repair_lines(path: Path, last_step: int) -> None:
     if before == after:
         return
     if before.startswith(after):
-        os.truncate(path, len(after.encode()))  # needs no room
+        os.truncate(path, len(after.encode()))  # needs no space
     else:
         write_text(path, after)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every complete line, in order, with those that still wait for room; an incomplete last line is skipped."""
+    """Every complete line, in order, with those that still wait for space; an incomplete last line is skipped."""
     waiting = _WAITING.get(path.absolute(), [])
     if waiting and not path.exists():
         complete = []

@@ -69,7 +69,7 @@ def taken(folder: Path) -> int:
 def assert_said(output: str, where: Path) -> None:
     """A message with the path, needed and free bytes, and no traceback."""
     assert "Traceback" not in output, output
-    said = [line for line in output.split("\n") if f"{where}" in line and " free; make room on it" in line]
+    said = [line for line in output.split("\n") if f"{where}" in line and " free; free space on it" in line]
     assert any("are needed; got" in line for line in said), output
 
 
@@ -124,7 +124,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_nothing(
         assert wait_for(lambda: "it keeps its lines in memory" in running.log.read_text(errors="replace"), running)
         filler.unlink()
         done = succeed(running.wait())
-        assert "that waited for room are written" in done.output
+        assert "that waited for space are written" in done.output
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "loss" in line] == list(range(1, steps + 1))
         assert (run / f"checkpoint-{steps}").exists()

@@ -114,7 +114,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(size: float, sft: Undisturbed,
 @pytest.mark.faults
 @pytest.mark.parametrize("number", range(3))
 def test_a_disk_that_is_full_for_a_while_is_tried_again(number: int, sft: Undisturbed, tmp_path: Path) -> None:
-    """The run goes on, says so, and saves once there is room."""
+    """The run goes on, says so, and saves once there is space."""
     run, one = sft.run.copied_to(tmp_path), checkpoint_bytes(sft.run)
     room = randomness(f"disk {number}").uniform(1.1, 1.8)
     try:

@@ -94,9 +94,9 @@ def test_each_way_in_which_a_disk_refuses_has_its_own_words(tmp_path: Path, monk
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3500))
     path = tmp_path / "not" / "yet"
-    line = f"{path}: the disk is full: more than 3.42 KiB are needed; got 3.42 KiB free; make room on it, or write to"
+    line = f"{path}: the disk is full: more than 3.42 KiB are needed; got 3.42 KiB free; free space on it, or write to"
     assert str(full(path, errno.ENOSPC)) == f"{line} another disk"
-    what = "there is too little room on the disk: 2.00 MiB are needed"
+    what = "there is not enough space on the disk: 2.00 MiB are needed"
     assert full(path, errno.ENOSPC, 2 * 2**20).what == what
     assert full(path, errno.EDQUOT, 100).what == "your quota on this disk is used up: 100 bytes are needed"
     assert full(path, errno.EROFS, 100).what == "the disk is read-only"
@@ -122,7 +122,7 @@ def test_a_disk_without_room_for_one_more_file_says_so(tmp_path: Path, monkeypat
         f_files, f_favail = 100, 0
 
     monkeypatch.setattr(os, "statvfs", lambda _: Disk)
-    assert full(tmp_path, errno.ENOSPC).what == "the disk has no room for one more file (see df -i)"
+    assert full(tmp_path, errno.ENOSPC).what == "the disk has no inode left for another file (see df -i)"
 
 
 def unreadable() -> FinetuneError:

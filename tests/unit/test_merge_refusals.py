@@ -193,7 +193,7 @@ def test_an_output_folder_that_is_not_empty(adapter: Path, tmp_path: Path) -> No
 def test_too_little_disk(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(adapter)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    refused(adapter, r"out: there is too little room on the disk: .* KiB are needed; got 97.66 KiB free; make room")
+    refused(adapter, r"out: there is not enough space on the disk: .* KiB are needed; got 97.66 KiB free; free space")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (float("inf"), None), (1e6, "float16")])

@@ -52,13 +52,13 @@ def test_lines_wait_in_order_and_are_said_once(path: Path, limited: None, capsys
     out = capsys.readouterr().out
     assert out.count("\n") == 1, "one warning a folder, not one a line"
     assert f"{path}: the file would be larger than is allowed here: 1.10 KiB are needed; got" in out
-    assert out.endswith("the run goes on: it keeps its lines in memory until there is room\n")
+    assert out.endswith("the run goes on: it keeps its lines in memory until there is space\n")
 
     limit_files(2**20)
     append_line(path, {"step": 8})
     assert whole_lines(path) == 8
     assert steps(path) == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert capsys.readouterr().out == f"{path}: 4 lines that waited for room are written\n"
+    assert capsys.readouterr().out == f"{path}: 4 lines that waited for space are written\n"
 
 
 def test_what_cannot_be_written_until_the_end_is_said(
