@@ -186,8 +186,10 @@ class Ranks:
         return self._publish(reason)
 
     def _publish(self, reason: str) -> tuple[str, bool]:
-        """The reason of the run's end, and whether it is this one."""
+        """The reason of the run's end, and whether this process is the one to say it."""
         try:
+            if earlier := self._said(self._store):
+                return earlier, False  # also where `reason` is what another process has said
             said: str = self._store.compare_set("reason", "", reason).decode()
         except RuntimeError:
             return reason, True
@@ -238,12 +240,8 @@ class Ranks:
         """End the process from the thread: the main one waits in an operation that nothing interrupts."""
         if not self._claimed.acquire(blocking=False):
             return
-        try:
-            said_before = self._said(self._thread_store) is not None
-        except RuntimeError:
-            said_before = False
         said, first = self._publish(reason)
-        if said_before or not first:
+        if not first:
             time.sleep(LAUNCHER_SECONDS)  # until the launcher has ended this process, which then says nothing
         print(f"\n{said}", file=sys.stderr, flush=True)
         sys.stdout.flush()
