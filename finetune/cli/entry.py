@@ -15,8 +15,9 @@ def main() -> int:
 
         return run()
     except Interrupted:
-        print(stop.line(), file=sys.stderr)
-        return stop.exit_code
+        line, code = stop.line(), stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_CODES[signal.SIGINT]
+        line, code = "interrupted", EXIT_CODES[signal.SIGINT]
+    # After the handlers, where the interrupted frames are gone and their progress bars have ended their lines.
+    print(line, file=sys.stderr)
+    return code

@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
         sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        line, code = "interrupted", INTERRUPTED
     except BrokenPipeError:
         # Whoever read has seen enough (`| head`). Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             expected = as_expected(error)
         if expected is None:
             raise
-        print(expected, file=sys.stderr)
-        return expected.exit_code
+        line, code = str(expected), expected.exit_code
+    # After the handlers, where the frames of the error are gone and their progress bars have ended their lines.
+    print(line, file=sys.stderr)
     return code
 
 

@@ -33,7 +33,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def write_waiting_lines(folder: Path) -> None:
-    """The last attempt, at the end of a run: write what waits for room in `folder`, and say what could not be."""
+    """The last attempt, at the end of a run: write what waits for space in `folder`, and say what could not be."""
     for key in [key for key in _WAITING if key.parent == folder.absolute()]:
         lines = _WAITING.pop(key)
         if problem := _write(folder / key.name, lines):

@@ -1,6 +1,7 @@
 """Rows whose preparing is killed: no entry that is not whole, and the same command then makes the same one."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.faults.harness import (
     randomness,
     some_short,
     succeed,
+    wait_for,
 )
 from tests.support import save_tiny_mixtral
 
@@ -60,3 +62,17 @@ def test_a_kill_at_any_moment(
     assert left.items() <= whole[0].items()
     succeed(commands.run(workspace, *CHECK, FINETUNE_CACHE=cache))
     assert_same_files(files_of(tmp_path), whole[0], f"killed after {moment:.3f} s")
+
+
+def test_a_ctrl_c_while_rows_are_prepared_is_one_word(
+    workspace: Path, whole: tuple[dict[str, bytes], float], commands: Commands, tmp_path: Path
+) -> None:
+    running = commands.start(workspace, *CHECK, FINETUNE_CACHE=str(tmp_path))
+    assert wait_for(lambda: any(tmp_path.iterdir()), running)
+    running.send(signal.SIGINT)
+    ended = running.wait()
+    assert ended.code == 130, ended.output
+    assert ended.output.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in ended.output
+    succeed(commands.run(workspace, *CHECK, FINETUNE_CACHE=str(tmp_path)))
+    assert_same_files(files_of(tmp_path), whole[0], "interrupted")

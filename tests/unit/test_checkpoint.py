@@ -249,6 +249,8 @@ def test_a_link_in_place_of_the_temporary_folder_is_refused(tmp_path: Path) -> N
 
 def test_too_little_disk_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     require_free_disk(tmp_path / "not" / "yet", 1)
-    with pytest.raises(DiskError, match=r"not/yet: there is too little .*: 1048576.00 GiB are needed; got .* GiB free"):
+    with pytest.raises(
+        DiskError, match=r"not/yet: there is not enough space .*: 1048576.00 GiB are needed; got .* GiB free"
+    ):
         require_free_disk(tmp_path / "not" / "yet", 2**50)
     assert list(tmp_path.iterdir()) == []
