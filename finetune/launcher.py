@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from finetune.environment import memory_kills
 from finetune.errors import Problem, RunError
+from finetune.parallelism import Parallelism, read_parallelism
 from finetune.recipe import Recipe
 from finetune.stopping import EXIT_CODES, Interrupted, held, stop
 from finetune.upstream import private
@@ -46,8 +47,10 @@ _STEP = {
 _LOWERED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "ACCELERATE_DOWNCAST_BF16")
 
 
-def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> list[str]:
-    """Lines about the launcher's settings that the recipe overrides, which are changed in `environment`.
+def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> tuple[Parallelism, list[str]]:
+    """How the processes divide the work, and lines about settings that the recipe overrides.
+
+    `environment` is changed: accelerate is to start as for DDP, for what is sharded is sharded by this package.
 
     Call it before accelerate reads the environment. Raises RunError for settings that cannot be overridden.
     """
@@ -57,6 +60,7 @@ def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> lis
         problems = _command_problems(command, environment, problems)
     if problems:
         raise RunError(problems)
+    parallelism = read_parallelism(environment, command)
     dtype = recipe.model.dtype
     lines = [
         *_override(environment, "ACCELERATE_MIXED_PRECISION", _AUTOCAST[dtype], f"model.dtype {dtype}"),
@@ -65,7 +69,7 @@ def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> lis
     for name, key in _STEP.items():
         if (value := environment.pop(name, None)) is not None:
             lines.append(_not_used(name, value, key))
-    return lines
+    return parallelism, lines
 
 
 def _override(environment: MutableMapping[str, str], name: str, wanted: str, decides: str) -> list[str]:

@@ -19,6 +19,7 @@ from finetune.errors import DiskError, Problem, RunError
 from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json
 from finetune.launcher import check_launcher, launcher_process, rank
+from finetune.parallelism import Parallelism, first_line
 from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, load_recipe
 from finetune.stopping import Interrupted, stop
@@ -58,9 +59,10 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     from finetune.start import begin, open_run
 
     check_keys(allowed)
-    _say(*check_launcher(recipe, os.environ))
+    parallelism, remarks = check_launcher(recipe, os.environ)
     state = _processes(recipe.training.rank_timeout)
     _reject_data_parallel(state)
+    _say(_first_line(parallelism, state), *remarks)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
 
@@ -122,6 +124,18 @@ def _processes(rank_timeout: int) -> Any:
     state = PartialState(cpu=on_cpu, timeout=start_timeout(rank_timeout))
     watch_ranks(rank_timeout)
     return state
+
+
+def _first_line(parallelism: Parallelism, state: Any) -> str:
+    """What runs where, by the host names of all processes."""
+    from socket import gethostname
+
+    from accelerate.utils import gather_object
+    from torch.cuda import get_device_name
+
+    device = state.device.type
+    name = f"{device} ({get_device_name(state.device)})" if device == "cuda" else device
+    return first_line(parallelism, gather_object([gethostname()]), name)
 
 
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
