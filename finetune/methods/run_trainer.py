@@ -17,10 +17,12 @@ from transformers import TrainerCallback, TrainerState
 
 from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
-from finetune.methods.checkpointing import CheckpointSaver, Snapshot, state_text
+from finetune.methods.checkpointing import CheckpointSaver, Snapshot, adapter_facts, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
+from finetune.methods.sharded_state import gathered, parts_of_state
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
+from finetune.model import AdapterSnapshot, snapshot_adapter
 from finetune.progress import phase
 from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
@@ -183,12 +185,14 @@ class RunTrainer(StepExactTrainer):
     def _save_this_step(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
+        optimizer = gathered(self.optimizer.state_dict(), keep=self.saver is not None)
+        adapter = snapshot_adapter(self.accelerator.unwrap_model(self.model), self.setup.base.family)
         if self.saver is None:
             return
         scaler = self.accelerator.scaler
         state = {
             "step": self.state.global_step,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ranks": ranks,
@@ -197,14 +201,14 @@ class RunTrainer(StepExactTrainer):
             "position": {"epoch": self.state.epoch, "rows_per_step": self.setup.recipe.training.global_batch_size},
             "evaluation_due": self.evaluation_due,
         }
-        self.saver.save(self._snapshot(snapshot(state)))
+        self.saver.save(self._snapshot(adapter, snapshot(state)))
 
-    def _snapshot(self, state: Mapping[str, Any]) -> Snapshot:
+    def _snapshot(self, adapter: AdapterSnapshot, state: Mapping[str, Any]) -> Snapshot:
         """This step's; `state`: what `training_state` writes of it."""
-        return Snapshot.take(
-            self.setup,
-            self.accelerator.unwrap_model(self.model),
+        return Snapshot(
             self.state.global_step,
+            adapter,
+            adapter_facts(self.setup),
             state=state,
             trainer_state=state_text(self.state),
             router=None if self.router_term is None else self.router_term.state_dict(),
@@ -235,7 +239,7 @@ class RunTrainer(StepExactTrainer):
             return
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
         base_lrs = list(getattr(self._schedule(), "base_lrs", ()))
-        self.optimizer.load_state_dict(self._resumed["optimizer"])
+        self.optimizer.load_state_dict(parts_of_state(self._resumed["optimizer"], self._groups()))
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])
         schedule = self._schedule()
         if not self._resumed["changed"] or not isinstance(schedule, LambdaLR):
@@ -294,8 +298,10 @@ class RunTrainer(StepExactTrainer):
             for own, generator in zip(self._resumed["ranks"], generators, strict=True):
                 own["rng"] = generator
         self._resumed["evaluation_due"] = self.evaluation_due = False
+        adapter = snapshot_adapter(self.accelerator.unwrap_model(self.model), self.setup.base.family)
         if self.saver is not None:
-            self.saver.save(self._snapshot({name: self._resumed[name] for name in self._resumed if name != "changed"}))
+            state = {name: self._resumed[name] for name in self._resumed if name != "changed"}
+            self.saver.save(self._snapshot(adapter, state))
             self.saver.wait()
         self.accelerator.wait_for_everyone()
 
