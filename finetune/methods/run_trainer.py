@@ -20,7 +20,7 @@ from finetune.errors import Problem, RunError
 from finetune.methods.checkpointing import CheckpointSaver, Snapshot, adapter_facts, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
-from finetune.methods.sharded_state import gathered, parts_of_state
+from finetune.methods.sharded_optimizer import load_state, state_on_main, step_on_parts
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
 from finetune.model import AdapterSnapshot, snapshot_adapter
 from finetune.progress import phase
@@ -185,7 +185,7 @@ class RunTrainer(StepExactTrainer):
     def _save_this_step(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
-        optimizer = gathered(self.optimizer.state_dict(), keep=self.saver is not None)
+        optimizer = state_on_main(self.optimizer, self.saver is not None)
         adapter = snapshot_adapter(self.accelerator.unwrap_model(self.model), self.setup.base.family)
         if self.saver is None:
             return
@@ -233,13 +233,19 @@ class RunTrainer(StepExactTrainer):
         self.state.compute_steps(self.args, max_steps)
         return position
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; on this process's part of a sharded model."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        step_on_parts(optimizer)
+        return optimizer
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The states as they were; rates and decay are the recipe's where a change was allowed."""
         if checkpoint is None:
             return
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
         base_lrs = list(getattr(self._schedule(), "base_lrs", ()))
-        self.optimizer.load_state_dict(parts_of_state(self._resumed["optimizer"], self._groups()))
+        load_state(self.optimizer, self._resumed["optimizer"])
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])
         schedule = self._schedule()
         if not self._resumed["changed"] or not isinstance(schedule, LambdaLR):

@@ -51,17 +51,17 @@ def shard_model(model: torch.nn.Module, family: Family, parallelism: Parallelism
     assert share is not None
     _synchronise(model)
     flat = [*_flatten_stacks(model, share), *_flatten_linear(model, share)]
-    # What a correction bias is moves outside of the optimizer, on every process alike.
-    whole = set() if family.moe is None else set(_correction_biases(model, family.moe.correction_bias))
+    # Correction biases are moved outside of the optimizer, on every process alike.
+    kept = set() if family.moe is None else set(_correction_biases(model, family.moe.correction_bias))
     for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     for module, name, local in flat:
         _fill(module, name, local)
     for module in model.modules():
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            module.register_state_dict_post_hook(_gather_state)
-            module.register_load_state_dict_pre_hook(_distribute_state)
+            module.register_state_dict_post_hook(_gather_state)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_distribute_state)  # type: ignore[no-untyped-call]
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
@@ -111,7 +111,9 @@ def _synchronise(model: torch.nn.Module) -> None:
 
 def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The decoder layers, which are also what activation checkpointing recomputes; none within another."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     paths = tuple(f"{name}." for name, _ in layers)
     return [module for name, module in layers if not name.startswith(paths)]
 
@@ -137,7 +139,7 @@ def _flatten_stacks(model: torch.nn.Module, share: Share) -> Iterator[_Flat]:
         held = stack.held if isinstance(stack, Nf4Part) else range(stack.shape[0])
         own, first = share.of(layout.total), held.start * layout.expert_bytes
         part = layout.flatten(stack.stored)[own.start - first : own.stop - first].clone()
-        _register(module, name, layout, _StackView(name, layout))
+        _register(module, name, layout, _StackView(layout))
         yield module, name, part
 
 
@@ -162,8 +164,8 @@ def _register(module: torch.nn.Module, name: str, layout: StackBytes, view: "_Vi
     module.__dict__.setdefault("flat_views", {})[name] = view
     kind = type(module)
     if not hasattr(kind, name):
-        names = {**{known: property(_reader(known)) for known in [name]}}
-        module.__class__ = type(kind.__name__, (kind,), {**names, "__module__": kind.__module__})
+        attributes = {name: property(_reader(name)), "__module__": kind.__module__}
+        module.__class__ = type(kind.__name__, (kind,), attributes)
 
 
 def _reader(name: str) -> Any:
@@ -195,10 +197,6 @@ class _View:
 
 
 class _StackView(_View):
-    def __init__(self, name: str, layout: StackBytes) -> None:
-        super().__init__(layout)
-        self.name = name
-
     def make(self, flat: torch.Tensor) -> Nf4Stack:
         return self.layout.stack(flat)
 
@@ -224,8 +222,9 @@ class _LinearView(_View):
 def _fill(module: torch.nn.Module, name: str, part: torch.Tensor) -> None:
     """Give the sharded bytes their memory."""
     sharded: Any = module.get_parameter(name + BYTES)
-    whole = {"shape": sharded.shape, "stride": sharded.stride()}
-    tensor = DTensor.from_local(part, sharded.device_mesh, sharded.placements, run_check=False, **whole)
+    mesh, placements = sharded.device_mesh, sharded.placements
+    sizes = {"shape": sharded.shape, "stride": sharded.stride()}
+    tensor = DTensor.from_local(part, mesh, placements, run_check=False, **sizes)
     module.register_parameter(name + BYTES, torch.nn.Parameter(tensor, requires_grad=False))
 
 
