@@ -178,7 +178,7 @@ def _reject_data_parallel(state: Any) -> None:
             Problem(
                 "accelerate",
                 "one process was launched and several GPUs are visible",
-                "use --config_file accelerate_configs/multi_gpu.yaml, or set CUDA_VISIBLE_DEVICES=0",
+                "use --config_file accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0",
                 got=f"{device_count()} GPUs",
             )
         )
