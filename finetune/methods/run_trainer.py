@@ -19,8 +19,8 @@ from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
 from finetune.methods.checkpointing import CheckpointSaver, Snapshot, adapter_facts, state_text
 from finetune.methods.common import TrainerSetup
-from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.sharded_optimizer import load_state, state_on_main, step_on_parts
+from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
 from finetune.model import AdapterSnapshot, snapshot_adapter
 from finetune.progress import phase
