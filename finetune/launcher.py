@@ -1,7 +1,7 @@
 """`accelerate launch`: its settings held against the recipe, and a start that hands signals on to what it started.
 
 The recipe decides the arithmetic and the step. Settings of the launcher that would change them and that can be put back
-are put back, which is said; a run that asks for sharding, or for more processes than were started, is refused.
+are put back, which is said; the others are refused. What it says of sharding is read and hidden from accelerate.
 """
 
 import json
@@ -16,9 +16,17 @@ from typing import Any, NoReturn
 
 from finetune.environment import memory_kills
 from finetune.errors import Problem, RunError
+from finetune.parallelism import (
+    Parallelism,
+    fsdp_remarks,
+    hide_sharding,
+    launch_arguments,
+    launch_problems,
+    launch_settings,
+    parallelism_of,
+)
 from finetune.recipe import Recipe
 from finetune.stopping import EXIT_CODES, Interrupted, held, stop
-from finetune.upstream import private
 
 _MEMORY_KILLS = memory_kills()  # before any process of the run
 _REPLACED = "FINETUNE_LAUNCHER"
@@ -29,34 +37,24 @@ _SECONDS_BETWEEN_SIGNALS = 5
 _AUTOCAST = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 """accelerate's name of what `model.dtype` asks for."""
 
-_SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
-}
-_WHOLE_MODEL = (
-    "each process must hold the whole base: use accelerate_configs/multi_gpu.yaml or single_gpu.yaml (distributed_type "
-    'MULTI_GPU or "NO")'
-)
 _STEP = {
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "training.global_batch_size",
     "ACCELERATE_GRADIENT_CLIPPING": "training.max_grad_norm",
 }
-_LOWERED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "ACCELERATE_DOWNCAST_BF16")
 
 
-def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> list[str]:
-    """Lines about the launcher's settings that the recipe overrides, which are changed in `environment`.
+def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> tuple[Parallelism, list[str]]:
+    """How the processes divide the work, and lines about settings that the recipe overrides.
 
-    Call it before accelerate reads the environment. Raises RunError for settings that cannot be overridden.
+    `environment` is changed: accelerate is to start as for DDP, for what is sharded is sharded by this package. Call it
+    before accelerate reads the environment. Raises RunError for settings that cannot be overridden.
     """
-    problems = _problems(environment)
-    command = launch_command()
-    if command is not None:
-        problems = _command_problems(command, environment, problems)
-    if problems:
+    from torch.cuda import device_count
+
+    settings = launch_settings(environment, launch_command())
+    if problems := launch_problems(recipe, settings, device_count()):
         raise RunError(problems)
+    hide_sharding(environment, settings)
     dtype = recipe.model.dtype
     lines = [
         *_override(environment, "ACCELERATE_MIXED_PRECISION", _AUTOCAST[dtype], f"model.dtype {dtype}"),
@@ -65,7 +63,7 @@ def check_launcher(recipe: Recipe, environment: MutableMapping[str, str]) -> lis
     for name, key in _STEP.items():
         if (value := environment.pop(name, None)) is not None:
             lines.append(_not_used(name, value, key))
-    return lines
+    return parallelism_of(settings), [*lines, *fsdp_remarks(settings)]
 
 
 def _override(environment: MutableMapping[str, str], name: str, wanted: str, decides: str) -> list[str]:
@@ -78,24 +76,6 @@ def _override(environment: MutableMapping[str, str], name: str, wanted: str, dec
 def _not_used(name: str, value: str, decides: str) -> str:
     setting = name.removeprefix("ACCELERATE_").lower()
     return f"accelerate: {setting} {value} is not used: {decides} decides"
-
-
-def _problems(environment: Mapping[str, str]) -> list[Problem]:
-    problems = [_sharding(name) for variable, name in _SHARDING.items() if _is_true(environment.get(variable, "false"))]
-    problems += [
-        Problem("environment", f"{name} lowers the precision of all float32 values", f"unset {name}", got=value)
-        for name in _LOWERED
-        if _is_true(value := environment.get(name, "false"))
-    ]
-    return problems
-
-
-def _sharding(name: str) -> Problem:
-    return Problem("accelerate", f"{name} is not supported: it would split the base's 4-bit stacks", _WHOLE_MODEL)
-
-
-def _is_true(value: str) -> bool:
-    return value.lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def launch_command(process: Any = None) -> list[str] | None:
@@ -140,33 +120,6 @@ def launcher_process() -> Any:
     return parents[0] if parents and "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def _command_problems(
-    command: Sequence[str], environment: Mapping[str, str], problems: Sequence[Problem]
-) -> list[Problem]:
-    """`problems`, and those of settings that the launcher drops on a CPU without passing them on."""
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-
-    args = launch_command_parser().parse_args(list(command))
-    config = None
-    if args.config_file is not None or (Path(default_config_file).is_file() and not args.cpu):
-        config = load_config_from_file(args.config_file)
-    kind = str(getattr(config, "distributed_type", "NO")).rpartition(".")[2]
-    asked = {
-        "FSDP": args.use_fsdp or kind == "FSDP",
-        "DeepSpeed": args.use_deepspeed or kind == "DEEPSPEED",
-        "Megatron-LM": args.use_megatron_lm or kind == "MEGATRON_LM",
-    }
-    found = dict.fromkeys([*problems, *(_sharding(name) for name, wanted in asked.items() if wanted)])
-    processes = args.num_processes or getattr(config, "num_processes", None) or 1
-    started = int(environment.get("WORLD_SIZE", "1"))
-    if not found and processes > started:
-        what = f"{processes} processes were asked for and {started} started (accelerate starts one on a CPU)"
-        do = f"use torchrun --nproc_per_node {processes}, or distributed_type: MULTI_GPU with use_cpu: true"
-        found = {Problem("accelerate", what, do): None}
-    return list(found)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m finetune.launcher ARGUMENTS`: `accelerate launch ARGUMENTS`, which hands signals on.
 
@@ -189,7 +142,7 @@ def _launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    args = _validated(arguments)
+    args = launch_arguments(arguments)
     kinds = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm, args.tpu)
     if args.cpu or not any(kinds):
         _become(args, arguments)
@@ -206,22 +159,6 @@ def _launch(arguments: list[str]) -> int:
     except ChildFailedError as error:
         return _failed(*error.get_first_failure())
     return stop.exit_code
-
-
-def _validated(arguments: list[str]) -> Any:
-    """The arguments with what accelerate adds to them; its warnings are left to the launch itself."""
-    import logging
-
-    from accelerate.commands.launch import launch_command_parser
-
-    logger = logging.getLogger("accelerate.commands.launch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        validate = private("accelerate.commands.launch:_validate_launch_command")
-        return validate(launch_command_parser().parse_args(arguments))[0]
-    finally:
-        logger.setLevel(level)
 
 
 def _become(args: Any, arguments: list[str]) -> NoReturn:

@@ -30,6 +30,7 @@ from finetune.moe.lora import add_adapter, grow_vocabulary
 from finetune.moe.nf4_loading import MoeNf4Config, check_weights
 from finetune.moe.preflight import differences
 from finetune.moe.router_bias import BIAS_FILE, find_biases
+from finetune.moe.stored_bytes import Share
 from finetune.recipe import LoraSettings, ModelSettings, Recipe
 from finetune.upstream import private
 
@@ -37,14 +38,15 @@ _SETS = ("target_modules", "exclude_modules")  # in PEFT's settings
 _MAKERS = ("peft", "torch", "transformers", "trl", "bitsandbytes")
 
 
-def load_base(base: Base, settings: ModelSettings) -> Any:
+def load_base(base: Base, settings: ModelSettings, share: Share | None = None) -> Any:
     """The base model on this process's device, its linear layers and expert stacks in NF4 if the recipe says so.
 
-    Embedding and head get rows for the new tokens. Raises WeightsError for weights that are missing or not finite.
+    Embedding and head get rows for the new tokens. `share`: of a model that is to be sharded, what this process reads
+    of 4-bit expert stacks. Raises WeightsError for weights that are missing or not finite.
     """
     options = loading_options(settings)
     if settings.load_in_4bit:
-        options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"])
+        options["quantization_config"] = MoeNf4Config(compute_dtype=options["dtype"], share=share)
     check_model_folder(base.folder)
     with reading(base.folder, "transformers cannot load it", "give a complete checkpoint"):
         model, report = base.family.transformers_class().from_pretrained(

@@ -19,6 +19,7 @@ from finetune.errors import DiskError, Problem, RunError
 from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
 from finetune.files import write_json
 from finetune.launcher import check_launcher, launcher_process, rank
+from finetune.parallelism import Parallelism, first_line
 from finetune.progress import PROGRESS, phase
 from finetune.recipe import Recipe, load_recipe
 from finetune.stopping import Interrupted, stop
@@ -58,9 +59,10 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     from finetune.start import begin, open_run
 
     check_keys(allowed)
-    _say(*check_launcher(recipe, os.environ))
+    parallelism, remarks = check_launcher(recipe, os.environ)
     state = _processes(recipe.training.rank_timeout)
     _reject_data_parallel(state)
+    _say(_first_line(parallelism, state), *remarks)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
     set_seed(recipe.seed)
 
@@ -94,7 +96,7 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     dashboards = prepare_dashboards(recipe.logging, run, recipe.model_dump(mode="json"))
 
     # 5. 4-bit base and adapter (of selected experts with `lora.experts: auto`), compared with the recipe by the audit
-    model, choice = _load(recipe, base, run, rows, initial_adapter, start.continues)
+    model, choice = _load(recipe, base, run, rows, initial_adapter, start.continues, parallelism)
     _audit(model, base, recipe, rows, run, state.is_main_process)
 
     # 6. The method's trainer
@@ -124,6 +126,18 @@ def _processes(rank_timeout: int) -> Any:
     return state
 
 
+def _first_line(parallelism: Parallelism, state: Any) -> str:
+    """What runs where, by the host names of all processes."""
+    from socket import gethostname
+
+    from accelerate.utils import gather_object
+    from torch.cuda import get_device_name
+
+    device = state.device.type
+    name = f"{device} ({get_device_name(state.device)})" if device == "cuda" else device
+    return first_line(parallelism, gather_object([gethostname()]), name)
+
+
 def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
     """Train and write the adapter; False if a signal has ended the training before its last step."""
     from accelerate import PartialState
@@ -138,7 +152,9 @@ def _train_and_save(setup: "TrainerSetup", trainer: Any) -> bool:
                 finished: bool = trainer.run_from(setup.checkpoint)
             with phase("saving the adapter"):
                 if state.is_main_process:
-                    _save(setup, trainer) if finished else _draw(run)
+                    _draw(run)  # first: a run with an adapter is finished, and nothing of it is made again
+                if finished:
+                    _save(setup, trainer, state.is_main_process)
         finally:
             write_waiting_lines(run.path)
         state.wait_for_everyone()
@@ -162,7 +178,7 @@ def _reject_data_parallel(state: Any) -> None:
             Problem(
                 "accelerate",
                 "one process was launched and several GPUs are visible",
-                "use --config_file accelerate_configs/multi_gpu.yaml, or set CUDA_VISIBLE_DEVICES=0",
+                "use --config_file accelerate_configs/ddp.yaml, or set CUDA_VISIBLE_DEVICES=0",
                 got=f"{device_count()} GPUs",
             )
         )
@@ -197,8 +213,9 @@ def _load(
     rows: "MethodRows",
     initial_adapter: "InitialAdapter | None",
     continues: bool,
+    parallelism: Parallelism,
 ) -> "tuple[Any, ExpertChoice | None]":
-    """Base model and adapter; with `lora.experts: auto` also the chosen experts.
+    """Base model and adapter, sharded if the launcher says so; with `lora.experts: auto` also the chosen experts.
 
     They are measured on the rows, unless the adapter to start from, or the run that continues, has a choice already.
     """
@@ -206,20 +223,31 @@ def _load(
 
     from finetune.model import adapt, load_base
     from finetune.moe.esft import choose_experts, read_choice
+    from finetune.moe.sharding import shard_model, share_of_this_process
 
     auto = recipe.lora.experts == "auto"
     choice = None if initial_adapter is None else initial_adapter.choice
     if auto and choice is None and continues:
         choice = read_choice(run.experts)
+    share = share_of_this_process(parallelism)
     with phase("loading the base"):
-        model = load_base(base, recipe.model)
+        model = load_base(base, recipe.model, share)
     if auto and choice is None and base.family.moe is not None:
         with phase("measuring experts"):
+            if parallelism.is_sharded:
+                shard_model(model.base_model, base.family, parallelism)
             choice = choose_experts(model, base.family.moe, rows.conversations, rows.conversation_collator, recipe)
+        if parallelism.is_sharded:
+            del model  # no adapter can be added to a model that is sharded
+            with phase("loading the base"):
+                model = load_base(base, recipe.model, share)
     if choice is not None and PartialState().is_main_process:
         choice.write(run.experts)
         print("\n".join(choice.lines()))
-    return adapt(model, base, recipe, choice, initial_adapter), choice
+    adapted = adapt(model, base, recipe, choice, initial_adapter)
+    if parallelism.is_sharded:
+        shard_model(adapted, base.family, parallelism)
+    return adapted, choice
 
 
 def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "RunFolder", is_main: bool) -> None:
@@ -240,19 +268,20 @@ def _audit(model: Any, base: "Base", recipe: Recipe, rows: "MethodRows", run: "R
     check_audit(parts, recipe)
 
 
-def _save(setup: "TrainerSetup", trainer: Any) -> None:
-    """Draw the curves and write the adapter in PEFT's format, with its card and `finetune.json`: the run is finished.
+def _save(setup: "TrainerSetup", trainer: Any, is_main: bool) -> None:
+    """Write the adapter in PEFT's format, with its card and `finetune.json`: the run is finished.
 
-    The pictures come first: a run with an adapter is finished, and nothing of it is made again.
+    Every process gathers the parts of a sharded adapter, the main one writes it.
     """
     from finetune.checkpoint import new_folder, sync_files, write_sums
     from finetune.methods.checkpointing import adapter_facts, tensor_bytes, write_adapter
     from finetune.model import snapshot_adapter
 
     run = setup.run
-    _draw(run)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    adapter, facts = snapshot_adapter(model, setup.base.family), adapter_facts(setup)
+    adapter = snapshot_adapter(trainer.accelerator.unwrap_model(trainer.model), setup.base.family)
+    if not is_main:
+        return
+    facts = adapter_facts(setup)
     try:
         with new_folder(run.adapter, tensor_bytes(adapter.factors)) as folder:
             write_adapter(folder, setup, adapter, facts)

@@ -104,6 +104,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "transformers.integrations.gguf.gguf_tokenizer_mapping:GGUF_PRE_TOKENIZER_SPLITS": (),
     # Overridden or called by the trainers.
     "transformers.trainer:Trainer._clip_grad_norm": ("model",),
+    "transformers.trainer:Trainer._defer_fsdp_gradient_reduction": (),
     "transformers.trainer:Trainer._save_checkpoint": ("model", "trial"),
     "transformers.trainer:Trainer._load_optimizer_and_scheduler": ("checkpoint",),
     "transformers.trainer:Trainer._load_scaler": ("checkpoint",),

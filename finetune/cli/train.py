@@ -20,7 +20,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--config_file",
         type=_existing_file,
         metavar="FILE",
-        help="accelerate config of the machine, such as accelerate_configs/multi_gpu.yaml (default: the one written by "
+        help="accelerate config of the machine, such as accelerate_configs/ddp.yaml (default: the one written by "
         "`accelerate config`, else one process on the first GPU, or on the CPU)",
     )
     parser.add_argument(

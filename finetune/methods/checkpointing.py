@@ -22,7 +22,7 @@ from finetune.generation_config import FILE, generation_settings
 from finetune.methods.common import TrainerSetup
 from finetune.methods.router_term import STATE_FILE as ROUTER_FILE
 from finetune.methods.training_state import write_state
-from finetune.model import AdapterSnapshot, save_adapter, snapshot_adapter
+from finetune.model import AdapterSnapshot, save_adapter
 from finetune.run import training_facts
 from finetune.run.checkpoints import (
     IDENTITY_FILE,
@@ -69,11 +69,6 @@ class Snapshot:
     trainer_state: str
     router: Mapping[str, Any] | None
     best: int | None
-
-    @classmethod
-    def take(cls, setup: TrainerSetup, model: Any, step: int, **parts: Any) -> "Snapshot":
-        """`parts`: the fields that the trainer knows."""
-        return cls(step, snapshot_adapter(model, setup.base.family), adapter_facts(setup), **parts)
 
 
 class CheckpointSaver:

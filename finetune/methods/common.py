@@ -13,6 +13,7 @@ from finetune.base import Base
 from finetune.data import DataStats
 from finetune.errors import Problem, RunError
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.sharded_optimizer import stepped_parameters
 from finetune.methods.watchdog import Watchdog
 from finetune.moe.audit import audit_model, check_audit
 from finetune.moe.esft import ExpertChoice
@@ -31,7 +32,7 @@ class PreparedAudit(TrainerCallback):  # type: ignore[misc]
         """Raises RunError where the prepared model differs from the recipe, or the optimizer misses parameters."""
         check_audit(audit_model(model, self.family), self.recipe)
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        stepped = {id(parameter) for parameter in stepped_parameters(optimizer)}
         if trained != stepped:
             what = f"{len(trained)} tensors are to be trained and the optimizer has other ones"
             got = f"{len(stepped)} in the optimizer, {len(trained & stepped)} of them trained"

@@ -32,6 +32,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from finetune.data.types import TokenPair
 from finetune.errors import Problem, RunError
 from finetune.files import disk_named, write_json, write_text
+from finetune.moe.sharding import local
 from finetune.upstream import require_reads
 
 require_reads("peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters")
@@ -54,7 +55,7 @@ class Reference(torch.nn.Module):
         self._policy = (model,)
         self._layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if fresh else []
         trained = [] if fresh else [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._start = [(parameter, parameter.detach().clone()) for parameter in trained]
+        self._start = [(parameter, local(parameter.detach()).clone()) for parameter in trained]
 
     def forward(self, *_: Any, **__: Any) -> None:
         """Never called: `active` makes the policy the reference."""
@@ -86,15 +87,22 @@ class Reference(torch.nn.Module):
 
     @contextmanager
     def _start_parameters(self) -> Iterator[None]:
-        """Exchanges the parameters' storages: no copy, and the optimizer keeps the same parameters."""
-        now = [parameter.data for parameter, _ in self._start]
-        for parameter, start in self._start:
-            parameter.data = start
+        """The parameters as they were; the optimizer keeps the same ones.
+
+        Their values are exchanged, not their memory: FSDP2 gathers a sharded model from the memory that it knows.
+        """
+        self._exchange()
         try:
             yield
         finally:
-            for (parameter, _), data in zip(self._start, now, strict=True):
-                parameter.data = data
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for parameter, start in self._start:
+            now = local(parameter.data)  # not counted as a change by autograd: the policy's graph may be waiting
+            held = now.clone()
+            now.copy_(start)
+            start.copy_(held)
 
 
 Logps = NDArray[np.float32]

@@ -17,10 +17,12 @@ from transformers import TrainerCallback, TrainerState
 
 from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
-from finetune.methods.checkpointing import CheckpointSaver, Snapshot, state_text
+from finetune.methods.checkpointing import CheckpointSaver, Snapshot, adapter_facts, state_text
 from finetune.methods.common import TrainerSetup
 from finetune.methods.trainer import StepExactTrainer
+from finetune.methods.sharded_optimizer import load_state, state_on_main, step_on_parts
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
+from finetune.model import AdapterSnapshot, snapshot_adapter
 from finetune.progress import phase
 from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
@@ -183,12 +185,14 @@ class RunTrainer(StepExactTrainer):
     def _save_this_step(self) -> None:
         self.store_flos()
         ranks = gather_object([snapshot({"rng": rng_state(), **self.own_state()})])
+        optimizer = state_on_main(self.optimizer, self.saver is not None)
+        adapter = snapshot_adapter(self.accelerator.unwrap_model(self.model), self.setup.base.family)
         if self.saver is None:
             return
         scaler = self.accelerator.scaler
         state = {
             "step": self.state.global_step,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "ranks": ranks,
@@ -197,14 +201,14 @@ class RunTrainer(StepExactTrainer):
             "position": {"epoch": self.state.epoch, "rows_per_step": self.setup.recipe.training.global_batch_size},
             "evaluation_due": self.evaluation_due,
         }
-        self.saver.save(self._snapshot(snapshot(state)))
+        self.saver.save(self._snapshot(adapter, snapshot(state)))
 
-    def _snapshot(self, state: Mapping[str, Any]) -> Snapshot:
+    def _snapshot(self, adapter: AdapterSnapshot, state: Mapping[str, Any]) -> Snapshot:
         """This step's; `state`: what `training_state` writes of it."""
-        return Snapshot.take(
-            self.setup,
-            self.accelerator.unwrap_model(self.model),
+        return Snapshot(
             self.state.global_step,
+            adapter,
+            adapter_facts(self.setup),
             state=state,
             trainer_state=state_text(self.state),
             router=None if self.router_term is None else self.router_term.state_dict(),
@@ -229,13 +233,19 @@ class RunTrainer(StepExactTrainer):
         self.state.compute_steps(self.args, max_steps)
         return position
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; on this process's part of a sharded model."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        step_on_parts(optimizer)
+        return optimizer
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The states as they were; rates and decay are the recipe's where a change was allowed."""
         if checkpoint is None:
             return
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self._groups()]
         base_lrs = list(getattr(self._schedule(), "base_lrs", ()))
-        self.optimizer.load_state_dict(self._resumed["optimizer"])
+        load_state(self.optimizer, self._resumed["optimizer"])
         self.lr_scheduler.load_state_dict(self._resumed["scheduler"])
         schedule = self._schedule()
         if not self._resumed["changed"] or not isinstance(schedule, LambdaLR):
@@ -294,8 +304,10 @@ class RunTrainer(StepExactTrainer):
             for own, generator in zip(self._resumed["ranks"], generators, strict=True):
                 own["rng"] = generator
         self._resumed["evaluation_due"] = self.evaluation_due = False
+        adapter = snapshot_adapter(self.accelerator.unwrap_model(self.model), self.setup.base.family)
         if self.saver is not None:
-            self.saver.save(self._snapshot({name: self._resumed[name] for name in self._resumed if name != "changed"}))
+            state = {name: self._resumed[name] for name in self._resumed if name != "changed"}
+            self.saver.save(self._snapshot(adapter, state))
             self.saver.wait()
         self.accelerator.wait_for_everyone()
 

@@ -7,7 +7,8 @@ optimizer step, figures that are exact over all ranks and micro-batches, and a s
 T tokens, flattened.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,14 @@ from finetune.methods.batches import BatchLoader, evaluation_batches, loader, tr
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
+from finetune.moe.sharding import is_sharded, whole
 from finetune.progress import PROGRESS, phase
 from finetune.recipe.run_settings import WatchdogSettings
 from finetune.upstream import require, require_reads
 
 require(
     "transformers.trainer:Trainer._clip_grad_norm",
+    "transformers.trainer:Trainer._defer_fsdp_gradient_reduction",
     "transformers.trainer:Trainer._prepare_inputs",
     "transformers.trainer:Trainer.get_batch_samples",
     "transformers.trainer:Trainer.get_decay_parameter_names",
@@ -58,10 +61,14 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         watchdog: Watchdog | None = None,
         **kwargs: Any,
     ) -> None:
-        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)  # TRL casts those of a quantised model that are trained
         super().__init__(*args, model=model, **kwargs)
-        for parameter, data in trained:
-            parameter.data = data
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        # transformers then leaves the model as it is, as one that it has itself sharded while loading.
+        self.is_distributed_loading_by_transformers = is_sharded(model)
         fit_head(self.model.get_base_model())
         self.router_term, self.router_observers = router_term, router_observers
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
@@ -190,13 +197,26 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
 
         The only read of the device in a step, apart from logging and from transformers' attention masks.
         """
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         figures, losses = self._step_figures(norm)
         self._skipped = self.watchdog.skips(figures, partial(self._rank_rows, losses), self.is_world_process_zero())
         if self._skipped:
             model.zero_grad(set_to_none=True)  # no optimizer changes a parameter, or its state, without a gradient
             self._forget_step()
         return norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Between the micro-batches of a step: gradients are summed up over the processes that share a model.
+
+        transformers would keep the whole adapter's gradients on every process until the last micro-batch. Groups of
+        processes that hold a model each (HSDP) still exchange theirs once a step.
+        """
+        self.model.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_all_reduce(True)
 
     def _step_figures(self, norm: torch.Tensor) -> tuple[StepFigures, list[float]]:
         """The step over all ranks, and the losses of this rank's micro-batches."""

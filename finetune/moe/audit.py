@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from finetune.errors import Problem, RunError
 from finetune.moe.families import QUANTIZED_PARTS, Family
 from finetune.moe.nf4 import Nf4Stack
+from finetune.moe.sharding import BYTES, flat_layout, local
 from finetune.recipe import LoraSettings, Recipe
 from finetune.upstream import clean_name
 
@@ -27,6 +28,7 @@ class PartAudit:
     part: str
     parameters: int = 0
     bytes: int = 0
+    local_bytes: int = 0  # of `bytes` those on this process, fewer where the model is sharded
     weights: dict[str, str] = field(default_factory=dict)  # matrix or stack -> format it is stored in
     vectors: Counter[str] = field(default_factory=Counter)  # format -> number of norms and biases
     adaptable: set[str] = field(default_factory=set)  # the weights that `lora.targets` can name
@@ -48,6 +50,7 @@ class PartAudit:
             "stored_as": self.stored_as,
             "parameters": self.parameters,
             "bytes": self.bytes,
+            "local_bytes": self.local_bytes,
             "adapted": len(self.ranks),
             "adaptable": len(self.adaptable),
             "ranks": sorted(set(self.ranks.values())),
@@ -60,19 +63,24 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
     """Count every parameter of a (possibly adapted) model by class."""
     parts = {part: PartAudit(part) for part in PARTS}
     for name, parameter in model.named_parameters():
-        clean = clean_name(name)
+        layout = flat_layout(model, name)
+        clean = clean_name(name if layout is None else name.removesuffix(BYTES))
         part = parts[part_of(clean, family)]
         if _is_lora(name) or _are_rows(name):
             part.trained += parameter.numel() if parameter.requires_grad else 0
             part.rows += len(parameter) if parameter.requires_grad and _are_rows(name) else 0
             continue
-        stored_as, count, stored_bytes = storage_of(parameter)
-        if _is_weight(clean, parameter, family):
+        if layout is None:
+            shape, (stored_as, count, stored_bytes) = _logical_shape(parameter), storage_of(parameter)
+        else:
+            shape, stored_as, count, stored_bytes = layout.shape, "nf4", layout.shape.numel(), layout.total
+        if _is_weight(clean, shape, family):
             part.weights[clean] = stored_as
         else:
             part.vectors[stored_as] += 1
         part.parameters += count
         part.bytes += stored_bytes
+        part.local_bytes += stored_bytes * local(parameter).numel() // max(parameter.numel(), 1)
         part.base_trained += count if parameter.requires_grad else 0
     for name, module in model.named_modules():
         weight = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
@@ -89,14 +97,14 @@ def audit_model(model: torch.nn.Module, family: Family) -> dict[str, PartAudit]:
     return parts
 
 
-def _is_weight(name: str, parameter: torch.Tensor, family: Family) -> bool:
+def _is_weight(name: str, shape: torch.Size, family: Family) -> bool:
     """Whether it is a matrix or stack, not a norm, a bias (of experts too) or a router's correction bias."""
     moe, part = family.moe, family.part(name)
     if moe is not None and part == "router":
         return name.endswith(f".{moe.router_parameter}")
     if moe is not None and part == "experts":
         return name.endswith(tuple(f".{moe.experts_module}.{stack.parameter}" for stack in moe.stacks))
-    return len(_logical_shape(parameter)) > 1
+    return len(shape) > 1
 
 
 def check_audit(parts: dict[str, PartAudit], recipe: Recipe) -> None:

@@ -31,6 +31,7 @@ from finetune.errors import Problem, RunError, WeightsError
 from finetune.files import write_json
 from finetune.moe.families import MoeLayout
 from finetune.moe.lora import FactoredStackLora
+from finetune.moe.sharding import whole
 from finetune.recipe import Recipe
 from finetune.upstream import clean_name
 
@@ -323,7 +324,7 @@ class _Layout:
 
     def save(self, _module: Any, state_dict: dict[str, torch.Tensor], prefix: str, _metadata: Any) -> None:
         """State dict hook: expand the weight in `state_dict`."""
-        state_dict[f"{prefix}weight"] = self.expand(state_dict[f"{prefix}weight"].detach())
+        state_dict[f"{prefix}weight"] = self.expand(whole(state_dict[f"{prefix}weight"].detach()))
 
     def load(self, _module: Any, state_dict: dict[str, torch.Tensor], prefix: str, *_: Any) -> None:
         """Load hook: compact the weight in `state_dict`; torch reports a weight of another shape."""

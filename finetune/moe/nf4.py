@@ -60,6 +60,8 @@ def quantize_pieces(pieces: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def _block_maxima(absmax_EQ: torch.Tensor, nested_absmax_ES: torch.Tensor, offset_E: torch.Tensor) -> torch.Tensor:
     """The block maxima of some experts, float32 `[E, Q]`."""
     code = _absmax_code(absmax_EQ.device)
+    # Those of a sharded model are views into the bytes of all experts.
+    absmax_EQ, nested_absmax_ES = absmax_EQ.contiguous(), nested_absmax_ES.contiguous()
     native = native_dequantize("fp32") if absmax_EQ.device.type == "cpu" else None
     if absmax_EQ.shape[1] % NESTED_BLOCKSIZE == 0:  # no block spans two experts: one call for all
         pairs = [(absmax_EQ, nested_absmax_ES)]
@@ -103,6 +105,13 @@ def linear_weight(weight: Any) -> torch.Tensor:
     maxima = _block_maxima(state.absmax[None], state.state2.absmax[None], state.offset.reshape(1))[0]
     _dequantize_into(dense_OI, weight.data.view(-1), maxima)
     return dense_OI
+
+
+def stored_sizes(values: int) -> tuple[tuple[int, torch.dtype], ...]:
+    """Number and dtype of the elements that `Nf4Stack` stores of one expert with so many values, in its order."""
+    blocks = -(-values // BLOCKSIZE)
+    nested = -(-blocks // NESTED_BLOCKSIZE)
+    return (-(-values // 2), torch.uint8), (blocks, torch.uint8), (nested, torch.float32), (1, torch.float32)
 
 
 class Nf4Stack(torch.Tensor):
@@ -232,15 +241,58 @@ class Nf4Stack(torch.Tensor):
         )
 
 
+class Nf4Part(Nf4Stack):
+    """Some consecutive experts of a stack, `held`: what one process reads of it, before the model is sharded.
+
+    It looks like the whole stack; asking for values raises WeightsError.
+    """
+
+    held: range
+
+    @classmethod
+    def of(cls, stack: Nf4Stack, held: range, num_experts: int) -> "Nf4Part":
+        """`stack`: of the experts `held` alone."""
+        part = cls(stack.stored, torch.Size((num_experts, *stack.shape[1:])), stack.dtype)
+        part.held = held
+        return part
+
+    def maxima(self, experts: slice) -> torch.Tensor:
+        """Raises WeightsError."""
+        raise self._unsharded()
+
+    def expert(self, index: int, out: torch.Tensor | None = None, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
+        """Raises WeightsError."""
+        raise self._unsharded()
+
+    def rows(self, index: int, start: int, stop: int, maxima_Q: torch.Tensor | None = None) -> torch.Tensor:
+        """Raises WeightsError."""
+        raise self._unsharded()
+
+    def dequantize(self) -> torch.Tensor:
+        """Raises WeightsError."""
+        raise self._unsharded()
+
+    def _unsharded(self) -> WeightsError:
+        what = f"this process holds {len(self.held)} of {self.shape[0]} experts, and the model is not sharded yet"
+        return WeightsError(Problem("4-bit expert stack", what, "call finetune.moe.sharding.shard_model(model) first"))
+
+
+def _like(stack: Nf4Stack, inner: tuple[torch.Tensor, ...], dtype: torch.dtype) -> Nf4Stack:
+    same = type(stack)(inner, stack.shape, dtype)
+    if isinstance(stack, Nf4Part) and isinstance(same, Nf4Part):
+        same.held = stack.held
+    return same
+
+
 def _same(stack: Nf4Stack, **_: Any) -> Nf4Stack:
-    return Nf4Stack(stack.stored, stack.shape, stack.dtype)
+    return _like(stack, stack.stored, stack.dtype)
 
 
 def _to_copy(
     stack: Nf4Stack, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **_: Any
 ) -> Nf4Stack:
     """Move to a device, or change the dtype that `expert` produces; the stored bits stay as they are."""
-    return Nf4Stack(tuple(tensor.to(device) for tensor in stack.stored), stack.shape, dtype or stack.dtype)
+    return _like(stack, tuple(tensor.to(device) for tensor in stack.stored), dtype or stack.dtype)
 
 
 _STRUCTURAL: dict[Any, Callable[..., Nf4Stack]] = {

@@ -8,8 +8,9 @@ become NF4 can be asked by name and shape, without loading them.
 E experts, O output features, I input features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from finetune.errors import Problem, WeightsError
 from finetune.model_files import build_config
 from finetune.moe.families import FAMILIES, QUANTIZED_PARTS, family_of
-from finetune.moe.nf4 import BLOCKSIZE, Nf4Stack, linear_weight
+from finetune.moe.nf4 import BLOCKSIZE, Nf4Part, Nf4Stack, linear_weight
+from finetune.moe.stored_bytes import Share, StackBytes
 from finetune.upstream import private, require, require_reads
 
 _LOADER = "transformers.core_model_loading"
@@ -72,14 +74,14 @@ class _ByExpert(ConversionOps):  # type: ignore[misc]
     ) -> dict[str, Any]:
         kwargs |= {"target_patterns": target_patterns, "full_layer_name": full_layer_name}
         if is_expert_stack(kwargs["model"], full_layer_name):
-            return {target_patterns[0]: self._experts(input_dict, kwargs)}
+            return {target_patterns[0]: [partial(self._expert, input_dict, kwargs)]}
         return self._run({name: [read() for read in unread] for name, unread in input_dict.items()}, kwargs)
 
-    def _experts(self, input_dict: dict[str, list[Any]], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
-        """Each expert's matrix `[O, I]`, read when it is asked for."""
-        for unread in zip(*input_dict.values(), strict=True):
-            one = {name: [read()] for name, read in zip(input_dict, unread, strict=True)}
-            yield next(iter(self._run(one, kwargs).values()))[0]
+    def _expert(self, input_dict: dict[str, list[Any]], kwargs: dict[str, Any], index: int) -> torch.Tensor:
+        """One expert's matrix `[O, I]`, read now."""
+        one = {name: [unread[index]()] for name, unread in input_dict.items()}
+        matrix: torch.Tensor = next(iter(self._run(one, kwargs).values()))[0]
+        return matrix
 
     def _run(self, tensors: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         for operation in self.operations:
@@ -90,34 +92,51 @@ class _ByExpert(ConversionOps):  # type: ignore[misc]
 class _Quantize(ConversionOps):  # type: ignore[misc]
     """Loader operation: stacks become `Nf4Stack`s, linear weights go to bitsandbytes' own operation."""
 
-    def __init__(self, linear_operation: Any, damaged: list[str]) -> None:
+    def __init__(self, linear_operation: Any, damaged: list[str], share: Share | None) -> None:
         self.linear_operation = linear_operation
         self.damaged = damaged
+        self.share = share
 
     def convert(self, input_dict: dict[str, Any], *, model: torch.nn.Module, **kwargs: Any) -> dict[str, Any]:
         name, value = next(iter(input_dict.items()))
         if isinstance(value, list):
             (value,) = value
         extremes: list[torch.Tensor] = []
+        first = None
         if is_expert_stack(model, name):
-            num_experts = model.get_parameter(name).shape[0]
-            stack = Nf4Stack.from_experts(_watch(value, extremes), num_experts)
+            whole = model.get_parameter(name)
+            stack = self._quantize(whole, value if callable(value) else value.__getitem__, extremes)
+            first = stack.held.start if isinstance(stack, Nf4Part) else 0
             loaded = {name: torch.nn.Parameter(stack, requires_grad=False)}
         else:
             extremes.append(extremes_of(value))
             loaded = self.linear_operation.convert({name: value}, model=model, **kwargs)
-        finite = torch.stack(extremes).isfinite().all(dim=-1)  # one device-to-host copy a weight
+        finite = torch.stack(extremes).isfinite().all(dim=-1) if extremes else torch.ones(0)  # one copy from the device
         self.damaged += [
-            name if len(extremes) == 1 else f"{name}, expert {index}"
+            name if first is None else f"{name}, expert {first + index}"
             for index, is_finite in enumerate(finite.tolist())
             if not is_finite
         ]
         return loaded
 
+    def _quantize(
+        self, whole: torch.Tensor, read: Callable[[int], torch.Tensor], extremes: list[torch.Tensor]
+    ) -> Nf4Stack:
+        """The experts of this process; all of them where the model is not sharded. `whole`: on the meta device."""
+        num_experts = whole.shape[0]
+        if self.share is None:
+            return Nf4Stack.from_experts(_watched(read, range(num_experts), extremes), num_experts)
+        held = StackBytes(whole.shape, whole.dtype).experts(self.share)
+        stack = Nf4Stack.from_experts(_watched(read, held, extremes), len(held))
+        return Nf4Part.of(stack, held, num_experts)
 
-def _watch(experts: Any, extremes: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Pass the experts on, and note each one's extremes: NF4 would turn a NaN into an ordinary number."""
-    for weight_OI in experts:
+
+def _watched(
+    read: Callable[[int], torch.Tensor], experts: range, extremes: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """Read experts one by one, and note each one's extremes: NF4 would turn a NaN into an ordinary number."""
+    for expert in experts:
+        weight_OI = read(expert)
         extremes.append(extremes_of(weight_OI))
         yield weight_OI
 
@@ -173,7 +192,8 @@ class UnevenLinear4bit(Linear4bit):  # type: ignore[misc]
 class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
     """bitsandbytes NF4 with double quantisation for linear layers *and* expert stacks."""
 
-    def __init__(self, compute_dtype: torch.dtype = torch.float32, **_: Any) -> None:
+    def __init__(self, compute_dtype: torch.dtype = torch.float32, share: Share | None = None, **_: Any) -> None:
+        """`share`: of a sharded model, what this process reads of each expert stack."""
         super().__init__(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -181,6 +201,7 @@ class MoeNf4Config(BitsAndBytesConfig):  # type: ignore[misc]
             bnb_4bit_compute_dtype=compute_dtype,
         )
         self.quant_method = QUANT_METHOD
+        self.share = share
 
 
 @register_quantizer(QUANT_METHOD)
@@ -210,7 +231,7 @@ class MoeNf4Quantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return linear or is_expert_stack(model, param_name)
 
     def get_quantize_ops(self) -> _Quantize:
-        return _Quantize(super().get_quantize_ops(), self.damaged)
+        return _Quantize(super().get_quantize_ops(), self.damaged, self.quantization_config.share)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: torch.nn.Module) -> list[Any]:
         """Have the rules that stack experts run expert by expert."""

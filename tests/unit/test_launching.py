@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 
 from finetune.environment import wait_passively
 from finetune.errors import RecipeError, RunError, WeightsError
@@ -52,7 +51,7 @@ def test_the_recipe_decides_the_precision_and_the_step_whatever_was_launched(
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4",
         "ACCELERATE_GRADIENT_CLIPPING": "0.5",
     }
-    lines = check_launcher(recipe, environment)
+    _, lines = check_launcher(recipe, environment)
     assert environment == {"ACCELERATE_MIXED_PRECISION": autocast, "ACCELERATE_DYNAMO_BACKEND": "no"}
     said = f"accelerate: mixed_precision {launched} is not used: model.dtype {dtype} decides"
     assert lines == [
@@ -61,53 +60,7 @@ def test_the_recipe_decides_the_precision_and_the_step_whatever_was_launched(
         "accelerate: gradient_accumulation_steps 4 is not used: training.global_batch_size decides",
         "accelerate: gradient_clipping 0.5 is not used: training.max_grad_norm decides",
     ]
-    assert check_launcher(recipe, environment) == []
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
-        ("ACCELERATE_USE_FSDP", "true", "accelerate: FSDP is not supported: .*; each process must hold the whole base"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "accelerate: DeepSpeed is not supported"),
-        ("ACCELERATE_USE_MEGATRON_LM", "True", "accelerate: Megatron-LM is not supported"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "accelerate: parallelism_config is not supported"),
-        ("XLA_USE_BF16", "1", "environment: XLA_USE_BF16 lowers the precision of .*; got 1; unset XLA_USE_BF16"),
-    ],
-)
-def test_sharding_is_refused_by_name(tmp_path: Path, variable: str, value: str, message: str) -> None:
-    with pytest.raises(RunError, match=f"^{message}"):
-        check_launcher(recipe_for(tmp_path), {variable: value})
-    check_launcher(recipe_for(tmp_path), {variable: "false"})
-
-
-@pytest.mark.parametrize(
-    ("flags", "config", "message"),
-    [
-        (["--cpu"], {"distributed_type": "FSDP", "num_processes": 2}, "accelerate: FSDP is not supported"),
-        ([], {"distributed_type": "DEEPSPEED", "use_cpu": True}, "accelerate: DeepSpeed is not supported"),
-        (["--cpu"], {"distributed_type": "MEGATRON_LM"}, "accelerate: Megatron-LM is not supported"),
-        (["--use_fsdp"], None, "accelerate: FSDP is not supported"),
-        (["--cpu", "--num_processes", "2"], None, "accelerate: 2 processes were asked for and 1 started .* torchrun"),
-        (["--num_processes=3"], {"distributed_type": "NO"}, "accelerate: 3 processes were asked for and 1 started"),
-        ([], {"distributed_type": "MULTI_CPU", "num_processes": 4}, "accelerate: 4 processes were asked for and 1 st"),
-    ],
-)
-def test_what_the_launcher_drops_on_a_cpu_is_refused(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: list[str],
-    config: dict[str, object] | None,
-    message: str,
-) -> None:
-    if config is not None:
-        file = tmp_path / "accelerate.yaml"
-        whole = {"compute_environment": "LOCAL_MACHINE", "num_processes": 1, "num_machines": 1, "machine_rank": 0}
-        file.write_text(yaml.safe_dump(whole | {"mixed_precision": "no", "use_cpu": True} | config))
-        flags = ["--config_file", str(file), *flags]
-    monkeypatch.setattr("finetune.launcher.launch_command", lambda: [*flags, "-m", "finetune.train", "r.yaml"])
-    with pytest.raises(RunError, match=f"^{message}") as caught:
-        check_launcher(recipe_for(tmp_path), {})
-    assert len(caught.value.problems) == 1
+    assert check_launcher(recipe, environment)[1] == []
 
 
 @pytest.mark.parametrize(
