@@ -55,7 +55,7 @@ class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
         chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
         tokens = torch.stack([mask.sum() for mask in chosen]).sum().to(device)
         counts = torch.stack([tokens, tokens.new_tensor(sum(map(len, chosen)))])
-        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().unbind()
+        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().clamp(min=1).unbind()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

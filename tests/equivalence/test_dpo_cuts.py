@@ -9,7 +9,7 @@ import torch
 
 from finetune.methods.arguments import evaluation_metrics
 from tests.equivalence.dpo_runs import PAIR_KEYS, dpo_recipe, dpo_run, dpo_trainer, write_pairs
-from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_changes_nothing, assert_same_steps, padded_with_eos
 
 MIXED: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "ld_alpha": 0.5}
 
@@ -134,3 +134,12 @@ def test_packed_pairs_are_the_same_pairs(base: Path, pairs: Path, tmp_path: Path
     for other in evaluations[1:]:
         for key in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_entropy"):
             assert other[key] == pytest.approx(evaluations[0][key], abs=1e-5), key
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "flat", "shared", "shared, eager"])
+def test_a_micro_batch_without_pairs_changes_nothing(base: Path, pairs: Path, tmp_path: Path, layout: str) -> None:
+    method = {**MIXED, "use_weighting": True, "reference": "precomputed" if layout == "padded" else "live"}
+    model = {"attn_implementation": "eager"} if layout.endswith("eager") else {}
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, method, model=model))
+    trainer.data_collator.layout = layout.partition(",")[0]
+    assert_changes_nothing(trainer)

@@ -12,7 +12,16 @@ from transformers import TrainerCallback
 
 from finetune.errors import RunError
 from finetune.methods.arguments import EVALUATION_TOKENS, evaluation_metrics, evaluation_rows
-from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos, recipe, run, trainer_for
+from tests.equivalence.sft_runs import (
+    TIMINGS,
+    Steps,
+    assert_changes_nothing,
+    assert_same_steps,
+    padded_with_eos,
+    recipe,
+    run,
+    trainer_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +138,12 @@ def test_an_evaluation_batch_has_some_thousand_tokens_or_the_rows_of_training(tm
     assert rows_of(max_length=EVALUATION_TOKENS, per_device_train_batch_size=4) == 4
     assert rows_of(max_length=10 * EVALUATION_TOKENS, per_device_train_batch_size=1) == 1
     assert rows_of(attn_implementation="flash_attention_2") == 32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_micro_batch_without_rows_changes_nothing(base: Path, rows: Path, tmp_path: Path, attention: str) -> None:
+    trainer, _ = trainer_for(recipe(base, rows, tmp_path, attn_implementation=attention, with_eval=True))
+    assert_changes_nothing(trainer)
 
 
 def test_adapter_weights_stay_in_32_bits(base: Path, rows: Path, tmp_path: Path) -> None:
