@@ -9,7 +9,6 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import RandomSampler
 
 from finetune.data.tokens.global_batches import GlobalBatches, equal_share
 from finetune.methods.batches import evaluation_batches, training_batches
@@ -55,10 +54,9 @@ def arguments(strategy: str, accumulation: int = 1) -> SimpleNamespace:
 
 @given(rows=st.integers(1, 60), epoch=st.integers(0, 3))
 def test_the_random_order_is_that_of_accelerate(rows: int, epoch: int) -> None:
-    batches = training_batches(Dataset.from_dict({"input_ids": [[0]] * rows}), arguments("random"), 0, 1)
+    batches = training_batches(range(rows), arguments("random"), 0, 1)
     batches.set_epoch(epoch)
     theirs = SeedableRandomSampler(range(rows), data_seed=42)
-    assert isinstance(theirs, RandomSampler)
     theirs.set_epoch(epoch)
     assert list(chain(*batches)) == list(theirs)
 
