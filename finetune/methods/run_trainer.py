@@ -80,7 +80,7 @@ class RunTrainer(StepExactTrainer):
                 Problem(
                     "training",
                     f"the run stopped before its {self.total_steps} steps; nothing was saved",
-                    "give more rows than one micro-batch holds, and look at training.trainer_args",
+                    "look at training.trainer_args, and report this",
                     got=f"{self.state.global_step} steps",
                 )
             )

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from finetune.methods.batches import BatchLoader, evaluation_batches, loader, training_batches
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
@@ -104,9 +105,22 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.watchdog.load_state_dict(state["watchdog"])
         self._tokens = torch.full_like(self._tokens, num_tokens)
 
+    def get_train_dataloader(self) -> BatchLoader:
+        """This process's micro-batches of every epoch; not one that accelerate divides among processes."""
+        accelerator, rows = self.accelerator, self.train_dataset
+        batches = training_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
+        return loader(rows, batches, self.data_collator, self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """This process's batches of the evaluation rows, as many as the others have."""
+        accelerator, rows = self.accelerator, self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = evaluation_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
+        return loader(rows, batches, self.data_collator, self.args)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = [self._prepare_inputs(sample) for sample in samples]  # to the device, before the first forward
         self._step_rows = [sample["rows"] for sample in samples]
         self._step_losses.clear()
         self._skipped = False
@@ -142,14 +156,6 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
             loss = self.router_term.add(loss, record, self.weights(inputs), self.accelerator.num_processes)
         self._step_losses.append(loss.detach())
         return loss
-
-    def first_repeated(self, rows: int) -> int:
-        """How many of this rank's `rows` of an evaluation batch count; the last may be repeats to fill all ranks."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        left: int = state.remainder - self.accelerator.process_index * rows
-        return max(min(left, rows), 0)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with exact figures in place of means of batch means."""

@@ -101,7 +101,6 @@ def test_packed_rows_are_those_of_flat_ones_under_each_other_with_padding_of_one
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0, 0, 0]]
     assert batch["weight"].tolist() == [[1] * 9, [1] * 6 + [0] * 3]
     assert batch["answer_index"].tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 0], [11, 12, 13]]
-    assert batch["pairs_by_feature"] == [1, 1]
     assert batch.keys().isdisjoint({"attention_mask", "document", "branch"})
 
 

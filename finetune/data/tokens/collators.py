@@ -36,28 +36,32 @@ class Collator:
     mask is given, and only without a key/value cache, so the model must be called with `use_cache=False`. Padding on
     the right has position 0 throughout: each token is a document of its own.
     Both: `weight`, as `input_ids`, 1 for a token and 0 for padding; `supervised` [N], the flattened positions of
-    `labels[:, 1:]` that are not -100.
+    `labels[:, 1:]` that are not -100. Without any row: one pad token of weight 0, unpacked, which attention sees.
     """
 
     def __init__(self, tokenizer: Any, in_one_row: bool = False) -> None:
         self._padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED, "position_ids": 0, "weight": 0}
+        self._empty = {"input_ids": [tokenizer.pad_token_id], "labels": [IGNORED]}
         self._in_one_row = in_one_row
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows that are all packed or all unpacked."""
-        packed = "position_ids" in features[0]
+        rows = features or [self._empty]
+        packed = "position_ids" in rows[0]
         keys = ("input_ids", "labels", *(("position_ids",) if packed else ()))
-        columns = {key: [torch.tensor(row[key]) for row in features] for key in keys}
+        columns = {key: [torch.tensor(row[key]) for row in rows] for key in keys}
         columns["weight"] = [torch.ones_like(ids) for ids in columns["input_ids"]]
         if packed and self._in_one_row:
-            batch = {key: torch.cat(rows).unsqueeze(0) for key, rows in columns.items()}
+            batch = {key: torch.cat(column).unsqueeze(0) for key, column in columns.items()}
         else:
             batch = {
-                key: pad_sequence(rows, batch_first=True, padding_value=self._padding[key])
-                for key, rows in columns.items()
+                key: pad_sequence(column, batch_first=True, padding_value=self._padding[key])
+                for key, column in columns.items()
             }
         if not packed:
             batch["attention_mask"] = batch["weight"]
+        if not features:
+            batch["weight"] = torch.zeros_like(batch["weight"])
         places = [place for row in features for place in (row["row"] if packed else [row["row"]])]
         return {**batch, "supervised": supervised_positions(batch["labels"][:, 1:]), "rows": places}
 
@@ -126,7 +130,8 @@ class PairCollator:
     - `completion_mask` `[2B, W]`: 1 where the j-th token is supervised. `answer_length` `[2B]`, in tokens.
     - `ref_chosen_logps`, `ref_rejected_logps` `[B]`, float32, from `reference[split][pair]`, where it was given.
     - `pairs`: (split, index) of each pair; `rows` (list of str): its `file:line`, for messages.
-    - `pairs_by_feature` (list of int): how many pairs each feature has.
+
+    Without any feature: no pair, and one pad token of weight 0 that attention sees.
 
     The pairs of all features are numbered in order; of the `2B`, the chosen answers come first. Padded rows get
     `pad_to_multiple_of` tokens: CUDA's attention copies a mask in every layer whose rows are no multiple of 8.
@@ -148,7 +153,7 @@ class PairCollator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate the pairs of all features."""
         groups = [[self._tables[feature["split"]][index] for index in feature["pairs"]] for feature in features]
-        batch_rows = _LAYOUTS[self.layout](groups)
+        batch_rows = _LAYOUTS[self.layout](groups) if groups else _no_pairs(self._pad_token_id)
         T = max(sum(len(segment.ids) for segment in row) for row in batch_rows.rows)
         if self.layout in ("padded", "shared"):
             T += -T % self._pad_to_multiple_of
@@ -159,11 +164,15 @@ class PairCollator:
             del batch[name]
         if self.reference is not None:
             values = [self.reference[feature["split"]][index] for feature in features for index in feature["pairs"]]
-            chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32)).unbind(1)
+            chosen_B, rejected_B = torch.from_numpy(np.asarray(values, dtype=np.float32).reshape(-1, 2)).unbind(1)
             batch |= {"ref_chosen_logps": chosen_B, "ref_rejected_logps": rejected_B}
         named = [(feature["split"], index) for feature in features for index in feature["pairs"]]
-        batch["pairs_by_feature"] = [len(group) for group in groups]
         return {**batch, "pairs": named, "rows": [pair.row for pair in chain(*groups)]}
+
+
+def _no_pairs(pad_token_id: int) -> _BatchRows:
+    ids, labels = np.array([pad_token_id], np.int32), np.array([IGNORED], np.int32)
+    return _BatchRows([[_Segment(ids, labels, position=0, weight=0, document=0, branch=PROMPT)]], [], [])
 
 
 def _document(pair: TokenPair, answer: tuple[Ints, Ints], document: int, branch: int) -> _Segment:
@@ -270,7 +279,7 @@ def _tokens(rows: Sequence[Sequence[_Segment]], T: int, pad_token_id: int) -> di
 
 def _answers(answers: Sequence[_AnswerPosition], T: int) -> dict[str, Any]:
     """Where each answer is predicted, in rows of `T` tokens."""
-    W = max(len(answer.labels) for answer in answers)
+    W = max((len(answer.labels) for answer in answers), default=1)
     index_BW, mask_BW = (np.zeros((len(answers), W), np.int64) for _ in range(2))
     for number, (row, start, labels) in enumerate(answers):
         index_BW[number, : len(labels)] = row * T + start + np.arange(len(labels))
@@ -278,5 +287,5 @@ def _answers(answers: Sequence[_AnswerPosition], T: int) -> dict[str, Any]:
     return {
         "answer_index": torch.from_numpy(index_BW),
         "completion_mask": torch.from_numpy(mask_BW),
-        "answer_length": torch.tensor([len(answer.labels) for answer in answers]),
+        "answer_length": torch.tensor([len(answer.labels) for answer in answers], dtype=torch.int64),
     }
