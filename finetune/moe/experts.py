@@ -54,14 +54,11 @@ def experts_forward(
         return _sort_rows(top_k_index, module.num_experts, ChunkSize.for_columns(up.out_features, x_TH.is_cuda))
 
     order_R, chunks = sort_rows() if kept is None else kept.once(sort_rows)
-    dropout = any(factors.dropout for factors in up.factors + down.factors)
     call = ExpertsCall(
         up=up,
         down=down,
         gate=gate_of(module),
         chunks=chunks,
-        # From the generator that checkpointing restores, so that the recompute drops the same elements.
-        seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
         is_large=pieces > 1,
     )
     with torch.autocast(x_TH.device.type, enabled=False):

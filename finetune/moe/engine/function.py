@@ -20,6 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from finetune.moe.checkpointing import kept_values
+from finetune.moe.dropout import InputDropout
 from finetune.moe.engine.gates import Gate, sum_dtype
 from finetune.moe.engine.routed_rows import Chunk, ExpertFactors, Projection, Weights
 
@@ -32,7 +33,6 @@ class ExpertsCall:
     down: Projection
     gate: Gate
     chunks: Sequence[Chunk]
-    seed: int  # for the dropout masks, which the backward generates again
     is_large: bool = False  # so many rows that full checkpointing should save nothing of their size
 
     @property
@@ -143,7 +143,7 @@ def _backward(ctx: Any, g_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     backward = _Backward(call, x_TH, weight_R, g_TH, ctx.needs_input_grad)
     for number, chunk in enumerate(call.chunks):
         first = count + number * each
-        backward.add(chunk, call.seed + 2 * number, others[first : first + each])
+        backward.add(chunk, others[first : first + each])
     return backward.results()
 
 
@@ -172,13 +172,13 @@ class _Backward:
         of_factors = (grad for gradients in self.of_up + self.of_down for grad in gradients.results())
         return None, grad_x, self.grad_weight_R, *of_factors
 
-    def add(self, chunk: Chunk, seed: int, saved: Sequence[torch.Tensor]) -> None:
+    def add(self, chunk: Chunk, saved: Sequence[torch.Tensor]) -> None:
         """Add a chunk's share; `saved`: what the forward kept of it, or nothing."""
-        u_nO, *low_nr = saved or _first_projection(chunk, self.call, chunk.gather(self.x_TH), self.up, seed)
+        u_nO, *low_nr = saved or _first_projection(chunk, self.call, chunk.gather(self.x_TH), self.up)
         g_nH = chunk.gather(self.g_TH)
         weight_n = self.weight_R[chunk.rows]
         dh_nI = chunk.project_back(g_nH, self.down)  # not yet times the row's router weight
-        backs = [gradients.back(chunk, g_nH, dh_nI, seed + 1) for gradients in self.of_down]
+        backs = [gradients.back(chunk, g_nH, dh_nI) for gradients in self.of_down]
         h_nI, gradient_n, gate_backward = self.call.gate.again(u_nO, dh_nI, weight_n)
         del dh_nI, u_nO
         self.grad_weight_R[chunk.rows] = gradient_n + _bias_products(chunk, self.call.down, g_nH)
@@ -193,7 +193,7 @@ class _Backward:
         dx_nH = None if self.grad_x_TH is None else chunk.project_back(du_nO, self.up)
         x_nH = chunk.gather(self.x_TH) if self.of_up else du_nO
         for gradients, low in zip(self.of_up, low_nr[: len(self.of_up)], strict=True):
-            gradients.add(chunk, du_nO, x_nH, low, gradients.back(chunk, du_nO, dx_nH, seed, x_nH))
+            gradients.add(chunk, du_nO, x_nH, low, gradients.back(chunk, du_nO, dx_nH, x_nH))
         if self.grad_x_TH is not None and dx_nH is not None:
             chunk.scatter_add(self.grad_x_TH, dx_nH)
 
@@ -206,25 +206,23 @@ def _forward(
     out_TH = torch.zeros(x_TH.shape, dtype=sum_dtype(x_TH), device=x_TH.device)
     up, down = (Weights(projection, x_TH.dtype, hold=len(call.chunks) > 1) for projection in (call.up, call.down))
 
-    def add(chunk: Chunk, seed: int) -> None:
-        u_nO, *low_up = _first_projection(chunk, call, chunk.gather(x_TH), up, seed)
+    def add(chunk: Chunk) -> None:
+        u_nO, *low_up = _first_projection(chunk, call, chunk.gather(x_TH), up)
         h_nI = call.gate.forward(u_nO)
         y_nH = chunk.project(h_nI, down)
-        low_down = _add_factors(chunk, call.down, y_nH, h_nI, seed + 1)
+        low_down = _add_factors(chunk, call.down, y_nH, h_nI)
         chunk.scatter_add(out_TH, y_nH * weight_R[chunk.rows, None])
         saved.extend([u_nO, *low_up, *low_down] if keep else [])
 
-    for number, chunk in enumerate(call.chunks):
-        add(chunk, call.seed + 2 * number)
+    for chunk in call.chunks:
+        add(chunk)
     return out_TH.to(x_TH.dtype), saved
 
 
-def _first_projection(
-    chunk: Chunk, call: ExpertsCall, x_nH: torch.Tensor, up: Weights, seed: int
-) -> list[torch.Tensor]:
+def _first_projection(chunk: Chunk, call: ExpertsCall, x_nH: torch.Tensor, up: Weights) -> list[torch.Tensor]:
     """`u`, and `x A^T` of each pair of factors."""
     u_nO = chunk.project(x_nH, up)
-    return [u_nO, *_add_factors(chunk, call.up, u_nO, x_nH, seed)]
+    return [u_nO, *_add_factors(chunk, call.up, u_nO, x_nH)]
 
 
 _Back = tuple[torch.Tensor, torch.Tensor | None]
@@ -251,13 +249,13 @@ class _Gradients:
         return chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, self.factors.A, self.factors)
 
     def back(
-        self, chunk: Chunk, g_nO: torch.Tensor, dx_nI: torch.Tensor | None, seed: int, x_nI: torch.Tensor | None = None
+        self, chunk: Chunk, g_nO: torch.Tensor, dx_nI: torch.Tensor | None, x_nI: torch.Tensor | None = None
     ) -> _Back:
         """Add a chunk's share to `dx`; returns `g B^T` and dropout's mask. `x_nI` is needed where `dx` is not."""
         factors = self.factors
         like_nI = x_nI if dx_nI is None else dx_nI
         assert like_nI is not None
-        mask_nI = _mask(like_nI, factors.dropout, seed)
+        mask_nI = _mask(chunk, like_nI, factors.dropout)
         g_nr = chunk.factor_down(g_nO, factors.B, factors)
         if dx_nI is not None and mask_nI is None:
             chunk.add_factor_up(dx_nI, g_nr, factors.A, factors, factors.scaling)
@@ -289,13 +287,11 @@ class _Gradients:
             chunk.add_outer(grad_B, (low_nr * scale).to(g_nO.dtype), g_nO, factors)
 
 
-def _add_factors(
-    chunk: Chunk, projection: Projection, y_nO: torch.Tensor, x_nI: torch.Tensor, seed: int
-) -> list[torch.Tensor]:
+def _add_factors(chunk: Chunk, projection: Projection, y_nO: torch.Tensor, x_nI: torch.Tensor) -> list[torch.Tensor]:
     """`y += s (dropout(x) A^T) B^T` for each pair of factors, in place; returns each `dropout(x) A^T`."""
     low_nr = []
     for factors in projection.factors:
-        mask_nI = _mask(x_nI, factors.dropout, seed)
+        mask_nI = _mask(chunk, x_nI, factors.dropout)
         low_nr.append(chunk.factor_down(x_nI if mask_nI is None else x_nI * mask_nI, factors.A, factors))
         chunk.add_factor_up(y_nO, low_nr[-1], factors.B, factors, factors.scaling)
     return low_nr
@@ -308,9 +304,9 @@ def _bias_products(chunk: Chunk, down: Projection, g_nH: torch.Tensor) -> torch.
     return (g_nH.to(sum_dtype(g_nH)) * chunk.row_bias(down.bias)).sum(-1)
 
 
-def _mask(x_nI: torch.Tensor, probability: float, seed: int) -> torch.Tensor | None:
-    """Dropout's mask, 0 or 1 / (1 - p); the same for the same seed."""
-    if not probability:
+def _mask(chunk: Chunk, x_nI: torch.Tensor, dropout: InputDropout | None) -> torch.Tensor | None:
+    """Dropout's mask, 0 or 1 / (1 - p), of the chunk's rows; the same in the forward and the backward."""
+    if dropout is None:
         return None
-    generator = torch.Generator(x_nI.device).manual_seed(seed)
-    return torch.empty_like(x_nI).bernoulli_(1 - probability, generator=generator).div_(1 - probability)
+    keys_n1 = chunk.gather(dropout.keys_T[:, None]) + chunk.row_bias(dropout.expert_keys())
+    return dropout.mask(x_nI, keys_n1.squeeze(1))

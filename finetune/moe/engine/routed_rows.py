@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch.nn import functional
 
+from finetune.moe.dropout import InputDropout
 from finetune.moe.nf4 import Nf4Stack
 
 
@@ -25,13 +26,13 @@ class ExpertFactors:
     """`A [S, r, I]`, `B^T` as `B [S, r, O]`, and the scale of `B A`; `experts`: the expert of each row, None: all.
 
     Both have r rows: products with a short inner or outer side are up to eight times faster that way on a CPU.
-    `dropout`: probability that an input element of `A` is dropped.
+    `dropout`: of the input of `A`.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
-    dropout: float = 0.0
+    dropout: InputDropout | None = None
     experts: tuple[int, ...] | None = None
 
     @cached_property
