@@ -300,11 +300,9 @@ def _set_dropout(model: torch.nn.Module, probability: float) -> None:
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer) or type(module) is ParamWrapper:
             continue  # a router's adapter has none: it is added to the weight
-        name = clean_name(path)
-        if isinstance(module, ParamWrapper):
-            name += f".{module.parameter_name}"
+        place = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
         for adapter in module.lora_dropout:
-            module.lora_dropout[adapter] = LoraDropout(probability, f"{name}.{adapter}", token_keys)
+            module.lora_dropout[adapter] = LoraDropout(probability, clean_name(f"{place}.{adapter}"), token_keys)
 
 
 def factor_stacks(model: torch.nn.Module) -> None:

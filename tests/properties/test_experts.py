@@ -106,18 +106,21 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def reference(module: Any, case: Case, x_TH: torch.Tensor, index_TK: torch.Tensor, w_TK: torch.Tensor) -> torch.Tensor:
-    """One loop over tokens and choices with `W + s B A`, in double precision."""
+    """One loop over tokens and choices with `W x + s B A dropout(x)`, in double precision."""
 
-    def linear(name: str, expert: int, row: torch.Tensor) -> torch.Tensor:
+    def linear(name: str, expert: int, token: int, row: torch.Tensor) -> torch.Tensor:
         data = getattr(module, name).data
         weight = (data.expert(expert) if isinstance(data, Nf4Stack) else data[expert]).double()
         weight = weight.T if case.transposed else weight
+        out = weight @ row
         experts = list(range(case.num_experts) if case.chosen is None else case.chosen)
         if expert in experts:
             A, B = (factor[experts.index(expert)].double() for factor in module.lora_sources[name].leaves)
-            weight = weight + case.scaling * B.T @ A
-        bias = getattr(module, f"{name}_bias")[expert].double() if case.bias else 0
-        return weight @ row + bias
+            dropout = dropout_of(case, name)
+            if dropout is not None:
+                row = row * dropout.mask(row.detach()[None], dropout.keys_T[token] + dropout.expert_keys()[expert])[0]
+            out = out + case.scaling * B.T @ (A @ row)
+        return out + getattr(module, f"{name}_bias")[expert].double() if case.bias else out
 
     first = "gate_up_proj" if module.has_gate else "up_proj"
     total = []
@@ -125,8 +128,8 @@ def reference(module: Any, case: Case, x_TH: torch.Tensor, index_TK: torch.Tenso
         row = torch.zeros(case.hidden, dtype=torch.float64)
         for expert, weight in zip(index_TK[token].tolist(), w_TK[token], strict=True):
             if expert < case.num_experts:
-                hidden = GATES[case.gate](linear(first, expert, x_TH[token].double()))
-                row = row + weight.double() * linear("down_proj", expert, hidden)
+                hidden = GATES[case.gate](linear(first, expert, token, x_TH[token].double()))
+                row = row + weight.double() * linear("down_proj", expert, token, hidden)
         total.append(row)
     return torch.stack(total)
 
@@ -172,6 +175,7 @@ def cases(draw: st.DrawFn) -> Case:
         bias=draw(st.booleans()),
         gate=draw(st.sampled_from(sorted(GATES))),
         chosen=draw(st.none() | st.sets(st.integers(0, num_experts - 1), min_size=1).map(lambda s: tuple(sorted(s)))),
+        dropout=draw(st.sampled_from([0.0, 0.3])),
         routing=draw(st.sampled_from(["random", "few experts have all", "some tokens have none"])),
         seed=draw(st.integers(0, 99)),
     )
@@ -186,9 +190,9 @@ def test_experts_of_any_shape_are_those_of_the_plain_reference(case: Case) -> No
 @pytest.mark.parametrize("rows", [1, 3, 10_000])
 def test_experts_are_the_same_however_their_rows_are_cut(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChunkSize, "for_columns", lambda *_: ChunkSize(shared=rows, single=rows))
-    check(Case(num_experts=6, tokens=20, chosen=(1, 4)))
+    check(Case(num_experts=6, tokens=20, chosen=(1, 4), dropout=0.3))
     check(Case(num_experts=6, tokens=20, bias=True, routing="few experts have all"))
-    check(Case(num_experts=6, tokens=20, hidden=8, quantised=True, routing="few experts have all"))
+    check(Case(num_experts=6, tokens=20, hidden=8, quantised=True, routing="few experts have all", dropout=0.3))
 
 
 @given(cases())
