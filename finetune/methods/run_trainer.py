@@ -223,9 +223,6 @@ class RunTrainer(StepExactTrainer):
         self.evaluation_due = self._resumed["evaluation_due"]
         if self.router_term is not None:
             self.router_term.load(checkpoint)
-        ranks, now = len(self._resumed["ranks"]), self.accelerator.num_processes
-        if ranks != now and self.setup.recipe.lora.lora_dropout > 0 and self.is_world_process_zero():
-            print(f"lora_dropout draws other masks on {now} processes than on the {ranks} that the run began with")
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; how often is logged, evaluated and saved is the recipe's, not the checkpoint's."""
