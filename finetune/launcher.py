@@ -133,6 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted:
         print(stop.line(), file=sys.stderr)
         return stop.exit_code
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 def _launch(arguments: list[str]) -> int:
@@ -143,6 +146,7 @@ def _launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_arguments(arguments)
+    _check_machines(args)
     kinds = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm, args.tpu)
     if args.cpu or not any(kinds):
         _become(args, arguments)
@@ -159,6 +163,13 @@ def _launch(arguments: list[str]) -> int:
     except ChildFailedError as error:
         return _failed(*error.get_first_failure())
     return stop.exit_code
+
+
+def _check_machines(args: Any) -> None:
+    """Raise RunError for machines that would wait for each other in vain: accelerate takes the name None for a host."""
+    if (args.num_machines or 1) > 1 and args.main_process_ip is None and args.rdzv_backend == "static":
+        do = "add --main_process_ip HOST, the address of machine 0, and --machine_rank R, the number of this machine"
+        raise RunError(Problem("accelerate", f"{args.num_machines} machines and no address of the first", do))
 
 
 def _become(args: Any, arguments: list[str]) -> NoReturn:

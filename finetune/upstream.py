@@ -41,8 +41,9 @@ NAMES: dict[str, tuple[str, ...]] = {
         "module",
         "params_and_buffers_to_ignore",
     ),
-    # Heartbeats through the process group's own store, and its timeout, which differs before and in training.
+    # Heartbeats through the process group's own store, and every group's timeout, which differs before and in training.
     "torch.distributed.distributed_c10d:_get_default_store": (),
+    "torch.distributed.distributed_c10d:_world": (),
     "torch.distributed.distributed_c10d:_set_pg_timeout": ("timeout", "group"),
     # Tensors inside nested arguments.
     "torch.utils._pytree:tree_map_only": ("type_or_types_or_pred", "func", "tree"),

@@ -152,8 +152,9 @@ class Ranks:
         self._thread.start()
 
     def limit(self, timeout: timedelta) -> None:
-        """Set how long an operation of the process group may take."""
-        private("torch.distributed.distributed_c10d:_set_pg_timeout")(timeout, None)
+        """Set how long an operation between processes may take, also in groups within and across machines (HSDP)."""
+        for group in private("torch.distributed.distributed_c10d:_world").pg_map:
+            private("torch.distributed.distributed_c10d:_set_pg_timeout")(timeout, group)
 
     def finish(self) -> None:
         """No process waits for this one any more."""

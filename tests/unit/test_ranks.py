@@ -132,14 +132,21 @@ def test_an_error_of_one_process_is_the_reason_of_both(tmp_path: Path, monkeypat
     assert said(tmp_path, 0).strip().endswith(reason)
 
 
-def test_the_timeout_reaches_the_process_group(tmp_path: Path) -> None:
-    """A process that is alive and takes part in nothing: its heartbeats go on, so the operation itself must end."""
+def test_the_timeout_reaches_every_process_group(tmp_path: Path) -> None:
+    """A process that is alive and takes part in nothing: its heartbeats go on, so the operation itself must end.
+
+    A group that is made later, as those within and across machines are, would wait for 30 minutes.
+    """
 
     def hangs(_rank: int) -> None:
-        time.sleep(4)
+        distributed.new_group([0, 1])
+        time.sleep(6)
 
     def waits(_rank: int) -> None:
-        ranks_module._RANKS[0].limit(timedelta(seconds=1))
+        later = distributed.new_group([0, 1])
+        ranks_module._RANKS[0].limit(timedelta(seconds=0.5))
+        with pytest.raises(RuntimeError):
+            distributed.barrier(later)
         distributed.barrier()
 
     with two_processes(tmp_path, 30, waits, hangs) as both:
