@@ -23,6 +23,7 @@ def end_run(error: Exception) -> int:
         return RunError.exit_code  # another process, or the launcher, says it
     if expected is None and not is_connection_error(error):
         raise error
+    sys.stdout.flush()  # what is kept back for a file comes before the last line
     bar = "" if PROGRESS.step is None else "\n"  # what is printed begins at the end of a progress bar
     print(f"{bar}{said}", file=sys.stderr, flush=True)
     return RunError.exit_code if expected is None else expected.exit_code

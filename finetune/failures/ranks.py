@@ -243,9 +243,9 @@ class Ranks:
         if not self._claimed.acquire(blocking=False):
             return
         said, says = self._publish(reason)
+        sys.stdout.flush()  # what is kept back for a file comes before the last line
         if says or not (stop.requested is not None or self._told.wait(LAUNCHER_SECONDS)):
             print(f"\n{said}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
         os._exit(1)
 
     def _read(self, name: str, store: Any) -> list[bytes]:
