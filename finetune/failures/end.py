@@ -3,12 +3,14 @@
 import signal
 import sys
 import threading
+from contextlib import suppress
 
 from finetune.errors import FinetuneError, RunError, as_expected
 from finetune.failures.memory import out_of_memory
 from finetune.failures.ranks import LAUNCHER_SECONDS, first_reason, is_connection_error
 from finetune.progress import PROGRESS
 from finetune.stopping import stop
+from finetune.upstream import UpstreamError, private
 
 
 def end_run(error: Exception) -> int:
@@ -24,9 +26,17 @@ def end_run(error: Exception) -> int:
     if expected is None and not is_connection_error(error):
         raise error
     sys.stdout.flush()  # what is kept back for a file comes before the last line
+    _end_bars()
     bar = "" if PROGRESS.step is None else "\n"  # what is printed begins at the end of a progress bar
     print(f"{bar}{said}", file=sys.stderr, flush=True)
     return RunError.exit_code if expected is None else expected.exit_code
+
+
+def _end_bars() -> None:
+    """Progress bars print themselves once more when they are collected, which would be behind the last line."""
+    with suppress(UpstreamError):
+        for bar in list(private("tqdm:tqdm._instances")):
+            bar.close()
 
 
 def _signalled() -> threading.Event:

@@ -133,6 +133,9 @@ class Ranks:
         stop.when_requested(self._told.set)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
+        self._answered = time.monotonic()
+        if self._store_lost():
+            threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def limit(self, timeout: timedelta) -> None:
         """Set how long an operation of the process group may take."""
@@ -164,12 +167,17 @@ class Ranks:
             own = f"{self.peers[self.rank]} has failed: {summary(error)}"
             reason, says = self._publish(own)
             return (str(error), True) if reason == own else (reason, says)
+        give_up = threading.Timer(2 * self.timeout, self._give_up)
+        give_up.daemon = True
+        give_up.start()
         try:
             reason = self._diagnosis(error)
         except RuntimeError:
             what = f"the connection to the other processes was lost{when(str(PROGRESS))}"
             reason = self._store_lost() or str(Problem("processes", what, _next(), summary(error)))
-        return self._publish(reason)
+        published = self._publish(reason)
+        give_up.cancel()
+        return published
 
     def _publish(self, reason: str) -> tuple[str, bool]:
         """The reason of the run's end, and whether this process is the one to say it."""
@@ -221,10 +229,11 @@ class Ranks:
             if now - looked > 3 * self.interval + 1:
                 for beat in beats:
                     beat.since = now  # this process itself was stopped, or its machine suspended
-            looked, patience = now, float(_GRACE_SECONDS)
+            looked, patience = now, _GRACE_SECONDS
             try:
                 self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
                 values = self._read("beat", self._thread_store)
+                self._answered = time.monotonic()
                 if stopped := self._stopped(beats, values):
                     self._end(stopped)
                 found = self._said(self._thread_store) or self._dead(values)
@@ -233,10 +242,27 @@ class Ranks:
                 if (found := self._store_lost()) is None:
                     return
                 self._store_is_lost = True
-                # An operation that was refused says nothing about the processes there, one that took so long does.
-                patience = max(self.timeout - (time.monotonic() - now), 0)
+                patience = self.timeout  # what refused the connection may have been the launcher alone
             if found and not self._ending.wait(patience):
                 self._end(found)
+
+    def _watch_store(self) -> None:
+        """A second thread: an operation on a store of another machine does not return once a cable is pulled."""
+        looked = time.monotonic()
+        while not self._ending.wait(self.interval):
+            now = time.monotonic()
+            if now - looked > 3 * self.interval + 1:
+                self._answered = now  # this process itself was stopped, or its machine suspended
+            looked = now
+            if now - self._answered > self.timeout:
+                self._store_is_lost = True
+                self._end(unreachable(self.peers[0], str(PROGRESS)))
+                return
+
+    def _give_up(self) -> None:
+        """The store, from which the reason was to come, does not answer any more."""
+        print(f"\n{self._store_lost() or unreachable(self.peers[0], str(PROGRESS))}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _end(self, reason: str) -> None:
         """End the process from the thread: the main one waits in an operation that nothing interrupts."""

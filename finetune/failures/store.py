@@ -23,13 +23,14 @@ def group_arguments(timeout: timedelta, environment: Mapping[str, str] = os.envi
     by_deepspeed = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"  # makes the group itself
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or by_deepspeed:
         return arguments
-    from torch.distributed import PrefixStore, TCPStore
+    import torch
 
+    c10d: Any = torch.distributed  # whose stubs leave the stores out
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = TCPStore(*address, world_size=world_size, is_master=False, timeout=timeout)
+    store = c10d.TCPStore(*address, world_size=world_size, is_master=False, timeout=timeout)
     name = attempt(store, rank, world_size, timeout)
-    return {**arguments, "store": PrefixStore(f"finetune/{name}", store), "rank": rank, "world_size": world_size}
+    return {**arguments, "store": c10d.PrefixStore(f"finetune/{name}", store), "rank": rank, "world_size": world_size}
 
 
 def attempt(store: Any, rank: int, world_size: int, timeout: timedelta) -> str:

@@ -150,9 +150,11 @@ def test_a_cable_is_pulled(pulled: int, machines: Sequence[Machine], workspace: 
     name = f"cable-{pulled}"
     both = train_until_it_saves(machines, workspace, name)
     machines[pulled].plug(up=False)
-    assert_lost(both[0], f"rank 1 on {machines[1].name} has not answered for {TIMEOUT} s at step ", TIMEOUT + BUSY)
-    assert_lost(both[1], f"rank 0 on {machines[0].name} ended or cannot be reached at step ", TIMEOUT + BUSY)
-    machines[pulled].plug(up=True)
+    try:
+        assert_lost(both[0], f"rank 1 on {machines[1].name} has not answered for {TIMEOUT} s at step ", TIMEOUT + BUSY)
+        assert_lost(both[1], f"rank 0 on {machines[0].name} ended or cannot be reached at step ", TIMEOUT + BUSY)
+    finally:
+        machines[pulled].plug(up=True)
     assert differing(finish(machines, workspace, name), whole) == []
 
 

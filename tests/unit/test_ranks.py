@@ -194,9 +194,14 @@ def test_of_a_run_that_is_started_again(tmp_path: Path, monkeypatch: pytest.Monk
     assert "(signal 9) while training; the launcher starts it again (--max_restarts: 2 left)" in said(tmp_path, 0)
 
 
+def empty_store() -> Any:
+    c10d: Any = distributed
+    return c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def test_each_attempt_has_a_name_of_its_own() -> None:
     """In a store that keeps what ended processes have left."""
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = empty_store()
     seconds, names = timedelta(seconds=20), []
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
@@ -209,6 +214,6 @@ def test_each_attempt_has_a_name_of_its_own() -> None:
 
 @pytest.mark.parametrize(("rank", "who"), [(0, "rank 1 has"), (1, "rank 0 has")])
 def test_a_process_that_does_not_start_is_named(rank: int, who: str) -> None:
-    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = empty_store()
     with pytest.raises(RunError, match=f"^processes: {who} not started within 1 s; got 2 expected; start the same"):
         attempt(store, rank, 2, timedelta(seconds=1))
