@@ -28,7 +28,7 @@ def group_arguments(timeout: timedelta, environment: Mapping[str, str] = os.envi
     c10d: Any = torch.distributed  # whose stubs leave the stores out
     rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    store = c10d.TCPStore(*address, world_size=world_size, is_master=False, timeout=timeout)
+    store = c10d.TCPStore(*address, world_size, False, timeout, wait_for_workers=False)
     name = attempt(store, rank, world_size, timeout)
     return {**arguments, "store": c10d.PrefixStore(f"finetune/{name}", store), "rank": rank, "world_size": world_size}
 

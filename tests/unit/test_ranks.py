@@ -142,7 +142,7 @@ def test_the_timeout_reaches_the_process_group(tmp_path: Path) -> None:
         ranks_module._RANKS[0].limit(timedelta(seconds=1))
         distributed.barrier()
 
-    with two_processes(tmp_path, 30, waits, hangs) as both:
+    with two_processes(tmp_path, 30, waits, hangs):
         pass
     line = said(tmp_path, 0)
     assert "an operation between the processes failed although all of them answer; got RuntimeError:" in line
