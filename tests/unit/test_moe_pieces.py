@@ -1,6 +1,7 @@
 """Many rows: cut by tokens, with nothing of their size saved under full checkpointing, the results stay the same."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from finetune.moe.engine.routed_rows import GroupedChunk, grouped_chunks, pieces
 from finetune.moe.experts import experts_forward
 from tests.properties.test_experts import Case, build, inputs, leaves_of
 
-CASE = {"hidden": 16, "intermediate": 8, "num_experts": 5, "rank": 4, "tokens": 23}
+CASE = Case(hidden=16, intermediate=8, num_experts=5, rank=4, tokens=23)
 
 
 def step(case: Case, mode: str, after: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
@@ -55,7 +56,7 @@ def set_cut(patch: pytest.MonkeyPatch, grouped: bool, pieces: int) -> None:
 def test_pieces_give_what_the_whole_gives(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], quantised: bool
 ) -> None:
-    case = Case(**{**CASE, "quantised": quantised, **changes})
+    case = replace(CASE, quantised=quantised, **changes)
     for after in (torch.clone, torch.sigmoid):  # the second saves its result: a recompute needs the experts' output
         for grouped in (True, False):
             set_cut(monkeypatch, grouped, pieces=1)
@@ -70,10 +71,10 @@ def test_what_full_checkpointing_computes_again_drops_the_same_elements(
     monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
     set_cut(monkeypatch, grouped, pieces=3)
-    case = Case(**CASE, dropout=0.3)
+    case = replace(CASE, dropout=0.3)
     saved, again = step(case, "none", torch.clone), step(case, "full", torch.clone)
     assert_equal(again, saved)
-    without = step(Case(**CASE), "none", torch.clone)
+    without = step(CASE, "none", torch.clone)
     assert not torch.allclose(saved[0], without[0], atol=1e-3)
 
 
@@ -94,7 +95,7 @@ def test_full_checkpointing_runs_the_experts_of_many_rows_once(monkeypatch: pyte
     ):
         runs.clear()
         set_cut(monkeypatch, grouped=True, pieces=pieces)
-        step(Case(**CASE), "full", after)
+        step(CASE, "full", after)
         assert runs == wanted
 
 

@@ -187,7 +187,7 @@ class Chunk(Protocol):
 class LoopChunk:
     """Some consecutive experts, one matrix product each."""
 
-    sums_in_float32 = False
+    sums_in_float32: ClassVar[bool] = False
 
     def __init__(self, first_expert: int, bounds: Sequence[int], token_R: torch.Tensor) -> None:
         """`bounds`: the first row of each expert, and the row past the last one's last."""
@@ -273,7 +273,7 @@ class GroupedChunk:
     Factors must have one row an expert (`ExpertFactors.spread`).
     """
 
-    sums_in_float32 = True
+    sums_in_float32: ClassVar[bool] = True
 
     def __init__(self, order_n: torch.Tensor, offsets_E: torch.Tensor, top_k: int, first_token: int = 0) -> None:
         """`order_n`: rows ((token - first) * K + choice) sorted by expert; `offsets_E`: past each expert's last one."""
