@@ -7,6 +7,7 @@ bit, and logs the same figures as one that nothing has interrupted.
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from finetune.methods.sharded_optimizer import load_state, state_on_main, step_o
 from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
 from finetune.model import AdapterSnapshot, snapshot_adapter
+from finetune.moe.audit import audit_model
 from finetune.progress import phase
 from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
@@ -64,6 +66,16 @@ class RunTrainer(StepExactTrainer):
         self.stopped_by_signal = self.evaluation_due = False
         self._resumed: dict[str, Any] = {}
         self.add_callback(_Flow(self))
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """As transformers', from the audit's counts: of a sharded model it would see this process's bytes."""
+        return 6 * int(inputs["input_ids"].numel()) * self._computing
+
+    @cached_property
+    def _computing(self) -> int:
+        """Number of parameters without the embedding."""
+        parts = audit_model(self.model, self.setup.base.family)
+        return sum(part.parameters * (part.part != "embeddings") + part.trained for part in parts.values())
 
     def run_from(self, checkpoint: Path | None) -> bool:
         """Train to the last step, from a checkpoint if one is given; False if a signal ended the run before it.
