@@ -34,7 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         output_dir="run",
         model={"name_or_path": "base", "load_in_4bit": True, "dtype": "float32"},
-        lora={"targets": ["attention", "experts", "router"], "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
+        lora={"targets": ["attention", "experts"], "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
         router={"router_aux_loss_coef": 0.1},
         data={"train": dict(source), "eval": dict(source), "max_length": 128},
         training={
