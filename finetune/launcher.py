@@ -7,6 +7,7 @@ are put back, which is said; the others are refused. What it says of sharding is
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -25,6 +26,7 @@ from finetune.parallelism import (
     launch_settings,
     parallelism_of,
 )
+from finetune.progress import ended_line, shared_by, shared_file
 from finetune.recipe import Recipe
 from finetune.stopping import EXIT_CODES, Interrupted, held, stop
 
@@ -133,6 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted:
         print(stop.line(), file=sys.stderr)
         return stop.exit_code
+    except RunError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
 
 
 def _launch(arguments: list[str]) -> int:
@@ -143,6 +148,7 @@ def _launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     args = launch_arguments(arguments)
+    _check_machines(args)
     kinds = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm, args.tpu)
     if args.cpu or not any(kinds):
         _become(args, arguments)
@@ -151,14 +157,22 @@ def _launch(arguments: list[str]) -> int:
     # Of torch's agent only SIGQUIT: at a signal it would give the others 30 seconds, and then report its own traceback.
     args.signals_to_handle = "SIGQUIT"
     stop.when_requested(_keep_telling_children)
+    progress = shared_file()
     try:
         with stop.deferred():
             launch_command(args)
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        return _failed(*error.get_first_failure())
+        return _failed(*error.get_first_failure(), progress)
     return stop.exit_code
+
+
+def _check_machines(args: Any) -> None:
+    """Raise RunError for machines that would wait for each other in vain: accelerate takes the name None for a host."""
+    if (args.num_machines or 1) > 1 and args.main_process_ip is None and args.rdzv_backend == "static":
+        do = "add --main_process_ip HOST, the address of machine 0, and --machine_rank R, the number of this machine"
+        raise RunError(Problem("accelerate", f"{args.num_machines} machines and no address of the first", do))
 
 
 def _become(args: Any, arguments: list[str]) -> NoReturn:
@@ -169,7 +183,7 @@ def _become(args: Any, arguments: list[str]) -> NoReturn:
         os.execvpe(command[0], command, {**environment, _REPLACED: json.dumps([os.getpid(), arguments])})
 
 
-def _failed(rank: int, failure: Any) -> int:
+def _failed(rank: int, failure: Any, progress: int | None = None) -> int:
     """The exit code of the process that failed first, `failure`; for one that a signal ended also a line."""
     code = int(failure.exitcode)
     if code >= 0:
@@ -178,12 +192,9 @@ def _failed(rank: int, failure: Any) -> int:
     if stop.requested is not None:
         print(stop.line(), file=sys.stderr)
         return stop.exit_code
-    do, killed = "look for a memory limit or a person who ended it; what was saved is whole", ""
-    if -code == signal.SIGKILL and memory_kills() > _MEMORY_KILLS:
-        killed = ", and meanwhile the kernel ended a process because memory was used up"
-        do = "take a machine or a container with more memory, or settings that need less; what was saved is whole"
-    what = f"was ended by {signal.Signals(-code).name}{killed}"
-    print(Problem(f"process {rank}", what, do), file=sys.stderr)
+    memory = -code == signal.SIGKILL and memory_kills() > _MEMORY_KILLS
+    doing = shared_by(progress, failure.local_rank)
+    print(f"\n{ended_line(rank, socket.gethostname(), f'signal {-code}', doing, memory)}", file=sys.stderr)
     return 128 - code
 
 

@@ -6,9 +6,18 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune.errors import Problem, RecipeError
 from finetune.stopping import held
 
 _MAX_CONFIG_BYTES = 1 << 20
+_OF_THE_LAUNCHER = {
+    "num_processes": (int, "N", "processes on all machines together"),
+    "num_machines": (int, "N", "machines of the run"),
+    "machine_rank": (int, "R", "number of this machine, from 0"),
+    "main_process_ip": (str, "HOST", "address of machine 0"),
+    "main_process_port": (int, "PORT", "a port of machine 0 that all machines reach"),
+}
+"""Flags of `accelerate launch` that are handed on to it: they replace those of the config."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -23,6 +32,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="accelerate config of the machine, such as accelerate_configs/ddp.yaml (default: the one written by "
         "`accelerate config`, else one process on the first GPU, or on the CPU)",
     )
+    for name, (kind, metavar, what) in _OF_THE_LAUNCHER.items():
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=f"{what}, in place of the config's")
     parser.add_argument(
         "--allow-change",
         action="append",
@@ -40,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
 
     load_recipe(args.recipe, args.overrides)
     flags, changes = launch_flags(args.config_file, os.environ)
-    launcher = [sys.executable, "-m", "finetune.launcher", *flags]
+    replaced = [f"--{name}={value}" for name in _OF_THE_LAUNCHER if (value := getattr(args, name)) is not None]
+    if replaced and (args.config_file is None and not _has_default_config(os.environ)):
+        what = "without a config of accelerate a run has one process"
+        do = "add --config_file, such as accelerate_configs/fsdp2.yaml, ddp.yaml or cpu_ddp.yaml"
+        raise RecipeError(Problem("command line", what, do, got=" ".join(replaced)))
+    launcher = [sys.executable, "-m", "finetune.launcher", *flags, *replaced]
     command = [*launcher, "-m", "finetune.train", str(args.recipe), *args.overrides]
     command += [f"--allow-change={key}" for key in args.allow_change]
     sys.stdout.flush()
@@ -57,12 +73,16 @@ def launch_flags(config_file: Path | None, environment: Mapping[str, str]) -> tu
     """
     if config_file is not None:
         return ["--config_file", str(config_file)], {}
-    if any(path.is_file() for path in default_config_files(environment)):
+    if _has_default_config(environment):
         return [], {}
     threads = environment.get("OMP_NUM_THREADS") or str(_cores())
     flags = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     first_gpu = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return [*flags, "--num_cpu_threads_per_process", threads], {"CUDA_VISIBLE_DEVICES": first_gpu}
+
+
+def _has_default_config(environment: Mapping[str, str]) -> bool:
+    return any(path.is_file() for path in default_config_files(environment))
 
 
 def default_config_files(environment: Mapping[str, str]) -> list[Path]:

@@ -9,11 +9,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 from transformers.trainer_utils import seed_worker
 
 from finetune.data.tokens.global_batches import GlobalBatches, Order
+
+
+class NumberedRows(Dataset[dict[str, Any]]):
+    """Rows with their `index` in the data set: what a row's dropout masks depend on."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "index": index}
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [{**row, "index": index} for index, row in zip(indices, self.rows.__getitems__(indices), strict=True)]
 
 
 class BatchLoader(DataLoader[Any]):

@@ -17,10 +17,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from finetune.methods.batches import BatchLoader, evaluation_batches, loader, training_batches
+from finetune.methods.batches import BatchLoader, NumberedRows, evaluation_batches, loader, training_batches
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
+from finetune.moe.dropout import token_keys_of
 from finetune.moe.sharding import is_sharded, whole
 from finetune.progress import PROGRESS, phase
 from finetune.recipe.run_settings import WatchdogSettings
@@ -71,6 +72,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.is_distributed_loading_by_transformers = is_sharded(model)
         fit_head(self.model.get_base_model())
         self.router_term, self.router_observers = router_term, router_observers
+        self.token_keys = token_keys_of(self.model)
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
         self.watchdog = watchdog or Watchdog(WatchdogSettings(), Path(self.args.output_dir))
@@ -116,7 +118,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         """This process's micro-batches of every epoch; not one that accelerate divides among processes."""
         accelerator, rows = self.accelerator, self.train_dataset
         batches = training_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
-        return loader(rows, batches, self.data_collator, self.args)
+        return loader(rows if self.token_keys is None else NumberedRows(rows), batches, self.data_collator, self.args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
         """This process's batches of the evaluation rows, as many as the others have."""
@@ -136,6 +138,15 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         if samples:
             self.begin_step(samples, device)
         return samples, num_items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's; dropout is told which tokens the micro-batch holds."""
+        if self.token_keys is not None:
+            # A micro-batch without rows is one token of weight 0.
+            places = inputs.pop("places") if inputs["rows"] else torch.zeros_like(inputs["weight"])
+            self.token_keys.begin(self.args.seed, self.state.global_step, places)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""

@@ -87,6 +87,29 @@ def test_a_missing_accelerate_config_exits_2_and_says_where_they_are(tmp_path: P
     assert "no such file: nowhere.yaml; accelerate_configs/ holds one a kind of machine" in done.stderr
 
 
+def test_several_processes_need_a_config_that_says_what_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "empty"))
+    done = finetune_train(recipe_for(tmp_path, tmp_path), "--num_processes", "2")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "command line: without a config of accelerate a run has one process; got --num_processes=2; add --config_file, "
+        "such as accelerate_configs/fsdp2.yaml, ddp.yaml or cpu_ddp.yaml\n"
+    )
+
+
+def test_machines_that_do_not_know_the_first_one_are_refused(tmp_path: Path) -> None:
+    """accelerate would look for a machine of the name None until its time is up."""
+    config = Path(__file__).parents[2] / "accelerate_configs" / "hsdp.yaml"
+    done = finetune_train(recipe_for(tmp_path, tmp_path), "--config_file", config)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "accelerate: 2 machines and no address of the first; add --main_process_ip HOST, the address of machine 0, and "
+        "--machine_rank R, the number of this machine\n"
+    )
+
+
 def test_a_run_that_fails_hands_its_exit_code_on_without_the_launchers_traceback(tmp_path: Path) -> None:
     done = finetune_train(recipe_for(tmp_path / "no-model", tmp_path))
     assert done.returncode == 1
