@@ -21,7 +21,7 @@ import torch
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / the golden ratio, as in splitmix64
 _LEVELS = 2**16
 _WORDS_AT_ONCE = {"cpu": 2**17}  # on a CPU they stay in its cache
-_MANY_WORDS = 2**25
+_MANY_WORDS = 2**23
 
 
 def _signed(value: int, bits: int = 64) -> int:

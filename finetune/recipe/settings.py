@@ -295,9 +295,10 @@ class LoraSettings(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Dropout probability of the adapter's input. Must be 0 with router in `targets`. With experts in "
-        "`targets` the saved adapter's config has 0, because stock PEFT rejects any other value; it is not used after "
-        "training.",
+        description="Dropout probability of the adapter's input. What is dropped follows from `seed`, the optimizer "
+        "step, the row, the token's place in it and the part of the model; it does not depend on how a step is split "
+        "into micro-batches and processes. Must be 0 with router in `targets`. With experts in `targets` the saved "
+        "adapter's config has 0, because stock PEFT rejects any other value; it is not used after training.",
     )
     use_rslora: bool = Field(
         default=False, description="Scale by lora_alpha / sqrt(r) instead of lora_alpha / r (arXiv 2312.03732)."

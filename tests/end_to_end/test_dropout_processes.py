@@ -10,7 +10,7 @@ import pytest
 from finetune.recipe import load_recipe
 from finetune.run import read_metrics
 from finetune.train import train as train_here
-from tests.end_to_end.test_train_processes import TWO_PROCESSES
+from tests.end_to_end.test_train_processes import BIN, ROOT, TWO_PROCESSES
 from tests.end_to_end.workspaces import write_workspace
 from tests.families import save_tiny
 
@@ -41,12 +41,14 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_two(workspace: Path, output_dir: str, *overrides: str) -> tuple[str, list[dict[str, Any]]]:
+def train_two(
+    workspace: Path, output_dir: str, *overrides: str, launcher: list[str] = TWO_PROCESSES, strategy: str = "DDP"
+) -> tuple[str, list[dict[str, Any]]]:
     """What two processes say, and the run's lines."""
-    command = [*TWO_PROCESSES, "-m", "finetune.train", "recipe.yaml", f"output_dir={output_dir}", *overrides]
+    command = [*launcher, "-m", "finetune.train", "recipe.yaml", f"output_dir={output_dir}", *overrides]
     done = subprocess.run(command, cwd=workspace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "2 processes on 1 machine, cpu, DDP" in done.stdout.splitlines()
+    assert f"2 processes on 1 machine, cpu, {strategy}" in done.stdout.splitlines()
     return done.stdout, read_metrics(workspace / output_dir / "metrics.jsonl")
 
 
@@ -98,3 +100,11 @@ def test_a_run_continues_on_two_processes_and_on_one_again(workspace: Path, one:
 def test_two_processes_with_two_micro_batches_each(workspace: Path, one: list[dict[str, Any]]) -> None:
     _, lines = train_two(workspace, "four", "training.per_device_train_batch_size=2")
     assert_steps(lines, one, 1e-5)
+
+
+@pytest.mark.faults
+def test_two_processes_that_share_the_model(workspace: Path, one: list[dict[str, Any]]) -> None:
+    launcher = [str(BIN / "accelerate"), "launch", "--num_processes", "2"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml")]
+    _, lines = train_two(workspace, "sharded", launcher=launcher, strategy="FSDP2 over 2")
+    assert_steps(lines, one, 1e-6)

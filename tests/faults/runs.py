@@ -23,7 +23,7 @@ PAIRS = {"path": "pairs.jsonl", "format": "preference"}
 SECTIONS: dict[str, Any] = {
     "output_dir": "run",
     "model": {"name_or_path": "base", "load_in_4bit": True, "dtype": "float32"},
-    # Dropout, the balance of the step before, and the correction biases each have a state that a continued run needs.
+    # The balance of the step before, and the correction biases each have a state that a continued run needs.
     "lora": {"targets": ["attention", "experts"], "r": 4, "lora_alpha": 8, "lora_dropout": 0.1},
     "router": {"router_aux_loss_coef": 0.02, "scope": "step", "bias_update_rate": 0.02},
     "data": {"train": dict(SOURCE), "eval": dict(SOURCE), "max_length": 64},

@@ -18,7 +18,7 @@ def masks(p: float = P, step: int = 1, name: str = "a", tokens: int = TOKENS, se
     """`[TOKENS, FEATURES]`, of one module in a micro-batch."""
     token_keys = TokenKeys()
     token_keys.begin(seed, step, torch.arange(tokens))
-    return LoraDropout(p, name, token_keys)(torch.ones(tokens, FEATURES))
+    return LoraDropout(p, name, token_keys).forward(torch.ones(tokens, FEATURES))
 
 
 def standard(mask: torch.Tensor, p: float = P) -> torch.Tensor:

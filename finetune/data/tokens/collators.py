@@ -100,12 +100,12 @@ class _Segment(NamedTuple):
 class _NumberedPair(NamedTuple):
     """A pair and its index in its table."""
 
-    index: int
+    number: int
     pair: TokenPair
 
     def first_place(self, branch: int) -> int:
         """Of the first token of the prompt with one answer."""
-        return self.index * ROW_PLACES + (branch - CHOSEN) * DOCUMENT_PLACES
+        return self.number * ROW_PLACES + (branch - CHOSEN) * DOCUMENT_PLACES
 
 
 class _AnswerPosition(NamedTuple):
