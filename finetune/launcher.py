@@ -7,6 +7,7 @@ are put back, which is said; the others are refused. What it says of sharding is
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -25,6 +26,7 @@ from finetune.parallelism import (
     launch_settings,
     parallelism_of,
 )
+from finetune.progress import ended_line, shared_by, shared_file
 from finetune.recipe import Recipe
 from finetune.stopping import EXIT_CODES, Interrupted, held, stop
 
@@ -155,13 +157,14 @@ def _launch(arguments: list[str]) -> int:
     # Of torch's agent only SIGQUIT: at a signal it would give the others 30 seconds, and then report its own traceback.
     args.signals_to_handle = "SIGQUIT"
     stop.when_requested(_keep_telling_children)
+    progress = shared_file()
     try:
         with stop.deferred():
             launch_command(args)
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        return _failed(*error.get_first_failure())
+        return _failed(*error.get_first_failure(), progress)
     return stop.exit_code
 
 
@@ -180,7 +183,7 @@ def _become(args: Any, arguments: list[str]) -> NoReturn:
         os.execvpe(command[0], command, {**environment, _REPLACED: json.dumps([os.getpid(), arguments])})
 
 
-def _failed(rank: int, failure: Any) -> int:
+def _failed(rank: int, failure: Any, progress: int | None = None) -> int:
     """The exit code of the process that failed first, `failure`; for one that a signal ended also a line."""
     code = int(failure.exitcode)
     if code >= 0:
@@ -189,12 +192,9 @@ def _failed(rank: int, failure: Any) -> int:
     if stop.requested is not None:
         print(stop.line(), file=sys.stderr)
         return stop.exit_code
-    do, killed = "look for a memory limit or a person who ended it; what was saved is whole", ""
-    if -code == signal.SIGKILL and memory_kills() > _MEMORY_KILLS:
-        killed = ", and meanwhile the kernel ended a process because memory was used up"
-        do = "take a machine or a container with more memory, or settings that need less; what was saved is whole"
-    what = f"was ended by {signal.Signals(-code).name}{killed}"
-    print(Problem(f"process {rank}", what, do), file=sys.stderr)
+    memory = -code == signal.SIGKILL and memory_kills() > _MEMORY_KILLS
+    doing = shared_by(progress, failure.local_rank)
+    print(f"\n{ended_line(rank, socket.gethostname(), f'signal {-code}', doing, memory)}", file=sys.stderr)
     return 128 - code
 
 

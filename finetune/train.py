@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.environment import hush, no_telemetry, print_plainly, wait_passively
 from finetune.errors import DiskError, Problem, RunError
-from finetune.failures import end_run, finish_ranks, lost_rank, ranks_training, start_timeout, watch_ranks
+from finetune.failures import (
+    end_run,
+    finish_ranks,
+    group_arguments,
+    lost_rank,
+    ranks_training,
+    start_timeout,
+    watch_ranks,
+)
 from finetune.files import write_json
 from finetune.launcher import check_launcher, launcher_process, rank
 from finetune.parallelism import Parallelism, first_line
@@ -121,7 +129,7 @@ def _processes(rank_timeout: int) -> Any:
 
     # Without `cpu`, on a machine without an accelerator, each process would assume that it is the only one.
     on_cpu = not is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
-    state = PartialState(cpu=on_cpu, timeout=start_timeout(rank_timeout))
+    state = PartialState(cpu=on_cpu, **group_arguments(start_timeout(rank_timeout)))
     watch_ranks(rank_timeout)
     return state
 
@@ -348,8 +356,9 @@ def _interrupted() -> int:
     if stop.began or stop.requested is None:
         return 0
     if (lost := lost_rank()) is not None:
-        print(lost, file=sys.stderr)  # and the signal is the launcher's, which ends the others
-        return 1
+        if lost:
+            print(lost, file=sys.stderr)
+        return 1  # the signal is the launcher's, which ends the others
     finish_ranks()
     if rank() == 0:
         print(stop.line(), file=sys.stderr)

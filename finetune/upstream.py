@@ -22,6 +22,7 @@ TESTED = {
     "datasets": "5.2.0",
     "peft": "0.21.2",
     "torch": "2.13.0",
+    "tqdm": "4.70.1",
     "trackio": "0.43.0",
     "transformers": "5.24.0",
     "trl": "1.16.0",
@@ -45,6 +46,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "torch.distributed.distributed_c10d:_get_default_store": (),
     "torch.distributed.distributed_c10d:_world": (),
     "torch.distributed.distributed_c10d:_set_pg_timeout": ("timeout", "group"),
+    # Progress bars that are on the screen when an error is printed.
+    "tqdm:tqdm._instances": (),
     # Tensors inside nested arguments.
     "torch.utils._pytree:tree_map_only": ("type_or_types_or_pred", "func", "tree"),
     "torch.utils._pytree:tree_leaves": ("tree",),

@@ -5,13 +5,13 @@ process whose number stands still for `training.rank_timeout` has stopped; one t
 while the others wait in a barrier, has not. So the timeout of the group's own operations is long before and after
 training, and ends a run in training of which every process is alive and one takes part in nothing.
 
-The first process that fails writes its reason into the store and prints it. The others wait for the launcher, which
-ends them, and print that reason themselves if it does not.
+The first process that fails writes its reason into the store. On each machine one process prints it; the others wait
+for the launcher, which ends them, and print it themselves if it does not. Where a signal has ended a process of this
+machine, and `finetune train` has started it, the launcher says so last of all, and nobody else.
 """
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
-
 from finetune.environment import memory_kills
 from finetune.errors import FinetuneError, Problem
-from finetune.progress import PROGRESS
+from finetune.failures.peers import Exits, Peer, doing, this_process
+from finetune.progress import CONTINUE, PROGRESS, SHARED, ended_line, when
+from finetune.stopping import stop
 from finetune.upstream import private
 
 START_SECONDS = 300
@@ -40,31 +40,8 @@ _GRACE_SECONDS = 5  # for the main thread, which knows more, to fail by itself
 _LEAST_WATCHED = 2  # seconds in which a process that lives has beaten
 _CONNECTION = ("gloo/", "Connection closed by peer", "Connection reset by peer")
 _DONE = b"done"
-_CONTINUE = "the same command continues the run"
 
 _RANKS: list["Ranks"] = []
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A process of the run. `machine` is empty where nothing can be said about whose processes can be looked at."""
-
-    rank: int
-    host: str
-    pid: int
-    machine: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (host {self.host}, pid {self.pid})"
-
-    def state(self) -> tuple[str, float] | None:
-        """Of a process of this machine: its state, and the seconds it has worked; None where it has ended."""
-        try:
-            process = psutil.Process(self.pid)
-            state, cpu = process.status(), process.cpu_times()
-        except psutil.NoSuchProcess:
-            return None
-        return None if state == psutil.STATUS_ZOMBIE else (str(state), cpu.user + cpu.system)
 
 
 @dataclass
@@ -106,15 +83,18 @@ def ranks_training() -> Iterator[None]:
 
 
 def first_reason(error: BaseException) -> tuple[str, bool]:
-    """Why the run ends, and whether this process is the first to know. `error` is what happened here."""
+    """Why the run ends, and whether this process says it at once. `error` is what happened here."""
     if not _RANKS:
-        # Nothing connects them yet: every process has the same error, and the main one says it.
-        return str(error), os.environ.get("RANK", "0") == "0"
+        # Nothing connects them yet: every process has the same error, and one of each machine says it.
+        return str(error), os.environ.get("LOCAL_RANK", "0") == "0"
     return _RANKS[0].first_reason(error)
 
 
 def lost_rank() -> str | None:
-    """Why another process has ended, if one has: a signal that reaches this one may only be the launcher's answer."""
+    """Why another process has ended, if one has: a signal that reaches this one may only be the launcher's answer.
+
+    Empty where the launcher, or another process of this machine, says it.
+    """
     return _RANKS[0].lost() if _RANKS else None
 
 
@@ -140,16 +120,22 @@ class Ranks:
         self._store, self._thread_store = store.clone(), store.clone()
         self._numbers = range(distributed.get_world_size())
         self._memory_kills = memory_kills()
-        self._ending, self._claimed = threading.Event(), threading.Lock()
+        self._ending, self._claimed, self._told = threading.Event(), threading.Lock(), threading.Event()
+        self._store_is_lost = self._launcher_says = False
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
         self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
         self.peers = [Peer(**json.loads(text)) for text in self._read("who", self._store)]
+        self._exits = Exits([peer for peer in self.peers if self._is_near(peer)])
         self._read("beat", self._store)
         for each in (self._store, self._thread_store):
             each.set_timeout(timedelta(seconds=timeout))
         self.limit(_NO_LIMIT)
+        stop.when_requested(self._told.set)
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
+        self._answered = time.monotonic()
+        if self._store_lost():
+            threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def limit(self, timeout: timedelta) -> None:
         """Set how long an operation between processes may take, also in groups within and across machines (HSDP)."""
@@ -168,9 +154,10 @@ class Ranks:
     def lost(self) -> str | None:
         """What another process has said, or that one of this machine is gone; nothing is waited for."""
         try:
-            return self._said(self._store) or self._dead(self._read("beat", self._store))
+            found = self._said(self._store) or self._dead(self._read("beat", self._store))
         except RuntimeError:
             return None
+        return found if found is None or self._says() else ""
 
     def first_reason(self, error: BaseException) -> tuple[str, bool]:
         """Publish what happened here, unless another process was earlier."""
@@ -178,23 +165,43 @@ class Ranks:
         if not self._claimed.acquire(blocking=False):
             time.sleep(2 * LAUNCHER_SECONDS)  # the thread is ending the process
         if not is_connection_error(error):
-            said, first = self._publish(f"{self.peers[self.rank]}: has failed: {summary(error)}")
-            return (str(error), True) if first else (said, False)
+            own = f"{self.peers[self.rank]} has failed: {summary(error)}"
+            reason, says = self._publish(own)
+            return (str(error), True) if reason == own else (reason, says)
+        give_up = threading.Timer(2 * self.timeout, self._give_up)
+        give_up.daemon = True
+        give_up.start()
         try:
             reason = self._diagnosis(error)
         except RuntimeError:
-            reason = self._store_lost() or str(Problem("processes", "the connection was lost", _CONTINUE, str(error)))
-        return self._publish(reason)
+            what = f"the connection to the other processes was lost{when(str(PROGRESS))}"
+            reason = self._store_lost() or str(Problem("processes", what, _next(), summary(error)))
+        published = self._publish(reason)
+        give_up.cancel()
+        return published
 
     def _publish(self, reason: str) -> tuple[str, bool]:
         """The reason of the run's end, and whether this process is the one to say it."""
         try:
-            if earlier := self._said(self._store):
-                return earlier, False  # also where `reason` is what another process has said
-            said: str = self._store.compare_set("reason", "", reason).decode()
+            if not self._store_is_lost:
+                # The earlier one also where `reason` is what another process has said.
+                reason = self._said(self._store) or self._store.compare_set("reason", "", reason).decode()
         except RuntimeError:
-            return reason, True
-        return said, said == reason
+            self._store_is_lost = True
+        return reason, self._says()
+
+    def _says(self) -> bool:
+        """Whether this process says the reason: one of each machine, the launcher where it knows more."""
+        if self._launcher_says:
+            return False
+        mine = self.peers[self.rank]
+        try:
+            if not self._store_is_lost:
+                key, value = f"says/{mine.machine or mine.host}", str(self.rank)
+                return bool(self._store.compare_set(key, "", value).decode() == value)
+        except RuntimeError:
+            self._store_is_lost = True
+        return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def _diagnosis(self, error: BaseException) -> str:
         """Why a connection broke. Processes of other machines are watched for some heartbeats."""
@@ -207,9 +214,9 @@ class Ranks:
             time.sleep(0.2)
         for peer, old, new in zip(self.peers, before, values, strict=True):
             if old == new and peer.rank != self.rank:
-                return str(Problem(str(peer), f"has ended or cannot be reached; it was last {doing(new)}", _CONTINUE))
+                return unreachable(peer, doing(new))
         what = "an operation between the processes failed although all of them answer"
-        do = f"{_CONTINUE}; if it happens again, look at the network, and raise training.rank_timeout if a step is long"
+        do = f"look at the network, and raise training.rank_timeout if a step is long; {_next()}"
         each = ", ".join(f"{peer}: {doing(value)}" for peer, value in zip(self.peers, values, strict=True))
         return str(Problem("processes", what, do, f"{summary(error)}; {each}"))
 
@@ -223,10 +230,11 @@ class Ranks:
             if now - looked > 3 * self.interval + 1:
                 for beat in beats:
                     beat.since = now  # this process itself was stopped, or its machine suspended
-            looked = now
+            looked, patience = now, _GRACE_SECONDS
             try:
                 self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
                 values = self._read("beat", self._thread_store)
+                self._answered = time.monotonic()
                 if stopped := self._stopped(beats, values):
                     self._end(stopped)
                 found = self._said(self._thread_store) or self._dead(values)
@@ -234,18 +242,37 @@ class Ranks:
             except RuntimeError:
                 if (found := self._store_lost()) is None:
                     return
-            if found and not self._ending.wait(_GRACE_SECONDS):
+                self._store_is_lost = True
+                patience = self.timeout  # what refused the connection may have been the launcher alone
+            if found and not self._ending.wait(patience):
                 self._end(found)
+
+    def _watch_store(self) -> None:
+        """A second thread: an operation on a store of another machine does not return once a cable is pulled."""
+        looked = time.monotonic()
+        while not self._ending.wait(self.interval):
+            now = time.monotonic()
+            if now - looked > 3 * self.interval + 1:
+                self._answered = now  # this process itself was stopped, or its machine suspended
+            looked = now
+            if now - self._answered > self.timeout:
+                self._store_is_lost = True
+                self._end(unreachable(self.peers[0], str(PROGRESS)))
+                return
+
+    def _give_up(self) -> None:
+        """The store, from which the reason was to come, does not answer any more."""
+        print(f"\n{self._store_lost() or unreachable(self.peers[0], str(PROGRESS))}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def _end(self, reason: str) -> None:
         """End the process from the thread: the main one waits in an operation that nothing interrupts."""
         if not self._claimed.acquire(blocking=False):
             return
-        said, first = self._publish(reason)
-        if not first:
-            time.sleep(LAUNCHER_SECONDS)  # until the launcher has ended this process, which then says nothing
-        print(f"\n{said}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        said, says = self._publish(reason)
+        sys.stdout.flush()  # what is kept back for a file comes before the last line
+        if says or not (stop.requested is not None or self._told.wait(LAUNCHER_SECONDS)):
+            print(f"\n{said}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _read(self, name: str, store: Any) -> list[bytes]:
@@ -259,12 +286,12 @@ class Ranks:
         """A process of this machine that has ended without having finished."""
         for peer, value in zip(self.peers, values, strict=True):
             if self._is_near(peer) and not value.startswith(_DONE) and peer.state() is None:
-                what = f"has ended without a word while {doing(value)}: it was killed"
-                do = f"look for a memory limit, or a person or scheduler who ended it; {_CONTINUE}"
-                if memory_kills() > self._memory_kills:
-                    what += ", and just then the kernel ended a process because memory was used up"
-                    do = f"take a machine or a container with more memory, or settings that need less; {_CONTINUE}"
-                return str(Problem(str(peer), what, do))
+                code = self._exits.of(peer.rank)
+                how = "" if code is None else f"exit code {code}" if code > 0 else f"signal {-code}"
+                by_signal = code is not None and code < 0
+                self._launcher_says = by_signal and SHARED in os.environ and not _restarts_left()
+                memory = memory_kills() > self._memory_kills
+                return ended_line(peer.rank, peer.host, how, doing(value), memory, _next())
         return None
 
     def _stopped(self, beats: Sequence[_Beat], values: Sequence[bytes]) -> str | None:
@@ -276,38 +303,44 @@ class Ranks:
             if value != beat.value or cpu > beat.cpu + 0.1:
                 beat.value, beat.since, beat.cpu = value, now, cpu
             elif now - beat.since > self.timeout and not value.startswith(_DONE):
-                what = f"has not answered for {self.timeout} s while {doing(value)}" + (state and f" (it is {state})")
-                do = f"look at its machine; {_CONTINUE}; training.rank_timeout sets how long the others wait"
-                return str(Problem(str(peer), what, do))
+                what = f"{peer} has not answered for {self.timeout} s{when(doing(value))}"
+                what += state and f" (process {peer.pid} is {state})"
+                return f"{what}; look at its machine; training.rank_timeout sets how long the others wait; {_next()}"
         return None
 
     def _store_lost(self) -> str | None:
-        """The store is rank 0's, or the launcher's: whether that one has ended is not the heartbeats' matter."""
-        if self.rank == 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        """The store is that of rank 0's machine; None where that is this one, and its launcher has ended."""
+        if self.rank == 0 or (_by_agent() and self._is_near(self.peers[0])):
             return None
-        return str(Problem(str(self.peers[0]), "has ended, or its machine cannot be reached", _CONTINUE))
+        return unreachable(self.peers[0], str(PROGRESS))
 
     def _is_near(self, peer: Peer) -> bool:
         """Whether it is another process of this machine that can be looked at."""
         return peer.rank != self.rank and peer.machine == self.peers[self.rank].machine != ""
 
 
-def this_process(rank: int) -> Peer:
-    """This process, with a name of its machine that only processes that see each other's numbers share."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            machine = f"{file.read().strip()} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        machine = ""
-    return Peer(rank, socket.gethostname(), os.getpid(), machine)
-
-
-def doing(beat: bytes) -> str:
-    """What a process was doing at a heartbeat."""
-    return beat.decode().partition(" ")[2]
-
-
 def summary(error: BaseException) -> str:
     """The first line of an error, with its class where it is not an expected one."""
     first = str(error).partition("\n")[0]
     return first if isinstance(error, FinetuneError) else f"{type(error).__name__}: {first}"
+
+
+def unreachable(peer: Peer, doing: str) -> str:
+    """The line about a process of another machine: whether it has ended cannot be seen from here."""
+    return f"{peer} ended or cannot be reached{when(doing)}; {_next()}"
+
+
+def _by_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _restarts_left() -> int:
+    """How often torch's agent will start the processes again."""
+    most, done = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    return most - done
+
+
+def _next() -> str:
+    """What happens, or is to be done, once a process was lost."""
+    left = _restarts_left()
+    return CONTINUE if left == 0 else f"the launcher starts it again (--max_restarts: {left} left)"

@@ -8,7 +8,6 @@ import torch
 from accelerate import PartialState
 from trl import DPOConfig, SFTConfig
 
-from finetune.data.tokens.collators import needs_one_row
 from finetune.errors import Problem, RecipeError, RunError
 from finetune.recipe import DpoSettings, Recipe
 
@@ -43,13 +42,7 @@ EVALUATION_TOKENS = 2048
 
 
 def evaluation_rows(recipe: Recipe) -> int:
-    """Rows of an evaluation batch on one device; the figures do not depend on it.
-
-    Packed rows that go into one row are evaluated one by one: those repeated to fill up the last batches of several
-    processes are masked as a whole.
-    """
-    if recipe.data.packing and needs_one_row(recipe.model.attn_implementation):
-        return 1
+    """Rows of an evaluation batch on one device; the figures do not depend on it."""
     tokens = recipe.data.max_length * (2 if recipe.method.kind == "dpo" else 1)
     return max(recipe.training.per_device_train_batch_size, EVALUATION_TOKENS // tokens)
 
@@ -90,6 +83,7 @@ def common_arguments(
         "use_cpu": PartialState().device.type == "cpu",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,  # every trained parameter takes part in every forward
         "max_length": None,
         **({"metric_for_best_model": "eval_loss"} if recipe.data.eval else {}),
         **dashboards,

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
 
 from finetune.base import Base
 from finetune.data import Collator, PairMixture, PairTable, prepare_pair_mixture
 from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.tokens.global_batches import equal_share
 from finetune.data.tokens.reasoning_remarks import reasoning_remarks
 from finetune.errors import Problem, RunError
 from finetune.methods.arguments import dpo_config
@@ -184,13 +186,14 @@ def _precompute(trainer: MoeDpoTrainer, store: ReferenceStore, rows: PairRows) -
     assert rows.tables is not None
     store.open(state.is_main_process)
     state.wait_for_everyone()
-    missing = {split: set(store.missing(split, table)) for split, table in rows.tables.items()}
-    state.wait_for_everyone()  # no process writes before all have read what is missing
+    # The main process says what is missing: all make the same number of forwards, and none writes before it has looked.
+    tables = rows.tables if state.is_main_process else {}
+    (missing,) = broadcast_object_list([{split: set(store.missing(split, tables[split])) for split in tables}])
     for split, indices in missing.items():
         # The batches are those of the whole split, so that a value does not depend on where a killed run stopped.
         batches = _batches(trainer, (rows.train if split == "train" else rows.eval)["pairs"])
         batches = [batch for batch in batches if not indices.isdisjoint(chain(*batch))]
-        mine = batches[state.process_index :: state.num_processes]
+        mine = equal_share(batches, state.process_index, state.num_processes)
         label = f"Reference of {len(indices):,} {split} pairs"
         shown = tqdm(mine, desc=label, unit="batch", disable=not (state.is_main_process and mine))
         logps = partial(pair_logps, trainer, split)

@@ -15,7 +15,7 @@ from finetune.methods.dpo_losses import PairLogps, answer_logps, dpo_losses, los
 from finetune.methods.pairs import RoutingOverlap, score_pairs
 from finetune.methods.reference import Reference
 from finetune.methods.run_trainer import RunTrainer
-from finetune.moe.router import RouterRecord, capture
+from finetune.moe.router import capture
 from finetune.recipe import DpoSettings
 from finetune.upstream import require
 
@@ -55,22 +55,21 @@ class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
         chosen = [sample["completion_mask"].chunk(2)[0] for sample in samples]
         tokens = torch.stack([mask.sum() for mask in chosen]).sum().to(device)
         counts = torch.stack([tokens, tokens.new_tensor(sum(map(len, chosen)))])
-        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().unbind()
+        self._step_chosen, self._step_pairs = self.sum_over_ranks(counts).float().clamp(min=1).unbind()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The micro-batch's share of the step's loss, plus its share of the router term."""
-        compared = self._compares_routing()
-        routed = self._add_reference(inputs, compared)
+        if self.live:
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
         if not self.model.training:
             return self._evaluation_loss(model, inputs)
+        if self.overlap is not None and self.will_log and not self._step_losses:
+            self._compare_routing(self.overlap, inputs)
         term = self.router_term
         with nullcontext() if term is None else term.capture() as record:
             scores = score_pairs(model, inputs, self.attention)
-        if compared and self.overlap is not None and record is not None:
-            self.overlap.compare_answers(record, inputs)
-            self._compare_with_reference(record, routed, inputs)
         pairs = len(inputs["ref_chosen_logps"])
         loss = self._pair_losses(scores, inputs).sum() / self._step_pairs
         if self._sft_weight:
@@ -93,36 +92,21 @@ class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
         """Log-probabilities of the answers, `[2B]`, from those of their tokens."""
         return answer_logps(scores.log_probs, inputs["completion_mask"], self.method.ld_alpha)
 
-    def _add_reference(self, inputs: dict[str, Any], compared: bool) -> RouterRecord | None:
-        """Add the log-probabilities of a live reference to the batch; returns its routing if it is compared."""
-        if not self.live:
-            return None
-        with capture(self.overlap.routers) if compared and self.overlap is not None else nullcontext() as record:
-            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logps(inputs).chunk(2)
-        return record
+    def _compare_routing(self, overlap: RoutingOverlap, inputs: Mapping[str, Any]) -> None:
+        """Compare the routing of the step's first pair with the reference's, and that of its two answers.
 
-    def _compares_routing(self) -> bool:
-        """Whether routing is compared: in the first micro-batch of a step that is logged."""
-        return self.overlap is not None and self.model.training and self.will_log and not self._step_losses
-
-    def _compare_with_reference(
-        self, record: RouterRecord, reference: RouterRecord | None, inputs: Mapping[str, Any]
-    ) -> None:
-        """Compare the policy's routing with the reference's; if that is not live, on one pair run through both."""
-        assert self.overlap is not None
-        if reference is not None:
-            self.overlap.compare_models(record, reference, self.weights(inputs))
-            return
-        split, index = inputs["pairs"][0]
-        probe = self.batch_of(split, [[index]])
+        One pair, whatever the step is cut into. The other processes make the same forwards, of no pair.
+        """
+        probe = self.batch_of("train", [[index] for _, index in inputs["pairs"][:1] if self.is_world_process_zero()])
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
-        with torch.no_grad(), capture(self.overlap.routers) as record:
+        with torch.no_grad(), capture(overlap.routers) as record:
             score_pairs(model, probe, self.attention)
         model.train()
-        with self.reference.active(), capture(self.overlap.routers) as reference:
+        with self.reference.active(), capture(overlap.routers) as reference:
             score_pairs(model, probe, self.attention)
-        self.overlap.compare_models(record, reference, self.weights(probe))
+        overlap.compare_models(record, reference, self.weights(probe))
+        overlap.compare_answers(record, probe)
 
     def _pair_losses(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any]) -> torch.Tensor:
         """The loss of each pair, `[B]`, without the part that is a mean over tokens."""
@@ -137,15 +121,11 @@ class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
         return losses_B
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        """Without the router term and without pairs repeated to fill up the last batches of several processes."""
+        """Without the router term; the mean over the batch's pairs."""
         scores = score_pairs(model, inputs, self.attention)
-        pairs_by_feature = inputs["pairs_by_feature"]
-        counted: int = sum(pairs_by_feature[: self.first_repeated(len(pairs_by_feature))])
-        if counted:
-            scores, inputs = _first_pairs(scores, inputs, counted)
-            loss = self._pair_losses(scores, inputs).sum()
-            self._count(scores, inputs, loss)
-        return scores.log_probs.new_zeros(()) if not counted else loss / counted
+        loss = self._pair_losses(scores, inputs).sum()
+        self._count(scores, inputs, loss)
+        return loss / max(len(inputs["ref_chosen_logps"]), 1)
 
     def _count(self, scores: FusedCausalLMOutput, inputs: Mapping[str, Any], loss: torch.Tensor) -> None:
         mask_BW = inputs["completion_mask"]
@@ -181,20 +161,6 @@ class MoeDpoTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc]
         """The loss as the mean over pairs (of the cross entropy, where it is a part, over tokens)."""
         sft = self._sft_weight * sums["chosen_nll"] / max(sums["chosen_tokens"], 1.0)
         return {"loss": sums["loss"] / max(sums["pairs"], 1.0) + sft, **_pair_figures(sums)}
-
-
-def _first_pairs(
-    scores: FusedCausalLMOutput, inputs: Mapping[str, Any], count: int
-) -> tuple[FusedCausalLMOutput, dict[str, Any]]:
-    """The scores and the parts of the batch that the loss reads, for the first `count` pairs."""
-    pairs = len(inputs["ref_chosen_logps"])
-
-    def first(answers_BW: torch.Tensor) -> torch.Tensor:
-        return torch.cat([answers_BW[:count], answers_BW[pairs : pairs + count]])
-
-    fields = {name: first(value) for name, value in scores.items() if value is not None and value.dim() == 2}
-    reference = {name: inputs[name][:count] for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    return FusedCausalLMOutput(**fields), {**reference, "completion_mask": first(inputs["completion_mask"])}
 
 
 def _pair_figures(sums: dict[str, float]) -> dict[str, float]:

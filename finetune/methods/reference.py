@@ -217,16 +217,17 @@ def compute_missing(
     split: str,
     pairs: Sequence[TokenPair],
     missing: set[int],
-    batches: Iterable[Sequence[Sequence[int]]],
+    batches: Iterable[tuple[Sequence[Sequence[int]], bool]],
     rank: int,
     logps: Callable[[Sequence[Sequence[int]]], Any],
 ) -> None:
-    """Compute this process's `batches` of rows of pair indices and write the `missing` pairs.
+    """Compute this process's `batches` of rows of pair indices and write the `missing` pairs of those that count.
 
     `logps` gives `[B, 2]` for a batch. A batch of which some pairs are there already is computed as a whole: rounding
     depends on what is computed together.
     """
     store.repair(split, rank)
-    for batch in batches:
+    for batch, counts in batches:
         values = zip(chain(*batch), logps(batch).tolist(), strict=True)
-        store.append(split, rank, [(index, pairs[index], *logp) for index, logp in values if index in missing])
+        if counts:
+            store.append(split, rank, [(index, pairs[index], *logp) for index, logp in values if index in missing])

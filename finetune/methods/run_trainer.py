@@ -7,6 +7,7 @@ bit, and logs the same figures as one that nothing has interrupted.
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from finetune.adapters.initial import check_same_factors
 from finetune.errors import Problem, RunError
 from finetune.methods.checkpointing import CheckpointSaver, Snapshot, adapter_facts, state_text
 from finetune.methods.common import TrainerSetup
-from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.sharded_optimizer import load_state, state_on_main, step_on_parts
+from finetune.methods.trainer import StepExactTrainer
 from finetune.methods.training_state import read_state, rng_state, set_rng_state, snapshot
 from finetune.model import AdapterSnapshot, snapshot_adapter
+from finetune.moe.audit import audit_model
 from finetune.progress import phase
 from finetune.recipe.training_checks import BY_EVALUATION
 from finetune.run.checkpoints import STATE_FILE, read_trainer_state
@@ -65,6 +67,16 @@ class RunTrainer(StepExactTrainer):
         self._resumed: dict[str, Any] = {}
         self.add_callback(_Flow(self))
 
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """As transformers', from the audit's counts: of a sharded model it would see this process's bytes."""
+        return 6 * int(inputs["input_ids"].numel()) * self._computing
+
+    @cached_property
+    def _computing(self) -> int:
+        """Number of parameters without the embedding."""
+        parts = audit_model(self.model, self.setup.base.family)
+        return sum(part.parameters * (part.part != "embeddings") + part.trained for part in parts.values())
+
     def run_from(self, checkpoint: Path | None) -> bool:
         """Train to the last step, from a checkpoint if one is given; False if a signal ended the run before it.
 
@@ -82,7 +94,7 @@ class RunTrainer(StepExactTrainer):
                 Problem(
                     "training",
                     f"the run stopped before its {self.total_steps} steps; nothing was saved",
-                    "give more rows than one micro-batch holds, and look at training.trainer_args",
+                    "look at training.trainer_args, and report this",
                     got=f"{self.state.global_step} steps",
                 )
             )
@@ -223,9 +235,6 @@ class RunTrainer(StepExactTrainer):
         self.evaluation_due = self._resumed["evaluation_due"]
         if self.router_term is not None:
             self.router_term.load(checkpoint)
-        ranks, now = len(self._resumed["ranks"]), self.accelerator.num_processes
-        if ranks != now and self.setup.recipe.lora.lora_dropout > 0 and self.is_world_process_zero():
-            print(f"lora_dropout draws other masks on {now} processes than on the {ranks} that the run began with")
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As transformers'; how often is logged, evaluated and saved is the recipe's, not the checkpoint's."""

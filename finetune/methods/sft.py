@@ -44,7 +44,6 @@ class MoeSftTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
 
     def _evaluation_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         """Cross entropy alone; also summed up, so that the reported value weighs every supervised token the same."""
-        inputs["labels"][self.first_repeated(len(inputs["labels"])) :] = -100
         scores = _scores(model, inputs)
         ce = -scores.log_probs.double().sum()
         self._count(scores, ce)

@@ -79,14 +79,13 @@ def state_on_main(optimizer: Any, is_main: bool) -> dict[str, Any]:
 
 def load_state(optimizer: Any, state: Mapping[str, Any]) -> None:
     """Continue from `state_on_main`; RunError where that was made in other parts than `optimizer` has."""
-    parts, now = state.get("parts"), distributed.get_world_size() if _parts(optimizer) else None
-    if (None if parts is None else len(parts)) != now:
-        before, after = (
-            "unsharded" if count is None else f"sharded over {count}" for count in (parts and len(parts), now)
-        )
-        what = f"the states of a bitsandbytes optimizer are quantised in blocks of each process's part: {before} before"
-        do = "continue on as many processes with the same launcher file, or use training.optim=adamw_torch from the start"
-        raise RunError(Problem("training.optim", what, do, got=after))
+    parts = state.get("parts")
+    before = 1 if parts is None else len(parts)
+    now = distributed.get_world_size() if _parts(optimizer) else 1
+    if before != now:
+        what = f"a bitsandbytes optimizer's states are quantised in blocks of each process's part, of {before} parts"
+        do = f"continue on {before} with the launcher file of the first start, or start anew with adamw_torch"
+        raise RunError(Problem("training.optim", what, do, got=f"{now} parts"))
     if parts is None:
         optimizer.load_state_dict(parts_of_state(state, optimizer.param_groups))
     else:

@@ -17,9 +17,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from finetune.methods.batches import BatchLoader, NumberedRows, evaluation_batches, loader, training_batches
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
+from finetune.moe.dropout import token_keys_of
 from finetune.moe.sharding import is_sharded, whole
 from finetune.progress import PROGRESS, phase
 from finetune.recipe.run_settings import WatchdogSettings
@@ -70,6 +72,7 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.is_distributed_loading_by_transformers = is_sharded(model)
         fit_head(self.model.get_base_model())
         self.router_term, self.router_observers = router_term, router_observers
+        self.token_keys = token_keys_of(self.model)
         self._step_rows: list[list[str]] = []  # of each micro-batch of the running step
         self._step_losses: list[torch.Tensor] = []
         self.watchdog = watchdog or Watchdog(WatchdogSettings(), Path(self.args.output_dir))
@@ -111,9 +114,22 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         self.watchdog.load_state_dict(state["watchdog"])
         self._tokens = torch.full_like(self._tokens, num_tokens)
 
+    def get_train_dataloader(self) -> BatchLoader:
+        """This process's micro-batches of every epoch; not one that accelerate divides among processes."""
+        accelerator, rows = self.accelerator, self.train_dataset
+        batches = training_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
+        return loader(rows if self.token_keys is None else NumberedRows(rows), batches, self.data_collator, self.args)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> BatchLoader:
+        """This process's batches of the evaluation rows, as many as the others have."""
+        accelerator, rows = self.accelerator, self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = evaluation_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
+        return loader(rows, batches, self.data_collator, self.args)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = [self._prepare_inputs(sample) for sample in samples]  # to the device, before the first forward
         self._step_rows = [sample["rows"] for sample in samples]
         self._step_losses.clear()
         self._skipped = False
@@ -122,6 +138,15 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         if samples:
             self.begin_step(samples, device)
         return samples, num_items
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As TRL's; dropout is told which tokens the micro-batch holds."""
+        if self.token_keys is not None:
+            # A micro-batch without rows is one token of weight 0.
+            places = inputs.pop("places") if inputs["rows"] else torch.zeros_like(inputs["weight"])
+            self.token_keys.begin(self.args.seed, self.state.global_step, places)
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        return loss
 
     def begin_step(self, samples: list[Any], device: torch.device) -> None:
         """Open an optimizer step, of which `samples` are this rank's micro-batches."""
@@ -149,14 +174,6 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
             loss = self.router_term.add(loss, record, self.weights(inputs), self.accelerator.num_processes)
         self._step_losses.append(loss.detach())
         return loss
-
-    def first_repeated(self, rows: int) -> int:
-        """How many of this rank's `rows` of an evaluation batch count; the last may be repeats to fill all ranks."""
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return rows
-        left: int = state.remainder - self.accelerator.process_index * rows
-        return max(min(left, rows), 0)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As transformers', with exact figures in place of means of batch means."""

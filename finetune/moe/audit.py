@@ -239,8 +239,10 @@ def part_of(name: str, family: Family) -> str:
 
 
 def audit_table(parts: dict[str, PartAudit]) -> str:
-    """The audit as a text table, one class a line."""
-    header = f"{'part':<15}{'stored as':<22}{'parameters':>16}{'MiB':>11}{'adapted':>12}{'rank':>7}{'trained':>13}"
+    """The audit as a text table, one class a line; of a sharded model also what this process holds."""
+    sharded = any(part.local_bytes < part.bytes for part in parts.values())
+    header = f"{'part':<15}{'stored as':<22}{'parameters':>16}{'MiB':>11}"
+    header += f"{'MiB here':>11}" * sharded + f"{'adapted':>12}{'rank':>7}{'trained':>13}"
     lines = [header, "-" * len(header)]
     for part in parts.values():
         if not part.parameters:
@@ -251,9 +253,13 @@ def audit_table(parts: dict[str, PartAudit]) -> str:
         rank = ",".join(map(str, sorted(set(part.ranks.values())))) or "-"
         lines.append(
             f"{part.part:<15}{stored:<22}{part.parameters:>16,}{part.bytes / 2**20:>11.1f}"
-            f"{adapted:>12}{rank:>7}{part.trained:>13,}"
+            + f"{part.local_bytes / 2**20:>11.1f}" * sharded
+            + f"{adapted:>12}{rank:>7}{part.trained:>13,}"
         )
-    total, size = sum(p.parameters for p in parts.values()), sum(p.bytes for p in parts.values())
-    trained = sum(part.trained for part in parts.values())
-    lines.append(f"{'total':<37}{total:>16,}{size / 2**20:>11.1f}{'':>19}{trained:>13,}")
+    total, size, here, trained = (
+        sum(getattr(part, name) for part in parts.values())
+        for name in ("parameters", "bytes", "local_bytes", "trained")
+    )
+    shown = f"{size / 2**20:>11.1f}" + f"{here / 2**20:>11.1f}" * sharded
+    lines.append(f"{'total':<37}{total:>16,}{shown}{'':>19}{trained:>13,}")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from tqdm import tqdm
 
+from finetune.data.tokens.global_batches import equal_share
 from finetune.errors import Problem, RunError, WeightsError
 from finetune.files import write_json
 from finetune.moe.families import MoeLayout
@@ -156,12 +157,17 @@ def choose_experts(model: Any, moe: MoeLayout, dataset: Any, collate: Collate, r
     lora, state = recipe.lora, PartialState()
     assert lora.experts_share is not None  # the recipe was checked
     lengths = draw_rows(dataset, lora.experts_tokens, recipe.seed)
-    rank_batches = batch_rows(lengths, recipe.data.max_length)[state.process_index :: state.num_processes]
-    progress = tqdm(rank_batches, desc="Measuring experts", unit="batch", disable=not state.is_main_process)
-    batches = (collate([dataset[row] for row in rows]) for rows in progress)
+    mine = equal_share(batch_rows(lengths, recipe.data.max_length), state.process_index, state.num_processes)
+    progress = tqdm(mine, desc="Measuring experts", unit="batch", disable=not state.is_main_process)
+    batches = (_batch([dataset[row] for row in rows], collate, counts) for rows, counts in progress)
     scores = reduce(measure_experts(model, moe, batches, lora.experts_score), "sum")
     layers = tuple(_choose(layer, scores_E.tolist(), lora.experts_share) for layer, scores_E in scores.items())
     return ExpertChoice(lora.experts_score, lora.experts_share, len(lengths), sum(lengths.values()), layers)
+
+
+def _batch(rows: list[dict[str, Any]], collate: Collate, counts: bool) -> Batch:
+    batch = collate(rows)
+    return batch if counts else {**batch, "weight": torch.zeros_like(batch["weight"])}
 
 
 def _choose(layer: str, scores_E: list[int], share: float) -> LayerChoice:

@@ -16,7 +16,15 @@ from finetune.errors import Problem, WeightsError
 from finetune.moe.checkpointing import kept_values
 from finetune.moe.engine.function import ExpertsCall, run_experts
 from finetune.moe.engine.gates import gate_of
-from finetune.moe.engine.routed_rows import Chunk, ChunkSize, ExpertFactors, GroupedChunk, Projection, loop_chunks
+from finetune.moe.engine.routed_rows import (
+    Chunk,
+    ChunkSize,
+    ExpertFactors,
+    Projection,
+    grouped_chunks,
+    loop_chunks,
+    pieces_of,
+)
 
 EXPERTS_IMPLEMENTATION = "moe_finetune"
 _GROUPED_ALIGNMENT = 16  # bytes; grouped products refuse rows that do not start at a multiple of it
@@ -38,19 +46,20 @@ def experts_forward(
     up = _projection(module, "gate_up_proj" if module.has_gate else "up_proj", x_TH.dtype, grouped)
     down = _projection(module, "down_proj", x_TH.dtype, grouped)
 
+    pieces = pieces_of(top_k_index.numel(), up.out_features)
+
     def sort_rows() -> tuple[torch.Tensor, Sequence[Chunk]]:
-        size = None if grouped else ChunkSize.for_columns(up.out_features, x_TH.is_cuda)
-        return _sort_rows(top_k_index, module.num_experts, size)
+        if grouped:
+            return grouped_chunks(top_k_index, module.num_experts, pieces)
+        return _sort_rows(top_k_index, module.num_experts, ChunkSize.for_columns(up.out_features, x_TH.is_cuda))
 
     order_R, chunks = sort_rows() if kept is None else kept.once(sort_rows)
-    dropout = any(factors.dropout for factors in up.factors + down.factors)
     call = ExpertsCall(
         up=up,
         down=down,
         gate=gate_of(module),
         chunks=chunks,
-        # From the generator that checkpointing restores, so that the recompute drops the same elements.
-        seed=int(torch.randint(2**62, ()).item()) if dropout else 0,
+        is_large=pieces > 1,
     )
     with torch.autocast(x_TH.device.type, enabled=False):
         out_TH = run_experts(call, x_TH, top_k_weights.reshape(-1)[order_R])
@@ -65,16 +74,11 @@ def _compute_cast(hidden_states: torch.Tensor) -> torch.Tensor:
     return hidden_states
 
 
-def _sort_rows(
-    index_TK: torch.Tensor, num_experts: int, size: ChunkSize | None
-) -> tuple[torch.Tensor, Sequence[Chunk]]:
-    """The rows (token * K + choice) sorted by expert: chunks of `size` for a loop (a sync), else one grouped chunk."""
+def _sort_rows(index_TK: torch.Tensor, num_experts: int, size: ChunkSize) -> tuple[torch.Tensor, Sequence[Chunk]]:
+    """The rows (token * K + choice) sorted by expert, in chunks for a loop over experts: a host sync."""
     expert_R, order_R = index_TK.reshape(-1).sort(stable=True)
     past_E = torch.searchsorted(expert_R, torch.arange(num_experts, device=expert_R.device), right=True)
-    top_k = index_TK.shape[-1]
-    if size is None:
-        return order_R, [GroupedChunk(order_R, past_E.to(torch.int32), top_k)]
-    return order_R, loop_chunks([0, *past_E.tolist()], order_R // top_k, size)
+    return order_R, loop_chunks([0, *past_E.tolist()], order_R // index_TK.shape[-1], size)
 
 
 def _grouped_products(x: torch.Tensor) -> bool:

@@ -25,11 +25,12 @@ from peft.functional import cast_adapter_dtype
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from finetune.errors import Problem, RecipeError, WeightsError
+from finetune.moe.dropout import InputDropout, LoraDropout, TokenKeys
 from finetune.moe.engine.routed_rows import ExpertFactors
 from finetune.moe.families import Family
 from finetune.moe.nf4_loading import UnevenLinear4bit
 from finetune.recipe import FRIENDLY_TARGETS, LoraSettings
-from finetune.upstream import require
+from finetune.upstream import clean_name, require
 
 require(
     "peft.tuners.lora.model:LoraModel._create_and_replace", "peft.tuners.lora.layer:ParamWrapper._check_forward_args"
@@ -247,10 +248,10 @@ class FactoredStackLora(ParamWrapper):  # type: ignore[misc]
         B_SrO = B.T.contiguous().view(-1, S, B.shape[0]).transpose(0, 1)
         return ExpertFactors(A_SrI, B_SrO, self.scaling[adapter], self._dropout(adapter), chosen)
 
-    def _dropout(self, adapter: str) -> float:
-        """The current dropout probability: 0 outside of training."""
+    def _dropout(self, adapter: str) -> InputDropout | None:
+        """Of the present micro-batch; None outside of training."""
         dropout: Any = self.lora_dropout[adapter]
-        return dropout.p if dropout.training and isinstance(dropout, torch.nn.Dropout) else 0.0
+        return dropout.now(self.num_experts) if isinstance(dropout, LoraDropout) else None
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """The experts without their factors, when PEFT removes the adapter."""
@@ -294,11 +295,14 @@ def add_adapter(model: Any, family: Family, lora: LoraSettings, new_tokens: Sequ
 
 
 def _set_dropout(model: torch.nn.Module, probability: float) -> None:
-    """Dropout on the input of every adapter, those of expert stacks included."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for adapter in module.lora_dropout:
-                module.lora_dropout[adapter] = torch.nn.Dropout(probability)
+    """Dropout on the input of every adapter, those of expert stacks included; they share their tokens' keys."""
+    token_keys = TokenKeys()
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or type(module) is ParamWrapper:
+            continue  # a router's adapter has none: it is added to the weight
+        place = f"{path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else path
+        for adapter in module.lora_dropout:
+            module.lora_dropout[adapter] = LoraDropout(probability, clean_name(f"{place}.{adapter}"), token_keys)
 
 
 def factor_stacks(model: torch.nn.Module) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from finetune.moe.families import Family
+from finetune.moe.forward_check import check_forwards
 from finetune.moe.nf4 import Nf4Part, Nf4Stack
 from finetune.moe.nf4_loading import is_expert_stack
 from finetune.moe.stored_bytes import Share, StackBytes
@@ -58,6 +59,7 @@ def shard_model(model: torch.nn.Module, family: Family, parallelism: Parallelism
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     for module, name, local in flat:
         _fill(module, name, local)
+    check_forwards(model)
     for module in model.modules():
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             module.register_state_dict_post_hook(_gather_state)  # type: ignore[no-untyped-call]

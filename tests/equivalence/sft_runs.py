@@ -112,6 +112,27 @@ def run(recipe: Recipe) -> Steps:
     return steps
 
 
+def assert_changes_nothing(trainer: Any) -> None:
+    """A micro-batch without rows: no loss, a gradient of 0 for every trained parameter, nothing in any figure."""
+    batch, none = trainer.data_collator([]), torch.zeros((), dtype=torch.int64)
+    assert batch["rows"] == []
+    assert batch["weight"].sum() == 0
+    trainer.model.train()
+    trainer.begin_step([batch], trainer.args.device)
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=none)
+    loss.backward()
+    assert loss == 0
+    gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert [name for name, gradient in gradients.items() if gradient is None or gradient.count_nonzero()] == []
+    trainer.model.eval()
+    with torch.no_grad():
+        assert trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)) == 0
+    assert not trainer._window.count_nonzero()
+    assert not trainer._eval_window.count_nonzero()
+    assert trainer.num_tokens == 0
+    assert not trainer.router_term.balance.total(lambda sums: sums).count_nonzero()
+
+
 def padded_with_eos(recipe: Recipe) -> Recipe:
     """The recipe with the EOS, which ends every answer, in place of the tiny tokenizer's own pad token."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"pad_token": "<|im_end|>"})})

@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
 
 from finetune.methods.arguments import evaluation_metrics
 from tests.equivalence.dpo_runs import PAIR_KEYS, dpo_recipe, dpo_run, dpo_trainer, write_pairs
-from tests.equivalence.sft_runs import TIMINGS, Steps, assert_same_steps, padded_with_eos
+from tests.equivalence.sft_runs import TIMINGS, Steps, assert_changes_nothing, assert_same_steps, padded_with_eos
 
 MIXED: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3], "ld_alpha": 0.5}
 
@@ -52,7 +49,7 @@ def test_pairs_can_be_drawn_by_length(base: Path, pairs: Path, tmp_path: Path, p
     documents = [ids for row in rows["pairs"] for index in row for ids, _ in split[index].answers]
     prompts = [len(split[index].prompt_ids) for row in rows["pairs"] for index in row]
     assert sum(rows["length"]) == sum(map(len, documents)) + 2 * sum(prompts)
-    lengths = [rows[index]["length"] for index in trainer._get_train_sampler()]
+    lengths = [rows[index]["length"] for step in trainer.get_train_dataloader().batches for index in step]
     assert lengths[:8] == sorted(lengths[:8], reverse=True)
 
 
@@ -139,21 +136,10 @@ def test_packed_pairs_are_the_same_pairs(base: Path, pairs: Path, tmp_path: Path
             assert other[key] == pytest.approx(evaluations[0][key], abs=1e-5), key
 
 
-def test_pairs_of_packed_rows_count_once_where_two_processes_are_filled_up(
-    base: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five rows in batches of two: the second batch of one process repeats rows."""
-    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, MIXED, data={"packing": True}))
-    trainer.eval_dataset = trainer.eval_dataset.select(range(5))
-    wanted = trainer.evaluate()["eval_logps/chosen"]
-    sums = torch.zeros(len(trainer.sums), dtype=torch.float64)
-    plain = DataLoader(trainer.eval_dataset, 2, collate_fn=trainer.data_collator)
-    for rank in (0, 1):
-        monkeypatch.setattr(Accelerator, "process_index", rank)
-        trainer._eval_window.zero_()
-        for batch in prepare_data_loader(plain, num_processes=2, process_index=rank, put_on_device=False):
-            trainer.prediction_step(trainer.model, batch, prediction_loss_only=True)
-        sums += trainer._eval_window.cpu()
-    counted = dict(zip(trainer.sums, sums.tolist(), strict=True))
-    assert counted["pairs"] == sum(map(len, trainer.eval_dataset["pairs"]))
-    assert counted["chosen_logps"] / counted["pairs"] == pytest.approx(wanted, abs=1e-5)
+@pytest.mark.parametrize("layout", ["padded", "packed", "flat", "shared", "shared, eager"])
+def test_a_micro_batch_without_pairs_changes_nothing(base: Path, pairs: Path, tmp_path: Path, layout: str) -> None:
+    method = {**MIXED, "use_weighting": True, "reference": "precomputed" if layout == "padded" else "live"}
+    model = {"attn_implementation": "eager"} if layout.endswith("eager") else {}
+    trainer, _ = dpo_trainer(dpo_recipe(base, pairs, tmp_path, method, model=model))
+    trainer.data_collator.layout = layout.partition(",")[0]
+    assert_changes_nothing(trainer)

@@ -1,6 +1,7 @@
-"""Two processes of a real run, of which one is killed or stopped: the run ends, says which, and leaves no process."""
+"""Processes of a real run, of which some are killed or stopped: the run ends, says which, and leaves no process."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,6 +23,9 @@ BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "-m", "finetune.train"]
 FINETUNE = [str(BIN / "finetune"), "train", "--config_file", "two.yaml"]
 TWO = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": True, "gpu_ids": "all"}
+FOUR = ["-m", "finetune.launcher", "--config_file", "two.yaml", "--num_processes", "4", "-m", "finetune.train"]
+HOST = socket.gethostname()
+LAST = re.compile(rf"rank \d on {re.escape(HOST)} ended \(signal 9\) at step \d+; the same command continues")
 STARTS, ENDS = 240, 60
 """Seconds in which a run starts, also on a busy machine, and in which it must end."""
 
@@ -47,6 +51,10 @@ class Ended:
     lost: int
     left: int
 
+    @property
+    def last_line(self) -> str:
+        return self.output.rstrip().splitlines()[-1]
+
 
 def processes(launcher: int) -> dict[int, psutil.Process]:
     """Those of the run, by rank."""
@@ -60,9 +68,11 @@ def processes(launcher: int) -> dict[int, psutil.Process]:
     return found
 
 
-def run_and_send(folder: Path, command: Sequence[str], rank: int, number: signal.Signals, seen: str) -> Ended:
-    """Start, wait until `seen` was printed, send the signal to one process, and wait for the end."""
-    name = f"{Path(command[0]).name}-{rank}-{number.name}-{len(seen)}"
+def run_and_send(
+    folder: Path, command: Sequence[str], ranks: Sequence[int], number: signal.Signals, seen: str, count: int = 2
+) -> Ended:
+    """Start, wait until `seen` was printed, send the signal to these processes, and wait for the end."""
+    name = f"{Path(command[0]).name}-{len(command)}-{ranks}-{number.name}-{len(seen)}".replace(" ", "")
     environment = {**os.environ, "FINETUNE_CACHE": str(folder / name), "ACCELERATE_USE_CPU": "true"}
     log = folder / f"{name}.log"
     words = [*command, "recipe.yaml", f"output_dir={name}"]
@@ -75,61 +85,71 @@ def run_and_send(folder: Path, command: Sequence[str], rank: int, number: signal
         assert time.monotonic() < deadline, log.read_text(errors="replace")
         assert launcher.poll() is None, log.read_text(errors="replace")
         time.sleep(0.2)
-    both = processes(launcher.pid)
+    started = processes(launcher.pid)
     try:
-        assert sorted(both) == [0, 1]
+        assert sorted(started) == list(range(count))
         since = time.monotonic()
-        both[rank].send_signal(number)
+        for rank in ranks:
+            started[rank].send_signal(number)
         launcher.wait(ENDS)
         seconds = time.monotonic() - since
-        left = sum(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in both.values())
+        left = sum(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in started.values())
     finally:
-        for one in both.values():
+        for one in started.values():
             if one.is_running():
                 one.kill()
         launcher.kill()
-    return Ended(launcher.returncode, seconds, log.read_text(errors="replace"), both[rank].pid, left)
+    return Ended(launcher.returncode, seconds, log.read_text(errors="replace"), started[ranks[0]].pid, left)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run(rank: int, workspace: Path) -> None:
-    ended = run_and_send(workspace, FINETUNE, rank, signal.SIGKILL, "'loss'")
+    ended = run_and_send(workspace, FINETUNE, [rank], signal.SIGKILL, "'loss'")
     assert ended.left == 0
     assert ended.seconds < 30
-    assert f"rank {rank} (host {socket.gethostname()}, pid {ended.lost}): has ended without a word while training" in (
-        ended.output
-    )
-    assert f"process {rank}: was ended by SIGKILL" in ended.output
+    assert ended.output.count("the same command continues") == 1
+    assert LAST.fullmatch(ended.last_line), ended.last_line
+    assert ended.last_line.startswith(f"rank {rank} on {HOST} ")
     assert ended.code == 128 + signal.SIGKILL
     assert "Traceback" not in ended.output
 
 
 @pytest.mark.faults
 def test_a_process_killed_before_the_training_ends_the_run(workspace: Path) -> None:
-    ended = run_and_send(workspace, FINETUNE, 1, signal.SIGKILL, "attention ")
+    ended = run_and_send(workspace, FINETUNE, [1], signal.SIGKILL, "attention ")
     assert ended.left == 0
     assert ended.seconds < 30
-    assert f"pid {ended.lost}): has ended without a word" in ended.output
+    assert re.fullmatch(rf"rank 1 on {HOST} ended \(signal 9\) while .+; the same command continues", ended.last_line)
     assert "Traceback" not in ended.output
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_stopped_process_ends_the_run_after_the_timeout(rank: int, workspace: Path) -> None:
-    ended = run_and_send(workspace, FINETUNE, rank, signal.SIGSTOP, "'loss'")
+    ended = run_and_send(workspace, FINETUNE, [rank], signal.SIGSTOP, "'loss'")
     assert ended.left == 0
     assert ended.seconds > 9
-    reason = f"rank {rank} (host {socket.gethostname()}, pid {ended.lost}): has not answered for 10 s while training"
-    assert reason in ended.output
-    assert "(it is stopped)" in ended.output
+    assert ended.last_line.startswith(f"rank {rank} on {HOST} has not answered for 10 s at step ")
+    assert f"(process {ended.lost} is stopped); look at its machine; " in ended.last_line
     assert ended.code == 1
     assert "Traceback" not in ended.output
 
 
 @pytest.mark.faults
 def test_under_torchrun_the_processes_say_one_line(workspace: Path) -> None:
-    ended = run_and_send(workspace, TORCHRUN, 1, signal.SIGKILL, "'loss'")
+    ended = run_and_send(workspace, TORCHRUN, [1], signal.SIGKILL, "'loss'")
     assert ended.left == 0
-    assert ended.output.count(f"pid {ended.lost}): has ended without a word while training") == 1
+    assert len(LAST.findall(ended.output)) == 1
+    assert f"rank 1 on {HOST} ended (signal 9) at step " in ended.output
     assert "[rank0]: Traceback" not in ended.output
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("seen", ["'loss'", "attention "])
+def test_two_of_four_processes_killed_at_once(seen: str, workspace: Path) -> None:
+    ended = run_and_send(workspace, [sys.executable, *FOUR], [0, 2], signal.SIGKILL, seen, count=4)
+    assert ended.left == 0
+    assert ended.output.count("the same command continues") == 1
+    assert ended.last_line.startswith((f"rank 0 on {HOST} ended (signal 9)", f"rank 2 on {HOST} ended (signal 9)"))
+    assert "Traceback" not in ended.output

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks.arms import OURS
 from benchmarks.gpu_sections import host_syncs
+from finetune.moe.dropout import LoraDropout, TokenKeys
 from tests.gpu import checks
 
 
@@ -55,6 +56,16 @@ def test_syncs_are_counted_forward_and_backward() -> None:
         (y * y.sum().item()).sum().backward()  # type: ignore[no-untyped-call]
 
     assert host_syncs(step, "cuda") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_what_it_drops_on_the_cpu(dtype: torch.dtype) -> None:
+    masks = []
+    for device in ("cpu", "cuda"):
+        token_keys = TokenKeys()
+        token_keys.begin(seed=42, step=7, places=torch.arange(3000, device=device))
+        masks.append(LoraDropout(0.1, "a", token_keys)(torch.ones(3000, 1001, dtype=dtype, device=device)).cpu())
+    assert torch.equal(*masks)
 
 
 def test_quantised_on_the_device_as_on_the_cpu() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from finetune.moe.dropout import token_keys_of
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack, linear_weight
 from finetune.recipe import LoraSettings, ModelSettings
@@ -40,6 +41,13 @@ def trained_model(folder: Path, load_in_4bit: bool = True, seed: int = 0, **lora
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def begin_dropout(model: Any) -> None:
+    """Give the tokens of `IDS` their keys, as the trainer does for a micro-batch."""
+    token_keys = token_keys_of(model)
+    if token_keys is not None:
+        token_keys.begin(seed=0, step=1, places=torch.arange(IDS.numel()))
 
 
 def dense_twin(model: Any, folder: Path) -> Any:

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import eager_attention_forward
 
 from finetune.data.render import IGNORED
-from finetune.data.tokens.collators import Collator, needs_one_row
+from finetune.data.tokens.collators import ROW_PLACES, Collator, needs_one_row
 from tests.support import tiny_mixtral_config, tiny_tokenizer
 
 ROWS = [([5, 6, 7, 8, 9], "f:11"), ([10, 11, 12], "f:12"), ([13, 14, 15, 16], "f:13")]
@@ -83,6 +83,17 @@ def test_packed_rows_of_flash_attention_become_one_row_without_padding() -> None
     assert batch["weight"].tolist() == [[1] * 12]
     assert batch["rows"] == ["f:11", "f:12", "f:13"]
     assert sorted(batch) == KEYS
+
+
+def test_a_token_of_a_numbered_row_has_the_same_place_in_every_batch() -> None:
+    """Places are what dropout depends on; rows without a number have none."""
+    rows = [{**row, "index": index} for row, index in zip(packed_rows(), (3, 70_000), strict=True)]
+    wanted = [[index * ROW_PLACES + place for place in range(length)] for index, length in ((3, 8), (70_000, 4))]
+    padded, alone, in_one_row = batch_of(rows), batch_of(rows[1:]), batch_of(rows, in_one_row=True)
+    assert padded["places"][:1].tolist() == wanted[:1]
+    assert padded["places"][1, :4].tolist() == alone["places"][0].tolist() == wanted[1]
+    assert in_one_row["places"].tolist() == [wanted[0] + wanted[1]]
+    assert sorted(alone) == sorted([*KEYS, "places"])
 
 
 def test_a_packed_row_alone_is_the_same_in_both() -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.data.tokens.collators import PairCollator, PairLayout
+from finetune.data.tokens.collators import DOCUMENT_PLACES, ROW_PLACES, PairCollator, PairLayout
 from finetune.data.types import TokenPair
 from finetune.methods.loss_head import fit_head
 from finetune.methods.pairs import score_pairs, shared_prompt_mask
@@ -60,6 +60,25 @@ TOGETHER = [{"pairs": [0, 1], "split": "train"}]
 PAD, NONE = TOKENIZER.pad_token_id, -100
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_of_a_numbered_pair_has_the_same_place_in_every_layout(layout: PairLayout) -> None:
+    """A shared prompt stands for the prompt of the chosen answer; its last token comes before each answer."""
+    pairs = [SMALL[1], SMALL[0]]  # of another index than their order in the row
+    batch = pair_batch(layout, pairs, [{"pairs": [1, 0], "split": "train", "index": 7}])
+    real = batch["weight"] > 0
+    places = dict(zip(batch["places"][real].tolist(), batch["input_ids"][real].tolist(), strict=True))
+    wanted = {
+        index * ROW_PLACES + branch * DOCUMENT_PLACES + place: token
+        for index, pair in enumerate(pairs)
+        for branch, (ids, _) in enumerate(pair.answers)
+        for place, token in enumerate([*pair.prompt_ids.tolist(), *ids.tolist()])
+        if layout != "shared" or branch == 0 or place >= len(pair.prompt_ids) - 1
+    }
+    assert places == wanted
+    assert len(places) == real.sum()
+    assert "places" not in pair_batch(layout, pairs, TOGETHER)
+
+
 def test_padded_rows_are_the_chosen_ones_and_then_the_rejected() -> None:
     batch = pair_batch("padded", SMALL, TOGETHER)
     assert batch["input_ids"].tolist() == [
@@ -101,7 +120,6 @@ def test_packed_rows_are_those_of_flat_ones_under_each_other_with_padding_of_one
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 0, 0, 0]]
     assert batch["weight"].tolist() == [[1] * 9, [1] * 6 + [0] * 3]
     assert batch["answer_index"].tolist() == [[2, 3, 0], [9, 0, 0], [7, 0, 0], [11, 12, 13]]
-    assert batch["pairs_by_feature"] == [1, 1]
     assert batch.keys().isdisjoint({"attention_mask", "document", "branch"})
 
 

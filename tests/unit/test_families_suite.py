@@ -16,6 +16,7 @@ from peft import PeftModel
 from finetune.adapters.adapter import read_adapter
 from finetune.adapters.deltas import plan
 from finetune.checkpoint import CheckpointReader
+from finetune.data import Collator
 from finetune.methods.router_term import RouterTerm
 from finetune.moe.audit import audit_model, differences, part_of
 from finetune.moe.checkpointing import enable_checkpointing
@@ -25,6 +26,7 @@ from finetune.moe.router import RouterRecord, capture, find_routers
 from finetune.recipe import RouterSettings
 from finetune.upstream import clean_name
 from tests.families import CONFIGS, save_tiny
+from tests.support import tiny_tokenizer
 from tests.unit.engine import IDS, dense_twin, logits, lora_settings, trained_model
 
 
@@ -165,6 +167,25 @@ def test_routers_are_found_captured_and_balanced(specimen: Specimen) -> None:
     router = specimen.moe.router_parameter.removesuffix(".weight")
     assert sum(f".{router}." in name for name in reached) == 2 * 2
     assert any(f".{specimen.moe.experts_module}." in name for name in reached)
+
+
+def test_a_micro_batch_without_rows_uses_every_factor_and_changes_nothing(specimen: Specimen) -> None:
+    """DDP waits for the gradient of every trained parameter."""
+    batch = Collator(tiny_tokenizer())([])
+    term = RouterTerm(specimen.model, specimen.family, RouterSettings(router_aux_loss_coef=1.0, scope="micro_batch"))
+    term.begin_step(torch.zeros(()), logged=False)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with term.capture() as record:
+        hidden = specimen.model.train().get_base_model().model(**inputs, use_cache=False).last_hidden_state
+    loss = term.add(hidden[:, :-1].sum(), record, batch["weight"].reshape(-1), ranks=1)
+    factors = {name: p for name, p in specimen.model.named_parameters() if ".lora_" in name}
+    gradients = torch.autograd.grad(loss, list(factors.values()), allow_unused=True)
+    for name, gradient in zip(factors, gradients, strict=True):
+        assert gradient is not None, name
+        assert gradient.count_nonzero() == 0, name
+    assert loss == 0
+    term.end_step(lambda sums: sums)
+    assert term.figures()[0]["router/dead_experts"] == sum(router.num_experts for router in term.routers)
 
 
 def test_the_merge_finds_a_place_on_disk_for_every_factor(specimen: Specimen) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from finetune.methods.common import PreparedAudit
 from finetune.moe.families import FAMILIES
 from finetune.moe.nf4 import Nf4Stack
 from finetune.moe.router import find_routers
+from finetune.progress import SHARED, Progress, shared_file
 from finetune.train import _reject_data_parallel
 from tests.support import save_tiny_mixtral
 from tests.unit.engine import trained_model
@@ -146,8 +148,27 @@ def test_a_process_that_a_signal_ended_before_it_trained_has_the_exit_code_of_th
     assert _failed(1, SimpleNamespace(exitcode=code)) == exit_code
 
 
-def test_a_process_that_was_killed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _failed(1, SimpleNamespace(exitcode=-9)) == 137
-    assert capsys.readouterr().err == (
-        "process 1: was ended by SIGKILL; look for a memory limit or a person who ended it; what was saved is whole\n"
-    )
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (3, "ended (signal 9) at step 3; the same command continues"),
+        (None, "ended (signal 9) while loading the base; the same command continues"),
+    ],
+)
+def test_a_process_that_was_killed_is_named(
+    step: int | None, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SHARED, "")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    opened = shared_file()
+    if step is not None:
+        Progress().begin_step(step)
+    else:
+        Progress("loading the base").share()
+    assert _failed(5, SimpleNamespace(exitcode=-9, local_rank=1), opened) == 137
+    assert capsys.readouterr().err == f"\nrank 5 on {socket.gethostname()} {said}\n"
+
+
+def test_a_process_that_was_killed_before_it_said_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _failed(0, SimpleNamespace(exitcode=-11, local_rank=0)) == 139
+    assert f"rank 0 on {socket.gethostname()} ended (signal 11); the same" in capsys.readouterr().err

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.nn import functional
 
+from finetune.moe.dropout import InputDropout
 from finetune.moe.nf4 import Nf4Stack
 
 
@@ -25,13 +26,13 @@ class ExpertFactors:
     """`A [S, r, I]`, `B^T` as `B [S, r, O]`, and the scale of `B A`; `experts`: the expert of each row, None: all.
 
     Both have r rows: products with a short inner or outer side are up to eight times faster that way on a CPU.
-    `dropout`: probability that an input element of `A` is dropped.
+    `dropout`: of the input of `A`.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
-    dropout: float = 0.0
+    dropout: InputDropout | None = None
     experts: tuple[int, ...] | None = None
 
     @cached_property
@@ -68,6 +69,18 @@ class ChunkSize:
         return cls(shared=min(3 * 2**16 // columns, 512), single=columns // 8 + 64)
 
 
+PIECE = 2**28
+"""Most rows times columns of the first projection in a piece of many rows: 0.5 GiB in 16 bits."""
+
+
+def pieces_of(rows: int, columns: int) -> int:
+    """Into how many pieces rows are cut for grouped products: one up to two times `PIECE`.
+
+    A cut costs a second dequantised stack (both are then held for all pieces), which pays for more than that.
+    """
+    return 1 if rows * columns <= 2 * PIECE else -(-rows * columns // PIECE)
+
+
 @dataclass(frozen=True)
 class Projection:
     """One frozen stack, 4-bit or dense, `[E, O, I]` or transposed `[E, I, O]`; its bias `[E, O]`; its factors."""
@@ -89,10 +102,14 @@ class Projection:
 
 
 class Weights:
-    """A projection's weights in the dtype of one pass; a 4-bit expert is dequantised once for consecutive chunks."""
+    """A projection's weights in the dtype of one pass; a 4-bit expert is dequantised once for consecutive chunks.
 
-    def __init__(self, projection: Projection, dtype: torch.dtype) -> None:
-        self.projection, self.dtype = projection, dtype
+    `hold`: a whole dequantised stack is kept for further chunks.
+    """
+
+    def __init__(self, projection: Projection, dtype: torch.dtype, hold: bool = False) -> None:
+        self.projection, self.dtype, self.hold = projection, dtype, hold
+        self._all: torch.Tensor | None = None
         self.data = projection.stack.data
         self._scratch: torch.Tensor | None = None
         self._held: int | None = None  # the expert in `_scratch`
@@ -117,14 +134,20 @@ class Weights:
 
     def all(self) -> torch.Tensor:
         """All experts' weights as `[E, I, O]`."""
+        if self._all is not None:
+            return self._all
         dense = self.data.dequantize() if isinstance(self.data, Nf4Stack) else self.data
-        return dense.to(self.dtype) if self.projection.transposed else dense.to(self.dtype).transpose(1, 2)
+        all_EIO = dense.to(self.dtype) if self.projection.transposed else dense.to(self.dtype).transpose(1, 2)
+        if self.hold:
+            self._all = all_EIO
+        return all_EIO
 
 
 class Chunk(Protocol):
     """Consecutive rows: of several experts, or some rows of one."""
 
     rows: slice
+    sums_in_float32: ClassVar[bool]  # whether `add_outer` also takes a float32 sum of products in 16 bits
 
     def gather(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Each row's token, `[n, H]`."""
@@ -163,6 +186,8 @@ class Chunk(Protocol):
 
 class LoopChunk:
     """Some consecutive experts, one matrix product each."""
+
+    sums_in_float32: ClassVar[bool] = False
 
     def __init__(self, first_expert: int, bounds: Sequence[int], token_R: torch.Tensor) -> None:
         """`bounds`: the first row of each expert, and the row past the last one's last."""
@@ -242,34 +267,37 @@ _SPREAD_COLUMNS = 256  # up to this width the product is bound by reading and wr
 
 
 class GroupedChunk:
-    """All experts at once through `grouped_mm`: bfloat16 on Hopper and later without a host sync; any CPU, for tests.
+    """All rows of consecutive tokens through `grouped_mm`: bfloat16 on Hopper and later without a host sync; any CPU,
+    for tests.
 
     Factors must have one row an expert (`ExpertFactors.spread`).
     """
 
-    def __init__(self, order_R: torch.Tensor, offsets_E: torch.Tensor, top_k: int) -> None:
-        """`order_R`: rows (token * K + choice) sorted by expert; `offsets_E`: past each expert's last row."""
-        self.rows = slice(0, order_R.shape[0])
-        self.token_R, self.top_k = order_R // top_k, top_k
-        self.position_R = torch.empty_like(order_R).scatter_(
-            0, order_R, torch.arange(order_R.shape[0], device=order_R.device)
-        )
+    sums_in_float32: ClassVar[bool] = True
+
+    def __init__(self, order_n: torch.Tensor, offsets_E: torch.Tensor, top_k: int, first_token: int = 0) -> None:
+        """`order_n`: rows ((token - first) * K + choice) sorted by expert; `offsets_E`: past each expert's last one."""
+        first_row, count = first_token * top_k, order_n.shape[0]
+        self.rows = slice(first_row, first_row + count)
+        self.tokens = slice(first_token, first_token + count // top_k)
+        self.token_n, self.top_k = order_n // top_k, top_k
+        row_n = torch.arange(count, device=order_n.device)
+        self.position_n = torch.empty_like(order_n).scatter_(0, order_n, row_n)
         self.offsets_E = offsets_E
-        row_R = torch.arange(order_R.shape[0], device=order_R.device)
-        self.expert_R = torch.searchsorted(offsets_E, row_R, right=True)
+        self.expert_n = torch.searchsorted(offsets_E, row_n, right=True)
 
     def gather(self, x_TH: torch.Tensor) -> torch.Tensor:
         """Each row's token."""
-        return x_TH.index_select(0, self.token_R)
+        return x_TH[self.tokens].index_select(0, self.token_n)
 
     def scatter_add(self, out_TH: torch.Tensor, y_nH: torch.Tensor) -> None:
-        """Add each token's K rows, by choice."""
-        y_TKH = y_nH.index_select(0, self.position_R).view(-1, self.top_k, y_nH.shape[-1])
-        out_TH += y_TKH.sum(1, dtype=out_TH.dtype)
+        """Add each token's K rows, by choice: a token has all its rows in one piece."""
+        y_tKH = y_nH.index_select(0, self.position_n).view(-1, self.top_k, y_nH.shape[-1])
+        out_TH[self.tokens] += y_tKH.sum(1, dtype=out_TH.dtype)
 
     def row_bias(self, bias_EO: torch.Tensor) -> torch.Tensor:
         """Each row's bias."""
-        return bias_EO[self.expert_R]
+        return bias_EO[self.expert_n]
 
     def project(self, x_nI: torch.Tensor, weights: Weights) -> torch.Tensor:
         """`x W + bias`."""
@@ -298,13 +326,25 @@ class GroupedChunk:
         if experts * rank > _SPREAD_COLUMNS:
             y_nO.add_(functional.grouped_mm(x_nr, M_SrO, offs=self.offsets_E), alpha=scale)
             return
-        own_RE = self.expert_R[:, None] == torch.arange(experts, device=x_nr.device)
-        spread_nc = (own_RE[:, :, None] * x_nr[:, None, :]).flatten(1)
+        own_nE = self.expert_n[:, None] == torch.arange(experts, device=x_nr.device)
+        spread_nc = (own_nE[:, :, None] * x_nr[:, None, :]).flatten(1)
         y_nO.addmm_(spread_nc, M_SrO.flatten(0, 1), alpha=scale)
 
     def add_outer(self, grad_SrI: torch.Tensor, p_nr: torch.Tensor, q_nI: torch.Tensor, factors: ExpertFactors) -> None:
         """`grad += p^T q` by expert."""
         grad_SrI.add_(functional.grouped_mm(p_nr.T, q_nI, offs=self.offsets_E))
+
+
+def grouped_chunks(index_TK: torch.Tensor, num_experts: int, pieces: int) -> tuple[torch.Tensor, list[Chunk]]:
+    """The rows (token * K + choice) of each piece sorted by expert, and one chunk a piece, without a host sync."""
+    (tokens, top_k), device = index_TK.shape, index_TK.device
+    orders, chunks = [], []
+    for first, past in pairwise(tokens * piece // pieces for piece in range(pieces + 1)):
+        expert_n, order_n = index_TK[first:past].reshape(-1).sort(stable=True)
+        past_E = torch.searchsorted(expert_n, torch.arange(num_experts, device=device), right=True)
+        orders.append(order_n + first * top_k if first else order_n)
+        chunks.append(GroupedChunk(order_n, past_E.to(torch.int32), top_k, first))
+    return torch.cat(orders) if pieces > 1 else orders[0], [*chunks]
 
 
 def loop_chunks(bounds: Sequence[int], token_R: torch.Tensor, size: ChunkSize) -> list[Chunk]:
