@@ -156,7 +156,10 @@ class Ranks:
             found = self._said(self._store) or self._dead(self._read("beat", self._store))
         except RuntimeError:
             return None
-        return found if found is None or self._says() else ""
+        if found is None:
+            return None
+        reason, says = self._publish(found)
+        return reason if says else ""
 
     def first_reason(self, error: BaseException) -> tuple[str, bool]:
         """Publish what happened here, unless another process was earlier."""
@@ -180,27 +183,25 @@ class Ranks:
         return published
 
     def _publish(self, reason: str) -> tuple[str, bool]:
-        """The reason of the run's end, and whether this process is the one to say it."""
-        try:
-            if not self._store_is_lost:
-                # The earlier one also where `reason` is what another process has said.
-                reason = self._said(self._store) or self._store.compare_set("reason", "", reason).decode()
-        except RuntimeError:
-            self._store_is_lost = True
-        return reason, self._says()
+        """The reason of the run's end, the first one that was published, and whether this process says it.
 
-    def _says(self) -> bool:
-        """Whether this process says the reason: one of each machine, the launcher where it knows more."""
-        if self._launcher_says:
-            return False
-        mine = self.peers[self.rank]
+        One process of each machine does: the one that has published it, or the first to read it there. None does where
+        the launcher knows more.
+        """
+        says = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             if not self._store_is_lost:
-                key, value = f"says/{mine.machine or mine.host}", str(self.rank)
-                return bool(self._store.compare_set(key, "", value).decode() == value)
+                published = json.loads(self._store.compare_set("reason", "", json.dumps([self.rank, reason])))
+                publisher, reason = self.peers[published[0]], published[1]
+                says = publisher.rank == self.rank or (not self._is_near(publisher) and self._reads_first())
         except RuntimeError:
             self._store_is_lost = True
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return reason, says and not self._launcher_says
+
+    def _reads_first(self) -> bool:
+        """Whether this process is the first of its machine."""
+        mine, value = self.peers[self.rank], str(self.rank)
+        return bool(self._store.compare_set(f"says/{mine.machine or mine.host}", "", value).decode() == value)
 
     def _diagnosis(self, error: BaseException) -> str:
         """Why a connection broke. Processes of other machines are watched for some heartbeats."""
@@ -279,7 +280,7 @@ class Ranks:
         return values
 
     def _said(self, store: Any) -> str | None:
-        return store.get("reason").decode() if store.check(["reason"]) else None
+        return str(json.loads(store.get("reason"))[1]) if store.check(["reason"]) else None
 
     def _dead(self, values: Sequence[bytes]) -> str | None:
         """A process of this machine that has ended without having finished."""
