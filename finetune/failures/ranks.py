@@ -123,7 +123,7 @@ class Ranks:
         self._ending, self._claimed, self._told = threading.Event(), threading.Lock(), threading.Event()
         self._store_is_lost = self._launcher_says = False
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
-        self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
+        self._store.set(f"beat/{self.rank}", f"0 {PROGRESS.report()}")
         self.peers = [Peer(**json.loads(text)) for text in self._read("who", self._store)]
         self._exits = Exits([peer for peer in self.peers if self._is_near(peer)])
         self._read("beat", self._store)
@@ -176,7 +176,7 @@ class Ranks:
         try:
             reason = self._diagnosis(error)
         except RuntimeError:
-            what = f"the connection to the other processes was lost{when(str(PROGRESS))}"
+            what = f"the connection to the other processes was lost{when(PROGRESS.report())}"
             reason = self._store_lost() or str(Problem("processes", what, _next(), summary(error)))
         published = self._publish(reason)
         give_up.cancel()
@@ -232,7 +232,7 @@ class Ranks:
                     beat.since = now  # this process itself was stopped, or its machine suspended
             looked, patience = now, _GRACE_SECONDS
             try:
-                self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
+                self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS.report()}")
                 values = self._read("beat", self._thread_store)
                 self._answered = time.monotonic()
                 if stopped := self._stopped(beats, values):
@@ -257,12 +257,12 @@ class Ranks:
             looked = now
             if now - self._answered > self.timeout:
                 self._store_is_lost = True
-                self._end(unreachable(self.peers[0], str(PROGRESS)))
+                self._end(unreachable(self.peers[0], PROGRESS.report()))
                 return
 
     def _give_up(self) -> None:
         """The store, from which the reason was to come, does not answer any more."""
-        print(f"\n{self._store_lost() or unreachable(self.peers[0], str(PROGRESS))}", file=sys.stderr, flush=True)
+        print(f"\n{self._store_lost() or unreachable(self.peers[0], PROGRESS.report())}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _end(self, reason: str) -> None:
@@ -312,7 +312,7 @@ class Ranks:
         """The store is that of rank 0's machine; None where that is this one, and its launcher has ended."""
         if self.rank == 0 or (_by_agent() and self._is_near(self.peers[0])):
             return None
-        return unreachable(self.peers[0], str(PROGRESS))
+        return unreachable(self.peers[0], PROGRESS.report())
 
     def _is_near(self, peer: Peer) -> bool:
         """Whether it is another process of this machine that can be looked at."""
