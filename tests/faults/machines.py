@@ -87,13 +87,6 @@ class Command:
         first = psutil.Process(self.process.pid).children()[0]
         first.send_signal(signal.SIGKILL)
 
-    def wait_until_said(self, text: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.output:
-            assert time.monotonic() < deadline, self.output
-            assert self.process.poll() is None, self.output
-            time.sleep(0.1)
-
     def wait(self, seconds: float) -> tuple[int, float]:
         """Exit code, and after how many seconds."""
         since = time.monotonic()
