@@ -1,4 +1,4 @@
-"""Two machines: network, process and host name namespaces of this one, with a cable between them (needs root)."""
+"""Two machines: network, process, host name and mount namespaces of this one, with a cable between them (needs root)."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 NETWORK = "10.213.71"
-_IN_IT = 'hostname "$0" && exec "$@"'
+_IN_IT = 'hostname "$0" && mount --bind "$HOSTS" /etc/hosts && exec "$@"'
 
 
 @dataclass
@@ -48,7 +48,12 @@ class Machine:
         """A command on this machine."""
         inside = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _IN_IT, self.name]
         log = self.logs / f"{self.name}-{len(self._started)}.log"
-        variables = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface, **environment}
+        variables = {
+            **os.environ,
+            "HOSTS": str(self.logs / "hosts"),
+            "GLOO_SOCKET_IFNAME": self.interface,
+            **environment,
+        }
         with log.open("wb") as output:
             command = ["ip", "netns", "exec", self.name, *inside, *words]
             started = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
@@ -100,6 +105,7 @@ class Command:
 def two_machines(logs: Path) -> Iterator[Sequence[Machine]]:
     """Both, connected. PermissionError where namespaces may not be made."""
     machines = [Machine(number, logs) for number in (0, 1)]
+    (logs / "hosts").write_text("".join(f"{machine.address} {machine.name}\n" for machine in machines))
     try:
         for machine in machines:
             _ip("netns", "add", machine.name)
