@@ -1,4 +1,4 @@
-"""Two machines: network, process, host name and mount namespaces of this one, with a cable between them (needs root)."""
+"""Two machines: namespaces of this one (network, processes, name, mounts) with a cable between them; needs root."""
 
 import os
 import signal
