@@ -24,10 +24,14 @@ _RECORD_BYTES = 64
 
 @dataclass
 class Progress:
-    """`recipe` as `finetune.recipe` has it, `config` the base's configuration, `parts` those of the audit."""
+    """`step` while it is trained, `reached`: the last one, also in an evaluation, or while it is saved.
+
+    `recipe` as `finetune.recipe` has it, `config` the base's configuration, `parts` those of the audit.
+    """
 
     doing: str = "starting"
     step: int | None = None
+    reached: int | None = None
     recipe: Any = None
     run: Path | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -40,14 +44,18 @@ class Progress:
 
     def begin_step(self, step: int) -> None:
         """Training, step `step`; an evaluation or a checkpoint before it is over."""
-        self.doing, self.step = "training", step
+        self.doing, self.step, self.reached = "training", step, step
         self.share()
+
+    def report(self) -> str:
+        """What other processes read."""
+        return self.doing if self.reached is None else f"{self.doing}, step {self.reached}"
 
     def share(self) -> None:
         """Let the launcher of this process know; what it cannot be told is left out of its message."""
         if path := os.environ.get(SHARED):
             with suppress(OSError):
-                record = str(self).encode()[:_RECORD_BYTES].ljust(_RECORD_BYTES)
+                record = self.report().encode()[:_RECORD_BYTES].ljust(_RECORD_BYTES)
                 descriptor = os.open(path, os.O_WRONLY)
                 try:
                     os.pwrite(descriptor, record, int(os.environ.get("LOCAL_RANK", "0")) * _RECORD_BYTES)
@@ -103,7 +111,7 @@ def shared_by(descriptor: int | None, local_rank: int) -> str:
 def ended_line(rank: int, host: str, how: str, doing: str, memory: bool = False, do: str = CONTINUE) -> str:
     """The last line of a run of several processes of which one has ended.
 
-    `how`: such as "signal 9", empty where it is not known; `doing`: a `Progress` as text; `memory`: the kernel has
+    `how`: such as "signal 9", empty where it is not known; `doing`: its last report; `memory`: the kernel has
     ended a process because memory was used up.
     """
     line = f"rank {rank} on {host} ended{how and f' ({how})'}{when(doing)}"
@@ -114,6 +122,8 @@ def ended_line(rank: int, host: str, how: str, doing: str, memory: bool = False,
 
 
 def when(doing: str) -> str:
-    """A `Progress` as text, as the end of a clause: ` at step 3`, ` while loading the base`."""
-    step = doing.partition(", step ")[2]
-    return f" at step {step}" if step else f" while {doing}" if doing else ""
+    """A report as the end of a clause: ` at step 3`, ` while loading the base`, ` at step 4 while evaluating`."""
+    doing, _, step = doing.partition(", step ")
+    if step:
+        return f" at step {step}" + (f" while {doing}" if doing != "training" else "")
+    return f" while {doing}" if doing else ""

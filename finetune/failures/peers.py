@@ -50,7 +50,7 @@ def this_process(rank: int) -> Peer:
 def doing(beat: bytes) -> str:
     """What a process was doing at a heartbeat; in training the step of this process, which is not older."""
     text = beat.decode().partition(" ")[2]
-    return str(PROGRESS) if PROGRESS.step is not None and text.startswith("training") else text
+    return PROGRESS.report() if PROGRESS.step is not None and text.startswith("training") else text
 
 
 class Exits:

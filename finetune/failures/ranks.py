@@ -123,7 +123,7 @@ class Ranks:
         self._ending, self._claimed, self._told = threading.Event(), threading.Lock(), threading.Event()
         self._store_is_lost = self._launcher_says = False
         self._store.set(f"who/{self.rank}", json.dumps(asdict(this_process(self.rank))))
-        self._store.set(f"beat/{self.rank}", f"0 {PROGRESS}")
+        self._store.set(f"beat/{self.rank}", f"0 {PROGRESS.report()}")
         self.peers = [Peer(**json.loads(text)) for text in self._read("who", self._store)]
         self._exits = Exits([peer for peer in self.peers if self._is_near(peer)])
         self._read("beat", self._store)
@@ -157,7 +157,10 @@ class Ranks:
             found = self._said(self._store) or self._dead(self._read("beat", self._store))
         except RuntimeError:
             return None
-        return found if found is None or self._says() else ""
+        if found is None:
+            return None
+        reason, says = self._publish(found)
+        return reason if says else ""
 
     def first_reason(self, error: BaseException) -> tuple[str, bool]:
         """Publish what happened here, unless another process was earlier."""
@@ -174,34 +177,32 @@ class Ranks:
         try:
             reason = self._diagnosis(error)
         except RuntimeError:
-            what = f"the connection to the other processes was lost{when(str(PROGRESS))}"
+            what = f"the connection to the other processes was lost{when(PROGRESS.report())}"
             reason = self._store_lost() or str(Problem("processes", what, _next(), summary(error)))
         published = self._publish(reason)
         give_up.cancel()
         return published
 
     def _publish(self, reason: str) -> tuple[str, bool]:
-        """The reason of the run's end, and whether this process is the one to say it."""
-        try:
-            if not self._store_is_lost:
-                # The earlier one also where `reason` is what another process has said.
-                reason = self._said(self._store) or self._store.compare_set("reason", "", reason).decode()
-        except RuntimeError:
-            self._store_is_lost = True
-        return reason, self._says()
+        """The reason of the run's end, the first one that was published, and whether this process says it.
 
-    def _says(self) -> bool:
-        """Whether this process says the reason: one of each machine, the launcher where it knows more."""
-        if self._launcher_says:
-            return False
-        mine = self.peers[self.rank]
+        One process of each machine does: the one that has published it, or the first to read it there. None does where
+        the launcher knows more.
+        """
+        says = os.environ.get("LOCAL_RANK", "0") == "0"
         try:
             if not self._store_is_lost:
-                key, value = f"says/{mine.machine or mine.host}", str(self.rank)
-                return bool(self._store.compare_set(key, "", value).decode() == value)
+                published = json.loads(self._store.compare_set("reason", "", json.dumps([self.rank, reason])))
+                publisher, reason = self.peers[published[0]], published[1]
+                says = publisher.rank == self.rank or (not self._is_near(publisher) and self._reads_first())
         except RuntimeError:
             self._store_is_lost = True
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return reason, says and not self._launcher_says
+
+    def _reads_first(self) -> bool:
+        """Whether this process is the first of its machine."""
+        mine, value = self.peers[self.rank], str(self.rank)
+        return bool(self._store.compare_set(f"says/{mine.machine or mine.host}", "", value).decode() == value)
 
     def _diagnosis(self, error: BaseException) -> str:
         """Why a connection broke. Processes of other machines are watched for some heartbeats."""
@@ -232,7 +233,7 @@ class Ranks:
                     beat.since = now  # this process itself was stopped, or its machine suspended
             looked, patience = now, _GRACE_SECONDS
             try:
-                self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS}")
+                self._thread_store.set(f"beat/{self.rank}", f"{count} {PROGRESS.report()}")
                 values = self._read("beat", self._thread_store)
                 self._answered = time.monotonic()
                 if stopped := self._stopped(beats, values):
@@ -257,12 +258,12 @@ class Ranks:
             looked = now
             if now - self._answered > self.timeout:
                 self._store_is_lost = True
-                self._end(unreachable(self.peers[0], str(PROGRESS)))
+                self._end(unreachable(self.peers[0], PROGRESS.report()))
                 return
 
     def _give_up(self) -> None:
         """The store, from which the reason was to come, does not answer any more."""
-        print(f"\n{self._store_lost() or unreachable(self.peers[0], str(PROGRESS))}", file=sys.stderr, flush=True)
+        print(f"\n{self._store_lost() or unreachable(self.peers[0], PROGRESS.report())}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _end(self, reason: str) -> None:
@@ -280,7 +281,7 @@ class Ranks:
         return values
 
     def _said(self, store: Any) -> str | None:
-        return store.get("reason").decode() if store.check(["reason"]) else None
+        return str(json.loads(store.get("reason"))[1]) if store.check(["reason"]) else None
 
     def _dead(self, values: Sequence[bytes]) -> str | None:
         """A process of this machine that has ended without having finished."""
@@ -312,7 +313,7 @@ class Ranks:
         """The store is that of rank 0's machine; None where that is this one, and its launcher has ended."""
         if self.rank == 0 or (_by_agent() and self._is_near(self.peers[0])):
             return None
-        return unreachable(self.peers[0], str(PROGRESS))
+        return unreachable(self.peers[0], PROGRESS.report())
 
     def _is_near(self, peer: Peer) -> bool:
         """Whether it is another process of this machine that can be looked at."""

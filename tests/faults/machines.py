@@ -1,4 +1,4 @@
-"""Two machines: network, process and host name namespaces of this one, with a cable between them (needs root)."""
+"""Two machines: namespaces of this one (network, processes, name, mounts) with a cable between them; needs root."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 NETWORK = "10.213.71"
-_IN_IT = 'hostname "$0" && exec "$@"'
+_IN_IT = 'hostname "$0" && mount --bind "$HOSTS" /etc/hosts && exec "$@"'
 
 
 @dataclass
@@ -48,7 +48,12 @@ class Machine:
         """A command on this machine."""
         inside = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", _IN_IT, self.name]
         log = self.logs / f"{self.name}-{len(self._started)}.log"
-        variables = {**os.environ, "GLOO_SOCKET_IFNAME": self.interface, **environment}
+        variables = {
+            **os.environ,
+            "HOSTS": str(self.logs / "hosts"),
+            "GLOO_SOCKET_IFNAME": self.interface,
+            **environment,
+        }
         with log.open("wb") as output:
             command = ["ip", "netns", "exec", self.name, *inside, *words]
             started = subprocess.Popen(command, cwd=folder, env=variables, stdout=output, stderr=output)
@@ -87,13 +92,6 @@ class Command:
         first = psutil.Process(self.process.pid).children()[0]
         first.send_signal(signal.SIGKILL)
 
-    def wait_until_said(self, text: str, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while text not in self.output:
-            assert time.monotonic() < deadline, self.output
-            assert self.process.poll() is None, self.output
-            time.sleep(0.1)
-
     def wait(self, seconds: float) -> tuple[int, float]:
         """Exit code, and after how many seconds."""
         since = time.monotonic()
@@ -107,6 +105,7 @@ class Command:
 def two_machines(logs: Path) -> Iterator[Sequence[Machine]]:
     """Both, connected. PermissionError where namespaces may not be made."""
     machines = [Machine(number, logs) for number in (0, 1)]
+    (logs / "hosts").write_text("".join(f"{machine.address} {machine.name}\n" for machine in machines))
     try:
         for machine in machines:
             _ip("netns", "add", machine.name)

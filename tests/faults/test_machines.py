@@ -97,12 +97,16 @@ def finish(machines: Sequence[Machine], workspace: Path, name: str, *overrides: 
 
 def train_until_it_saves(machines: Sequence[Machine], workspace: Path, name: str) -> list[Command]:
     both = start(machines, workspace, name)
-    both[0].wait_until_said("'loss'", STARTS)
-    deadline = time.monotonic() + ENDS
-    while not (workspace / name / "checkpoint-10").exists():
-        assert time.monotonic() < deadline, both[0].output
-        time.sleep(0.02)
+    wait_for_checkpoint(both[0], workspace / name)
     return both
+
+
+def wait_for_checkpoint(command: Command, run: Path) -> None:
+    deadline = time.monotonic() + STARTS
+    while not (run / "checkpoint-10").exists():
+        assert time.monotonic() < deadline, command.output
+        assert command.process.poll() is None, command.output
+        time.sleep(0.02)
 
 
 def assert_lost(command: Command, line: str, seconds: float) -> None:
@@ -168,3 +172,31 @@ def test_a_process_is_stopped(stopped: int, machines: Sequence[Machine], workspa
     both[stopped].kill_machine()
     both[stopped].wait(ENDS)
     assert differing(finish(machines, workspace, name), whole) == []
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_the_agents_of_both_machines_start_again(
+    rendezvous: str, machines: Sequence[Machine], workspace: Path, whole: Path
+) -> None:
+    """With c10d only the agent of the killed process counts a restart."""
+    name, address = f"again-{rendezvous}", machines[0].address
+    how = {
+        "static": ["--master-addr", address, "--master-port", str(PORT)],
+        "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{address}:{PORT}", "--rdzv-id", "faults"],
+    }[rendezvous]
+    variables = {"FINETUNE_CACHE": str(workspace / "cache"), "ACCELERATE_USE_CPU": "true"}
+    both = []
+    for machine in machines:
+        where = ["--nnodes", "2", "--node-rank", str(machine.number), "--local-addr", machine.address]
+        words = [str(BIN / "torchrun"), *how, *where, "--nproc-per-node", "1", "--max-restarts", "2"]
+        words += ["-m", "finetune.train", "recipe.yaml", f"output_dir={name}"]
+        both.append(machine.start(workspace, *words, **variables))
+    wait_for_checkpoint(both[0], workspace / name)
+    killed = both[1].rank()
+    killed.send_signal(signal.SIGKILL)
+    killed.wait(ENDS)
+    for command in both:
+        code, _ = command.wait(STARTS)
+        assert code == 0, command.output
+    assert any("continues from checkpoint-" in command.output for command in both)
+    assert differing(workspace / name, whole) == []

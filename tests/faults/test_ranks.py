@@ -75,7 +75,7 @@ def run_and_send(
     name = f"{Path(command[0]).name}-{len(command)}-{ranks}-{number.name}-{len(seen)}".replace(" ", "")
     environment = {**os.environ, "FINETUNE_CACHE": str(folder / name), "ACCELERATE_USE_CPU": "true"}
     log = folder / f"{name}.log"
-    words = [*command, "recipe.yaml", f"output_dir={name}"]
+    words = [*command, "recipe.yaml", f"output_dir={name}", f"training.per_device_train_batch_size={4 // count}"]
     with log.open("w") as output:
         launcher = subprocess.Popen(
             words, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True

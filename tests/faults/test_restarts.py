@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,13 +32,17 @@ torch.distributed.all_reduce(total := torch.ones(1))
 print(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}: {total.item()}", flush=True)
 os._exit(0)
 """
-STATIC = ["--master-addr", "127.0.0.1", "--master-port", "29573"]
 RESTARTED = ["--config_file", "two.yaml", "--max_restarts", "2", "-m", "finetune.train"]
 STEPS = "training.max_steps=40"
 
 
-@pytest.mark.parametrize("rendezvous", [STATIC, pytest.param(["--standalone"], marks=pytest.mark.faults)], ids=str)
-def test_the_processes_of_a_second_attempt_find_each_other(rendezvous: Sequence[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("standalone", [False, pytest.param(True, marks=pytest.mark.faults)])
+def test_the_processes_of_a_second_attempt_find_each_other(standalone: bool, tmp_path: Path) -> None:
+    """With an address, as `accelerate launch` starts them, and without."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    rendezvous = ["--standalone"] if standalone else address
     (tmp_path / "rank.py").write_text(RANK)
     words = [str(BIN / "torchrun"), *rendezvous, "--nproc-per-node", "2", "--max-restarts", "1", "rank.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

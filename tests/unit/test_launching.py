@@ -161,10 +161,10 @@ def test_a_process_that_was_killed_is_named(
     monkeypatch.setenv(SHARED, "")
     monkeypatch.setenv("LOCAL_RANK", "1")
     opened = shared_file()
+    progress = Progress("loading the base")
+    progress.share()
     if step is not None:
-        Progress().begin_step(step)
-    else:
-        Progress("loading the base").share()
+        progress.begin_step(step)
     assert _failed(5, SimpleNamespace(exitcode=-9, local_rank=1), opened) == 137
     assert capsys.readouterr().err == f"\nrank 5 on {socket.gethostname()} {said}\n"
 
