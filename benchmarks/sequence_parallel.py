@@ -165,13 +165,16 @@ def gradients_of(
     model: Any, part: Part, total: Callable[[torch.Tensor], torch.Tensor]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
     """Loss and the adapter's gradients, summed over the processes, and the step's peak bytes on this one."""
-    model.zero_grad(set_to_none=True)
-    losses = []
+    losses: list[torch.Tensor] = []
 
     def step() -> None:
-        losses.append(loss_of(model, part, total))
+        losses[:] = [loss_of(model, part, total)]
         losses[0].backward()  # type: ignore[no-untyped-call]
 
+    model.zero_grad(set_to_none=True)
+    step()  # warm
+    losses.clear()
+    model.zero_grad(set_to_none=True)
     peak = transient_bytes(step)
     named = {name: total(value.grad) for name, value in model.named_parameters() if value.grad is not None}
     return total(losses[0]), named, peak
