@@ -16,6 +16,14 @@ _PARALLEL = {
     "CP": ("context parallelism", "it drops the attention masks: with data.packing rows would attend to each other"),
     "SP": ("sequence parallelism", "its attention takes no masks: with data.packing rows would attend to each other"),
 }
+SHARDED_OPTIMIZERS = (
+    *("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"),
+    *("adagrad", "rmsprop", "sgd", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
+    *("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+    *("rmsprop_bnb", "rmsprop_bnb_32bit", "rmsprop_bnb_8bit"),
+)
+"""Optimizers that are tested on the parts of a sharded model; adafactor, for one, mixes them with whole tensors."""
+
 _SHARD_ALL = ("FULL_SHARD", "1", "NONE", "")
 
 NOT_USED = {
@@ -44,10 +52,19 @@ def launch_problems(recipe: Recipe, settings: Mapping[str, str], gpus: int) -> l
     if uses(settings, "FSDP"):
         problems += _fsdp(settings)
         # Sizes that are no numbers are among the problems.
-        if not problems and recipe.model.dtype == "float16" and parallelism_of(settings).is_sharded:
-            what = "float16 needs a gradient scaler, which would scale each process's part on its own"
-            problems.append(Problem("model.dtype", what, "write bfloat16, or float32 for GPUs without it", "float16"))
+        if not problems and parallelism_of(settings).is_sharded:
+            problems += _not_sharded(recipe)
     return problems
+
+
+def _not_sharded(recipe: Recipe) -> Iterator[Problem]:
+    """What a sharded model cannot be trained with."""
+    if recipe.model.dtype == "float16":
+        what = "float16 needs a gradient scaler, which would scale each process's part on its own"
+        yield Problem("model.dtype", what, "write bfloat16, or float32 for GPUs without it", "float16")
+    if recipe.training.optim not in SHARDED_OPTIMIZERS:
+        what = "this optimizer is not known to take the same steps on parts of a matrix"
+        yield Problem("training.optim", what, f"write one of {', '.join(SHARDED_OPTIMIZERS)}", recipe.training.optim)
 
 
 def fsdp_remarks(settings: Mapping[str, str]) -> list[str]:

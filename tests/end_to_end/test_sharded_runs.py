@@ -26,7 +26,7 @@ OF_THE_MACHINE = ("eval_runtime", "total_flos", "step", "epoch")
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Mixtral of 4 experts, 34 rows, and 10 steps of 12 rows: three ends of an epoch, of which two are inside."""
+    """A tiny Mixtral of 4 experts, 34 rows, and 10 steps of 12 rows: two epochs end within them, and one after."""
     folder = tmp_path_factory.mktemp("sharded")
     save_tiny_mixtral(folder / "base")
     source = {"path": "rows.jsonl", "format": "prompt_completion"}
