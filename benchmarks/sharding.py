@@ -9,6 +9,7 @@ repetitions; the machine's processes share their cores and their memory bus, so 
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,12 @@ SIZES: dict[str, Any] = {
 }
 
 
-def write_model(folder: Path, **sizes: Any) -> None:
-    """A random Mixtral in bfloat16."""
+def write_models(folder: Path) -> None:
+    """A random Mixtral in bfloat16, and a small one in `small`."""
     torch.manual_seed(0)
-    MixtralForCausalLM(MixtralConfig(**{**SIZES, **sizes})).to(torch.bfloat16).save_pretrained(folder)
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 512}
+    for path, sizes in ((folder, SIZES), (folder / "small", {**SIZES, **small})):
+        MixtralForCausalLM(MixtralConfig(**sizes)).to(torch.bfloat16).save_pretrained(path)
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -111,22 +115,25 @@ def arm(folder: Path, sharded: bool) -> dict[str, Any]:
 
     from finetune.model import adapt, load_base
     from finetune.moe.audit import audit_model
+    from finetune.moe.families import FAMILIES
     from finetune.moe.sharding import shard_model, share_of_this_process
 
     state = PartialState(cpu=True)
     assert state.num_processes == PROCESSES
-    recipe, base = recipe_of(folder), base_of(folder)
     parallelism = Parallelism(PROCESSES, PROCESSES if sharded else 1)
-    torch.manual_seed(0)
 
-    def load() -> Any:
+    def load(folder: Path) -> Any:
+        recipe, base = recipe_of(folder), base_of(folder)
+        torch.manual_seed(0)
         model = adapt(load_base(base, recipe.model, share_of_this_process(parallelism)), base, recipe)
         if sharded:
             shard_model(model, base.family, parallelism)
         return model
 
-    model, grown = growth(load)
-    parts = audit_model(model, base.family)
+    load(folder / "small")  # what is imported for it is not the model's memory
+    gc.collect()
+    model, grown = growth(partial(load, folder))
+    parts = audit_model(model, FAMILIES["mixtral"])
     held = {name: sum(getattr(part, name) for part in parts.values()) for name in ("bytes", "local_bytes")}
     called = model if sharded else torch.nn.parallel.DistributedDataParallel(model)
     return {"growth": grown, **held, "step": step_seconds(called, model, state.process_index)}
@@ -181,7 +188,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder)
+        write_models(folder)
         figures = {"torch": torch.__version__, **measure(folder)}
     text = json.dumps(figures, indent=1)
     print(text)

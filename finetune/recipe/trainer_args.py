@@ -26,7 +26,6 @@ _PASSED = {
     ),
     "bool | None": (
         "ddp_broadcast_buffers",
-        "ddp_find_unused_parameters",
         "ddp_static_graph",
         "disable_tqdm",
         "greater_is_better",
@@ -287,6 +286,7 @@ _SET_BY_US = {
     "logging_nan_inf_filter": "a non-finite loss stops the run",
     "per_device_eval_batch_size": "it follows from data.max_length, and no figure depends on it",
     "use_cache": "training keeps no key-value cache",
+    "ddp_find_unused_parameters": "every trained parameter takes part in every forward",
 }
 
 # Fields of TRL's DPOConfig that a recipe's `method` section has under the same names.

@@ -9,9 +9,10 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.run import read_metrics
+from tests.end_to_end.workspaces import write_workspace
 from tests.equivalence.dpo_runs import write_pairs
 from tests.faults.harness import Commands, succeed
-from tests.faults.runs import PAIRS, SOURCE, Run, write_workspace
+from tests.faults.runs import PAIRS, SOURCE, Run
 from tests.support import save_tiny_mixtral
 
 COUNT = 34  # 2 in the last step of an epoch
