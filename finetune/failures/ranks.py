@@ -134,7 +134,7 @@ class Ranks:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
         self._answered = time.monotonic()
-        if self._store_lost():
+        if self.rank != 0 and not self._is_near(self.peers[0]):
             threading.Thread(target=self._watch_store, name="store", daemon=True).start()
 
     def limit(self, timeout: timedelta) -> None:
