@@ -50,8 +50,8 @@ def set_cut(patch: pytest.MonkeyPatch, grouped: bool, pieces: int) -> None:
 @pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"bias": True, "gate": "interleaved", "transposed": True}, {"chosen": (1, 3)}, {"top_k": 1}],
-    ids=["plain", "gpt_oss", "chosen", "top 1"],
+    [{}, {"bias": True, "gate": "interleaved", "transposed": True}, {"chosen": (1, 3)}, {"top_k": 1}, {"dropout": 0.3}],
+    ids=["plain", "gpt_oss", "chosen", "top 1", "dropout"],
 )
 def test_pieces_give_what_the_whole_gives(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], quantised: bool
