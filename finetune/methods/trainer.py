@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from finetune.methods.batches import BatchLoader, NumberedRows, evaluation_batches, loader, training_batches
 from finetune.methods.loss_head import fit_head
 from finetune.methods.router_term import RouterTerm
+from finetune.methods.training_state import rng_state, set_rng_state
 from finetune.methods.watchdog import RankRows, StepFigures, Watchdog
 from finetune.moe.dropout import token_keys_of
 from finetune.moe.sharding import is_sharded, whole
@@ -125,6 +127,25 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         accelerator, rows = self.accelerator, self.eval_dataset if eval_dataset is None else eval_dataset
         batches = evaluation_batches(rows, self.args, accelerator.process_index, accelerator.num_processes)
         return loader(rows, batches, self.data_collator, self.args)
+
+    def settle_buckets(self) -> None:
+        """Let DDP order its buckets, as it does by its first backward, before the first step, by one of no rows.
+
+        Where a gradient stands in a bucket decides in which order three and more processes add it: a continued run
+        would round its first step in another way than an uninterrupted one.
+        """
+        if not isinstance(self.model_wrapped, DistributedDataParallel):
+            return
+        generators = rng_state()
+        self.model.train()
+        inputs = self._prepare_inputs(self.data_collator([]))
+        with self.compute_loss_context_manager():
+            items = torch.ones((), dtype=torch.int64, device=self.args.device)
+            loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=items)
+        loss.backward()
+        self.model_wrapped.zero_grad(set_to_none=True)
+        self._step_losses.clear()
+        set_rng_state(generators)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """All micro-batches of one optimizer step; opens the step for the balance term."""
@@ -284,6 +305,7 @@ class _StepEnd(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.settle_buckets()
         if state.is_world_process_zero:
             self.trainer.watchdog.begin(state.global_step)
 
