@@ -105,7 +105,8 @@ class Command:
 def two_machines(logs: Path) -> Iterator[Sequence[Machine]]:
     """Both, connected. PermissionError where namespaces may not be made."""
     machines = [Machine(number, logs) for number in (0, 1)]
-    (logs / "hosts").write_text("".join(f"{machine.address} {machine.name}\n" for machine in machines))
+    names = [f"{machine.address} {machine.name}\n" for machine in machines]
+    (logs / "hosts").write_text("".join(["127.0.0.1 localhost\n", *names]))
     try:
         for machine in machines:
             _ip("netns", "add", machine.name)
