@@ -57,7 +57,7 @@ def recipe_of(folder: Path) -> Recipe:
     return Recipe.model_validate(
         {
             "output_dir": str(folder / "run"),
-            "model": {"name_or_path": str(folder), "load_in_4bit": True, "dtype": "float32"},
+            "model": {"name_or_path": str(folder), "load_in_4bit": True, "dtype": "bfloat16"},
             "lora": {"targets": ["attention", "experts"], "r": 8, "lora_alpha": 16},
             "router": {"router_aux_loss_coef": 0.0},
             "method": {"kind": "sft"},

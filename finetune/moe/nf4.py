@@ -37,7 +37,7 @@ def _absmax_code(device: torch.device) -> torch.Tensor:
     return code
 
 
-def _quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def quantize_matrix(weight_OI: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """One expert as `Nf4Stack` stores it: the bits of bitsandbytes' `quantize_4bit(compress_statistics=True)`."""
     return quantize_pieces(torch.split(weight_OI.reshape(-1), CHUNK if weight_OI.device.type == "cpu" else CUDA_CHUNK))
 
@@ -147,7 +147,7 @@ class Nf4Stack(torch.Tensor):
         inner: tuple[torch.Tensor, ...] = ()
         shape, dtype, count = torch.Size(), torch.float32, 0
         for count, weight_OI in enumerate(experts, start=1):
-            parts = _quantize_matrix(weight_OI)
+            parts = quantize_matrix(weight_OI)
             if count == 1:
                 inner = tuple(part.new_empty((num_experts, *part.shape)) for part in parts)
                 shape, dtype = weight_OI.shape, weight_OI.dtype
@@ -205,7 +205,7 @@ class Nf4Stack(torch.Tensor):
         return dense_EOI
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Nf4Stack":
-        return Nf4Stack(tuple(deepcopy(tensor, memo) for tensor in self.stored), self.shape, self.dtype)
+        return _like(self, tuple(deepcopy(tensor, memo) for tensor in self.stored), self.dtype)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Nf4Stack(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -242,19 +242,28 @@ class Nf4Stack(torch.Tensor):
 
 
 class Nf4Part(Nf4Stack):
-    """Some consecutive experts of a stack, `held`: what one process reads of it, before the model is sharded.
+    """This process's part of a stack's bytes (`finetune.moe.stored_bytes`), before the model is sharded.
 
-    It looks like the whole stack; asking for values raises WeightsError.
+    It looks like the whole stack; asking for values raises WeightsError. `held`: the experts that the part touches.
     """
 
+    flat: torch.Tensor
     held: range
 
+    def __init__(self, inner: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> None:
+        (self.flat,) = inner
+
     @classmethod
-    def of(cls, stack: Nf4Stack, held: range, num_experts: int) -> "Nf4Part":
-        """`stack`: of the experts `held` alone."""
-        part = cls(stack.stored, torch.Size((num_experts, *stack.shape[1:])), stack.dtype)
+    def of(cls, flat: torch.Tensor, held: range, shape: torch.Size, dtype: torch.dtype) -> "Nf4Part":
+        """`shape`: of the whole stack."""
+        part = cls((flat,), shape, dtype)
         part.held = held
         return part
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, ...]:
+        """The bytes."""
+        return (self.flat,)
 
     def maxima(self, experts: slice) -> torch.Tensor:
         """Raises WeightsError."""

@@ -126,9 +126,9 @@ class _Quantize(ConversionOps):  # type: ignore[misc]
         num_experts = whole.shape[0]
         if self.share is None:
             return Nf4Stack.from_experts(_watched(read, range(num_experts), extremes), num_experts)
-        held = StackBytes(whole.shape, whole.dtype).experts(self.share)
-        stack = Nf4Stack.from_experts(_watched(read, held, extremes), len(held))
-        return Nf4Part.of(stack, held, num_experts)
+        layout = StackBytes(whole.shape, whole.dtype)
+        experts = _watched(read, layout.experts(self.share), extremes)
+        return layout.quantize_part(self.share, experts)
 
 
 def _watched(

@@ -51,7 +51,7 @@ def shard_model(model: torch.nn.Module, family: Family, parallelism: Parallelism
     share = share_of_this_process(parallelism)
     assert share is not None
     _synchronise(model)
-    flat = [*_flatten_stacks(model, share), *_flatten_linear(model, share)]
+    flat = [*_flat_stacks(model), *_flatten_linear(model, share)]
     # Correction biases are moved outside of the optimizer, on every process alike.
     kept = set() if family.moe is None else set(_correction_biases(model, family.moe.correction_bias))
     for layer in _layers(model):
@@ -130,19 +130,15 @@ _Flat = tuple[torch.nn.Module, str, torch.Tensor]
 """A module, the name of its weight, and this process's part of the weight's bytes."""
 
 
-def _flatten_stacks(model: torch.nn.Module, share: Share) -> Iterator[_Flat]:
+def _flat_stacks(model: torch.nn.Module) -> Iterator[_Flat]:
     names = [name for name, _ in model.named_parameters() if is_expert_stack(model, name)]
     for path, _, name in (name.rpartition(".") for name in names):
         module = model.get_submodule(path)
         stack = module.get_parameter(name).data
-        if not isinstance(stack, Nf4Stack):
-            continue
-        layout = StackBytes(stack.shape, stack.dtype)
-        held = stack.held if isinstance(stack, Nf4Part) else range(stack.shape[0])
-        own, first = share.of(layout.total), held.start * layout.expert_bytes
-        part = layout.flatten(stack.stored)[own.start - first : own.stop - first].clone()
-        _register(module, name, layout, _StackView(layout))
-        yield module, name, part
+        if isinstance(stack, Nf4Part):  # otherwise in 16 bits: an ordinary parameter
+            layout = StackBytes(stack.shape, stack.dtype)
+            _register(module, name, layout, _StackView(layout))
+            yield module, name, stack.flat
 
 
 def _flatten_linear(model: torch.nn.Module, share: Share) -> Iterator[_Flat]:

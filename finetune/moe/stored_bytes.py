@@ -7,14 +7,14 @@ Each tensor starts at a multiple of 16 bytes, so that views of any dtype exist. 
 E experts, O output features, I input features, B bytes of one expert.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from finetune.moe.nf4 import Nf4Stack, stored_sizes
+from finetune.moe.nf4 import Nf4Part, Nf4Stack, quantize_matrix, stored_sizes
 
 ALIGNMENT = 16
 
@@ -71,6 +71,21 @@ class StackBytes:
         held = share.of(self.total)
         first = min(held.start // self.expert_bytes, self.shape[0] - 1)
         return range(first, max(-(-held.stop // self.expert_bytes), first + 1))
+
+    def quantize_part(self, share: Share, experts: Iterable[torch.Tensor]) -> Nf4Part:
+        """The part of a process, from the matrices `[O, I]` of `experts(share)`, which are read one by one."""
+        own, held = share.of(self.total), self.experts(share)
+        part: torch.Tensor | None = None
+        for expert, weight_OI in zip(held, experts, strict=True):
+            if part is None:
+                part = torch.empty(len(own), dtype=torch.uint8, device=weight_OI.device)
+            flat = self.flatten([tensor[None] for tensor in quantize_matrix(weight_OI)])
+            first = expert * self.expert_bytes
+            start, stop = max(own.start, first), min(own.stop, first + self.expert_bytes)
+            if start < stop:
+                part[start - own.start : stop - own.start] = flat[start - first : stop - first]
+        assert part is not None  # `held` is never empty
+        return Nf4Part.of(part, held, self.shape, self.dtype)
 
     def flatten(self, stored: Sequence[torch.Tensor]) -> torch.Tensor:
         """The bytes of consecutive experts from their stored tensors, each with the experts along its first axis."""
