@@ -61,6 +61,16 @@ def test_the_parts_of_all_processes_are_the_whole_and_touch_few_experts(
             assert part.stop <= held.stop * layout.expert_bytes
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_parts_that_processes_quantise_are_the_bytes_of_the_stack(count: int) -> None:
+    weight = torch.randn((4, 5, 70), generator=torch.Generator().manual_seed(0))
+    stack = Nf4Stack.quantize(weight)
+    layout = StackBytes(stack.shape, stack.dtype)
+    shares = [Share(index, count) for index in range(count)]
+    parts = [layout.quantize_part(share, (weight[each] for each in layout.experts(share))) for share in shares]
+    assert torch.equal(torch.cat([part.flat for part in parts]), layout.flatten(stack.stored))
+
+
 def test_the_bytes_of_some_experts_are_those_of_the_whole_stack() -> None:
     stack = stack_of((4, 96, 64))
     layout = StackBytes(stack.shape, stack.dtype)
@@ -70,10 +80,11 @@ def test_the_bytes_of_some_experts_are_those_of_the_whole_stack() -> None:
 
 @pytest.mark.parametrize("ask", ["dequantize()", "expert(0)", "rows(0, 0, 1)", "maxima(slice(0, 1))"])
 def test_a_part_of_a_stack_gives_no_values(ask: str) -> None:
-    stack = stack_of((2, 96, 64))
-    part = torch.nn.Parameter(Nf4Part.of(stack, range(1, 3), 4), requires_grad=False).to(torch.bfloat16).data
+    layout, share = StackBytes(torch.Size((4, 96, 64)), torch.float32), Share(1, 2)
+    loaded = layout.quantize_part(share, torch.randn(2, 96, 64))
+    part = torch.nn.Parameter(loaded, requires_grad=False).to(torch.bfloat16).data
     assert isinstance(part, Nf4Part)
-    assert (part.shape, part.held) == (torch.Size((4, 96, 64)), range(1, 3))
+    assert (part.shape, part.dtype, part.held) == (layout.shape, torch.bfloat16, range(2, 4))
     message = (
         "4-bit expert stack: this process holds 2 of 4 experts, and the model is not sharded yet; call .*shard_model"
     )
