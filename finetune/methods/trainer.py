@@ -139,6 +139,8 @@ class StepExactTrainer(_Trainer):  # type: ignore[misc]
         generators = rng_state()
         self.model.train()
         inputs = self._prepare_inputs(self.data_collator([]))
+        if self.token_keys is not None:
+            self.token_keys.begin(self.args.seed, 0, torch.zeros_like(inputs["weight"]))
         with self.compute_loss_context_manager():
             items = torch.ones((), dtype=torch.int64, device=self.args.device)
             loss = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=items)
