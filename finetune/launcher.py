@@ -19,6 +19,7 @@ from finetune.environment import memory_kills
 from finetune.errors import Problem, RunError
 from finetune.parallelism import (
     Parallelism,
+    engine_problem,
     fsdp_remarks,
     hide_sharding,
     launch_arguments,
@@ -149,6 +150,8 @@ def _launch(arguments: list[str]) -> int:
 
     args = launch_arguments(arguments)
     _check_machines(args)
+    if (problem := engine_problem(args)) is not None:
+        raise RunError(problem)
     kinds = (args.multi_gpu, args.use_fsdp, args.use_deepspeed, args.use_megatron_lm, args.tpu)
     if args.cpu or not any(kinds):
         _become(args, arguments)

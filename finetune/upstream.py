@@ -154,6 +154,8 @@ READ_BY = {
     # Set to False on a linear layer; a release that no longer reads it would lose the gradient on AVX512-BF16 CPUs.
     "bitsandbytes.nn:Linear4bit.forward": "support_avx512bf16_for_cpu",
     "peft.tuners.tuners_utils:BaseTunerLayer.disable_adapters": "_disable_adapters",
+    # An evaluation before the training would leave the model without DDP.
+    "accelerate.accelerator:Accelerator.prepare_model": "_is_accelerate_prepared",
     # The loss since the last line, and the step of that line: a skipped step is taken out of both.
     "transformers.trainer:Trainer._run_epoch": "_tr_loss",
     "transformers.trainer:Trainer._maybe_log_save_evaluate": "_globalstep_last_logged",

@@ -30,11 +30,22 @@ def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
                 "training.global_batch_size",
                 f"not divisible by per_device_train_batch_size x processes = "
                 f"{training.per_device_train_batch_size} x {num_processes}",
-                f"use a multiple of {rows}, or fewer processes",
+                _other_cut(training.global_batch_size, training.per_device_train_batch_size, num_processes),
                 got=str(training.global_batch_size),
             )
         )
     return training.global_batch_size // rows
+
+
+def _other_cut(global_batch_size: int, size: int, num_processes: int) -> str:
+    """How the same step can be cut, or on how many processes."""
+    if global_batch_size % num_processes:
+        most = max(count for count in range(1, num_processes) if global_batch_size % count == 0)
+        fewer = f"start {most} process{'es' * (most > 1)}"
+        return f"{fewer}, or train with a multiple of {num_processes}, which is another recipe"
+    rows = global_batch_size // num_processes
+    smaller = max(each for each in range(1, size + 1) if not rows % each)
+    return f"write training.per_device_train_batch_size={smaller}, which gives the same result"
 
 
 EVALUATION_TOKENS = 2048

@@ -31,7 +31,7 @@ from finetune.run.checkpoints import STATE_FILE, read_trainer_state
 from finetune.run.metrics import is_time
 from finetune.run.resume import recorded_identity
 from finetune.stopping import EXIT_CODES, stop
-from finetune.upstream import require
+from finetune.upstream import require, require_reads
 
 require(
     "transformers.trainer:Trainer._save_checkpoint",
@@ -44,6 +44,8 @@ require(
     "transformers.trainer:Trainer._maybe_log_save_evaluate",
     "transformers.trainer:Trainer._evaluate",
 )
+
+require_reads("accelerate.accelerator:Accelerator.prepare_model")
 
 _MEASURED_STEPS = 3
 _LONG_MINUTES = 30
@@ -307,7 +309,10 @@ class RunTrainer(StepExactTrainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         self._load_rng_state(str(checkpoint))
+        self._continue_as_main_process()
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+        # accelerate has prepared the model to evaluate, and would not wrap it any more: each process would train alone.
+        self.model._is_accelerate_prepared = False
         generators = gather_object([snapshot(rng_state())])
         if len(generators) == len(self._resumed["ranks"]):
             for own, generator in zip(self._resumed["ranks"], generators, strict=True):
@@ -320,10 +325,19 @@ class RunTrainer(StepExactTrainer):
             self.saver.wait()
         self.accelerator.wait_for_everyone()
 
+    def _continue_as_main_process(self) -> None:
+        """Or not: a checkpoint's state is the main one's, whose callbacks write."""
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
+
+    def compare_trainer_and_checkpoint_args(self, *_: Any) -> None:
+        """Nothing: the recipes were compared, and transformers would warn of the steps that `save_steps` 0.1 means."""
+
     def _finish_from(self, checkpoint: Path) -> None:
         """From the checkpoint of the last step: only the line of the run's end is missing."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        self._continue_as_main_process()
         self._total_loss_scalar = self._resumed["loss_sum"] + self._own_of(self._resumed["ranks"])["loss"]
         self.watchdog.load_state_dict(self._own_of(self._resumed["ranks"])["watchdog"])
         self.log({"total_flos": self.state.total_flos, "train_loss": 0.0})

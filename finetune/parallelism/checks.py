@@ -1,12 +1,14 @@
 """Settings of the launcher that would hang, train wrongly, or are not supported: refused before anything is loaded."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from finetune.errors import Problem
 from finetune.parallelism.settings import ASKED_PROCESSES, is_true, parallelism_of, processes_of, size_of, uses
 from finetune.recipe import Recipe
 
 _CONFIGS = "accelerate_configs"
+_SIZE = "parallelism_config_dp_"  # of its keys in a config file
 _FSDP2 = f"use {_CONFIGS}/fsdp2.yaml"
 _LOWERED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16", "ACCELERATE_DOWNCAST_BF16")
 _STARTED_BY_OTHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -97,6 +99,14 @@ def _without_launcher(settings: Mapping[str, str]) -> Iterator[Problem]:
             return
 
 
+def engine_problem(args: Any) -> Problem | None:
+    """Of the arguments of `accelerate launch`: an engine that no recipe can use, which may not even be installed."""
+    if not getattr(args, "use_deepspeed", False):
+        return None
+    what = "DeepSpeed is not supported: it cannot divide 4-bit weights (DeepSpeed#5819), and checkpoints of a run would"
+    return Problem("accelerate", f"{what} miss its optimizer's state", f"{_FSDP2}, which divides both")
+
+
 def _other_engines(recipe: Recipe, settings: Mapping[str, str]) -> Iterator[Problem]:
     if uses(settings, "MEGATRON_LM"):
         yield Problem("accelerate", "Megatron-LM is not supported: it has its own models and optimizers", _FSDP2)
@@ -152,9 +162,9 @@ def _shard_sizes(replicate: int, shard: int, settings: Mapping[str, str]) -> Ite
         yield Problem("accelerate", "dp_shard_size without FSDP shards nothing", do, got=str(shard))
     elif replicate * shard != processes or min(replicate, shard) < 1:
         what = f"dp_replicate_size x dp_shard_size is not the number of processes, {processes}"
-        sizes = f"dp_replicate_size: {processes // shard} with dp_shard_size: {shard}"
+        sizes = f"{_SIZE}replicate_size: {processes // shard} with {_SIZE}shard_size: {shard}"
         if shard < 1 or processes % shard:
-            sizes = f"dp_replicate_size: 1 with dp_shard_size: {processes}"
+            sizes = f"{_SIZE}replicate_size: 1 with {_SIZE}shard_size: {processes}"
         do = f"write {sizes}" + (f", or --num_processes {replicate * shard}" if replicate * shard > 0 else "")
         yield Problem("accelerate", what, do, got=f"{replicate} x {shard}")
 

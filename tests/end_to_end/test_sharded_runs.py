@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from finetune.run import read_metrics
 from tests.end_to_end.workspaces import write_workspace
 from tests.equivalence.dpo_runs import write_pairs
 from tests.equivalence.ranks import free_port
-from tests.faults.harness import Commands
+from tests.faults.harness import Commands, wait_for
 from tests.support import save_tiny_mixtral
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,10 +165,27 @@ def test_quantised_optimizer_states_continue_on_as_many_processes_only(commands:
     assert all((again[name] == tensor).all() for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_an_evaluation_that_was_cut_short_is_made_once_and_the_training_goes_on(
+    commands: Commands, workspace: Path, sharded: bool
+) -> None:
+    """Two processes continue what a signal has ended on one, where an evaluation was due: its model was not wrapped."""
+    words = ("training.eval_steps=1", "training.save_steps=1", "training.max_steps=6")
+    if not (whole := workspace / "evaluated").exists():
+        train(commands, workspace, 1, "evaluated", *words)
+    cut = f"cut-{sharded}"
+    running = commands.start(workspace, "train", "recipe.yaml", f"output_dir={cut}", *words)
+    assert wait_for(lambda: (workspace / cut / "checkpoint-2").exists(), running)
+    running.send(signal.SIGTERM)
+    assert running.wait().code == 0
+    assert not (workspace / cut / "adapter").exists()
+    assert_same(train(commands, workspace, 2, cut, *words, sharded=sharded), whole, within=2e-6)
+
+
 @pytest.mark.faults
 def test_two_groups_of_two_processes(commands: Commands, workspace: Path, two: Path) -> None:
     """HSDP: each group holds a model, and the gradients are those of all four."""
     sizes = {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
     groups = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "FINETUNE_CHECK_FORWARDS": "1", **sizes}
-    four = train(commands, workspace, 4, "four", "training.per_device_train_batch_size=1", **groups)
+    four = train(commands, workspace, 4, "four", "training.per_device_train_batch_size=1", sharded=True, **groups)
     assert_same(four, two, within=1e-5)

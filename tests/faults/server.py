@@ -33,6 +33,7 @@ assert finetune.merge
 def detach(job: dict[str, Any]) -> None:
     """Make this forked process as independent of the server as one that a shell starts."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell has started the tests with `&`
     output = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor, opened in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
         os.dup2(opened, descriptor)

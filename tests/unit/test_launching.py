@@ -89,8 +89,34 @@ def test_the_global_batch_is_what_the_recipe_says_for_any_number_of_processes(tm
     training = recipe.training.model_copy(update={"global_batch_size": 24, "per_device_train_batch_size": 3})
     recipe = recipe.model_copy(update={"training": training})
     assert [accumulation_steps(recipe, processes) for processes in (1, 2, 4, 8)] == [8, 4, 2, 1]
-    with pytest.raises(RecipeError, match=r"training.global_batch_size: not divisible .* = 3 x 5; got 24; use a mul"):
+    with pytest.raises(
+        RecipeError, match=r"training.global_batch_size: not divisible .* = 3 x 5; got 24; start 4 processes, or"
+    ):
         accumulation_steps(recipe, 5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "processes", "advice"),
+    [
+        (8, 8, 2, "write training.per_device_train_batch_size=4, which gives the same result"),
+        (12, 4, 2, "write training.per_device_train_batch_size=3, which gives the same result"),
+        (8, 2, 3, "start 2 processes, or train with a multiple of 3, which is another recipe"),
+        (7, 1, 2, "start 1 process, or train with a multiple of 2, which is another recipe"),
+    ],
+)
+def test_a_step_that_cannot_be_cut_says_how_it_can(
+    tmp_path: Path, rows: int, size: int, processes: int, advice: str
+) -> None:
+    recipe = recipe_for(tmp_path)
+    training = recipe.training.model_copy(update={"global_batch_size": rows, "per_device_train_batch_size": size})
+    recipe = recipe.model_copy(update={"training": training})
+    with pytest.raises(RecipeError, match=f"{advice}$"):
+        accumulation_steps(recipe, processes)
+    if size > 1 and rows % processes == 0:
+        smaller = int(advice.partition("=")[2].partition(",")[0])
+        training = training.model_copy(update={"per_device_train_batch_size": smaller})
+        recipe = recipe.model_copy(update={"training": training})
+        assert accumulation_steps(recipe, processes) * smaller * processes == rows
 
 
 def test_a_trainer_that_counts_other_processes_is_refused(tmp_path: Path) -> None:

@@ -95,12 +95,13 @@ def test_the_first_line_counts_processes_and_machines() -> None:
         (
             {**FOUR, **hsdp(2, 1)},
             "accelerate: dp_replicate_size x dp_shard_size is not the number of processes, 4; got 2 x 1; write "
-            "dp_replicate_size: 4 with dp_shard_size: 1, or --num_processes 2",
+            "parallelism_config_dp_replicate_size: 4 with parallelism_config_dp_shard_size: 1, or --num_processes 2",
             hsdp(4, 1),
         ),
         (
             {**FOUR, **hsdp(2, 3)},
-            ".* got 2 x 3; write dp_replicate_size: 1 with dp_shard_size: 4, or --num_processes 6",
+            ".* got 2 x 3; write parallelism_config_dp_replicate_size: 1 with parallelism_config_dp_shard_size: 4, or "
+            "--num_processes 6",
             hsdp(1, 4),
         ),
         (

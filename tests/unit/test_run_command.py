@@ -110,6 +110,17 @@ def test_machines_that_do_not_know_the_first_one_are_refused(tmp_path: Path) -> 
     )
 
 
+def test_deepspeed_is_refused_before_its_package_is_asked_for(tmp_path: Path) -> None:
+    config = tmp_path / "zero3.yaml"
+    config.write_text("distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n")
+    done = finetune_train(recipe_for(tmp_path, tmp_path), "--config_file", config)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "accelerate: DeepSpeed is not supported: it cannot divide 4-bit weights (DeepSpeed#5819), and checkpoints of a "
+        "run would miss its optimizer's state; use accelerate_configs/fsdp2.yaml, which divides both\n"
+    )
+
+
 def test_a_run_that_fails_hands_its_exit_code_on_without_the_launchers_traceback(tmp_path: Path) -> None:
     done = finetune_train(recipe_for(tmp_path / "no-model", tmp_path))
     assert done.returncode == 1
