@@ -33,6 +33,14 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _nothing_has_run_here() -> None:
+    """What an earlier test has trained in this process is not the run that a message is about."""
+    from finetune.progress import PROGRESS, Progress
+
+    vars(PROGRESS).update(vars(Progress()))
+
+
 # Directories by how long one file takes: with two workers the last files should be short ones.
 SLOWEST_FIRST = ("faults", "end_to_end", "equivalence", "properties", "unit", "repo", "gpu")
 

@@ -85,7 +85,7 @@ def test_sections_can_be_built_in_code_and_keep_their_ranges() -> None:
 floats = st.floats(allow_nan=False, allow_infinity=False)
 tricky = st.sampled_from(
     ["2e-4", "no", "~", "0o17", "1.0", "true", "", "- a", "a: b", "# x", "1" * 80, "\x85", "a\u2028b"]
-) | st.text(min_size=1)
+) | st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)  # which no recipe takes
 
 
 @given(text=tricky.filter(bool), number=floats)
