@@ -4,8 +4,8 @@
 
 A Mixtral of 200 million random parameters (8 layers of 8 experts, NF4) on two processes of this machine over gloo.
 Memory is the largest anonymous resident memory of a process while base and adapter are loaded and sharded, beyond what
-it had before: pages of the checkpoint's file, which all processes share, are not in it. Medians of three interleaved
-repetitions; the machine's processes share their cores and their memory bus, so only the ratios say something.
+it had before: pages of the checkpoint's file, which all processes share, are not in it. One repetition, of its steps
+the median. The processes share their cores and their memory bus, so only the ratios say something.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from finetune.base import Base
 from finetune.parallelism import Parallelism
 from finetune.recipe import Recipe
 
-REPETITIONS, PROCESSES, STEPS, TOKENS = 3, 2, 4, 256
+REPETITIONS, PROCESSES, STEPS, TOKENS = 1, 2, 3, 128
 SIZES: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 512,

@@ -61,6 +61,7 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
 
     from finetune.base import read_base
     from finetune.methods import method_of
+    from finetune.methods.arguments import micro_batch_remarks
     from finetune.methods.common import TrainerSetup
     from finetune.methods.trainer_checks import check_schedule, check_trainer
     from finetune.run import RunFolder, check_keys, newest_step, prepare_dashboards
@@ -72,6 +73,7 @@ def _train(recipe: Recipe, command_line: Sequence[str], allowed: Sequence[str]) 
     _reject_data_parallel(state)
     _say(_first_line(parallelism, state), *remarks)
     check_trainer(recipe, state.num_processes)  # raises for settings that the trainer would refuse later
+    _say(*micro_batch_remarks(recipe, state.num_processes))
     set_seed(recipe.seed)
 
     # 1. The run folder, which no other process may hold, and the recipe of the run that it holds

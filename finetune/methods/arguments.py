@@ -20,32 +20,34 @@ PAIR_FIGURES = (
 """Figures of a DPO evaluation beside its loss."""
 
 
+def micro_batch_rows(recipe: Recipe, num_processes: int) -> int:
+    """Rows of a micro-batch: the recipe's number, or the next smaller one by which each process has whole ones.
+
+    The result does not depend on it. Raises RecipeError for a step that so many processes cannot share.
+    """
+    training = recipe.training
+    if training.global_batch_size % num_processes:
+        most = max(count for count in range(1, num_processes) if training.global_batch_size % count == 0)
+        fewer = f"start {most} process{'es' * (most > 1)}"
+        do = f"{fewer}, or train with a multiple of {num_processes}, which is another recipe"
+        what = f"not divisible by the number of processes, {num_processes}"
+        raise RecipeError(Problem("training.global_batch_size", what, do, got=str(training.global_batch_size)))
+    rows = training.global_batch_size // num_processes
+    return max(each for each in range(1, training.per_device_train_batch_size + 1) if not rows % each)
+
+
+def micro_batch_remarks(recipe: Recipe, num_processes: int) -> list[str]:
+    """A line where micro-batches are smaller than the recipe says."""
+    rows, wanted = micro_batch_rows(recipe, num_processes), recipe.training.per_device_train_batch_size
+    if rows == wanted:
+        return []
+    step = f"a step of {recipe.training.global_batch_size} rows on {num_processes} processes"
+    return [f"micro-batches of {rows} in place of per_device_train_batch_size {wanted}: {step}; the result is the same"]
+
+
 def accumulation_steps(recipe: Recipe, num_processes: int) -> int:
     """Micro-batches per optimizer step on each process, so that the global batch size is the recipe's."""
-    training = recipe.training
-    rows = training.per_device_train_batch_size * num_processes
-    if training.global_batch_size % rows:
-        raise RecipeError(
-            Problem(
-                "training.global_batch_size",
-                f"not divisible by per_device_train_batch_size x processes = "
-                f"{training.per_device_train_batch_size} x {num_processes}",
-                _other_cut(training.global_batch_size, training.per_device_train_batch_size, num_processes),
-                got=str(training.global_batch_size),
-            )
-        )
-    return training.global_batch_size // rows
-
-
-def _other_cut(global_batch_size: int, size: int, num_processes: int) -> str:
-    """How the same step can be cut, or on how many processes."""
-    if global_batch_size % num_processes:
-        most = max(count for count in range(1, num_processes) if global_batch_size % count == 0)
-        fewer = f"start {most} process{'es' * (most > 1)}"
-        return f"{fewer}, or train with a multiple of {num_processes}, which is another recipe"
-    rows = global_batch_size // num_processes
-    smaller = max(each for each in range(1, size + 1) if not rows % each)
-    return f"write training.per_device_train_batch_size={smaller}, which gives the same result"
+    return recipe.training.global_batch_size // (num_processes * micro_batch_rows(recipe, num_processes))
 
 
 EVALUATION_TOKENS = 2048
@@ -73,7 +75,7 @@ def common_arguments(
         "max_steps": training.max_steps or -1,
         "num_train_epochs": training.num_train_epochs or 1.0,
         "learning_rate": training.learning_rate,
-        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_train_batch_size": micro_batch_rows(recipe, num_processes),
         "per_device_eval_batch_size": evaluation_rows(recipe),
         "gradient_accumulation_steps": accumulation_steps(recipe, num_processes),
         "lr_scheduler_type": training.lr_scheduler_type,
