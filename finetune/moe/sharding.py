@@ -57,8 +57,8 @@ def shard_model(model: torch.nn.Module, family: Family, parallelism: Parallelism
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
-    for module, name, local in flat:
-        _fill(module, name, local)
+    for module, name, part in flat:
+        _fill(module, name, part)
     check_forwards(model)
     for module in model.modules():
         if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
@@ -93,8 +93,9 @@ def flat_layout(model: torch.nn.Module, name: str) -> StackBytes | None:
     path, _, attribute = name.rpartition(".")
     if not attribute.endswith(BYTES):
         return None
-    layouts: dict[str, StackBytes] = getattr(model.get_submodule(path), "flat_layouts", {})
-    return layouts.get(attribute.removesuffix(BYTES))
+    views: dict[str, _View] = getattr(model.get_submodule(path), "flat_views", {})
+    view = views.get(attribute.removesuffix(BYTES))
+    return None if view is None else view.layout
 
 
 def _mesh(parallelism: Parallelism, device: torch.device) -> DeviceMesh:
@@ -137,7 +138,7 @@ def _flat_stacks(model: torch.nn.Module) -> Iterator[_Flat]:
         stack = module.get_parameter(name).data
         if isinstance(stack, Nf4Part):  # otherwise in 16 bits: an ordinary parameter
             layout = StackBytes(stack.shape, stack.dtype)
-            _register(module, name, layout, _StackView(layout))
+            _register(module, name, _StackView(layout))
             yield module, name, stack.flat
 
 
@@ -149,16 +150,15 @@ def _flatten_linear(model: torch.nn.Module, share: Share) -> Iterator[_Flat]:
         stored = (weight.data.view(1, -1), state.absmax[None], state.state2.absmax[None], state.offset.reshape(1))
         own = share.of(layout.total)
         part = layout.flatten(stored)[own.start : own.stop].clone()
-        _register(module, "weight", layout, _LinearView(layout, state))
+        _register(module, "weight", _LinearView(layout, state))
         yield module, "weight", part
 
 
-def _register(module: torch.nn.Module, name: str, layout: StackBytes, view: "_View") -> None:
+def _register(module: torch.nn.Module, name: str, view: "_View") -> None:
     """Replace a 4-bit parameter by its bytes, which have no memory yet, and by a property that is a view on them."""
     del module._parameters[name]
-    empty = torch.empty(layout.total, dtype=torch.uint8, device="meta")
+    empty = torch.empty(view.layout.total, dtype=torch.uint8, device="meta")
     module.register_parameter(name + BYTES, torch.nn.Parameter(empty, requires_grad=False))
-    module.__dict__.setdefault("flat_layouts", {})[name] = layout
     module.__dict__.setdefault("flat_views", {})[name] = view
     kind = type(module)
     if not hasattr(kind, name):

@@ -1,7 +1,6 @@
 """Steps cut into other micro-batches, on other numbers of processes, over two epoch ends: the training is the same."""
 
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 from finetune.run import read_metrics
 from tests.end_to_end.workspaces import write_workspace
 from tests.equivalence.dpo_runs import write_pairs
+from tests.equivalence.ranks import free_port
 from tests.faults.harness import Commands, succeed
 from tests.faults.runs import PAIRS, SOURCE, Run
 from tests.support import save_tiny_mixtral
@@ -42,10 +42,7 @@ SECTIONS: dict[str, Any] = {
 
 def finish(run: Run, processes: int, size: int) -> Path:
     """Run to its end on so many processes, as torchrun starts them, with micro-batches of `size`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true"}
     everywhere |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     words = ("train", "recipe.yaml", f"training.per_device_train_batch_size={size}")
     ranks = [
